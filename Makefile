@@ -1,0 +1,32 @@
+# Each target does all its own set-up from a bare clone. VENV=folder puts the environment elsewhere.
+
+PYTHON ?= python3
+VENV ?= .venv
+CORES := $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())")
+
+.PHONY: quickstart test benchmark lint clean
+
+quickstart: $(VENV)/installed  ## repair the packaged tiny pipeline with FDFO, about three minutes on two cores
+	$(VENV)/bin/accelerate launch --num_processes 1 --num_cpu_threads_per_process $(CORES) --mixed_precision no --dynamo_backend no --num_machines 1 \
+		examples/train_sd3.py --config examples/recipes/shapes.yaml
+
+test: $(VENV)/installed  ## the whole test suite
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests
+
+benchmark: $(VENV)/installed  ## the figures of the README
+	OMP_NUM_THREADS=$(CORES) $(VENV)/bin/python benchmarks/overhead.py
+
+lint: $(VENV)/installed
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt ruff
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+clean:
+	rm -rf .venv outputs
+
+# The constraints take torch first: a looser requirement would let a newer one with gigabytes of CUDA in.
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt torch
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e ".[test]"
+	touch $@

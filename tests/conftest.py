@@ -1,0 +1,72 @@
+import os
+
+
+# Before torch is imported: more threads make these tiny runs slower, and their bits depend on the number.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import tiny_pipelines
+import torch
+from datasets import Dataset
+
+from trl_fdfo import FDFOConfig, FDFOTrainer
+
+
+torch.set_num_threads(1)
+
+PROMPTS = ["a cat", "two dogs", "the sea", "red", "a box", "old man"]
+
+
+def redness(images, prompts):
+    return (images[:, 0] - images[:, 1:].mean(dim=1)).mean(dim=(1, 2))
+
+
+@pytest.fixture
+def make_config(tmp_path):
+    """A config of a run of a second on a tiny pipeline; keyword arguments replace its options."""
+
+    def make(**options):
+        defaults = {
+            "output_dir": str(tmp_path / "out"),
+            "num_rollouts": 2,
+            "prompts_per_rollout": 4,
+            "per_device_prompt_batch_size": 2,
+            "num_inference_steps": 4,
+            "height": 16,
+            "width": 16,
+            "pipeline_kwargs": {"max_sequence_length": 8},
+            "churn": 0.2,
+            "optimizer_steps_per_rollout": 2,
+            "learning_rate": 1e-3,
+            "lora_r": 4,
+            "save_strategy": "no",
+            "report_to": [],
+            "use_cpu": True,
+            "disable_tqdm": True,
+        }
+        return FDFOConfig(**{**defaults, **options})
+
+    return make
+
+
+@pytest.fixture
+def make_trainer(make_config):
+    """A trainer of a tiny SD3; keyword arguments of the trainer by name, all others are options of the config."""
+
+    def make(pipeline=None, reward_fn=redness, prompts=PROMPTS, **options):
+        names = ("eval_dataset", "eval_reward_fn", "callbacks", "optimizers", "peft_config")
+        arguments = {name: options.pop(name) for name in names if name in options}
+        return FDFOTrainer(
+            make_config(**options),
+            pipeline if pipeline is not None else tiny_pipelines.sd3(),
+            reward_fn,
+            train_dataset=Dataset.from_dict({"prompt": prompts}),
+            **arguments,
+        )
+
+    return make
+
+
+def trained_weights(trainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}

@@ -1,0 +1,72 @@
+"""
+Trains a tiny SD3 for two rollouts and writes what test_distributed.py compares:
+
+    torchrun --nproc_per_node 2 tests/distributed_run.py FILE WRAPPER
+"""
+
+import os
+import sys
+
+import conftest
+import tiny_pipelines
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+
+from trl_fdfo import FDFOConfig, FDFOTrainer
+
+
+def run(output_dir: str):
+    """A run whose global settings, and batch per process, do not depend on the number of processes."""
+    config = FDFOConfig(
+        output_dir=output_dir,
+        num_rollouts=2,
+        prompts_per_rollout=8,
+        per_device_prompt_batch_size=2,
+        num_inference_steps=4,
+        # Three levels and two steps: the units of a batch are not the same in every step.
+        timestep_fraction=0.75,
+        optimizer_steps_per_rollout=2,
+        num_iterations=2,
+        height=16,
+        width=16,
+        pipeline_kwargs={"max_sequence_length": 8},
+        churn=0.2,
+        # Of the order of the adapter's gradients: a wrong batch would show.
+        adam_epsilon=1e-4,
+        learning_rate=1e-2,
+        beta=0.1,
+        ema_decay=0.5,
+        lora_r=4,
+        report_to=[],
+        save_strategy="epoch",
+        use_cpu=True,
+        ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
+        disable_tqdm=True,
+    )
+    trainer = FDFOTrainer(
+        config,
+        tiny_pipelines.sd3(),
+        conftest.redness,
+        train_dataset=Dataset.from_dict({"prompt": conftest.PROMPTS}),
+        eval_dataset=Dataset.from_dict({"prompt": conftest.PROMPTS[:5]}),
+    )
+    trainer.train()
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    return trainer, {
+        "weights": conftest.trained_weights(trainer),
+        "images": trainer.generate(conftest.PROMPTS[:5], range(5)),
+        "eval_reward": metrics["eval_reward"],
+        "rewards": [log["reward"] for log in trainer.state.log_history if "reward" in log],
+        "processes": trainer.args.world_size,
+        "wrapper": type(trainer.model_wrapped).__name__,
+    }
+
+
+if __name__ == "__main__":
+    trainer, result = run(sys.argv[1] + ".out")
+    if trainer.is_world_process_zero():
+        torch.save(result, sys.argv[1])
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,514 @@
+import json
+import os
+
+import pytest
+import tiny_pipelines
+import torch
+from conftest import PROMPTS, redness, trained_weights
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from transformers import EarlyStoppingCallback, TrainerCallback
+
+from trl_fdfo import FDFOTrainer
+from trl_fdfo.fdfo_trainer import derive_seed
+from trl_fdfo.pipeline_flow import ReplayError, load_pipeline
+from trl_fdfo.prompt_dataset import rollout_rows
+
+
+class Gradients(TrainerCallback):
+    """Keeps the gradients that the first optimizer step sees."""
+
+    def __init__(self):
+        self.first = None
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if self.first is None:
+            self.first = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def corner(images, prompts):
+    """One pixel: it differs between the branches by more than a mean does, so fp32 hardly rounds the difference."""
+    return images[:, 0, 3, 3]
+
+
+def metrics_of(trainer, name):
+    return [log[name] for log in trainer.state.log_history if name in log]
+
+
+# The mathematics ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("branches", "beta"), [(2, 0.0), (3, 0.5)])
+def test_gradients_equal_a_plain_loop_over_the_equations(make_trainer, branches, beta):
+    gradients, gamma = Gradients(), 1.0
+    trainer = make_trainer(
+        reward_fn=corner,
+        num_rollouts=1,
+        num_generations=branches,
+        churn=gamma,
+        optimizer_steps_per_rollout=1,
+        max_grad_norm=0.0,
+        beta=beta,
+        callbacks=[gradients],
+        seed=3,
+    )
+    # LoRA starts at the base model, where the penalty has no gradient: move it.
+    torch.manual_seed(0)
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1)
+    model, pipeline = trainer.model, trainer.pipeline
+    start = trained_weights(trainer)
+    trainer.train()
+
+    # The plain loop: no Trainer, no replay, no pipeline call.
+    for name, parameter in model.named_parameters():
+        if name in start:
+            parameter.data.copy_(start[name])
+            parameter.grad = None
+    sigmas = trainer.flow.sigmas
+    total = 0.0
+    rows = rollout_rows(len(PROMPTS), 4, rollout=0, seed=3)
+    for first in (0, 2):
+        prompts = [PROMPTS[row] for row in rows[first : first + 2]]
+        embeds, _, pooled, _ = pipeline.encode_prompt(
+            prompts,
+            None,
+            None,
+            num_images_per_prompt=branches,
+            do_classifier_free_guidance=False,
+            max_sequence_length=8,
+        )
+
+        def velocity_at(x, t, embeds=embeds, pooled=pooled):
+            timestep = (t * 1000).expand(len(x))
+            return model(
+                hidden_states=x, timestep=timestep, encoder_hidden_states=embeds, pooled_projections=pooled
+            ).sample
+
+        x, noises = [], []
+        for n in (first, first + 1):
+            for a in range(branches):
+                shared = torch.Generator().manual_seed(derive_seed(3, 0, n, 0))
+                x.append(torch.randn(4, 8, 8, generator=shared))
+                noises.append(torch.Generator().manual_seed(derive_seed(3, 0, n * branches + a, 1)))
+        draw = lambda noises=noises: torch.stack([torch.randn(4, 8, 8, generator=g) for g in noises])
+        spread = ((1 + gamma) ** 2 - 1) ** 0.5
+        x = (torch.stack(x) + spread * draw()) / (1 + gamma)
+        tuples = []
+        with torch.no_grad():
+            for i, (t, s) in enumerate(zip(sigmas[:-1], sigmas[1:])):
+                v = velocity_at(x, t)
+                tuples.append((x, t, v))
+                r = s / (1 + gamma - gamma * s) if i < 3 else s
+                x = x + (r - t) * v
+                if i < 3:
+                    x = (x + r * spread * draw()) / (1 + gamma * r)
+            latents = x / pipeline.vae.config.scaling_factor + pipeline.vae.config.shift_factor
+            images = (pipeline.vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
+        rewards = corner(images, prompts).unflatten(0, (2, branches))
+        endpoints = x.unflatten(0, (2, branches))
+        delta = endpoints - endpoints.mean(dim=1, keepdim=True)
+        direction = (delta / (delta.square().mean(dim=(2, 3, 4), keepdim=True) + 1e-6)).flatten(0, 1)
+        difference = (rewards - rewards.mean(dim=1, keepdim=True)).flatten()
+        for x_t, t, v_old in tuples:
+            v = velocity_at(x_t, t)
+            target = v_old - direction
+            rho = ((direction**2).mean(dim=(1, 2, 3)) - ((v - target) ** 2).mean(dim=(1, 2, 3))).exp()
+            loss = -difference * rho + difference.abs() / (2 * 0.03) * (rho - 1) ** 2
+            if beta:
+                with torch.no_grad(), model.disable_adapter():
+                    base = velocity_at(x_t, t)
+                loss = loss + beta * ((v - base) ** 2).mean(dim=(1, 2, 3))
+            total = total + loss.mean() / 8
+    total.backward()
+
+    expected = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert expected.keys() == gradients.first.keys()
+    flat = lambda grads: torch.cat([grads[name].flatten() for name in sorted(grads)])
+    assert flat(expected).norm() > 0
+    assert (flat(gradients.first) - flat(expected)).norm() <= 1e-6 * flat(expected).norm()
+
+
+def test_training_moves_every_lora_matrix_and_raises_the_reward(make_trainer):
+    trainer = make_trainer(num_rollouts=30, prompts_per_rollout=8, per_device_prompt_batch_size=4, learning_rate=3e-3)
+    before = trained_weights(trainer)
+    trainer.train()
+    after = trained_weights(trainer)
+    # The text stream of SD3's last block reaches the output only through its keys and values.
+    unused = "transformer_blocks.1.attn.add_q_proj"
+    for name in before:
+        assert torch.equal(before[name], after[name]) == (unused in name and "lora_B" in name), name
+    rewards = metrics_of(trainer, "reward")
+    assert sum(rewards[-5:]) > sum(rewards[:5])
+    assert metrics_of(trainer, "replay_error") == [0.0] * 30
+
+
+def test_equal_rewards_change_nothing(make_trainer):
+    trainer = make_trainer(reward_fn=lambda images: [1.0] * len(images), weight_decay=0.0)
+    before = trained_weights(trainer)
+    trainer.train()
+    for name, weight in trained_weights(trainer).items():
+        assert torch.equal(weight, before[name]), name
+    assert metrics_of(trainer, "frac_reward_zero_std") == [1.0, 1.0]
+
+
+def test_prompts_to_which_no_reward_applies_teach_nothing(make_trainer):
+    def only_cats(images, prompts):
+        return [value if prompt == "a cat" else None for value, prompt in zip(redness(images, prompts), prompts)]
+
+    def only_cats_others_equal(images, prompts):
+        return [value if prompt == "a cat" else 5.0 for value, prompt in zip(redness(images, prompts), prompts)]
+
+    weights = []
+    for reward in (only_cats, only_cats_others_equal):
+        trainer = make_trainer(reward_fn=reward, prompts_per_rollout=6)
+        trainer.train()
+        weights.append(trained_weights(trainer))
+        assert all(value == value for value in metrics_of(trainer, "reward")), "NaN"
+    for name in weights[0]:
+        assert torch.equal(weights[0][name], weights[1][name])
+
+
+@pytest.mark.parametrize("schedule", ["interval", "prior"])
+def test_churn_schedules_train(make_trainer, schedule):
+    trainer = make_trainer(churn_schedule=schedule, churn_spread=0.3)
+    before = trained_weights(trainer)
+    trainer.train()
+    assert any(not torch.equal(w, before[n]) for n, w in trained_weights(trainer).items())
+    assert all(value > 0 for value in metrics_of(trainer, "branch_rms"))
+    gammas = trainer._churn(0, range(4))
+    assert gammas.shape == (4, 5) and len({tuple(row) for row in gammas.tolist()}) == 4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_iterations": 2},
+        {"timestep_fraction": 0.5},
+        {"guidance_scale": 4.0},
+        {"gradient_checkpointing": True},
+        {"bf16": True},
+        {"num_generations": 4},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_options_train_with_an_exact_replay(make_trainer, options):
+    trainer = make_trainer(**options)
+    before = trained_weights(trainer)
+    trainer.train()
+    assert metrics_of(trainer, "replay_error") == [0.0, 0.0]
+    assert any(not torch.equal(w, before[n]) for n, w in trained_weights(trainer).items())
+    steps = 2 * trainer.args.optimizer_steps_per_rollout * trainer.args.num_iterations
+    assert trainer.state.global_step == steps
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(make_trainer):
+    weights = []
+    for checkpointing in (False, True):
+        trainer = make_trainer(gradient_checkpointing=checkpointing)
+        trainer.train()
+        assert trainer.pipeline.transformer.gradient_checkpointing is checkpointing
+        weights.append(trained_weights(trainer))
+    for name in weights[0]:
+        torch.testing.assert_close(weights[0][name], weights[1][name], rtol=0, atol=1e-6)
+
+
+def test_flux_trains(make_trainer):
+    trainer = make_trainer(pipeline=tiny_pipelines.flux(), guidance_scale=3.5)
+    before = trained_weights(trainer)
+    trainer.train()
+    assert metrics_of(trainer, "replay_error") == [0.0, 0.0]
+    for name, weight in trained_weights(trainer).items():
+        assert not torch.equal(weight, before[name]), name
+
+
+# The self-check -------------------------------------------------------------------------------------------------------
+
+
+def test_self_check_stops_a_run_before_its_first_step(make_trainer):
+    pipeline = tiny_pipelines.sd3()
+    pipeline.transformer.proj_out = torch.nn.Sequential(pipeline.transformer.proj_out, torch.nn.Dropout(0.2))
+    trainer = make_trainer(pipeline=pipeline)
+    with pytest.raises(ReplayError, match=r"replay of StableDiffusion3Pipeline is not exact.*Likely causes: dropout"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_self_check_finds_a_pipeline_with_state(make_trainer):
+    class Drifting(type(tiny_pipelines.sd3())):
+        """Its latents carry something that the replay cannot know of."""
+
+        def prepare_latents(self, *args, **kwargs):
+            self.calls = getattr(self, "calls", 0) + 1
+            return super().prepare_latents(*args, **kwargs)
+
+        @property
+        def guidance_scale(self):
+            self.reads = getattr(self, "reads", 0) + 1
+            return self._guidance_scale + 0.1 * self.reads
+
+    pipeline = Drifting(**tiny_pipelines.sd3().components)
+    with pytest.raises(ReplayError, match="Drifting is not exact.*a pipeline that keeps state between its steps"):
+        make_trainer(pipeline=pipeline, guidance_scale=3.0).train()
+
+
+# What is trained ------------------------------------------------------------------------------------------------------
+
+
+def test_default_lora_targets_are_the_attention_projections(make_trainer):
+    config = make_trainer().model.peft_config["default"]
+    paper = {"to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"}
+    assert set(config.target_modules) == paper
+    assert config.init_lora_weights == "gaussian"
+
+
+def test_lora_weights_are_fp32_on_a_bf16_model(make_trainer):
+    trainer = make_trainer(pipeline=tiny_pipelines.sd3().to(torch.bfloat16))
+    assert {weight.dtype for weight in trained_weights(trainer).values()} == {torch.float32}
+    trainer.train()
+    assert metrics_of(trainer, "replay_error") == [0.0, 0.0]
+
+
+def test_peft_config_overrides(make_trainer):
+    trainer = make_trainer(peft_config=LoraConfig(r=2, target_modules=["proj_out"]))
+    assert {name.split(".lora")[0] for name in trained_weights(trainer)} == {"base_model.model.proj_out"}
+
+
+def test_full_fine_tuning(make_trainer, tmp_path):
+    trainer = make_trainer(use_peft=False, learning_rate=1e-4)
+    before = trained_weights(trainer)
+    assert len(before) == len(list(trainer.pipeline.transformer.parameters()))
+    trainer.train()
+    assert any(not torch.equal(w, before[n]) for n, w in trained_weights(trainer).items())
+    trainer.save_model(str(tmp_path / "pipeline"))
+    loaded = load_pipeline(tmp_path / "pipeline")
+    for name, weight in loaded.transformer.state_dict().items():
+        assert torch.equal(weight, trainer.pipeline.transformer.state_dict()[name]), name
+
+
+def test_only_the_transformer_is_trained(make_trainer):
+    trainer = make_trainer()
+    for name, component in trainer.pipeline.components.items():
+        if isinstance(component, torch.nn.Module) and name != "transformer":
+            assert not any(parameter.requires_grad for parameter in component.parameters()), name
+
+
+# Saving and resuming --------------------------------------------------------------------------------------------------
+
+
+def images_of(pipeline):
+    generator = torch.Generator().manual_seed(5)
+    call = {"num_inference_steps": 3, "height": 16, "width": 16, "guidance_scale": 1.0, "max_sequence_length": 8}
+    return pipeline("a cat", generator=generator, output_type="pt", return_dict=False, **call)[0]
+
+
+def test_saved_adapter_loads_through_diffusers_and_peft(make_trainer, tmp_path):
+    trainer = make_trainer(learning_rate=1e-2)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "adapter"))
+    expected = images_of(trainer.pipeline)
+    assert not torch.equal(expected, images_of(tiny_pipelines.sd3()))
+
+    by_diffusers = tiny_pipelines.sd3()
+    by_diffusers.load_lora_weights(str(tmp_path / "adapter"))
+    assert torch.equal(images_of(by_diffusers), expected)
+    by_peft = tiny_pipelines.sd3()
+    PeftModel.from_pretrained(by_peft.transformer, tmp_path / "adapter")
+    assert torch.equal(images_of(by_peft), expected)
+
+
+def test_no_token_is_written(make_trainer, tmp_path):
+    trainer = make_trainer(hub_token="hf_very_secret", save_strategy="epoch", num_rollouts=1)
+    trainer.train()
+    trainer.save_model()
+    files = [os.path.join(folder, name) for folder, _, names in os.walk(tmp_path) for name in names]
+    assert len(files) > 5
+    for file in files:
+        with open(file, "rb") as opened:
+            assert b"hf_very_secret" not in opened.read(), file
+    assert trainer.args.hub_token == "hf_very_secret"
+
+
+@pytest.mark.parametrize("use_peft", [True, False])
+def test_resumed_run_ends_in_the_same_weights(make_trainer, use_peft):
+    options = {"num_rollouts": 3, "save_strategy": "epoch", "ema_decay": 0.5, "use_peft": use_peft}
+    whole = make_trainer(**options)
+    whole.train()
+    averaged = whole.generate(PROMPTS, range(6))
+    resumed = make_trainer(**options)
+    resumed.train(resume_from_checkpoint=f"{resumed.args.output_dir}/checkpoint-2")
+    assert resumed.state.global_step == 6
+    expected = trained_weights(whole)
+    for name, weight in trained_weights(resumed).items():
+        assert torch.equal(weight, expected[name]), name
+    assert torch.equal(resumed.generate(PROMPTS, range(6)), averaged)
+
+
+def test_averaged_weights_are_saved_and_trained_weights_are_kept(make_trainer, tmp_path):
+    trainer = make_trainer(num_rollouts=4, ema_decay=0.9, learning_rate=1e-2)
+    trainer.train()
+    trained = trained_weights(trainer)
+    trainer.save_model(str(tmp_path / "averaged"))
+    for name, weight in trained_weights(trainer).items():
+        assert torch.equal(weight, trained[name])
+    with trainer._averaged_weights():
+        averaged = trained_weights(trainer)
+        expected = images_of(trainer.pipeline)
+    assert any(not torch.equal(averaged[name], trained[name]) for name in trained)
+    pipeline = tiny_pipelines.sd3()
+    pipeline.load_lora_weights(str(tmp_path / "averaged"))
+    assert torch.equal(images_of(pipeline), expected)
+
+
+# Evaluation, logging and Trainer's own features -----------------------------------------------------------------------
+
+
+def test_metrics_are_logged_once_per_rollout(make_trainer):
+    trainer = make_trainer(reward_fn=[redness, lambda images: [0.0] * len(images)], reward_weights=[2.0, 1.0], beta=0.1)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "reward" in log]
+    assert [log["step"] for log in logs] == [2, 4] and [log["epoch"] for log in logs] == [1, 2]
+    for name in (
+        "reward reward_std rewards/redness/mean rewards/redness/std rewards/<lambda>/mean frac_reward_zero_std kl "
+        "clip_ratio ratio branch_rms replay_error step_time rollout_time train_time images_per_second grad_norm"
+    ).split():
+        assert all(log[name] == log[name] for log in logs), name
+    for log in logs:
+        assert log["reward"] == pytest.approx(2 * log["rewards/redness/mean"])
+        assert log["images_per_second"] == pytest.approx(8 / (log["rollout_time"] + log["train_time"]))
+        assert log["step_time"] == pytest.approx(log["train_time"] / 2)
+
+
+def test_ratio_is_one_before_the_first_step(make_trainer):
+    trainer = make_trainer(num_rollouts=1, optimizer_steps_per_rollout=1)
+    trainer.train()
+    assert metrics_of(trainer, "ratio") == [1.0]
+    assert metrics_of(trainer, "clip_ratio") == [0.0]
+
+
+def test_evaluation_is_fixed_and_does_not_disturb_training(make_trainer):
+    evaluation = Dataset.from_dict({"prompt": PROMPTS[:5], "bonus": [1.0, 2.0, 3.0, 4.0, 5.0]})
+
+    def bonus_reward(images, bonus):
+        return bonus
+
+    plain = make_trainer()
+    plain.train()
+    evaluated = make_trainer(
+        eval_dataset=evaluation, eval_reward_fn=[redness, bonus_reward], eval_strategy="epoch", callbacks=[]
+    )
+    first = evaluated.evaluate()
+    assert {k: first[k] for k in first if "runtime" not in k} == {
+        k: value for k, value in evaluated.evaluate().items() if "runtime" not in k
+    }
+    assert first["eval_rewards/bonus_reward/mean"] == 3.0
+    assert first["eval_reward"] == pytest.approx(first["eval_rewards/redness/mean"] + 3.0)
+    evaluated.train()
+    assert len(metrics_of(evaluated, "eval_reward")) == 2
+    for name, weight in trained_weights(evaluated).items():
+        assert torch.equal(weight, trained_weights(plain)[name]), name
+
+
+def test_evaluation_drives_early_stopping_and_the_best_checkpoint(make_trainer):
+    trainer = make_trainer(
+        num_rollouts=6,
+        eval_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+        eval_reward_fn=lambda images: [1.0] * len(images),
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        metric_for_best_model="eval_reward",
+        greater_is_better=True,
+        load_best_model_at_end=True,
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
+    )
+    trainer.train()
+    # Never better than after the first rollout.
+    assert trainer.state.global_step == 6
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+
+
+def test_evaluate_without_prompts(make_trainer):
+    with pytest.raises(ValueError, match="evaluate needs prompts: give the trainer an `eval_dataset`"):
+        make_trainer().evaluate()
+
+
+def test_tensorboard(make_trainer, tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    make_trainer(report_to=["tensorboard"]).train()
+    events = EventAccumulator(str(tmp_path / "logs"))
+    events.Reload()
+    assert len(events.Scalars("train/reward")) == 2
+
+
+def test_run_plan(make_trainer, capsys):
+    trainer = make_trainer(timestep_fraction=0.5, num_rollouts=1)
+    trainer.train()
+    plan = capsys.readouterr().out
+    trainable = sum(weight.numel() for weight in trained_weights(trainer).values())
+    assert f"trainable parameters  {trainable:,} of" in plan
+    assert "1, of 4 prompts x 2 images x 4 steps = 32 transformer samples" in plan
+    assert "2 optimizer steps on 16 samples (2 of 4 noise levels)" in plan
+    assert "2 per optimizer step and process, of 4 samples" in plan
+
+
+def test_progress_bars(make_trainer, capsys):
+    make_trainer(disable_tqdm=False).train()
+    bars = capsys.readouterr().err
+    assert "rollout 2" in bars and "4/4" in bars and "reward=" in bars
+
+
+def test_pipeline_by_path_and_packaged_prompts(make_config, tmp_path):
+    tiny_pipelines.sd3().save_pretrained(tmp_path / "pipeline")
+    trainer = FDFOTrainer(make_config(num_rollouts=1), str(tmp_path / "pipeline"), redness)
+    assert len(trainer.train_dataset) >= 500
+    trainer.train()
+    trainer.save_model()
+    saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == str(tmp_path / "pipeline")
+
+
+def test_dataset_columns_reach_the_reward(make_config):
+    seen = []
+
+    def reward(images, prompts, label, trainer_state):
+        seen.append((prompts, label, trainer_state.global_step))
+        return [0.0] * len(images)
+
+    dataset = Dataset.from_dict({"caption": ["a", "b"], "label": [1, 2]})
+    config = make_config(dataset_prompt_column="caption", num_rollouts=1)
+    FDFOTrainer(config, tiny_pipelines.sd3(), reward, train_dataset=dataset).train()
+    prompts, labels, step = seen[0]
+    assert prompts[0] == prompts[1] != prompts[2] and labels == [{"a": 1, "b": 2}[p] for p in prompts] and step == 0
+
+
+# Refusals, all at construction ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompts": []}, "train_dataset is empty"),
+        ({"dataset_prompt_column": "caption"}, "no column 'caption' but prompt"),
+        ({"reward_weights": [1.0, 2.0]}, "reward_weights has 2 values for 1 reward function"),
+        ({"reward_fn": "pickscore"}, "reward_fn='pickscore' is a str"),
+        ({"lora_target_modules": ["to_x"]}, r"\['to_x'\] match no layer of SD3Transformer2DModel.*to_q"),
+        ({"peft_config": LoraConfig(target_modules=["to_q"], lora_dropout=0.1)}, "lora_dropout=0.1.*Set it to 0"),
+        ({"peft_config": LoraConfig(target_modules=["to_q"]), "use_peft": False}, "together with use_peft=False"),
+        ({"height": 30}, "height=30 is not a multiple of 4.*28 and 32"),
+        ({"pipeline_kwargs": {"steps": 3}}, "StableDiffusion3Pipeline does not take steps"),
+        ({"pipeline_kwargs": {"max_sequence_length": 1000}}, "max_sequence_length"),
+        ({"eval_dataset": Dataset.from_dict({"text": ["a"]})}, "eval_dataset has no column 'prompt'"),
+    ],
+)
+def test_bad_input_is_refused_before_the_first_rollout(make_trainer, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(**options)
+
+
+def test_bad_reward_values_stop_the_run(make_trainer):
+    trainer = make_trainer(reward_fn=lambda images: [1.0])
+    with pytest.raises(ValueError, match=r"Reward '<lambda>' returned 1 values for 4 images"):
+        trainer.train()

@@ -1,0 +1,138 @@
+import asyncio
+import math
+import time
+
+import pytest
+import torch
+from PIL import Image
+from transformers import TrainerState
+
+from trl_fdfo.rewards import RewardFunctions, jpeg_compressibility, load_reward
+
+
+IMAGES = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+PROMPTS = ["a", "a", "b", "b"]
+
+
+def call(functions, weights=None, columns=None):
+    return RewardFunctions(functions, weights)(IMAGES, PROMPTS, TrainerState(), columns or {"prompt": PROMPTS})
+
+
+def test_one_value_per_image_and_function():
+    def brightness(images, prompts):
+        return images.mean(dim=(1, 2, 3))
+
+    rewards = call([brightness, lambda images, prompts: [len(prompt) for prompt in prompts]])
+    assert rewards.shape == (4, 2)
+    torch.testing.assert_close(rewards[:, 0], IMAGES.mean(dim=(1, 2, 3)))
+    assert (rewards[:, 1] == 1).all()
+
+
+def test_names_are_told_apart():
+    class Judge:
+        def __call__(self, images, prompts):
+            return [0.0] * 4
+
+    names = RewardFunctions([Judge(), jpeg_compressibility, lambda images: 0, lambda images: 1]).names
+    assert names == ["Judge", "jpeg_compressibility", "<lambda>", "<lambda>_2"]
+
+
+def test_a_reward_gets_what_its_signature_names():
+    seen = {}
+
+    def narrow(images, label):
+        seen["narrow"] = label
+        return [0.0] * 4
+
+    def wide(images, prompts, **kwargs):
+        seen["wide"] = kwargs
+        return [0.0] * 4
+
+    call([narrow, wide], columns={"prompt": PROMPTS, "label": [1, 1, 2, 2]})
+    assert seen["narrow"] == [1, 1, 2, 2]
+    assert set(seen["wide"]) == {"prompt", "label", "trainer_state"}
+    assert isinstance(seen["wide"]["trainer_state"], TrainerState)
+
+
+def test_async_rewards_run_at_the_same_time():
+    def slow(value):
+        async def reward(images, prompts):
+            await asyncio.sleep(0.3)
+            return [value] * 4
+
+        return reward
+
+    start = time.perf_counter()
+    rewards = call([slow(1.0), slow(2.0), lambda images: [3.0] * 4])
+    assert time.perf_counter() - start < 0.55
+    assert rewards[0].tolist() == [1.0, 2.0, 3.0]
+
+
+def test_none_does_not_apply():
+    functions = RewardFunctions(
+        [lambda images: [1.0, None, 2.0, 4.0], lambda images: [10.0, 30.0, None, None]], [1.0, 0.5]
+    )
+    rewards = functions(IMAGES, PROMPTS, TrainerState(), {})
+    assert rewards.isnan().tolist() == [[False, False], [True, False], [False, True], [False, True]]
+    # The first reward misses a branch of prompt a, the second both of prompt b.
+    total = functions.total(rewards.unflatten(0, (2, 2)))
+    assert total.tolist() == [[5.0, 15.0], [2.0, 4.0]]
+    nothing = functions.total(torch.full((1, 2, 2), math.nan))
+    assert nothing.isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        ([1.0, 2.0], r"Reward 'bad' returned 2 values for 4 images"),
+        (torch.zeros(4, 2), r"Reward 'bad' returned \[0.0, 0.0\], which is not a number, for the prompt 'a'"),
+        (0.5, r"Reward 'bad' returned 0.5, a float: it must return one float per image"),
+        (torch.tensor(0.5), r"Reward 'bad' returned 0.5, a Tensor"),
+        (None, r"Reward 'bad' returned None, a NoneType"),
+        ([1.0, 1.0, math.nan, 1.0], r"Reward 'bad' returned nan for the prompt 'b': a reward must be finite"),
+        ([1.0, math.inf, 1.0, 1.0], r"Reward 'bad' returned inf for the prompt 'a'"),
+        (torch.tensor([0.0, 0.0, 0.0, math.nan]), r"Reward 'bad' returned nan for the prompt 'b'"),
+        (["good", 1.0, 1.0, 1.0], r"Reward 'bad' returned 'good', which is not a number, for the prompt 'a'"),
+    ],
+)
+def test_bad_values_name_the_reward_and_the_prompt(result, message):
+    def bad(images, prompts):
+        return result
+
+    with pytest.raises(ValueError, match=message):
+        call(bad)
+
+
+@pytest.mark.parametrize(
+    ("functions", "weights", "message"),
+    [
+        ([], None, "reward_fn is empty"),
+        ("pickscore", None, "reward_fn='pickscore' is a str, not a callable"),
+        ([print], [1.0, 2.0], r"reward_weights has 2 values for 1 reward function\(s\)"),
+    ],
+)
+def test_bad_functions_are_refused(functions, weights, message):
+    with pytest.raises(ValueError, match=message):
+        RewardFunctions(functions, weights)
+
+
+def test_jpeg_compressibility_prefers_the_plain_image():
+    plain = Image.new("RGB", (64, 64), "gray")
+    noise = Image.effect_noise((64, 64), 80).convert("RGB")
+    small, large = jpeg_compressibility([plain, noise])
+    assert -1 > large and 0 > small > large
+    # Through the trainer's images, as PIL.
+    assert (call(jpeg_compressibility) < 0).all()
+
+
+def test_load_reward(tmp_path, monkeypatch):
+    (tmp_path / "my_rewards_for_test.py").write_text("def one(images):\n    return [1.0] * len(images)\n")
+    monkeypatch.chdir(tmp_path)
+    assert load_reward("my_rewards_for_test:one")(IMAGES) == [1.0] * 4
+    assert load_reward("trl_fdfo.rewards:jpeg_compressibility") is jpeg_compressibility
+    with pytest.raises(ValueError, match="'pickscore' is not of the form module:callable"):
+        load_reward("pickscore")
+    with pytest.raises(ValueError, match="there is no module 'nowhere'"):
+        load_reward("nowhere:reward")
+    with pytest.raises(ValueError, match="module 'my_rewards_for_test' has no 'two'"):
+        load_reward("my_rewards_for_test:two")

@@ -1,0 +1,27 @@
+"""RL post-training of text-to-image models with Finite Difference Flow Optimization (FDFO, arXiv 2603.12893)."""
+
+from typing import TYPE_CHECKING
+
+
+__version__ = "0.1.0"
+
+__all__ = ["FDFOConfig", "FDFOTrainer"]
+
+if TYPE_CHECKING:
+    from .fdfo_config import FDFOConfig
+    from .fdfo_trainer import FDFOTrainer
+
+_MODULES = {"FDFOConfig": "fdfo_config", "FDFOTrainer": "fdfo_trainer"}
+
+
+def __getattr__(name: str):
+    # Imported when first used: transformers and diffusers take seconds.
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -1,0 +1,88 @@
+"""Trainer callbacks: the progress bar and the weight averaging."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+from transformers import ProgressCallback, TrainerCallback
+
+
+class FDFOProgressCallback(ProgressCallback):
+    """
+    A bar that counts optimizer steps and shows the latest reward, and below it, while images are sampled, one that
+    counts the prompts of the rollout.
+    """
+
+    SHOWN = ("reward", "reward_std", "kl", "clip_ratio")
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description("train")
+            self.training_bar.unit = "step"
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is None or logs is None:
+            return
+        if "reward" in logs:
+            shown = {name: f"{logs[name]:.3g}" for name in self.SHOWN if name in logs}
+            self.training_bar.set_postfix({"rollout": round(state.global_step / args.steps_per_rollout), **shown})
+        else:
+            super().on_log(args, state, control, logs=logs, **kwargs)
+
+    def rollout_bar(self, rollout: int, prompts: int) -> tqdm:
+        """A bar for one rollout of `prompts` prompts on this process."""
+        return tqdm(
+            total=prompts,
+            desc=f"rollout {rollout + 1}",
+            unit="prompt",
+            leave=False,
+            dynamic_ncols=True,
+            disable=self.training_bar is None,
+        )
+
+
+class WeightAveraging(TrainerCallback):
+    """
+    Exponential moving average of the trained weights over rollouts.
+
+    Args:
+        parameters (`list[torch.nn.Parameter]`): The trained weights.
+        decay (`float`): Decay per rollout in [0, 1). It starts lower: min(decay, (1 + n) / (10 + n)) at rollout n.
+    """
+
+    FILE_NAME = "averaged_weights.safetensors"
+
+    def __init__(self, parameters: list[torch.nn.Parameter], decay: float):
+        self.parameters = parameters
+        self.average = EMAModel(parameters, decay=decay)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % args.steps_per_rollout == 0:
+            self.average.step(self.parameters)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model with the averaged weights in the place of the trained ones."""
+        self.average.store(self.parameters)
+        self.average.copy_to(self.parameters)
+        try:
+            yield
+        finally:
+            self.average.restore(self.parameters)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the average beside a checkpoint's weights."""
+        tensors = {str(i): parameter.contiguous() for i, parameter in enumerate(self.average.shadow_params)}
+        save_file(tensors, Path(folder, self.FILE_NAME), metadata={"updates": str(self.average.optimization_step)})
+
+    def load(self, folder: str | Path, updates: int) -> None:
+        """Read what `save` wrote after `updates` rollouts."""
+        tensors = load_file(Path(folder, self.FILE_NAME))
+        for i, parameter in enumerate(self.average.shadow_params):
+            parameter.copy_(tensors[str(i)])
+        self.average.optimization_step = updates

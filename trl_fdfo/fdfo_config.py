@@ -1,0 +1,320 @@
+"""Every option of FDFO, in the order of the paper's steps, and the checks that need no pipeline."""
+
+import math
+from dataclasses import dataclass, field
+
+from accelerate.utils import get_int_from_env
+from transformers import TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available, logging
+
+
+logger = logging.get_logger(__name__)
+
+CHURN_SCHEDULES = ("constant", "interval", "prior")
+
+# Options of `TrainingArguments` that make no sense for a replayed diffusers transformer.
+_REFUSED = {
+    "auto_find_batch_size": "the size of a micro-batch is that of its rollout batch: lower `per_device_prompt_batch_size`",
+    "neftune_noise_alpha": "it adds noise to token embeddings, and the replay must repeat the rollout exactly",
+    "use_liger_kernel": "it patches language models",
+    "label_smoothing_factor": "there are no labels",
+}
+
+
+@dataclass
+class FDFOConfig(TrainingArguments):
+    r"""
+    Configuration of [`FDFOTrainer`]: what [`~transformers.TrainingArguments`] has, and the options below. The defaults
+    are the setting of the paper (arXiv 2603.12893) for Stable Diffusion 3.5 Medium.
+
+    An epoch of the Trainer is one rollout and the optimizer steps on it: `save_strategy="epoch"` saves after each
+    rollout, and the logged `epoch` counts rollouts.
+
+    Parameters:
+        > Data
+
+        dataset_name (`str`, *optional*):
+            Prompts to train on where the trainer gets no `train_dataset`: a Hub id, or a local .txt (one prompt per
+            line), .json, .jsonl, .csv or .parquet file. Without it, the packaged list of prompts.
+        dataset_prompt_column (`str`, defaults to `"prompt"`):
+            Column of the dataset that holds the prompts. All columns are passed to the reward functions.
+
+        > Step 1: paired rollouts
+
+        num_rollouts (`int`, defaults to `100`):
+            Rollouts of the run. Sets `num_train_epochs`.
+        prompts_per_rollout (`int`, defaults to `432`):
+            Prompts of each rollout, over all processes.
+        per_device_prompt_batch_size (`int`, defaults to `2`):
+            Prompts sampled, and trained on, at a time by each process; `num_generations` times as many images.
+        num_generations (`int`, defaults to `2`):
+            Images G per prompt that are compared with each other, at least 2.
+        num_inference_steps (`int`, defaults to `40`):
+            Steps T of the sampler. The paper's fast setting is 10.
+        guidance_scale (`float`, defaults to `1.0`):
+            Guidance of the pipeline, sampled with and trained through. 1 is none.
+        height (`int`, *optional*, defaults to `512`):
+            Height of the images in pixels. `None` takes the pipeline's default.
+        width (`int`, *optional*, defaults to `512`):
+            Width of the images in pixels. `None` takes the pipeline's default.
+        pipeline_kwargs (`dict`, *optional*):
+            Further arguments of the pipeline's call, such as `{"max_sequence_length": 128}`.
+        churn (`float`, defaults to `0.0025`):
+            How much fresh noise drives the branches of a prompt apart, >= 0. Under `constant` the gamma of every
+            level; under `interval` and `prior` the (median) total of log(1 + gamma).
+        churn_schedule (`str`, defaults to `"constant"`):
+            `"constant"`: the same churn at every level. `"interval"`: all of it around one random noise level per
+            prompt. `"prior"`: all of it in the initial noise.
+        churn_location (`float`, defaults to `0.0`):
+            `interval`: mean over the prompts of the bump's centre in logit(t). 0 is t = 0.5.
+        churn_location_std (`float`, defaults to `1.0`):
+            `interval`: standard deviation over the prompts of the bump's centre in logit(t).
+        churn_width (`float`, defaults to `0.5`):
+            `interval`: standard deviation of the bump in logit(t), > 0.
+        churn_spread (`float`, defaults to `0.0`):
+            `prior`: standard deviation over the prompts of the logarithm of the churn. 0 gives all prompts the same.
+
+        > Step 2: rewards
+
+        reward_weights (`list[float]`, *optional*):
+            Weight of each reward function in the sum. `None` weighs each by 1.
+
+        > Steps 3 and 4: update
+
+        optimizer_steps_per_rollout (`int`, defaults to `4`):
+            Equal optimizer steps M that a rollout is split into.
+        num_iterations (`int`, defaults to `1`):
+            Passes over each rollout.
+        timestep_fraction (`float`, defaults to `1.0`):
+            Fraction in (0, 1] of each rollout batch's noise levels that are trained on, drawn at random and spread
+            over the schedule. Lower costs less and learns about as much per image.
+        epsilon (`float`, defaults to `0.03`):
+            How far one rollout may move the ratio of pseudo likelihoods from 1, > 0.
+        beta (`float`, defaults to `0.0`):
+            Weight of mean((v - v_base)^2), the penalty on leaving the model without its adapter. Keeps diversity. One
+            more forward pass per micro-batch where it is not 0.
+
+        > What is trained
+
+        use_peft (`bool`, defaults to `True`):
+            Train LoRA adapters; else the whole transformer.
+        lora_r (`int`, defaults to `32`):
+            Rank of the adapters.
+        lora_alpha (`int`, defaults to `64`):
+            Scale of the adapters: their output is multiplied by lora_alpha / lora_r.
+        lora_target_modules (`list[str]`, *optional*):
+            Names (endings) of the linear layers that get an adapter. `None`: the transformer's attention projections.
+        ema_decay (`float`, *optional*):
+            Average the trained weights over rollouts with this decay in [0, 1), for evaluation and for what
+            `save_model` writes. `None` does not average.
+
+    Derived (computed once, here):
+        num_trained_levels (`int`): K = max(1, round(timestep_fraction T)).
+        num_rollout_batches (`int`): batches per process, prompts_per_rollout / (processes x
+            per_device_prompt_batch_size).
+        steps_per_rollout (`int`): optimizer steps between two rollouts, M x num_iterations.
+        gradient_accumulation_steps (`int`): micro-batches per optimizer step, num_rollout_batches x K / M.
+    """
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "pipeline_kwargs"]
+
+    # Data
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Prompts: a Hub id or a txt, json, jsonl, csv or parquet file. Default: the packaged list."},
+    )
+    dataset_prompt_column: str = field(default="prompt", metadata={"help": "Column that holds the prompts."})
+
+    # Step 1: paired rollouts
+    num_rollouts: int = field(default=100, metadata={"help": "Rollouts of the run."})
+    prompts_per_rollout: int = field(default=432, metadata={"help": "Prompts per rollout, over all processes."})
+    per_device_prompt_batch_size: int = field(
+        default=2, metadata={"help": "Prompts sampled, and trained on, at a time by each process."}
+    )
+    num_generations: int = field(default=2, metadata={"help": "Images per prompt that are compared, at least 2."})
+    num_inference_steps: int = field(default=40, metadata={"help": "Steps of the sampler."})
+    guidance_scale: float = field(default=1.0, metadata={"help": "Guidance of the pipeline; 1 is none."})
+    height: int | None = field(default=512, metadata={"help": "Height of the images in pixels."})
+    width: int | None = field(default=512, metadata={"help": "Width of the images in pixels."})
+    pipeline_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Further arguments of the pipeline's call, as a dict or a JSON string."}
+    )
+    churn: float = field(default=0.0025, metadata={"help": "Fresh noise that drives the branches apart, >= 0."})
+    churn_schedule: str = field(
+        default="constant", metadata={"help": "Where the churn goes.", "choices": list(CHURN_SCHEDULES)}
+    )
+    churn_location: float = field(default=0.0, metadata={"help": "interval: mean of the bump's centre in logit(t)."})
+    churn_location_std: float = field(
+        default=1.0, metadata={"help": "interval: standard deviation over prompts of the bump's centre in logit(t)."}
+    )
+    churn_width: float = field(default=0.5, metadata={"help": "interval: width of the bump in logit(t)."})
+    churn_spread: float = field(
+        default=0.0, metadata={"help": "prior: standard deviation over prompts of the churn's logarithm."}
+    )
+
+    # Step 2: rewards
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weight of each reward function; 1 each by default."}
+    )
+
+    # Steps 3 and 4: update
+    optimizer_steps_per_rollout: int = field(default=4, metadata={"help": "Optimizer steps a rollout is split into."})
+    num_iterations: int = field(default=1, metadata={"help": "Passes over each rollout."})
+    timestep_fraction: float = field(
+        default=1.0, metadata={"help": "Fraction of each rollout batch's noise levels that are trained on."}
+    )
+    epsilon: float = field(default=0.03, metadata={"help": "Width of the trust region of the ratio."})
+    beta: float = field(default=0.0, metadata={"help": "Weight of the penalty on leaving the base model."})
+
+    # What is trained
+    use_peft: bool = field(default=True, metadata={"help": "Train LoRA adapters; else the whole transformer."})
+    lora_r: int = field(default=32, metadata={"help": "Rank of the LoRA adapters."})
+    lora_alpha: int = field(default=64, metadata={"help": "Scale of the LoRA adapters."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Layers that get an adapter. Default: the attention projections."}
+    )
+    ema_decay: float | None = field(
+        default=None, metadata={"help": "Average the trained weights over rollouts for evaluation and saving."}
+    )
+
+    # Defaults of TrainingArguments that differ here
+    learning_rate: float = field(default=3e-5, metadata={"help": "Initial learning rate of AdamW."})
+    weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay of AdamW."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "Learning rate schedule."})
+    bf16: bool | None = field(
+        default=None, metadata={"help": "bfloat16 mixed precision. Default: where the GPU has it and fp16 is not set."}
+    )
+    logging_steps: float | None = field(
+        default=None, metadata={"help": "Optimizer steps between logs. Default: one log per rollout."}
+    )
+    save_steps: float | None = field(
+        default=None,
+        metadata={
+            "help": "Optimizer steps between checkpoints, a multiple of those per rollout. Default: 10 rollouts."
+        },
+    )
+
+    def __post_init__(self):
+        self._validate()
+        # DeepSpeed reads the batch sizes in `super().__post_init__`, which is also what learns the number of
+        # processes: take it from the launcher's environment, and check it afterwards.
+        world_size = get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 1)
+        self.num_trained_levels = max(1, round(self.timestep_fraction * self.num_inference_steps))
+        self.steps_per_rollout = self.optimizer_steps_per_rollout * self.num_iterations
+        self._derive_batches(world_size)
+        # An epoch of the Trainer is a rollout.
+        self.num_train_epochs = self.num_rollouts
+        if self.logging_steps is None:
+            self.logging_steps = self.steps_per_rollout
+        if self.save_steps is None:
+            self.save_steps = 10 * self.steps_per_rollout
+        elif self.save_steps >= 1 and self.save_steps % self.steps_per_rollout:
+            lower, upper = nearest_multiples(int(self.save_steps), self.steps_per_rollout)
+            raise ValueError(
+                f"save_steps={self.save_steps} falls inside a rollout of {self.steps_per_rollout} optimizer steps, where "
+                f"a run cannot be resumed without the rollout's data. The nearest that do not: {lower} and {upper}."
+            )
+        if self.ddp_find_unused_parameters is None:
+            # Every adapter takes part in every forward pass; searching for those that do not costs time.
+            self.ddp_find_unused_parameters = not self.use_peft
+        self._resolve_bf16()
+        super().__post_init__()
+        if self.world_size != world_size:
+            raise ValueError(
+                f"The environment announces {world_size} processes, but {self.world_size} are running. Launch with "
+                "`accelerate launch` or `torchrun`, which set WORLD_SIZE."
+            )
+        if self.n_gpu > 1:
+            logger.warning(
+                f"{self.n_gpu} GPUs are visible to one process, which trains on the first. For all of them: "
+                f"`accelerate launch --num_processes {self.n_gpu} ...`."
+            )
+            self._n_gpu = 1
+
+    def _validate(self):
+        for name in (
+            "num_rollouts",
+            "prompts_per_rollout",
+            "per_device_prompt_batch_size",
+            "num_inference_steps",
+            "optimizer_steps_per_rollout",
+            "num_iterations",
+            "lora_r",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.num_generations < 2:
+            raise ValueError(
+                f"num_generations={self.num_generations}, but FDFO learns from the difference between the images of a "
+                "prompt: it takes at least 2 (the paper's setting)."
+            )
+        if not 0 < self.timestep_fraction <= 1:
+            raise ValueError(f"timestep_fraction={self.timestep_fraction} must be in (0, 1]: 1 trains on all levels.")
+        if not self.epsilon > 0:
+            raise ValueError(f"epsilon={self.epsilon} must be > 0: it is how far a rollout may move the ratio from 1.")
+        for name in ("churn", "churn_location_std", "churn_spread", "beta"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
+        if self.churn == 0:
+            raise ValueError(
+                "churn=0 leaves the images of a prompt identical: there is no difference to learn from. The paper's "
+                "setting is 0.0025."
+            )
+        if not self.churn_width > 0:
+            raise ValueError(f"churn_width={self.churn_width} must be > 0.")
+        if self.churn_schedule not in CHURN_SCHEDULES:
+            raise ValueError(f"churn_schedule='{self.churn_schedule}' is not one of {', '.join(CHURN_SCHEDULES)}.")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay={self.ema_decay} must be in [0, 1), or None for no averaging.")
+        if self.beta and not self.use_peft:
+            raise ValueError(
+                f"beta={self.beta} needs the base model, which is the model with its adapter disabled, but "
+                "use_peft=False has no adapter. Set beta=0 or use_peft=True."
+            )
+        for name, reason in _REFUSED.items():
+            if getattr(self, name, None):
+                raise ValueError(f"{name}={getattr(self, name)} does not work with FDFO: {reason}.")
+
+    def _derive_batches(self, world_size: int):
+        prompts_per_batch = world_size * self.per_device_prompt_batch_size
+        if self.prompts_per_rollout % prompts_per_batch:
+            lower, upper = nearest_multiples(self.prompts_per_rollout, prompts_per_batch)
+            raise ValueError(
+                f"prompts_per_rollout={self.prompts_per_rollout} cannot be split evenly over {world_size} process(es) "
+                f"x per_device_prompt_batch_size={self.per_device_prompt_batch_size}. The nearest that can: "
+                f"{lower} and {upper}."
+            )
+        self.num_rollout_batches = self.prompts_per_rollout // prompts_per_batch
+        units = self.num_rollout_batches * self.num_trained_levels
+        if units % self.optimizer_steps_per_rollout:
+            steps = [m for m in range(1, units + 1) if units % m == 0]
+            steps = sorted(sorted(steps, key=lambda m: abs(m - self.optimizer_steps_per_rollout))[:2])
+            # The number of batches must be a multiple of this for the steps that were asked for.
+            batches = self.optimizer_steps_per_rollout // math.gcd(
+                self.optimizer_steps_per_rollout, self.num_trained_levels
+            )
+            lower, upper = nearest_multiples(self.prompts_per_rollout, batches * prompts_per_batch)
+            raise ValueError(
+                f"The {self.num_rollout_batches} rollout batches per process x {self.num_trained_levels} trained noise "
+                f"levels = {units} micro-batches cannot be split into optimizer_steps_per_rollout="
+                f"{self.optimizer_steps_per_rollout} equal steps. The nearest that can: optimizer_steps_per_rollout="
+                f"{' or '.join(map(str, steps))}, or prompts_per_rollout={lower} or {upper}."
+            )
+        self.gradient_accumulation_steps = units // self.optimizer_steps_per_rollout
+        self.per_device_train_batch_size = self.per_device_prompt_batch_size * self.num_generations
+
+    def _resolve_bf16(self):
+        available = is_torch_bf16_gpu_available() and not self.use_cpu
+        if self.bf16 is None:
+            self.bf16 = available and not self.fp16
+        elif self.bf16 and not available and not self.use_cpu:
+            raise ValueError(
+                "bf16=True, but this machine has no GPU with bfloat16. Leave bf16 unset to use what the machine can do, "
+                "set fp16=True on an older GPU, or use_cpu=True to run bfloat16 on the CPU."
+            )
+
+
+def nearest_multiples(value: int, divisor: int) -> tuple[int, int]:
+    """The multiples of `divisor` next to `value`, the lower one at least `divisor` itself."""
+    lower = max(value // divisor, 1) * divisor
+    return lower, lower + divisor

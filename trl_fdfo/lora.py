@@ -1,0 +1,100 @@
+"""LoRA adapters on a diffusers transformer: where they go, and files that both PEFT and diffusers load."""
+
+import inspect
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from torch import Tensor
+
+from .fdfo_config import FDFOConfig
+
+
+def attention_projections(transformer: torch.nn.Module) -> list[str]:
+    """
+    Names of the linear layers of a transformer's attention, relative to the attention module: `to_q`, `to_out.0`, ...
+
+    Raises:
+        ValueError: No module of the transformer has "Attention" in the name of its class.
+    """
+    names = {
+        name
+        for attention in transformer.modules()
+        if "Attention" in type(attention).__name__
+        for name, layer in attention.named_modules()
+        if isinstance(layer, torch.nn.Linear)
+    }
+    if not names:
+        raise ValueError(
+            f"No attention projections were found in {type(transformer).__name__}. Name the layers that are to get an "
+            f"adapter in `lora_target_modules`; its linear layers are {_linear_layers(transformer)}."
+        )
+    return sorted(names)
+
+
+def default_lora_config(config: FDFOConfig, transformer: torch.nn.Module) -> LoraConfig:
+    """The paper's adapter: LoRA with gaussian initialisation on the attention projections."""
+    return LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        init_lora_weights="gaussian",
+        target_modules=config.lora_target_modules or attention_projections(transformer),
+    )
+
+
+def add_adapter(pipeline: DiffusionPipeline, peft_config: PeftConfig) -> PeftModel:
+    """
+    Inject an adapter into the pipeline's transformer, in place. Its weights are fp32 whatever the transformer's dtype.
+
+    Raises:
+        ValueError: The target modules match no layer, or the adapter has dropout.
+    """
+    transformer = pipeline.transformer
+    targets = getattr(peft_config, "target_modules", None)
+    if isinstance(targets, (list, set)):
+        layers = [name for name, _ in transformer.named_modules()]
+        if not any(layer == target or layer.endswith(f".{target}") for layer in layers for target in targets):
+            raise ValueError(
+                f"The LoRA target modules {sorted(targets)} match no layer of {type(transformer).__name__}. Its linear "
+                f"layers are {_linear_layers(transformer)}. Leave `lora_target_modules` unset for the attention "
+                "projections."
+            )
+    if getattr(peft_config, "lora_dropout", 0):
+        raise ValueError(
+            f"lora_dropout={peft_config.lora_dropout} would make every replayed velocity differ from the sampled one. "
+            "Set it to 0."
+        )
+    model = get_peft_model(transformer, peft_config)
+    # PEFT looks for a name on the transformer; the adapter belongs to the pipeline.
+    peft_config.base_model_name_or_path = pipeline.config.get("_name_or_path")
+    return model
+
+
+def save_diffusers_lora(
+    pipeline: DiffusionPipeline, model: PeftModel, output_dir: str | Path, state_dict: dict[str, Tensor] | None = None
+) -> None:
+    """
+    Write `pytorch_lora_weights.safetensors`, which `pipeline.load_lora_weights(output_dir)` opens.
+
+    The rank and alpha go along as metadata: without them `load_lora_weights` takes alpha = rank. A pipeline without a
+    LoRA loader of its own is left with PEFT's file alone.
+    """
+    save = getattr(pipeline, "save_lora_weights", None)
+    if save is None or "transformer_lora_adapter_metadata" not in inspect.signature(save).parameters:
+        return
+    layers = get_peft_model_state_dict(model, state_dict=state_dict)
+    save(
+        output_dir,
+        transformer_lora_layers={name.removeprefix("base_model.model."): value for name, value in layers.items()},
+        transformer_lora_adapter_metadata=model.peft_config["default"].to_dict(),
+    )
+
+
+def _linear_layers(transformer: torch.nn.Module) -> str:
+    """The endings of the names of its linear layers, for a message."""
+    names = {
+        name.rpartition(".")[2] for name, layer in transformer.named_modules() if isinstance(layer, torch.nn.Linear)
+    }
+    # A number is the place in a list of layers: the name before it says more.
+    return ", ".join(sorted(name for name in names if not name.isdigit()))

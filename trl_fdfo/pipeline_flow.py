@@ -1,0 +1,449 @@
+"""
+Rollout and replay through a user's diffusers pipeline: the only file that touches one.
+
+FDFO needs the velocity v(x_t, t, prompt) and nothing else of a model, and in every diffusers flow-matching pipeline that
+is what reaches `scheduler.step`: after guidance, sign flips, packing and slicing. So the pipeline is its own adapter.
+
+- Rollout: the pipeline is called as a user would, with a scheduler whose `step` does the churned step and records
+  (x_t, v). The generators of a prompt's branches start from one seed, so that the branches share their noise.
+- Replay of one step, with gradients: the undecorated `__call__` runs on the same batch with the remembered return values
+  of `encode_prompt` and `prepare_latents` (the latents being the recorded x_t) and a scheduler that serves that one
+  timestep and stops the pipeline when the velocity arrives.
+
+Dimensions: P prompts, G branches (images per prompt), N = P x G samples in prompt-major order, T steps.
+"""
+
+import contextlib
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import recursively_apply
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
+from torch import Tensor
+
+from .algorithm import churn_start, churn_step
+
+
+# Relative rms difference between a replayed and a recorded velocity that kernels which do not repeat to the bit may
+# cause (atomics, compiled graphs). The wrong prompt, step or guidance is 10 to 1000 times as far off.
+REPLAY_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+
+
+class ReplayError(RuntimeError):
+    """A replayed velocity is not the recorded one: what would be trained is not what was sampled."""
+
+
+@dataclass(frozen=True, eq=False)
+class RolloutBatch:
+    """
+    What a rollout of one batch of prompts leaves behind for the replay.
+
+    Attributes:
+        prompts (`list[str]`): The P prompts.
+        images (`Tensor`): Decoded images, floats in [0, 1], shape [N, 3, H, W].
+        endpoints (`Tensor`): Final latents x_0 as the pipeline lays them out, shape [P, G, ...].
+        x_t (`dict[int, Tensor]`): Noisy latents before step k, for each recorded k in [0, T), shape [N, ...].
+        velocities (`dict[int, Tensor]`): Velocity of step k, for each recorded k, the shape of `x_t[k]`.
+        call_kwargs (`dict`): Arguments of the pipeline's call.
+        remembered (`dict[str, list]`): Return values of the pipeline's methods that the replay does not repeat.
+    """
+
+    prompts: list[str]
+    images: Tensor
+    endpoints: Tensor
+    x_t: dict[int, Tensor]
+    velocities: dict[int, Tensor]
+    call_kwargs: dict[str, Any]
+    remembered: dict[str, list]
+
+
+class PipelineFlow:
+    """
+    The flow of a diffusers pipeline: samples from it, and gives its velocity at a recorded sample, with gradients.
+
+    Args:
+        pipeline (`DiffusionPipeline`): A flow-matching pipeline with a `transformer` and a
+            `FlowMatchEulerDiscreteScheduler`.
+        num_generations (`int`): Branches G per prompt, >= 2.
+        num_inference_steps (`int`): Steps T of the sampler.
+        **call_kwargs: Other arguments of the pipeline's call, such as `guidance_scale`, `height`, `width` (pixels).
+
+    Attributes:
+        model (`Callable`): What is called in the place of `pipeline.transformer`: the module itself, or what wraps it
+            (DDP, DeepSpeed, FSDP, a compiled module), so that the wrapper's hooks fire.
+
+    Raises:
+        ValueError: The pipeline is no flow-matching one, or its call does not take one of the arguments.
+    """
+
+    def __init__(
+        self, pipeline: DiffusionPipeline, *, num_generations: int, num_inference_steps: int, **call_kwargs: Any
+    ):
+        self.pipeline = pipeline
+        self.num_generations = num_generations
+        self.call_kwargs = {"num_inference_steps": num_inference_steps, **call_kwargs}
+        check_flow_matching(pipeline)
+        _check_call_kwargs(pipeline, self.call_kwargs)
+        _check_resolution(pipeline, call_kwargs.get("height"), call_kwargs.get("width"))
+        self.model: Callable = pipeline.transformer
+        self._dtype = pipeline.transformer.dtype
+        # `inspect.unwrap` strips the decorator `torch.no_grad()` from the call.
+        self._call_with_grad = inspect.unwrap(type(pipeline).__call__)
+
+    @functools.cached_property
+    def sigmas(self) -> Tensor:
+        """Noise levels t_0 > ... > t_T = 0 of the pipeline at these settings, in [0, 1], shape [T + 1], on the CPU."""
+        scheduler = _ProbeScheduler.from_config(self.pipeline.scheduler.config)
+        with self._patched(scheduler, {}), torch.no_grad():
+            try:
+                self.pipeline(**self._arguments(["a"], [torch.Generator()]))
+            except _StopPipeline as stop:
+                return stop.value.cpu()
+        raise ValueError(f"{type(self.pipeline).__name__} never called `transformer`: it is not a pipeline to train.")
+
+    @torch.no_grad()
+    def rollout(
+        self,
+        prompts: Sequence[str],
+        gammas: Tensor,
+        seeds: Sequence[int],
+        noise_seeds: Sequence[int],
+        levels: Sequence[int],
+    ) -> RolloutBatch:
+        """
+        Step 1 of FDFO: sample G images of each prompt from the same initial noise, with churn.
+
+        Args:
+            prompts (`Sequence[str]`): P prompts.
+            gammas (`Tensor`): Churn of each level, for all prompts, shape [T + 1], or for each, shape [P, T + 1].
+            seeds (`Sequence[int]`): Seed of the initial noise of each prompt, P of them.
+            noise_seeds (`Sequence[int]`): Seed of the churn noise of each branch, N = P x G of them.
+            levels (`Sequence[int]`): Steps in [0, T) whose tuples are recorded.
+
+        Returns:
+            [`RolloutBatch`]: images, endpoints and recorded tuples.
+        """
+        branches = self.num_generations
+        scheduler = _ChurnScheduler.from_config(self.pipeline.scheduler.config)
+        scheduler.record(
+            gammas.expand(len(prompts), -1).repeat_interleave(branches, dim=0), _generators(noise_seeds), levels
+        )
+        remembered: dict[str, list] = {"encode_prompt": [], "prepare_latents": []}
+
+        def encode_prompt(original, *args, **kwargs):
+            remembered["encode_prompt"].append(original(*args, **kwargs))
+            return remembered["encode_prompt"][-1]
+
+        def prepare_latents(original, *args, **kwargs):
+            prepared = original(*args, **kwargs)
+            remembered["prepare_latents"].append(prepared)
+            return _with_latents(prepared, scheduler.start(_latents(prepared)))
+
+        # Each branch has a generator of its own from the seed of its prompt: their initial noise is the same.
+        call_kwargs = self._arguments(prompts, _generators([seed for seed in seeds for _ in range(branches)]))
+        with self._patched(scheduler, {"encode_prompt": encode_prompt, "prepare_latents": prepare_latents}):
+            images = self.pipeline(**call_kwargs)[0]
+        return RolloutBatch(
+            prompts=list(prompts),
+            images=images.float(),
+            endpoints=scheduler.endpoints.unflatten(0, (len(prompts), branches)),
+            x_t=scheduler.x_t,
+            velocities=scheduler.velocities,
+            call_kwargs=call_kwargs,
+            remembered=remembered,
+        )
+
+    def velocity(self, batch: RolloutBatch, level: int) -> Tensor:
+        """
+        Velocity of the model as it is now at the samples recorded before step `level`, with gradients where enabled.
+
+        Args:
+            batch ([`RolloutBatch`]): A batch that `rollout` returned.
+            level (`int`): A step that was recorded there.
+
+        Returns:
+            `Tensor`: Velocity v(x_t, t), guidance included, the shape of `batch.x_t[level]`.
+        """
+        scheduler = _ReplayScheduler.from_config(self.pipeline.scheduler.config)
+        scheduler.level = level
+        remembered = {name: iter(values) for name, values in batch.remembered.items()}
+
+        def encode_prompt(original, *args, **kwargs):
+            return next(remembered["encode_prompt"])
+
+        def prepare_latents(original, *args, **kwargs):
+            return _with_latents(next(remembered["prepare_latents"]), batch.x_t[level])
+
+        with self._patched(scheduler, {"encode_prompt": encode_prompt, "prepare_latents": prepare_latents}):
+            try:
+                self._call_with_grad(self.pipeline, **batch.call_kwargs)
+            except _StopPipeline as stop:
+                return stop.value
+        raise ReplayError(
+            f"{type(self.pipeline).__name__} did not call `scheduler.step` in the replay of step {level}."
+        )
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[str], seeds: Sequence[int], **call_kwargs: Any) -> Tensor:
+        """
+        One image of each prompt by the pipeline's own sampler (no churn), for evaluation.
+
+        Args:
+            prompts (`Sequence[str]`): N prompts.
+            seeds (`Sequence[int]`): Seed of the initial noise of each image, N of them.
+            **call_kwargs: Arguments of the pipeline's call in the place of those given at construction.
+
+        Returns:
+            `Tensor`: Images, floats in [0, 1], shape [N, 3, H, W].
+        """
+        with self._patched(self.pipeline.scheduler, {}):
+            return self.pipeline(**{**self._arguments(prompts, _generators(seeds)), **call_kwargs})[0].float()
+
+    def _arguments(self, prompts: Sequence[str], generators: list[torch.Generator]) -> dict[str, Any]:
+        # One negative prompt for all: not every pipeline repeats it itself.
+        repeated = {
+            name: [value] * len(prompts)
+            for name, value in self.call_kwargs.items()
+            if name.startswith("negative_prompt") and isinstance(value, str)
+        }
+        return {
+            **self.call_kwargs,
+            **repeated,
+            "prompt": list(prompts),
+            "num_images_per_prompt": len(generators) // len(prompts),
+            "generator": generators,
+            "output_type": "pt",
+            "return_dict": False,
+        }
+
+    @contextlib.contextmanager
+    def _patched(self, scheduler: FlowMatchEulerDiscreteScheduler, methods: dict[str, Callable]) -> Iterator[None]:
+        """
+        The pipeline with another scheduler, the model in place of its transformer, wrapped methods and no progress bar.
+
+        They shadow the pipeline's own through its `__dict__`: plain `setattr` would rewrite its config.
+        """
+        pipeline = self.pipeline
+        attributes: dict[str, Any] = {
+            "scheduler": scheduler,
+            "transformer": _ModelProxy(self.model, pipeline.transformer, self._dtype),
+            "_progress_bar_config": {**getattr(pipeline, "_progress_bar_config", {}), "disable": True},
+        }
+        for name, method in methods.items():
+            attributes[name] = functools.partial(method, getattr(pipeline, name))
+        originals = {name: pipeline.__dict__[name] for name in attributes if name in pipeline.__dict__}
+        pipeline.__dict__.update(attributes)
+        try:
+            yield
+        finally:
+            for name in attributes:
+                del pipeline.__dict__[name]
+            pipeline.__dict__.update(originals)
+
+
+def load_pipeline(name_or_path: str | Path, **kwargs: Any) -> DiffusionPipeline:
+    """
+    `DiffusionPipeline.from_pretrained`, also for a pipeline that was saved without some of its text encoders.
+
+    Args:
+        name_or_path (`str` or `Path`): Hub id, or folder in diffusers' layout.
+        **kwargs: Passed on.
+    """
+    # diffusers takes a component as absent only where it is passed as None.
+    index = DiffusionPipeline.load_config(name_or_path)
+    absent = {name: None for name, value in index.items() if value == [None, None]}
+    return DiffusionPipeline.from_pretrained(name_or_path, **{**absent, **kwargs})
+
+
+def check_replay(velocity: Tensor, recorded: Tensor, pipeline: DiffusionPipeline, level: int) -> float:
+    """
+    Compare a replayed velocity, taken before any optimizer step, with the one that the rollout recorded.
+
+    Returns:
+        `float`: Their rms difference relative to the rms of the recorded one: 0.0 where kernels repeat to the bit.
+
+    Raises:
+        ReplayError: They differ by more than kernels may; names the pipeline, the difference and the likely cause.
+    """
+    difference = (velocity.detach().float() - recorded.float()).square().mean().sqrt()
+    error = (difference / recorded.float().square().mean().sqrt().clamp_min(1e-12)).item()
+    tolerance = REPLAY_TOLERANCE.get(recorded.dtype, REPLAY_TOLERANCE[torch.float32])
+    # Written so that a NaN fails.
+    if not error <= tolerance:
+        raise ReplayError(
+            f"The replay of {type(pipeline).__name__} is not exact: before any optimizer step, the velocity of step "
+            f"{level} differs from the one recorded in the rollout by {error:.3g} of its rms (at most {tolerance:g} is "
+            "allowed). Training would follow another function than the one that was sampled. Likely causes: dropout or "
+            "another random layer in the transformer (set it to 0); a feature cache (`transformer.disable_cache()`); "
+            "guidance that depends on the step index or changes during sampling (turn it off in `pipeline_kwargs`); a "
+            "pipeline that keeps state between its steps."
+        )
+    return error
+
+
+def check_flow_matching(pipeline: DiffusionPipeline) -> None:
+    """
+    Raises:
+        ValueError: `pipeline` is not a flow-matching pipeline with the parts that the rollout and the replay need.
+    """
+    name = type(pipeline).__name__
+    scheduler = getattr(pipeline, "scheduler", None)
+    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        raise ValueError(
+            f"{name} samples with {type(scheduler).__name__}, but FDFO moves the velocity of a flow-matching model: the "
+            "pipeline's scheduler must be a `FlowMatchEulerDiscreteScheduler`. Take a flow-matching pipeline (such as "
+            "those whose scheduler_config.json names that class)."
+        )
+    for option in ("stochastic_sampling", "invert_sigmas"):
+        if scheduler.config.get(option):
+            raise ValueError(
+                f"The scheduler of {name} has `{option}=True`, which changes the sampler that FDFO's churn replaces. "
+                f"Set `pipeline.scheduler.register_to_config({option}=False)` if the model allows it."
+            )
+    for part in ("transformer", "encode_prompt", "prepare_latents"):
+        if getattr(pipeline, part, None) is None:
+            raise ValueError(f"{name} has no `{part}`, which FDFO needs to sample from it and to replay its steps.")
+
+
+def _check_call_kwargs(pipeline: DiffusionPipeline, call_kwargs: dict[str, Any]) -> None:
+    accepted = list(inspect.signature(type(pipeline).__call__).parameters)[1:]
+    refused = [name for name in call_kwargs if name not in accepted]
+    if refused:
+        raise ValueError(
+            f"{type(pipeline).__name__} does not take {', '.join(refused)} in its call. It takes: {', '.join(accepted)}."
+        )
+
+
+def _check_resolution(pipeline: DiffusionPipeline, height: int | None, width: int | None) -> None:
+    # A pipeline that packs its latents says so by the factor of its image processor, others by the patch size.
+    factor = getattr(pipeline, "vae_scale_factor", 1)
+    patch_size = pipeline.transformer.config.get("patch_size", 1)
+    processor = getattr(getattr(pipeline, "image_processor", None), "config", {})
+    multiple = math.lcm(
+        factor * patch_size if isinstance(patch_size, int) else factor, processor.get("vae_scale_factor", 1)
+    )
+    for name, size in (("height", height), ("width", width)):
+        if size is not None and (size <= 0 or size % multiple):
+            lower = max(size // multiple, 1) * multiple
+            raise ValueError(
+                f"{name}={size} is not a multiple of {multiple}, the pixels per latent patch of {type(pipeline).__name__}. "
+                f"The nearest that work: {lower} and {lower + multiple}."
+            )
+
+
+def _generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    """One generator per seed, on the CPU so that the noise does not depend on the device."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+# What `prepare_latents` returns is the latents, or a tuple that starts with them.
+def _latents(prepared: Any) -> Tensor:
+    return prepared if isinstance(prepared, Tensor) else prepared[0]
+
+
+def _with_latents(prepared: Any, latents: Tensor) -> Any:
+    return latents if isinstance(prepared, Tensor) else (latents, *prepared[1:])
+
+
+class _StopPipeline(Exception):
+    """Ends a pipeline's call once what it was called for has arrived."""
+
+    def __init__(self, value: Tensor):
+        self.value = value
+
+
+class _ModelProxy:
+    """
+    Stands in for `pipeline.transformer`: calls go to the wrapped model, attributes to the module itself.
+
+    Accelerate's mixed precision returns fp32 whatever the module's own dtype, which a VAE in bf16 then cannot decode:
+    outputs are cast back.
+    """
+
+    def __init__(self, model: Callable, module: torch.nn.Module, dtype: torch.dtype):
+        self._model = model
+        self._module = module
+        self._dtype = dtype
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return recursively_apply(
+            lambda output: output.to(self._dtype), self._model(*args, **kwargs), test_type=torch.is_floating_point
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+class _ProbeScheduler(FlowMatchEulerDiscreteScheduler):
+    """Stops the pipeline as soon as its noise levels are set."""
+
+    # `retrieve_timesteps` of the pipelines inspects the signature, which `functools.wraps` keeps.
+    @functools.wraps(FlowMatchEulerDiscreteScheduler.set_timesteps)
+    def set_timesteps(self, *args, **kwargs):
+        super().set_timesteps(*args, **kwargs)
+        raise _StopPipeline(self.sigmas)
+
+
+class _ChurnScheduler(FlowMatchEulerDiscreteScheduler):
+    """The sampler of step 1: churned Euler steps, with the tuples (x_t, v) of some levels recorded."""
+
+    def record(self, gammas: Tensor, generators: list[torch.Generator], levels: Sequence[int]) -> None:
+        """Prepare for one call: churn [N, T + 1], one generator per sample and the steps to be recorded."""
+        self.gammas = gammas
+        self.generators = generators
+        self.levels = frozenset(levels)
+        self.x_t: dict[int, Tensor] = {}
+        self.velocities: dict[int, Tensor] = {}
+        self.endpoints: Tensor | None = None  # latents after the latest step, [N, ...]
+
+    def start(self, x: Tensor) -> Tensor:
+        """Fresh noise for each branch at t = 1."""
+        gamma = self.gammas[:, 0]
+        return churn_start(x.float(), gamma, self._noise(x, gamma)).to(x.dtype)
+
+    def step(self, model_output, timestep, sample, return_dict=True, **kwargs):
+        if kwargs.get("per_token_timesteps") is not None:
+            raise ValueError("A pipeline that gives each token a noise level of its own cannot be trained with FDFO.")
+        if self.step_index is None:
+            self._init_step_index(timestep)
+        step = self.step_index
+        if step in self.levels:
+            self.x_t[step] = sample
+            self.velocities[step] = model_output
+        gamma = self.gammas[:, step + 1]
+        # As in the parent's step: computed in fp32, returned in the dtype of the model.
+        x_s = churn_step(
+            sample.float(), model_output, self.sigmas[step], self.sigmas[step + 1], gamma, self._noise(sample, gamma)
+        ).to(model_output.dtype)
+        self._step_index += 1
+        self.endpoints = x_s
+        return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=x_s) if return_dict else (x_s,)
+
+    def _noise(self, x: Tensor, gamma: Tensor) -> Tensor:
+        """Fresh fp32 noise of the shape of `x`; a sample without churn draws none."""
+        noise = torch.zeros(x.shape)
+        for sample, generator, sample_gamma in zip(noise, self.generators, gamma.tolist(), strict=True):
+            if sample_gamma > 0:
+                sample.normal_(generator=generator)
+        return noise.to(x.device)
+
+
+class _ReplayScheduler(FlowMatchEulerDiscreteScheduler):
+    """Serves the timestep of one level and stops the pipeline when its velocity arrives."""
+
+    level: int
+
+    @functools.wraps(FlowMatchEulerDiscreteScheduler.set_timesteps)
+    def set_timesteps(self, *args, **kwargs):
+        super().set_timesteps(*args, **kwargs)
+        self.timesteps = self.timesteps[self.level : self.level + 1]
+
+    def step(self, model_output, timestep, sample, **kwargs):
+        raise _StopPipeline(model_output)

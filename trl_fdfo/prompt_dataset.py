@@ -1,0 +1,78 @@
+"""Prompts: where they come from, and in which order the rollouts draw them."""
+
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset, load_dataset
+
+
+PACKAGED_PROMPTS = Path(__file__).with_name("prompts.txt")
+
+# Name endings of local files, and the `datasets` builders that read them.
+_BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def load_prompts(dataset_name: str | None = None, prompt_column: str = "prompt") -> Dataset:
+    """
+    Args:
+        dataset_name (`str`, *optional*): A Hub id (its split `train` is taken) or a local .txt (one prompt per line),
+            .json, .jsonl, .csv or .parquet file. `None` takes the packaged list of prompts.
+        prompt_column (`str`): Name that the lines of a .txt file get as a column.
+
+    Returns:
+        `datasets.Dataset`: The dataset with all of its columns.
+
+    Raises:
+        FileNotFoundError: `dataset_name` looks like a local file and there is none.
+    """
+    path = PACKAGED_PROMPTS if dataset_name is None else Path(dataset_name)
+    if path.suffix == ".txt" and path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return Dataset.from_dict({prompt_column: [line.strip() for line in lines if line.strip()]})
+    if path.suffix in _BUILDERS:
+        if not path.is_file():
+            raise FileNotFoundError(f"dataset_name='{dataset_name}': there is no such file.")
+        return load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train")
+    return load_dataset(dataset_name, split="train")
+
+
+def check_prompts(dataset: Dataset, prompt_column: str, name: str = "train_dataset") -> None:
+    """
+    Raises:
+        ValueError: `dataset` is empty, lacks `prompt_column`, or holds something else than text there.
+    """
+    if prompt_column not in dataset.column_names:
+        raise ValueError(
+            f"{name} has no column '{prompt_column}' but {', '.join(dataset.column_names) or 'no column at all'}. Rename "
+            "the column that holds the prompts, or set `dataset_prompt_column`."
+        )
+    if len(dataset) == 0:
+        raise ValueError(f"{name} is empty: there is no prompt to sample images of.")
+    for row, prompt in enumerate(dataset[prompt_column]):
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError(f"{name} has {prompt!r} as the prompt of row {row}: prompts must be non-empty text.")
+
+
+def rollout_rows(num_rows: int, prompts_per_rollout: int, rollout: int, seed: int) -> list[int]:
+    """
+    Rows of the dataset that one rollout samples images of, over all processes.
+
+    The prompts of a run are one stream: pass after pass over the dataset, each in an order of its own. A rollout is a
+    section of that stream, so there is nothing to restore when a run is resumed.
+
+    Args:
+        num_rows (`int`): Rows of the dataset.
+        prompts_per_rollout (`int`): Prompts per rollout, over all processes.
+        rollout (`int`): Number of the rollout, from 0.
+        seed (`int`): Seed of the run.
+
+    Returns:
+        `list[int]`: `prompts_per_rollout` rows.
+    """
+    rows = []
+    position = rollout * prompts_per_rollout
+    while len(rows) < prompts_per_rollout:
+        number, start = divmod(position + len(rows), num_rows)
+        order = np.random.default_rng([seed, number]).permutation(num_rows)
+        rows += order[start : start + prompts_per_rollout - len(rows)].tolist()
+    return rows

@@ -1,0 +1,29 @@
+"""JPEG compressibility: the reward of DDPO (arXiv 2305.13301) that needs no model, for trying a run out."""
+
+import io
+from collections.abc import Sequence
+
+from PIL import Image
+
+
+def jpeg_compressibility(images: Sequence[Image.Image], quality: int = 95, **kwargs) -> list[float]:
+    """
+    Minus the size of each image as a JPEG file.
+
+    Args:
+        images (`Sequence[Image.Image]`): N images.
+        quality (`int`): JPEG quality in [0, 100].
+
+    Returns:
+        `list[float]`: N sizes in kilobytes (1000 bytes), negative: higher is smaller.
+    """
+    return [-_jpeg_bytes(image, quality) / 1000 for image in images]
+
+
+jpeg_compressibility.image_type = "pil"
+
+
+def _jpeg_bytes(image: Image.Image, quality: int) -> int:
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, format="JPEG", quality=quality)
+    return buffer.tell()
