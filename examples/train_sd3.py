@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 from trl import TrlParser
 
@@ -78,9 +79,10 @@ def main() -> None:
                 report[name] |= load_reward(script.metrics)(batch, prompts)
         (output_dir / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
         by_prompt = {name: batch.unflatten(0, (-1, script.images_per_report_prompt)) for name, batch in images.items()}
-        shown = slice(None, None, max(script.num_report_prompts // 9, 1))
+        labels = prompts[:: script.images_per_report_prompt]
+        shown = torch.linspace(0, len(labels) - 1, min(len(labels), 9)).round().long().tolist()
         before_after_grid(
-            prompts[:: script.images_per_report_prompt][shown],
+            [labels[n] for n in shown],
             by_prompt["before"][shown, :3],
             by_prompt["after"][shown, :3],
             output_dir / "before_after.png",

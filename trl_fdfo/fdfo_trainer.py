@@ -79,7 +79,7 @@ class FDFOTrainer(Trainer):
             check_prompts(eval_dataset, config.dataset_prompt_column, "eval_dataset")
 
         if isinstance(pipeline, str):
-            pipeline = load_pipeline(pipeline, torch_dtype=torch.bfloat16 if config.bf16 else torch.float32)
+            pipeline = load_pipeline(pipeline, dtype=torch.bfloat16 if config.bf16 else torch.float32)
         check_flow_matching(pipeline)
         self.pipeline = pipeline
         self.flow = PipelineFlow(
@@ -394,7 +394,8 @@ class FDFOTrainer(Trainer):
             self._metrics[f"rewards/{name}/std"].append(values[values.isfinite()].std())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self._metrics:
+        # Not with the logs of an evaluation, which may fall between two logs of the training.
+        if "loss" in logs and self._metrics:
             logs.update(self._drain_metrics())
         super().log(logs, start_time)
 

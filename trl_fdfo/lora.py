@@ -1,11 +1,13 @@
 """LoRA adapters on a diffusers transformer: where they go, and files that both PEFT and diffusers load."""
 
+import functools
 import inspect
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from .fdfo_config import FDFOConfig
@@ -48,9 +50,15 @@ def add_adapter(pipeline: DiffusionPipeline, peft_config: PeftConfig) -> PeftMod
     Inject an adapter into the pipeline's transformer, in place. Its weights are fp32 whatever the transformer's dtype.
 
     Raises:
-        ValueError: The target modules match no layer, or the adapter has dropout.
+        ValueError: The target modules match no layer, the adapter has dropout, or there already is one.
     """
     transformer = pipeline.transformer
+    if any(isinstance(layer, BaseTunerLayer) for layer in transformer.modules()):
+        raise ValueError(
+            f"The transformer of this {type(pipeline).__name__} already has an adapter, from an earlier trainer or from "
+            "`load_lora_weights`. Load the pipeline anew, or make the adapter part of it with `pipeline.fuse_lora()` and "
+            "`pipeline.unload_lora_weights()`."
+        )
     targets = getattr(peft_config, "target_modules", None)
     if isinstance(targets, (list, set)):
         layers = [name for name, _ in transformer.named_modules()]
@@ -66,8 +74,11 @@ def add_adapter(pipeline: DiffusionPipeline, peft_config: PeftConfig) -> PeftMod
             "Set it to 0."
         )
     model = get_peft_model(transformer, peft_config)
+    # "auto" would ask the Hub at each save whether the base model's vocabulary was changed.
+    model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=False)
     # PEFT looks for a name on the transformer; the adapter belongs to the pipeline.
-    peft_config.base_model_name_or_path = pipeline.config.get("_name_or_path")
+    name_or_path = pipeline.config.get("_name_or_path")
+    peft_config.base_model_name_or_path = None if name_or_path is None else str(name_or_path)
     return model
 
 
@@ -83,7 +94,7 @@ def save_diffusers_lora(
     save = getattr(pipeline, "save_lora_weights", None)
     if save is None or "transformer_lora_adapter_metadata" not in inspect.signature(save).parameters:
         return
-    layers = get_peft_model_state_dict(model, state_dict=state_dict)
+    layers = get_peft_model_state_dict(model, state_dict=state_dict, save_embedding_layers=False)
     save(
         output_dir,
         transformer_lora_layers={name.removeprefix("base_model.model."): value for name, value in layers.items()},
