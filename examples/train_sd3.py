@@ -53,10 +53,10 @@ def main() -> None:
         train_dataset=Dataset.from_dict({"prompt": shapes.captions()}) if packaged else None,
     )
 
-    # Seeds that no rollout draws from: those are 64-bit hashes.
+    # Seeds that are used nowhere else: those of the rollouts are hashes of 64 bits.
     prompts = trainer.train_dataset[config.dataset_prompt_column][: script.num_report_prompts]
     prompts = [prompt for prompt in prompts for _ in range(script.images_per_report_prompt)]
-    seeds = list(range(len(prompts)))
+    seeds = list(range(1_000_000, 1_000_000 + len(prompts)))
     images = {"before": trainer.generate(prompts, seeds)}
     if script.report_guidance_scale is not None:
         name = f"before, guidance {script.report_guidance_scale}"

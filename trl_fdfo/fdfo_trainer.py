@@ -93,7 +93,7 @@ class FDFOTrainer(Trainer):
         )
         for component in pipeline.components.values():
             if isinstance(component, torch.nn.Module):
-                component.requires_grad_(False)
+                component.requires_grad_(False).eval()
         speak_trainer(pipeline.transformer)
         if config.use_peft:
             model = add_adapter(pipeline, peft_config or default_lora_config(config, pipeline.transformer))
@@ -289,7 +289,8 @@ class FDFOTrainer(Trainer):
         self.flow.model = model
         velocity = self.flow.velocity(batch.rollout, level)
         if inputs.step == 0:
-            error = check_replay(velocity, old_velocity, self.pipeline, level)
+            autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+            error = check_replay(velocity, old_velocity, self.pipeline, level, autocast)
             self._metrics["replay_error"].append(torch.tensor(error))
         loss, ratio = surrogate_loss(
             velocity.float(), old_velocity.float(), batch.direction, batch.reward_difference, args.epsilon

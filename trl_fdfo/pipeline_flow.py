@@ -262,9 +262,22 @@ def load_pipeline(name_or_path: str | Path, **kwargs: Any) -> DiffusionPipeline:
     return DiffusionPipeline.from_pretrained(name_or_path, **{**absent, **kwargs})
 
 
-def check_replay(velocity: Tensor, recorded: Tensor, pipeline: DiffusionPipeline, level: int) -> float:
+def check_replay(
+    velocity: Tensor,
+    recorded: Tensor,
+    pipeline: DiffusionPipeline,
+    level: int,
+    autocast_dtype: torch.dtype | None = None,
+) -> float:
     """
     Compare a replayed velocity, taken before any optimizer step, with the one that the rollout recorded.
+
+    Args:
+        velocity (`Tensor`): The replayed velocity.
+        recorded (`Tensor`): The recorded one, of the same shape.
+        pipeline (`DiffusionPipeline`): Named in the message.
+        level (`int`): Step of the sampler, named in the message.
+        autocast_dtype (`torch.dtype`, *optional*): What the model computes in, where it is not the recorded dtype.
 
     Returns:
         `float`: Their rms difference relative to the rms of the recorded one: 0.0 where kernels repeat to the bit.
@@ -274,7 +287,7 @@ def check_replay(velocity: Tensor, recorded: Tensor, pipeline: DiffusionPipeline
     """
     difference = (velocity.detach().float() - recorded.float()).square().mean().sqrt()
     error = (difference / recorded.float().square().mean().sqrt().clamp_min(1e-12)).item()
-    tolerance = REPLAY_TOLERANCE.get(recorded.dtype, REPLAY_TOLERANCE[torch.float32])
+    tolerance = REPLAY_TOLERANCE.get(autocast_dtype or recorded.dtype, REPLAY_TOLERANCE[torch.float32])
     # Written so that a NaN fails.
     if not error <= tolerance:
         raise ReplayError(
