@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from diffusers import SD3Transformer2DModel
+from transformers import PrinterCallback, TrainerCallback
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -27,7 +28,7 @@ from trl_fdfo import FDFOConfig, FDFOTrainer
 
 
 def build_pipeline():
-    """A tiny SD3 with a transformer of 38 M parameters on 256 image tokens."""
+    """A tiny SD3 with a transformer of 31 M parameters on 256 image tokens."""
     pipeline = tiny_pipelines.sd3()
     torch.manual_seed(0)
     pipeline.register_modules(
@@ -51,7 +52,7 @@ def build_pipeline():
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
 
     config = FDFOConfig(
@@ -74,49 +75,63 @@ def main() -> None:
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     print(f"{parameters / 1e6:.0f} M parameters, torch {torch.__version__}, {torch.get_num_threads()} threads")
 
-    model, samples = trainer.model, config.per_device_train_batch_size
-    inputs = {
-        "hidden_states": torch.randn(samples, 4, 32, 32),
-        "encoder_hidden_states": torch.randn(samples, 16, 32),
-        "pooled_projections": torch.randn(samples, 32),
-        "timestep": torch.full((samples,), 500.0),
-    }
+    # What the pipeline passes to the transformer, so that both sides compute the same.
+    model, inputs = trainer.model, {}
+    hook = model.register_forward_pre_hook(lambda module, args, kwargs: inputs.update(kwargs), with_kwargs=True)
+    trainer.generate(prompts["prompt"], range(len(prompts)))
+    hook.remove()
+    assert inputs["hidden_states"].shape == (config.per_device_train_batch_size, 4, 32, 32)
+
     forwards = config.num_rollout_batches * config.num_inference_steps
     trained = config.steps_per_rollout * config.gradient_accumulation_steps
 
-    def transformer_alone() -> float:
-        """Seconds of the forwards of a rollout and the forward-backwards of its updates."""
+    def transformer_alone() -> tuple[float, float]:
+        """Seconds of the forwards of a rollout, and of the forward-backwards of its updates."""
         start = time.perf_counter()
         with torch.no_grad():
             for _ in range(forwards):
                 model(**inputs)
+        sampled = time.perf_counter()
         for _ in range(trained):
-            model(**inputs).sample.square().mean().backward()
-        seconds = time.perf_counter() - start
+            model(**inputs)[0].square().mean().backward()
+        end = time.perf_counter()
         model.zero_grad()
-        return seconds
-
-    from transformers import TrainerCallback
+        return sampled - start, end - sampled
 
     class Alternate(TrainerCallback):
-        """After each rollout and its updates, the transformer alone."""
+        """
+        The transformer alone before each rollout, FDFO, the transformer alone, and so on. A round of FDFO is compared
+        with the mean of its two neighbours, so that a machine whose speed drifts favours neither.
+        """
 
-        ratios: list[float] = []
-        start = time.perf_counter()
+        def __init__(self):
+            self.alone, self.fdfo = [], []
 
         def on_epoch_begin(self, args, state, control, **kwargs):
+            self.alone.append(transformer_alone())
             self.start = time.perf_counter()
 
         def on_epoch_end(self, args, state, control, **kwargs):
-            fdfo, alone = time.perf_counter() - self.start, transformer_alone()
-            if state.epoch > 1:  # the first round warms up
-                self.ratios.append(fdfo / alone)
-                print(f"FDFO {fdfo:6.2f} s, transformer alone {alone:6.2f} s, ratio {fdfo / alone:.3f}")
+            self.fdfo.append(time.perf_counter() - self.start)
+
+        def on_train_end(self, args, state, control, **kwargs):
+            self.alone.append(transformer_alone())
 
     alternate = Alternate()
     trainer.add_callback(alternate)
+    trainer.pop_callback(PrinterCallback)
     trainer.train()
-    print(f"median ratio {statistics.median(alternate.ratios):.3f} over {rounds} rounds on {os.cpu_count()} cores")
+    ratios = []
+    logs = [log for log in trainer.state.log_history if "rollout_time" in log]
+    print("seconds     rollout  forwards    updates  forward-backwards    ratio")
+    for n in range(1, rounds + 1):  # the first round warms up
+        sampling, training = (sum(pair) / 2 for pair in zip(alternate.alone[n], alternate.alone[n + 1]))
+        ratios.append(alternate.fdfo[n] / (sampling + training))
+        print(
+            f"{n:7d} {logs[n]['rollout_time']:11.2f} {sampling:9.2f} {logs[n]['train_time']:10.2f} {training:18.2f} "
+            f"{ratios[-1]:8.3f}"
+        )
+    print(f"median ratio {statistics.median(ratios):.3f} over {rounds} rounds, {os.cpu_count()} cores")
 
 
 if __name__ == "__main__":

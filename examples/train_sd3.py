@@ -43,8 +43,8 @@ class ScriptArguments:
     )
 
 
-def main() -> None:
-    script, config = TrlParser((ScriptArguments, FDFOConfig)).parse_args_and_config()
+def main(args: list[str] | None = None) -> None:
+    script, config = TrlParser((ScriptArguments, FDFOConfig)).parse_args_and_config(args)
     packaged = script.model == "shapes"
     trainer = FDFOTrainer(
         config,

@@ -65,6 +65,9 @@ def test_every_option_is_documented_and_has_help():
             r"optimizer_steps_per_rollout=4 equal steps. The nearest that can: optimizer_steps_per_rollout=3 or 5, or "
             r"prompts_per_rollout=8 or 16",
         ),
+        ({"gradient_accumulation_steps": 2}, r"gradient_accumulation_steps=2 cannot be set: .* is 2160 here"),
+        ({"per_device_train_batch_size": 16}, r"per_device_train_batch_size=16 cannot be set: .* is 4 here"),
+        ({"num_train_epochs": 5}, r"num_train_epochs=5 cannot be set: .* Set num_rollouts"),
         ({"save_steps": 6}, r"save_steps=6 falls inside a rollout of 4 optimizer steps.*4 and 8"),
         ({"neftune_noise_alpha": 5.0}, r"neftune_noise_alpha=5.0 does not work with FDFO"),
         ({"auto_find_batch_size": True}, r"auto_find_batch_size=True does not work with FDFO.*per_device_prompt"),

@@ -406,6 +406,7 @@ def test_evaluation_is_fixed_and_does_not_disturb_training(make_trainer):
     assert first["eval_reward"] == pytest.approx(first["eval_rewards/redness/mean"] + 3.0)
     evaluated.train()
     assert len(metrics_of(evaluated, "eval_reward")) == 2
+    assert not any("eval_reward" in log and "reward" in log for log in evaluated.state.log_history)
     for name, weight in trained_weights(evaluated).items():
         assert torch.equal(weight, trained_weights(plain)[name]), name
 
@@ -506,6 +507,12 @@ def test_dataset_columns_reach_the_reward(make_config):
 def test_bad_input_is_refused_before_the_first_rollout(make_trainer, options, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(**options)
+
+
+def test_second_adapter_is_refused(make_trainer):
+    pipeline = make_trainer().pipeline
+    with pytest.raises(ValueError, match="already has an adapter.*Load the pipeline anew"):
+        make_trainer(pipeline=pipeline)
 
 
 def test_bad_reward_values_stop_the_run(make_trainer):

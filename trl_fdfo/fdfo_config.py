@@ -202,8 +202,6 @@ class FDFOConfig(TrainingArguments):
         self.num_trained_levels = max(1, round(self.timestep_fraction * self.num_inference_steps))
         self.steps_per_rollout = self.optimizer_steps_per_rollout * self.num_iterations
         self._derive_batches(world_size)
-        # An epoch of the Trainer is a rollout.
-        self.num_train_epochs = self.num_rollouts
         if self.logging_steps is None:
             self.logging_steps = self.steps_per_rollout
         if self.save_steps is None:
@@ -300,8 +298,20 @@ class FDFOConfig(TrainingArguments):
                 f"{self.optimizer_steps_per_rollout} equal steps. The nearest that can: optimizer_steps_per_rollout="
                 f"{' or '.join(map(str, steps))}, or prompts_per_rollout={lower} or {upper}."
             )
-        self.gradient_accumulation_steps = units // self.optimizer_steps_per_rollout
-        self.per_device_train_batch_size = self.per_device_prompt_batch_size * self.num_generations
+        self._derive("gradient_accumulation_steps", units // self.optimizer_steps_per_rollout)
+        self._derive("per_device_train_batch_size", self.per_device_prompt_batch_size * self.num_generations)
+        # An epoch of the Trainer is a rollout.
+        self._derive("num_train_epochs", self.num_rollouts)
+
+    def _derive(self, name: str, value: int):
+        """Set an option of `TrainingArguments` that follows from ours; one that was set to something else is refused."""
+        given, default = getattr(self, name), TrainingArguments.__dataclass_fields__[name].default
+        if given not in (default, value):
+            raise ValueError(
+                f"{name}={given} cannot be set: it follows from the other options and is {value} here. Set num_rollouts, "
+                "prompts_per_rollout, per_device_prompt_batch_size, optimizer_steps_per_rollout or timestep_fraction."
+            )
+        setattr(self, name, value)
 
     def _resolve_bf16(self):
         available = is_torch_bf16_gpu_available() and not self.use_cpu

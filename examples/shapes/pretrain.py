@@ -211,7 +211,7 @@ def evaluate(pipeline: StableDiffusion3Pipeline, guidance_scale: float, seed: in
     return shapes.metrics(images, prompts)
 
 
-def main():
+def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="trl_fdfo/shapes/pipeline", help="folder to save the pipeline to")
     parser.add_argument("--seed", type=int, default=0)
@@ -219,7 +219,7 @@ def main():
     parser.add_argument("--flow-steps", type=int, default=5500)
     parser.add_argument("--dataset-size", type=int, default=40000, help="rendered images the flow is trained on")
     parser.add_argument("--wrong-colors", type=float, default=0.5, help="share of captions with a wrong colour word")
-    args = parser.parse_args()
+    args = parser.parse_args(args)
 
     random.seed(args.seed)
     torch.manual_seed(args.seed)
