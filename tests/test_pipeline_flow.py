@@ -1,11 +1,26 @@
+from dataclasses import replace
+
 import pytest
 import tiny_pipelines
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AdaptiveProjectedGuidance,
+    AutoencoderKL,
+    ClassifierFreeGuidance,
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FirstBlockCacheConfig,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UniPCMultistepScheduler,
+)
 from diffusers.schedulers.scheduling_flow_match_heun_discrete import FlowMatchHeunDiscreteScheduler
 
 from trl_fdfo.algorithm import constant_churn
-from trl_fdfo.pipeline_flow import PipelineFlow, ReplayError, check_flow_matching, check_replay
+from trl_fdfo.pipeline_checks import check_pipeline
+from trl_fdfo.pipeline_flow import PipelineFlow, ReplayError, check_replay
 
 
 STEPS = 4
@@ -22,10 +37,10 @@ PIPELINES = {
 }
 
 
-def make_flow(name="sd3", dtype=torch.float32, branches=2, **call_kwargs):
+def make_flow(name="sd3", dtype=torch.float32, branches=2, pipeline=None, **call_kwargs):
     build, settings = PIPELINES[name]
     return PipelineFlow(
-        build().to(dtype),
+        pipeline if pipeline is not None else build().to(dtype),
         num_generations=branches,
         num_inference_steps=STEPS,
         **{"height": 16, "width": 16, "max_sequence_length": 8, **settings, **call_kwargs},
@@ -123,7 +138,7 @@ def test_pipeline_is_left_as_it_was():
     flow.velocity(batch, 0)
     flow.generate(["a"], [0])
     with pytest.raises(StopIteration):
-        flow.velocity(type(batch)(**{**vars(batch), "remembered": {"encode_prompt": [], "prepare_latents": []}}), 0)
+        flow.velocity(replace(batch, remembered={"encode_prompt": [], "prepare_latents": []}), 0)
     changed = {name for name in pipeline.__dict__ if pipeline.__dict__[name] is not before.get(name)}
     # What the pipeline's own call sets.
     assert all(name.startswith("_") for name in changed), changed
@@ -198,15 +213,107 @@ def test_epsilon_prediction_is_refused():
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    with pytest.raises(ValueError, match="StableDiffusionPipeline samples with DDIMScheduler.*flow-matching"):
-        check_flow_matching(pipeline)
+    with pytest.raises(
+        ValueError, match="StableDiffusionPipeline cannot be trained with FDFO: DDIMScheduler is not a flow-matching"
+    ):
+        check_pipeline(pipeline)
 
 
-def test_other_samplers_are_refused():
+def test_stochastic_sampling_is_refused():
     pipeline = tiny_pipelines.sd3()
-    pipeline.scheduler = FlowMatchHeunDiscreteScheduler()
-    with pytest.raises(ValueError, match="samples with FlowMatchHeunDiscreteScheduler"):
-        check_flow_matching(pipeline)
     pipeline.scheduler = tiny_pipelines.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
     with pytest.raises(ValueError, match="stochastic_sampling=True"):
-        check_flow_matching(pipeline)
+        check_pipeline(pipeline)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        FlowMatchHeunDiscreteScheduler(shift=3.0),
+        UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_another_sampler_of_a_flow_is_replaced_by_euler_with_its_shift(scheduler):
+    pipeline = tiny_pipelines.sd3()
+    expected = roll_out(make_flow())  # its scheduler is Euler's with shift 3
+    pipeline.scheduler = scheduler
+    flow = make_flow(pipeline=pipeline)
+    batch = roll_out(flow)
+    assert torch.equal(batch.endpoints, expected.endpoints)
+    assert torch.equal(flow.velocity(batch, 2), batch.velocities[2])
+    assert pipeline.scheduler is scheduler
+
+
+def test_two_scheduler_steps_are_refused():
+    class Twice(type(tiny_pipelines.sd3())):
+        def __call__(self, prompt, num_inference_steps):
+            for t in self.scheduler.timesteps:
+                image = self.scheduler.step(self.transformer(t), t, self.image)
+                sound = self.scheduler.step(self.transformer(t), t, self.sound)
+            return image, sound
+
+    with pytest.raises(ValueError, match="Twice calls `scheduler.step` in 2 places"):
+        check_pipeline(Twice(**tiny_pipelines.sd3().components))
+
+
+class Minimal(DiffusionPipeline):
+    """The parts that a pipeline must have, and some that it must not."""
+
+    _optional_components = ["transformer_2", "guider"]
+
+    def __init__(self, transformer, scheduler, transformer_2=None, guider=None):
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler, transformer_2=transformer_2, guider=guider)
+
+    def encode_prompt(self): ...
+
+    def prepare_latents(self): ...
+
+    def __call__(self, prompt, latents):
+        for t in self.scheduler.timesteps:
+            latents = self.scheduler.step(self.transformer(latents, t), t, latents)[0]
+        return latents
+
+
+def test_second_transformer_is_refused():
+    parts = [tiny_pipelines.sd3().transformer, FlowMatchEulerDiscreteScheduler()]
+    check_pipeline(Minimal(*parts))
+    with pytest.raises(ValueError, match="second transformer, `transformer_2`.*transformer_2=None"):
+        check_pipeline(Minimal(*parts, transformer_2=tiny_pipelines.sd3().transformer))
+
+
+def test_stateful_guidance_is_refused():
+    parts = [tiny_pipelines.sd3().transformer, FlowMatchEulerDiscreteScheduler()]
+    check_pipeline(Minimal(*parts, guider=ClassifierFreeGuidance()))
+    with pytest.raises(ValueError, match="`guider` of Minimal is a AdaptiveProjectedGuidance, which carries momentum"):
+        check_pipeline(Minimal(*parts, guider=AdaptiveProjectedGuidance()))
+
+
+def test_feature_cache_is_refused():
+    pipeline = tiny_pipelines.flux()
+    pipeline.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(ValueError, match=r"feature cache on.*`pipeline.transformer.disable_cache\(\)`"):
+        check_pipeline(pipeline)
+    pipeline.transformer.disable_cache()
+    check_pipeline(pipeline)
+
+
+def test_what_is_no_pipeline_is_refused():
+    with pytest.raises(ValueError, match="must be a `DiffusionPipeline`.*not StableDiffusion3Pipeline itself"):
+        check_pipeline(type(tiny_pipelines.sd3()))
+    with pytest.raises(ValueError, match="not a SD3Transformer2DModel"):
+        check_pipeline(tiny_pipelines.sd3().transformer)
+
+
+def test_skip_layer_guidance_depends_on_the_step_and_is_replayed():
+    settings = {"guidance_scale": 4.0, "skip_guidance_layers": [0], "skip_layer_guidance_start": 0.2}
+    flow = make_flow(**settings, skip_layer_guidance_stop=0.6)
+    batch = roll_out(flow)
+    for level in range(STEPS):
+        assert torch.equal(flow.velocity(batch, level), batch.velocities[level])
+    # Steps 1 and 2 are within (0.2, 0.6) x 4 and skip layers: without that they would differ.
+    plain = replace(batch, call_kwargs={**batch.call_kwargs, "skip_guidance_layers": None})
+    for level in range(STEPS):
+        assert torch.equal(flow.velocity(plain, level), batch.velocities[level]) == (level not in (1, 2))

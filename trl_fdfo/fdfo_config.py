@@ -38,6 +38,9 @@ class FDFOConfig(TrainingArguments):
             line), .json, .jsonl, .csv or .parquet file. Without it, the packaged list of prompts.
         dataset_prompt_column (`str`, defaults to `"prompt"`):
             Column of the dataset that holds the prompts. All columns are passed to the reward functions.
+        pipeline_columns (`list[str]`, *optional*):
+            Columns of the dataset that are passed to the pipeline's call too, under their own names: `["image"]` for a
+            pipeline that edits an image.
 
         > Step 1: paired rollouts
 
@@ -124,6 +127,9 @@ class FDFOConfig(TrainingArguments):
         metadata={"help": "Prompts: a Hub id or a txt, json, jsonl, csv or parquet file. Default: the packaged list."},
     )
     dataset_prompt_column: str = field(default="prompt", metadata={"help": "Column that holds the prompts."})
+    pipeline_columns: list[str] | None = field(
+        default=None, metadata={"help": "Columns that are passed to the pipeline's call too, such as `image`."}
+    )
 
     # Step 1: paired rollouts
     num_rollouts: int = field(default=100, metadata={"help": "Rollouts of the run."})

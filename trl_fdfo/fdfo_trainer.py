@@ -20,7 +20,8 @@ from .algorithm import constant_churn, finite_difference, interval_churn, prior_
 from .callbacks import FDFOProgressCallback, WeightAveraging
 from .fdfo_config import FDFOConfig
 from .lora import add_adapter, default_lora_config, save_diffusers_lora
-from .pipeline_flow import PipelineFlow, check_flow_matching, check_replay, load_pipeline
+from .pipeline_checks import check_call_kwargs
+from .pipeline_flow import PipelineFlow, check_replay, load_pipeline, repeat_each
 from .prompt_dataset import check_prompts, load_prompts, rollout_rows
 from .rewards.reward_functions import RewardFunction, RewardFunctions
 from .rollout_buffer import MicroBatch, RolloutBuffer, ScoredBatch, trained_levels
@@ -74,13 +75,13 @@ class FDFOTrainer(Trainer):
         self.eval_reward_functions = RewardFunctions(eval_reward_fn) if eval_reward_fn else self.reward_functions
         if train_dataset is None:
             train_dataset = load_prompts(config.dataset_name, config.dataset_prompt_column)
-        check_prompts(train_dataset, config.dataset_prompt_column)
+        pipeline_columns = config.pipeline_columns or []
+        check_prompts(train_dataset, config.dataset_prompt_column, pipeline_columns)
         if eval_dataset is not None:
-            check_prompts(eval_dataset, config.dataset_prompt_column, "eval_dataset")
+            check_prompts(eval_dataset, config.dataset_prompt_column, pipeline_columns, "eval_dataset")
 
         if isinstance(pipeline, str):
             pipeline = load_pipeline(pipeline, dtype=torch.bfloat16 if config.bf16 else torch.float32)
-        check_flow_matching(pipeline)
         self.pipeline = pipeline
         self.flow = PipelineFlow(
             pipeline,
@@ -129,8 +130,11 @@ class FDFOTrainer(Trainer):
         self._buffer: RolloutBuffer | None = None
         self._metrics: dict[str, list[Tensor]] = defaultdict(list)
         self._seconds: dict[str, float] = defaultdict(float)
-        # Samples nothing, but encodes a prompt and sets the noise levels: what a pipeline refuses, it refuses here.
-        self._sigmas = self.flow.sigmas
+        row = train_dataset[0]
+        check_call_kwargs(pipeline, pipeline_columns)
+        self._sigmas = self.flow.noise_levels(
+            row[config.dataset_prompt_column], {name: row[name] for name in pipeline_columns}
+        )
 
     # Trainer's loop ---------------------------------------------------------------------------------------------------
 
@@ -239,10 +243,11 @@ class FDFOTrainer(Trainer):
                     derive_seed(args.seed, rollout, n * branches + a, 1) for n in numbers for a in range(branches)
                 ],
                 levels=levels,
+                columns=self._pipeline_columns(columns),
             )
 
         # Step 2: rewards
-        repeated = {name: [value for value in values for _ in range(branches)] for name, values in columns.items()}
+        repeated = {name: repeat_each(values, branches) for name, values in columns.items()}
         rewards = self.reward_functions(
             sampled.images, repeated[args.dataset_prompt_column], self.state, repeated
         ).unflatten(0, (len(prompts), branches))
@@ -309,7 +314,13 @@ class FDFOTrainer(Trainer):
 
     # Evaluation -------------------------------------------------------------------------------------------------------
 
-    def generate(self, prompts: Sequence[str], seeds: Sequence[int], **call_kwargs: Any) -> Tensor:
+    def generate(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        columns: dict[str, Sequence] | None = None,
+        **call_kwargs: Any,
+    ) -> Tensor:
         """
         One image per prompt and seed by the pipeline's own sampler, with the averaged weights where there are some.
 
@@ -318,12 +329,14 @@ class FDFOTrainer(Trainer):
         Args:
             prompts (`Sequence[str]`): N prompts.
             seeds (`Sequence[int]`): N seeds of the initial noise.
+            columns (`dict[str, Sequence]`, *optional*): Columns of the dataset, N values each; those that
+                `pipeline_columns` names are passed to the pipeline.
             **call_kwargs: Arguments of the pipeline's call in the place of the configured ones.
 
         Returns:
             `Tensor`: Images on the CPU, floats in [0, 1], shape [N, 3, H, W].
         """
-        images = self._generate_share(prompts, seeds, self._share(len(prompts)), **call_kwargs)
+        images = self._generate_share(prompts, seeds, columns or {}, self._share(len(prompts)), **call_kwargs)
         return self.accelerator.gather(images).cpu()[: len(prompts)]
 
     def evaluate(
@@ -341,12 +354,13 @@ class FDFOTrainer(Trainer):
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
         if dataset is None:
             raise ValueError("evaluate needs prompts: give the trainer an `eval_dataset`.")
-        check_prompts(dataset, self.args.dataset_prompt_column, "eval_dataset")
+        check_prompts(dataset, self.args.dataset_prompt_column, self.args.pipeline_columns or (), "eval_dataset")
         start = time.perf_counter()
         columns = dataset[:]
         prompts = columns[self.args.dataset_prompt_column]
         share = self._share(len(prompts))
-        images = self._generate_share(prompts, [derive_seed(self.args.seed, n, 3) for n in range(len(prompts))], share)
+        seeds = [derive_seed(self.args.seed, n, 3) for n in range(len(prompts))]
+        images = self._generate_share(prompts, seeds, columns, share)
         columns = {name: [values[n] for n in share] for name, values in columns.items()}
         functions = self.eval_reward_functions
         rewards = functions(images, [prompts[n] for n in share], self.state, columns)
@@ -366,16 +380,28 @@ class FDFOTrainer(Trainer):
         return [number % total for number in range(first, first + per_process)]
 
     def _generate_share(
-        self, prompts: Sequence[str], seeds: Sequence[int], share: list[int], **call_kwargs: Any
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        columns: dict[str, Sequence],
+        share: list[int],
+        **call_kwargs: Any,
     ) -> Tensor:
         self.flow.model = self.model_wrapped
+        columns = self._pipeline_columns(columns)
         batch_size = self.args.per_device_train_batch_size
         images = []
         with self._averaged_weights(), self.compute_loss_context_manager():
             for start in range(0, len(share), batch_size):
-                batch = share[start : start + batch_size]
-                images.append(self.flow.generate([prompts[n] for n in batch], [seeds[n] for n in batch], **call_kwargs))
+                prompt, seed, *values = (
+                    [value[n] for n in share[start : start + batch_size]]
+                    for value in (prompts, seeds, *columns.values())
+                )
+                images.append(self.flow.generate(prompt, seed, dict(zip(columns, values)), **call_kwargs))
         return torch.cat(images)
+
+    def _pipeline_columns(self, columns: dict[str, Sequence]) -> dict[str, Sequence]:
+        return {name: columns[name] for name in self.args.pipeline_columns or ()}
 
     def _averaged_weights(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self._averaging is None else self._averaging.applied()

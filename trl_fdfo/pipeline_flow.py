@@ -7,8 +7,8 @@ is what reaches `scheduler.step`: after guidance, sign flips, packing and slicin
 - Rollout: the pipeline is called as a user would, with a scheduler whose `step` does the churned step and records
   (x_t, v). The generators of a prompt's branches start from one seed, so that the branches share their noise.
 - Replay of one step, with gradients: the undecorated `__call__` runs on the same batch with the remembered return values
-  of `encode_prompt` and `prepare_latents` (the latents being the recorded x_t) and a scheduler that serves that one
-  timestep and stops the pipeline when the velocity arrives.
+  of `encode_prompt` and `prepare_latents` (the latents being the recorded x_t) and a scheduler that takes it to that
+  step and stops it when the velocity arrives.
 
 Dimensions: P prompts, G branches (images per prompt), N = P x G samples in prompt-major order, T steps.
 """
@@ -16,7 +16,7 @@ Dimensions: P prompts, G branches (images per prompt), N = P x G samples in prom
 import contextlib
 import functools
 import inspect
-import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from accelerate.utils import recursively_apply
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from torch import Tensor
 
-from .algorithm import churn_start, churn_step
+from .pipeline_checks import check_call_kwargs, check_pipeline, check_resolution
+from .schedulers import ChurnScheduler, ProbeScheduler, ReplayScheduler, StopPipeline, euler_scheduler
 
 
 # Relative rms difference between a replayed and a recorded velocity that kernels which do not repeat to the bit may
@@ -47,7 +47,7 @@ class RolloutBatch:
 
     Attributes:
         prompts (`list[str]`): The P prompts.
-        images (`Tensor`): Decoded images, floats in [0, 1], shape [N, 3, H, W].
+        images (`Tensor`): Decoded images, floats in [0, 1], shape [N, 3, H, W]; videos [N, F, 3, H, W].
         endpoints (`Tensor`): Final latents x_0 as the pipeline lays them out, shape [P, G, ...].
         x_t (`dict[int, Tensor]`): Noisy latents before step k, for each recorded k in [0, T), shape [N, ...].
         velocities (`dict[int, Tensor]`): Velocity of step k, for each recorded k, the shape of `x_t[k]`.
@@ -89,24 +89,39 @@ class PipelineFlow:
         self.pipeline = pipeline
         self.num_generations = num_generations
         self.call_kwargs = {"num_inference_steps": num_inference_steps, **call_kwargs}
-        check_flow_matching(pipeline)
-        _check_call_kwargs(pipeline, self.call_kwargs)
-        _check_resolution(pipeline, call_kwargs.get("height"), call_kwargs.get("width"))
+        check_pipeline(pipeline)
+        check_call_kwargs(pipeline, self.call_kwargs)
+        check_resolution(pipeline, call_kwargs.get("height"), call_kwargs.get("width"))
         self.model: Callable = pipeline.transformer
+        self._scheduler = euler_scheduler(pipeline.scheduler)
+        self._replay_scheduler = ReplayScheduler.from_config(self._scheduler.config)
         self._dtype = pipeline.transformer.dtype
+        # `num_images_per_prompt`, or that of videos.
+        options = inspect.signature(type(pipeline).__call__).parameters
+        self._per_prompt_option = next((name for name in options if re.fullmatch(r"num_\w+_per_prompt", name)), None)
         # `inspect.unwrap` strips the decorator `torch.no_grad()` from the call.
         self._call_with_grad = inspect.unwrap(type(pipeline).__call__)
 
     @functools.cached_property
     def sigmas(self) -> Tensor:
-        """Noise levels t_0 > ... > t_T = 0 of the pipeline at these settings, in [0, 1], shape [T + 1], on the CPU."""
-        scheduler = _ProbeScheduler.from_config(self.pipeline.scheduler.config)
-        with self._patched(scheduler, {}), torch.no_grad():
+        """`noise_levels` for a prompt without further columns."""
+        return self.noise_levels("a")
+
+    @torch.no_grad()
+    def noise_levels(self, prompt: str, columns: dict[str, Any] | None = None) -> Tensor:
+        """
+        Noise levels t_0 > ... > t_T = 0 of the pipeline at these settings, in [0, 1], shape [T + 1], on the CPU.
+
+        Encodes the prompt and prepares latents, but samples nothing: what the pipeline refuses, it refuses here.
+        """
+        scheduler = ProbeScheduler.from_config(self._scheduler.config)
+        columns = {name: [value] for name, value in (columns or {}).items()}
+        with self._patched(scheduler, {}):
             try:
-                self.pipeline(**self._arguments(["a"], [torch.Generator()]))
-            except _StopPipeline as stop:
+                self.pipeline(**self._arguments([prompt], [torch.Generator()], columns))
+            except StopPipeline as stop:
                 return stop.value.cpu()
-        raise ValueError(f"{type(self.pipeline).__name__} never called `transformer`: it is not a pipeline to train.")
+        raise ValueError(f"{type(self.pipeline).__name__} never set its noise levels: it is not a pipeline to train.")
 
     @torch.no_grad()
     def rollout(
@@ -116,6 +131,7 @@ class PipelineFlow:
         seeds: Sequence[int],
         noise_seeds: Sequence[int],
         levels: Sequence[int],
+        columns: dict[str, Sequence] | None = None,
     ) -> RolloutBatch:
         """
         Step 1 of FDFO: sample G images of each prompt from the same initial noise, with churn.
@@ -126,12 +142,14 @@ class PipelineFlow:
             seeds (`Sequence[int]`): Seed of the initial noise of each prompt, P of them.
             noise_seeds (`Sequence[int]`): Seed of the churn noise of each branch, N = P x G of them.
             levels (`Sequence[int]`): Steps in [0, T) whose tuples are recorded.
+            columns (`dict[str, Sequence]`, *optional*): Further arguments of the call that differ between prompts, such
+                as the image to be edited, P values each.
 
         Returns:
             [`RolloutBatch`]: images, endpoints and recorded tuples.
         """
         branches = self.num_generations
-        scheduler = _ChurnScheduler.from_config(self.pipeline.scheduler.config)
+        scheduler = ChurnScheduler.from_config(self._scheduler.config)
         scheduler.record(
             gammas.expand(len(prompts), -1).repeat_interleave(branches, dim=0), _generators(noise_seeds), levels
         )
@@ -147,7 +165,7 @@ class PipelineFlow:
             return _with_latents(prepared, scheduler.start(_latents(prepared)))
 
         # Each branch has a generator of its own from the seed of its prompt: their initial noise is the same.
-        call_kwargs = self._arguments(prompts, _generators([seed for seed in seeds for _ in range(branches)]))
+        call_kwargs = self._arguments(prompts, _generators(repeat_each(seeds, branches)), columns)
         with self._patched(scheduler, {"encode_prompt": encode_prompt, "prepare_latents": prepare_latents}):
             images = self.pipeline(**call_kwargs)[0]
         return RolloutBatch(
@@ -171,8 +189,7 @@ class PipelineFlow:
         Returns:
             `Tensor`: Velocity v(x_t, t), guidance included, the shape of `batch.x_t[level]`.
         """
-        scheduler = _ReplayScheduler.from_config(self.pipeline.scheduler.config)
-        scheduler.level = level
+        self._replay_scheduler.replay(self.pipeline, level)
         remembered = {name: iter(values) for name, values in batch.remembered.items()}
 
         def encode_prompt(original, *args, **kwargs):
@@ -181,43 +198,60 @@ class PipelineFlow:
         def prepare_latents(original, *args, **kwargs):
             return _with_latents(next(remembered["prepare_latents"]), batch.x_t[level])
 
-        with self._patched(scheduler, {"encode_prompt": encode_prompt, "prepare_latents": prepare_latents}):
+        methods = {"encode_prompt": encode_prompt, "prepare_latents": prepare_latents}
+        with self._patched(self._replay_scheduler, methods):
             try:
                 self._call_with_grad(self.pipeline, **batch.call_kwargs)
-            except _StopPipeline as stop:
+            except StopPipeline as stop:
                 return stop.value
         raise ReplayError(
             f"{type(self.pipeline).__name__} did not call `scheduler.step` in the replay of step {level}."
         )
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[str], seeds: Sequence[int], **call_kwargs: Any) -> Tensor:
+    def generate(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        columns: dict[str, Sequence] | None = None,
+        **call_kwargs: Any,
+    ) -> Tensor:
         """
         One image of each prompt by the pipeline's own sampler (no churn), for evaluation.
 
         Args:
             prompts (`Sequence[str]`): N prompts.
             seeds (`Sequence[int]`): Seed of the initial noise of each image, N of them.
+            columns (`dict[str, Sequence]`, *optional*): As in `rollout`, N values each.
             **call_kwargs: Arguments of the pipeline's call in the place of those given at construction.
 
         Returns:
-            `Tensor`: Images, floats in [0, 1], shape [N, 3, H, W].
+            `Tensor`: Images, floats in [0, 1], shape [N, 3, H, W]; videos [N, F, 3, H, W].
         """
-        with self._patched(self.pipeline.scheduler, {}):
-            return self.pipeline(**{**self._arguments(prompts, _generators(seeds)), **call_kwargs})[0].float()
+        with self._patched(self._scheduler, {}):
+            return self.pipeline(**{**self._arguments(prompts, _generators(seeds), columns), **call_kwargs})[0].float()
 
-    def _arguments(self, prompts: Sequence[str], generators: list[torch.Generator]) -> dict[str, Any]:
+    def _arguments(
+        self, prompts: Sequence[str], generators: list[torch.Generator], columns: dict[str, Sequence] | None = None
+    ) -> dict[str, Any]:
+        """Arguments of a call that makes one sample for each generator, the prompts having equally many."""
+        branches = len(generators) // len(prompts)
+        varying = {"prompt": list(prompts), **(columns or {})}
+        if columns or self._per_prompt_option is None:
+            # Pipelines differ in how they repeat a condition for the images of a prompt, so it is done here.
+            varying = {name: repeat_each(values, branches) for name, values in varying.items()}
+        else:
+            varying[self._per_prompt_option] = branches
         # One negative prompt for all: not every pipeline repeats it itself.
-        repeated = {
-            name: [value] * len(prompts)
+        negative = {
+            name: [value] * len(varying["prompt"])
             for name, value in self.call_kwargs.items()
             if name.startswith("negative_prompt") and isinstance(value, str)
         }
         return {
             **self.call_kwargs,
-            **repeated,
-            "prompt": list(prompts),
-            "num_images_per_prompt": len(generators) // len(prompts),
+            **negative,
+            **varying,
             "generator": generators,
             "output_type": "pt",
             "return_dict": False,
@@ -234,6 +268,7 @@ class PipelineFlow:
         attributes: dict[str, Any] = {
             "scheduler": scheduler,
             "transformer": _ModelProxy(self.model, pipeline.transformer, self._dtype),
+            "_interrupt": False,  # a replay leaves something else there
             "_progress_bar_config": {**getattr(pipeline, "_progress_bar_config", {}), "disable": True},
         }
         for name, method in methods.items():
@@ -301,54 +336,9 @@ def check_replay(
     return error
 
 
-def check_flow_matching(pipeline: DiffusionPipeline) -> None:
-    """
-    Raises:
-        ValueError: `pipeline` is not a flow-matching pipeline with the parts that the rollout and the replay need.
-    """
-    name = type(pipeline).__name__
-    scheduler = getattr(pipeline, "scheduler", None)
-    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        raise ValueError(
-            f"{name} samples with {type(scheduler).__name__}, but FDFO moves the velocity of a flow-matching model: the "
-            "pipeline's scheduler must be a `FlowMatchEulerDiscreteScheduler`. Take a flow-matching pipeline (such as "
-            "those whose scheduler_config.json names that class)."
-        )
-    for option in ("stochastic_sampling", "invert_sigmas"):
-        if scheduler.config.get(option):
-            raise ValueError(
-                f"The scheduler of {name} has `{option}=True`, which changes the sampler that FDFO's churn replaces. "
-                f"Set `pipeline.scheduler.register_to_config({option}=False)` if the model allows it."
-            )
-    for part in ("transformer", "encode_prompt", "prepare_latents"):
-        if getattr(pipeline, part, None) is None:
-            raise ValueError(f"{name} has no `{part}`, which FDFO needs to sample from it and to replay its steps.")
-
-
-def _check_call_kwargs(pipeline: DiffusionPipeline, call_kwargs: dict[str, Any]) -> None:
-    accepted = list(inspect.signature(type(pipeline).__call__).parameters)[1:]
-    refused = [name for name in call_kwargs if name not in accepted]
-    if refused:
-        raise ValueError(
-            f"{type(pipeline).__name__} does not take {', '.join(refused)} in its call. It takes: {', '.join(accepted)}."
-        )
-
-
-def _check_resolution(pipeline: DiffusionPipeline, height: int | None, width: int | None) -> None:
-    # A pipeline that packs its latents says so by the factor of its image processor, others by the patch size.
-    factor = getattr(pipeline, "vae_scale_factor", 1)
-    patch_size = pipeline.transformer.config.get("patch_size", 1)
-    processor = getattr(getattr(pipeline, "image_processor", None), "config", {})
-    multiple = math.lcm(
-        factor * patch_size if isinstance(patch_size, int) else factor, processor.get("vae_scale_factor", 1)
-    )
-    for name, size in (("height", height), ("width", width)):
-        if size is not None and (size <= 0 or size % multiple):
-            lower = max(size // multiple, 1) * multiple
-            raise ValueError(
-                f"{name}={size} is not a multiple of {multiple}, the pixels per latent patch of {type(pipeline).__name__}. "
-                f"The nearest that work: {lower} and {lower + multiple}."
-            )
+def repeat_each(values: Sequence, times: int) -> list:
+    """Each value `times` times in a row: [P] to [P x G]."""
+    return [value for value in values for _ in range(times)]
 
 
 def _generators(seeds: Sequence[int]) -> list[torch.Generator]:
@@ -363,13 +353,6 @@ def _latents(prepared: Any) -> Tensor:
 
 def _with_latents(prepared: Any, latents: Tensor) -> Any:
     return latents if isinstance(prepared, Tensor) else (latents, *prepared[1:])
-
-
-class _StopPipeline(Exception):
-    """Ends a pipeline's call once what it was called for has arrived."""
-
-    def __init__(self, value: Tensor):
-        self.value = value
 
 
 class _ModelProxy:
@@ -392,71 +375,3 @@ class _ModelProxy:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
-
-
-class _ProbeScheduler(FlowMatchEulerDiscreteScheduler):
-    """Stops the pipeline as soon as its noise levels are set."""
-
-    # `retrieve_timesteps` of the pipelines inspects the signature, which `functools.wraps` keeps.
-    @functools.wraps(FlowMatchEulerDiscreteScheduler.set_timesteps)
-    def set_timesteps(self, *args, **kwargs):
-        super().set_timesteps(*args, **kwargs)
-        raise _StopPipeline(self.sigmas)
-
-
-class _ChurnScheduler(FlowMatchEulerDiscreteScheduler):
-    """The sampler of step 1: churned Euler steps, with the tuples (x_t, v) of some levels recorded."""
-
-    def record(self, gammas: Tensor, generators: list[torch.Generator], levels: Sequence[int]) -> None:
-        """Prepare for one call: churn [N, T + 1], one generator per sample and the steps to be recorded."""
-        self.gammas = gammas
-        self.generators = generators
-        self.levels = frozenset(levels)
-        self.x_t: dict[int, Tensor] = {}
-        self.velocities: dict[int, Tensor] = {}
-        self.endpoints: Tensor | None = None  # latents after the latest step, [N, ...]
-
-    def start(self, x: Tensor) -> Tensor:
-        """Fresh noise for each branch at t = 1."""
-        gamma = self.gammas[:, 0]
-        return churn_start(x.float(), gamma, self._noise(x, gamma)).to(x.dtype)
-
-    def step(self, model_output, timestep, sample, return_dict=True, **kwargs):
-        if kwargs.get("per_token_timesteps") is not None:
-            raise ValueError("A pipeline that gives each token a noise level of its own cannot be trained with FDFO.")
-        if self.step_index is None:
-            self._init_step_index(timestep)
-        step = self.step_index
-        if step in self.levels:
-            self.x_t[step] = sample
-            self.velocities[step] = model_output
-        gamma = self.gammas[:, step + 1]
-        # As in the parent's step: computed in fp32, returned in the dtype of the model.
-        x_s = churn_step(
-            sample.float(), model_output, self.sigmas[step], self.sigmas[step + 1], gamma, self._noise(sample, gamma)
-        ).to(model_output.dtype)
-        self._step_index += 1
-        self.endpoints = x_s
-        return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=x_s) if return_dict else (x_s,)
-
-    def _noise(self, x: Tensor, gamma: Tensor) -> Tensor:
-        """Fresh fp32 noise of the shape of `x`; a sample without churn draws none."""
-        noise = torch.zeros(x.shape)
-        for sample, generator, sample_gamma in zip(noise, self.generators, gamma.tolist(), strict=True):
-            if sample_gamma > 0:
-                sample.normal_(generator=generator)
-        return noise.to(x.device)
-
-
-class _ReplayScheduler(FlowMatchEulerDiscreteScheduler):
-    """Serves the timestep of one level and stops the pipeline when its velocity arrives."""
-
-    level: int
-
-    @functools.wraps(FlowMatchEulerDiscreteScheduler.set_timesteps)
-    def set_timesteps(self, *args, **kwargs):
-        super().set_timesteps(*args, **kwargs)
-        self.timesteps = self.timesteps[self.level : self.level + 1]
-
-    def step(self, model_output, timestep, sample, **kwargs):
-        raise _StopPipeline(model_output)

@@ -1,5 +1,6 @@
 """Prompts: where they come from, and in which order the rollouts draw them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,16 +37,26 @@ def load_prompts(dataset_name: str | None = None, prompt_column: str = "prompt")
     return load_dataset(dataset_name, split="train")
 
 
-def check_prompts(dataset: Dataset, prompt_column: str, name: str = "train_dataset") -> None:
+def check_prompts(
+    dataset: Dataset, prompt_column: str, pipeline_columns: Sequence[str] = (), name: str = "train_dataset"
+) -> None:
     """
     Raises:
-        ValueError: `dataset` is empty, lacks `prompt_column`, or holds something else than text there.
+        ValueError: `dataset` is no dataset, is empty, lacks a column, or holds something else than text as prompts.
     """
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"{name} is a {type(dataset).__name__}, not a `datasets.Dataset`. From a list of prompts: "
+            f"`Dataset.from_dict({{'{prompt_column}': prompts}})`."
+        )
     if prompt_column not in dataset.column_names:
         raise ValueError(
             f"{name} has no column '{prompt_column}' but {', '.join(dataset.column_names) or 'no column at all'}. Rename "
             "the column that holds the prompts, or set `dataset_prompt_column`."
         )
+    missing = [column for column in pipeline_columns if column not in dataset.column_names]
+    if missing:
+        raise ValueError(f"{name} has no column '{missing[0]}', which `pipeline_columns` passes to the pipeline.")
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty: there is no prompt to sample images of.")
     for row, prompt in enumerate(dataset[prompt_column]):
