@@ -65,6 +65,7 @@ def test_every_option_is_documented_and_has_help():
             r"optimizer_steps_per_rollout=4 equal steps. The nearest that can: optimizer_steps_per_rollout=3 or 5, or "
             r"prompts_per_rollout=8 or 16",
         ),
+        ({"pipeline_columns": ["image"]}, r"pipeline_columns=\['image'\] needs per_device_prompt_batch_size=1, not 2"),
         ({"gradient_accumulation_steps": 2}, r"gradient_accumulation_steps=2 cannot be set: .* is 2160 here"),
         ({"per_device_train_batch_size": 16}, r"per_device_train_batch_size=16 cannot be set: .* is 4 here"),
         ({"num_train_epochs": 5}, r"num_train_epochs=5 cannot be set: .* Set num_rollouts"),

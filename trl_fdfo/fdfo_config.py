@@ -40,7 +40,8 @@ class FDFOConfig(TrainingArguments):
             Column of the dataset that holds the prompts. All columns are passed to the reward functions.
         pipeline_columns (`list[str]`, *optional*):
             Columns of the dataset that are passed to the pipeline's call too, under their own names: `["image"]` for a
-            pipeline that edits an image.
+            pipeline that edits an image. Needs `per_device_prompt_batch_size=1`: pipelines disagree on what a list of
+            images means for several prompts.
 
         > Step 1: paired rollouts
 
@@ -270,6 +271,12 @@ class FDFOConfig(TrainingArguments):
             raise ValueError(f"churn_schedule='{self.churn_schedule}' is not one of {', '.join(CHURN_SCHEDULES)}.")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay} must be in [0, 1), or None for no averaging.")
+        if self.pipeline_columns and self.per_device_prompt_batch_size != 1:
+            raise ValueError(
+                f"pipeline_columns={self.pipeline_columns} needs per_device_prompt_batch_size=1, not "
+                f"{self.per_device_prompt_batch_size}: pipelines disagree on what a list of images means for several "
+                "prompts, and prompts would be trained with the images of others."
+            )
         if self.beta and not self.use_peft:
             raise ValueError(
                 f"beta={self.beta} needs the base model, which is the model with its adapter disabled, but "

@@ -389,7 +389,7 @@ class FDFOTrainer(Trainer):
     ) -> Tensor:
         self.flow.model = self.model_wrapped
         columns = self._pipeline_columns(columns)
-        batch_size = self.args.per_device_train_batch_size
+        batch_size = 1 if columns else self.args.per_device_train_batch_size
         images = []
         with self._averaged_weights(), self.compute_loss_context_manager():
             for start in range(0, len(share), batch_size):

@@ -15,24 +15,29 @@ from .fdfo_config import FDFOConfig
 
 def attention_projections(transformer: torch.nn.Module) -> list[str]:
     """
-    Names of the linear layers of a transformer's attention, relative to the attention module: `to_q`, `to_out.0`, ...
+    Names of the linear layers of a transformer's attention as PEFT's target modules: relative to the attention module
+    (`to_q`, `to_out.0`, ...) where that names nothing else, else in full.
 
     Raises:
         ValueError: No module of the transformer has "Attention" in the name of its class.
     """
-    names = {
-        name
-        for attention in transformer.modules()
+    modules = dict(transformer.named_modules())
+    layers = {
+        f"{prefix}.{name}": name
+        for prefix, attention in modules.items()
         if "Attention" in type(attention).__name__
         for name, layer in attention.named_modules()
         if isinstance(layer, torch.nn.Linear)
     }
-    if not names:
+    if not layers:
         raise ValueError(
             f"No attention projections were found in {type(transformer).__name__}. Name the layers that are to get an "
             f"adapter in `lora_target_modules`; its linear layers are {_linear_layers(transformer)}."
         )
-    return sorted(names)
+    # One block may have a layer where another has a list of them, of the same name.
+    others = {name for name, module in modules.items() if not isinstance(module, torch.nn.Linear)}
+    ambiguous = {name for name in layers.values() if any(other.endswith(f".{name}") for other in others)}
+    return sorted({path if name in ambiguous else name for path, name in layers.items()})
 
 
 def default_lora_config(config: FDFOConfig, transformer: torch.nn.Module) -> LoraConfig:

@@ -7,8 +7,8 @@ is what reaches `scheduler.step`: after guidance, sign flips, packing and slicin
 - Rollout: the pipeline is called as a user would, with a scheduler whose `step` does the churned step and records
   (x_t, v). The generators of a prompt's branches start from one seed, so that the branches share their noise.
 - Replay of one step, with gradients: the undecorated `__call__` runs on the same batch with the remembered return values
-  of `encode_prompt` and `prepare_latents` (the latents being the recorded x_t) and a scheduler that takes it to that
-  step and stops it when the velocity arrives.
+  of `encode_prompt` and `prepare_latents` (the latents being the recorded x_t). In the steps before, neither the
+  transformer nor the scheduler does anything; at the step itself the scheduler stops the pipeline with the velocity.
 
 Dimensions: P prompts, G branches (images per prompt), N = P x G samples in prompt-major order, T steps.
 """
@@ -53,6 +53,7 @@ class RolloutBatch:
         velocities (`dict[int, Tensor]`): Velocity of step k, for each recorded k, the shape of `x_t[k]`.
         call_kwargs (`dict`): Arguments of the pipeline's call.
         remembered (`dict[str, list]`): Return values of the pipeline's methods that the replay does not repeat.
+        outputs (`list`): What the transformer returned at each of its calls, as shapes alone.
     """
 
     prompts: list[str]
@@ -62,6 +63,7 @@ class RolloutBatch:
     velocities: dict[int, Tensor]
     call_kwargs: dict[str, Any]
     remembered: dict[str, list]
+    outputs: list
 
 
 class PipelineFlow:
@@ -116,7 +118,7 @@ class PipelineFlow:
         """
         scheduler = ProbeScheduler.from_config(self._scheduler.config)
         columns = {name: [value] for name, value in (columns or {}).items()}
-        with self._patched(scheduler, {}):
+        with self._patched(scheduler, self.model):
             try:
                 self.pipeline(**self._arguments([prompt], [torch.Generator()], columns))
             except StopPipeline as stop:
@@ -143,7 +145,7 @@ class PipelineFlow:
             noise_seeds (`Sequence[int]`): Seed of the churn noise of each branch, N = P x G of them.
             levels (`Sequence[int]`): Steps in [0, T) whose tuples are recorded.
             columns (`dict[str, Sequence]`, *optional*): Further arguments of the call that differ between prompts, such
-                as the image to be edited, P values each.
+                as the image to be edited, P values each. With them, P must be 1.
 
         Returns:
             [`RolloutBatch`]: images, endpoints and recorded tuples.
@@ -154,6 +156,7 @@ class PipelineFlow:
             gammas.expand(len(prompts), -1).repeat_interleave(branches, dim=0), _generators(noise_seeds), levels
         )
         remembered: dict[str, list] = {"encode_prompt": [], "prepare_latents": []}
+        outputs = []
 
         def encode_prompt(original, *args, **kwargs):
             remembered["encode_prompt"].append(original(*args, **kwargs))
@@ -164,9 +167,14 @@ class PipelineFlow:
             remembered["prepare_latents"].append(prepared)
             return _with_latents(prepared, scheduler.start(_latents(prepared)))
 
+        def model(*args, **kwargs):
+            output = self.model(*args, **kwargs)
+            outputs.append(recursively_apply(lambda tensor: tensor.to("meta"), output))
+            return output
+
         # Each branch has a generator of its own from the seed of its prompt: their initial noise is the same.
         call_kwargs = self._arguments(prompts, _generators(repeat_each(seeds, branches)), columns)
-        with self._patched(scheduler, {"encode_prompt": encode_prompt, "prepare_latents": prepare_latents}):
+        with self._patched(scheduler, model, encode_prompt=encode_prompt, prepare_latents=prepare_latents):
             images = self.pipeline(**call_kwargs)[0]
         return RolloutBatch(
             prompts=list(prompts),
@@ -176,6 +184,7 @@ class PipelineFlow:
             velocities=scheduler.velocities,
             call_kwargs=call_kwargs,
             remembered=remembered,
+            outputs=outputs,
         )
 
     def velocity(self, batch: RolloutBatch, level: int) -> Tensor:
@@ -189,8 +198,10 @@ class PipelineFlow:
         Returns:
             `Tensor`: Velocity v(x_t, t), guidance included, the shape of `batch.x_t[level]`.
         """
-        self._replay_scheduler.replay(self.pipeline, level)
+        scheduler = self._replay_scheduler
+        scheduler.replay(level)
         remembered = {name: iter(values) for name, values in batch.remembered.items()}
+        outputs = iter(batch.outputs)
 
         def encode_prompt(original, *args, **kwargs):
             return next(remembered["encode_prompt"])
@@ -198,8 +209,14 @@ class PipelineFlow:
         def prepare_latents(original, *args, **kwargs):
             return _with_latents(next(remembered["prepare_latents"]), batch.x_t[level])
 
-        methods = {"encode_prompt": encode_prompt, "prepare_latents": prepare_latents}
-        with self._patched(self._replay_scheduler, methods):
+        def model(*args, **kwargs):
+            output = next(outputs)
+            if scheduler.steps_left == 0:
+                return self.model(*args, **kwargs)
+            # A step before the one that is replayed: what it computes is thrown away, and only its shape matters.
+            return recursively_apply(lambda shape: _zeros(shape, batch.x_t[level].device), output)
+
+        with self._patched(scheduler, model, encode_prompt=encode_prompt, prepare_latents=prepare_latents):
             try:
                 self._call_with_grad(self.pipeline, **batch.call_kwargs)
             except StopPipeline as stop:
@@ -222,13 +239,13 @@ class PipelineFlow:
         Args:
             prompts (`Sequence[str]`): N prompts.
             seeds (`Sequence[int]`): Seed of the initial noise of each image, N of them.
-            columns (`dict[str, Sequence]`, *optional*): As in `rollout`, N values each.
+            columns (`dict[str, Sequence]`, *optional*): As in `rollout`, N values each. With them, N must be 1.
             **call_kwargs: Arguments of the pipeline's call in the place of those given at construction.
 
         Returns:
             `Tensor`: Images, floats in [0, 1], shape [N, 3, H, W]; videos [N, F, 3, H, W].
         """
-        with self._patched(self._scheduler, {}):
+        with self._patched(self._scheduler, self.model):
             return self.pipeline(**{**self._arguments(prompts, _generators(seeds), columns), **call_kwargs})[0].float()
 
     def _arguments(
@@ -236,48 +253,54 @@ class PipelineFlow:
     ) -> dict[str, Any]:
         """Arguments of a call that makes one sample for each generator, the prompts having equally many."""
         branches = len(generators) // len(prompts)
-        varying = {"prompt": list(prompts), **(columns or {})}
-        if columns or self._per_prompt_option is None:
-            # Pipelines differ in how they repeat a condition for the images of a prompt, so it is done here.
-            varying = {name: repeat_each(values, branches) for name, values in varying.items()}
+        if columns and self._per_prompt_option is not None:
+            # One pipeline takes a list of images as one per prompt, another as all for one: with one prompt they agree.
+            if len(prompts) > 1:
+                raise ValueError(f"{len(prompts)} prompts with {', '.join(columns)}: such a call takes one prompt.")
+            varying = {"prompt": list(prompts), self._per_prompt_option: branches}
+            varying |= {name: values[0] for name, values in columns.items()}
         else:
-            varying[self._per_prompt_option] = branches
-        # One negative prompt for all: not every pipeline repeats it itself.
-        negative = {
-            name: [value] * len(varying["prompt"])
-            for name, value in self.call_kwargs.items()
-            if name.startswith("negative_prompt") and isinstance(value, str)
-        }
-        return {
-            **self.call_kwargs,
-            **negative,
-            **varying,
-            "generator": generators,
-            "output_type": "pt",
-            "return_dict": False,
-        }
+            # Not by `num_images_per_prompt`: pipelines differ in how they order what they repeat, and some give the
+            # images of one prompt the attention mask of another.
+            varying = {"prompt": repeat_each(prompts, branches)}
+            varying |= {name: repeat_each(values, branches) for name, values in (columns or {}).items()}
+        arguments = {**self.call_kwargs, "generator": generators, "output_type": "pt", "return_dict": False, **varying}
+        for name, value in arguments.items():
+            if name.startswith("negative_prompt") and isinstance(value, str):
+                # One for all: not every pipeline repeats it itself.
+                arguments[name] = [value] * len(varying["prompt"])
+            elif isinstance(value, list):
+                # Some pipelines write into the lists that they are given.
+                arguments[name] = list(value)
+        return arguments
 
     @contextlib.contextmanager
-    def _patched(self, scheduler: FlowMatchEulerDiscreteScheduler, methods: dict[str, Callable]) -> Iterator[None]:
+    def _patched(
+        self, scheduler: FlowMatchEulerDiscreteScheduler, model: Callable, **methods: Callable
+    ) -> Iterator[None]:
         """
-        The pipeline with another scheduler, the model in place of its transformer, wrapped methods and no progress bar.
+        The pipeline with another scheduler, a callable in place of its transformer, wrapped methods and no progress bar.
 
         They shadow the pipeline's own through its `__dict__`: plain `setattr` would rewrite its config.
         """
         pipeline = self.pipeline
+        transformer = pipeline.transformer
         attributes: dict[str, Any] = {
             "scheduler": scheduler,
-            "transformer": _ModelProxy(self.model, pipeline.transformer, self._dtype),
-            "_interrupt": False,  # a replay leaves something else there
+            "transformer": _ModelProxy(model, transformer, self._dtype),
             "_progress_bar_config": {**getattr(pipeline, "_progress_bar_config", {}), "disable": True},
         }
         for name, method in methods.items():
             attributes[name] = functools.partial(method, getattr(pipeline, name))
         originals = {name: pipeline.__dict__[name] for name in attributes if name in pipeline.__dict__}
         pipeline.__dict__.update(attributes)
+        # A transformer may return another layout in training mode, which a pipeline does not expect; its layers keep
+        # theirs, some of which have no gradients in evaluation mode.
+        training, transformer.training = transformer.training, False
         try:
             yield
         finally:
+            transformer.training = training
             for name in attributes:
                 del pipeline.__dict__[name]
             pipeline.__dict__.update(originals)
@@ -312,7 +335,7 @@ def check_replay(
         recorded (`Tensor`): The recorded one, of the same shape.
         pipeline (`DiffusionPipeline`): Named in the message.
         level (`int`): Step of the sampler, named in the message.
-        autocast_dtype (`torch.dtype`, *optional*): What the model computes in, where it is not the recorded dtype.
+        autocast_dtype (`torch.dtype`, *optional*): What the model computes in, where that is not its own dtype.
 
     Returns:
         `float`: Their rms difference relative to the rms of the recorded one: 0.0 where kernels repeat to the bit.
@@ -322,7 +345,8 @@ def check_replay(
     """
     difference = (velocity.detach().float() - recorded.float()).square().mean().sqrt()
     error = (difference / recorded.float().square().mean().sqrt().clamp_min(1e-12)).item()
-    tolerance = REPLAY_TOLERANCE.get(autocast_dtype or recorded.dtype, REPLAY_TOLERANCE[torch.float32])
+    dtypes = (recorded.dtype, pipeline.transformer.dtype, autocast_dtype)
+    tolerance = max(REPLAY_TOLERANCE.get(dtype, 0.0) for dtype in dtypes)
     # Written so that a NaN fails.
     if not error <= tolerance:
         raise ReplayError(
@@ -344,6 +368,11 @@ def repeat_each(values: Sequence, times: int) -> list:
 def _generators(seeds: Sequence[int]) -> list[torch.Generator]:
     """One generator per seed, on the CPU so that the noise does not depend on the device."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def _zeros(shape: Tensor, device: torch.device) -> Tensor:
+    """Zeros of the shape and dtype of a meta tensor, without memory of their own."""
+    return torch.zeros((), dtype=shape.dtype, device=device).expand(shape.shape)
 
 
 # What `prepare_latents` returns is the latents, or a tuple that starts with them.

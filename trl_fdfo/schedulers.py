@@ -11,7 +11,7 @@ import functools
 from collections.abc import Sequence
 
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from torch import Tensor
 from transformers.utils import logging
@@ -111,45 +111,20 @@ class ChurnScheduler(FlowMatchEulerDiscreteScheduler):
         return noise.to(x.device)
 
 
-class SkipSteps:
-    """
-    Stands for `pipeline.interrupt` in a replay: true in the first `level` iterations of the sampling loop, which the
-    pipeline then skips, so that it arrives at step `level` with the right index and nothing computed.
-    """
-
-    def __init__(self, level: int):
-        self.level = level
-        self.step = -1
-
-    def __bool__(self) -> bool:
-        self.step += 1
-        return self.step < self.level
-
-
 class ReplayScheduler(FlowMatchEulerDiscreteScheduler):
     """
-    Takes the pipeline to step `level` and stops it when the velocity arrives there. A pipeline that checks `interrupt`
-    skips the steps before; another one gets the timestep of that level alone, and believes it to be the first.
+    Takes the pipeline through its own loop to one step, the latents unchanged by the steps before, and stops it there
+    when the velocity arrives. So the pipeline knows which step it is at, and guidance may depend on it.
     """
 
-    def replay(self, pipeline: DiffusionPipeline, level: int) -> None:
+    steps_left: int  # before the step that is replayed
+
+    def replay(self, level: int) -> None:
         """Prepare for one call."""
-        self.pipeline = pipeline
-        self.level = level
+        self.steps_left = level
 
-    @functools.wraps(FlowMatchEulerDiscreteScheduler.set_timesteps)
-    def set_timesteps(self, *args, **kwargs):
-        super().set_timesteps(*args, **kwargs)
-        self.skip = None
-        if isinstance(getattr(type(self.pipeline), "interrupt", None), property):
-            self.skip = self.pipeline._interrupt = SkipSteps(self.level)
-        else:
-            self.timesteps = self.timesteps[self.level : self.level + 1]
-
-    def step(self, model_output, timestep, sample, **kwargs):
-        if self.skip is not None and self.skip.step != self.level:
-            raise RuntimeError(
-                f"{type(self.pipeline).__name__} reads `interrupt` {self.skip.step + 1} times before step {self.level}, "
-                "not once per step: its steps cannot be replayed one by one."
-            )
-        raise StopPipeline(model_output)
+    def step(self, model_output, timestep, sample, return_dict=True, **kwargs):
+        if self.steps_left == 0:
+            raise StopPipeline(model_output)
+        self.steps_left -= 1
+        return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=sample) if return_dict else (sample,)
