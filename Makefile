@@ -24,7 +24,7 @@ lint: $(VENV)/installed
 clean:
 	rm -rf .venv outputs
 
-# The constraints take torch first: a looser requirement would let a newer one with gigabytes of CUDA in.
+# torch first, at the version of the constraints: so nothing that follows can ask for another.
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt torch

@@ -45,12 +45,16 @@ class ScriptArguments:
 
 def main(args: list[str] | None = None) -> None:
     script, config = TrlParser((ScriptArguments, FDFOConfig)).parse_args_and_config(args)
+    if script.num_report_prompts < 1 or script.images_per_report_prompt < 1:
+        raise ValueError("num_report_prompts and images_per_report_prompt must be at least 1.")
     packaged = script.model == "shapes"
+    metrics = load_reward(script.metrics) if script.metrics is not None else None
+    captions = Dataset.from_dict({"prompt": shapes.captions()}) if packaged and config.dataset_name is None else None
     trainer = FDFOTrainer(
         config,
         shapes.load_pipeline() if packaged else script.model,
         [load_reward(path) for path in script.reward],
-        train_dataset=Dataset.from_dict({"prompt": shapes.captions()}) if packaged else None,
+        train_dataset=captions,
     )
 
     # Seeds that are used nowhere else: those of the rollouts are hashes of 64 bits.
@@ -75,8 +79,8 @@ def main(args: list[str] | None = None) -> None:
         for name, batch in images.items():
             rewards = trainer.reward_functions(batch, prompts, trainer.state, {})
             report[name] = {"reward": trainer.reward_functions.total(rewards[:, None]).nanmean().item()}
-            if script.metrics is not None:
-                report[name] |= load_reward(script.metrics)(batch, prompts)
+            if metrics is not None:
+                report[name] |= metrics(batch, prompts)
         (output_dir / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
         by_prompt = {name: batch.unflatten(0, (-1, script.images_per_report_prompt)) for name, batch in images.items()}
         labels = prompts[:: script.images_per_report_prompt]

@@ -69,4 +69,5 @@ if __name__ == "__main__":
     if trainer.is_world_process_zero():
         torch.save(result, sys.argv[1])
     if dist.is_initialized():
+        dist.barrier()  # no process leaves while another still talks to it
         dist.destroy_process_group()

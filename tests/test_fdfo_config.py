@@ -68,6 +68,26 @@ def test_every_option_is_documented_and_has_help():
         ({"pipeline_columns": ["image"]}, r"pipeline_columns=\['image'\] needs per_device_prompt_batch_size=1, not 2"),
         ({"gradient_accumulation_steps": 2}, r"gradient_accumulation_steps=2 cannot be set: .* is 2160 here"),
         ({"per_device_train_batch_size": 16}, r"per_device_train_batch_size=16 cannot be set: .* is 4 here"),
+        ({"max_steps": 3}, r"max_steps=3 could end inside a rollout. Set num_rollouts: a rollout is 4 steps here"),
+        ({"num_rollouts": "10"}, r"num_rollouts='10' is a str; it must be int"),
+        ({"num_rollouts": 2.5}, r"num_rollouts=2.5 is a float; it must be int"),
+        ({"num_iterations": True}, r"num_iterations=True is a bool; it must be int"),
+        ({"churn": float("nan")}, r"churn=nan is a float; it must be float"),
+        ({"churn": float("inf")}, r"churn=inf"),
+        ({"learning_rate": "6e-4"}, r"learning_rate='6e-4' is a str; it must be float"),
+        ({"height": "32"}, r"height='32' is a str; it must be int \| None"),
+        ({"reward_weights": 2.0}, r"reward_weights=2.0 is a float; it must be list\[float\]"),
+        ({"reward_weights": ["a"]}, r"reward_weights=\['a'\] is a list; it must be list\[float\]"),
+        ({"reward_weights": [0.0]}, r"reward_weights=\[0.0\] leaves nothing to learn from"),
+        ({"lora_target_modules": "to_q"}, r"lora_target_modules='to_q' is a str; it must be list\[str\]"),
+        ({"lora_alpha": 0}, r"lora_alpha=0 must be at least 1"),
+        ({"pipeline_kwargs": "{'a': 1"}, r"pipeline_kwargs=.* is not valid JSON"),
+        ({"pipeline_kwargs": "[1]"}, r"pipeline_kwargs=\[1\] must be a dict"),
+        ({"pipeline_kwargs": {"height": 64}}, r"pipeline_kwargs has height=64: set the option `height` instead"),
+        ({"pipeline_kwargs": {"generator": 1}}, r"pipeline_kwargs has generator=1, which the trainer sets itself"),
+        ({"pipeline_kwargs": {"num_images_per_prompt": 4}}, r"num_images_per_prompt=4, which the trainer sets"),
+        ({"pipeline_kwargs": {"negative_prompt": ["a"]}}, r"negative_prompt=\['a'\]: one string for all prompts"),
+        ({"save_steps": 0.003}, r"save_steps=2 falls inside a rollout of 4 optimizer steps"),
         ({"num_train_epochs": 5}, r"num_train_epochs=5 cannot be set: .* Set num_rollouts"),
         ({"save_steps": 6}, r"save_steps=6 falls inside a rollout of 4 optimizer steps.*4 and 8"),
         ({"neftune_noise_alpha": 5.0}, r"neftune_noise_alpha=5.0 does not work with FDFO"),
@@ -101,6 +121,15 @@ def test_bf16_is_refused_where_the_machine_lacks_it_and_resolved_where_unset():
 
 def test_pipeline_kwargs_from_the_command_line():
     assert paper(pipeline_kwargs='{"max_sequence_length": 128}').pipeline_kwargs == {"max_sequence_length": 128}
+
+
+def test_save_steps_matter_only_where_they_are_used():
+    assert paper(save_strategy="epoch", save_steps=3).save_steps == 3
+
+
+def test_best_model_is_by_reward():
+    config = paper(load_best_model_at_end=True, save_strategy="epoch", eval_strategy="epoch")
+    assert config.metric_for_best_model == "eval_reward" and config.greater_is_better
 
 
 def test_one_process_takes_one_gpu():

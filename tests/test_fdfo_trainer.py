@@ -7,7 +7,8 @@ import torch
 from conftest import PROMPTS, redness, trained_weights
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from transformers import EarlyStoppingCallback, TrainerCallback
+from safetensors.torch import load_file
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
 from trl_fdfo import FDFOTrainer
 from trl_fdfo.fdfo_trainer import derive_seed
@@ -71,13 +72,9 @@ def test_gradients_equal_a_plain_loop_over_the_equations(make_trainer, branches,
     rows = rollout_rows(len(PROMPTS), 4, rollout=0, seed=3)
     for first in (0, 2):
         prompts = [PROMPTS[row] for row in rows[first : first + 2]]
+        prompts = [prompt for prompt in prompts for _ in range(branches)]
         embeds, _, pooled, _ = pipeline.encode_prompt(
-            prompts,
-            None,
-            None,
-            num_images_per_prompt=branches,
-            do_classifier_free_guidance=False,
-            max_sequence_length=8,
+            prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=8
         )
 
         def velocity_at(x, t, embeds=embeds, pooled=pooled):
@@ -345,6 +342,54 @@ def test_resumed_run_ends_in_the_same_weights(make_trainer, use_peft):
     assert torch.equal(resumed.generate(PROMPTS, range(6)), averaged)
 
 
+def test_checkpoint_inside_a_rollout_is_refused(make_trainer):
+    trainer = make_trainer(num_rollouts=3, optimizer_steps_per_rollout=1, save_strategy="epoch")
+    trainer.train()
+    resumed = make_trainer(num_rollouts=3, optimizer_steps_per_rollout=2)
+    with pytest.raises(ValueError, match=r"checkpoint-1 is from step 1, inside a rollout of 2 steps"):
+        resumed.train(resume_from_checkpoint=f"{trainer.args.output_dir}/checkpoint-1")
+
+
+def test_averaging_can_start_with_a_resumed_run(make_trainer, caplog):
+    make_trainer(num_rollouts=1, save_strategy="epoch").train()
+    resumed = make_trainer(num_rollouts=2, ema_decay=0.5)
+    resumed.train(resume_from_checkpoint=f"{resumed.args.output_dir}/checkpoint-2")
+    assert resumed.state.global_step == 4
+    assert "the average over rollouts starts from its weights" in caplog.text
+
+
+def test_training_twice_samples_anew(make_trainer):
+    trainer = make_trainer(num_rollouts=1)
+    trainer.train()
+    trainer.train()
+    assert metrics_of(trainer, "replay_error") == [0.0]
+
+
+def test_best_model_with_averaging_is_the_one_that_was_scored(make_trainer, tmp_path):
+    def worse_and_worse(images, trainer_state):
+        return [-float(trainer_state.global_step)] * len(images)
+
+    trainer = make_trainer(
+        num_rollouts=4,
+        ema_decay=0.5,
+        eval_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+        eval_reward_fn=worse_and_worse,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        load_best_model_at_end=True,
+        learning_rate=1e-2,
+    )
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    trainer.save_model(str(tmp_path / "best"))
+    file = "pytorch_lora_weights.safetensors"
+    scored = load_file(f"{trainer.state.best_model_checkpoint}/{file}")
+    saved = load_file(tmp_path / "best" / file)
+    last = load_file(f"{trainer.args.output_dir}/checkpoint-8/{file}")
+    assert all(torch.equal(saved[name], scored[name]) for name in scored)
+    assert any(not torch.equal(saved[name], last[name]) for name in last)
+
+
 def test_averaged_weights_are_saved_and_trained_weights_are_kept(make_trainer, tmp_path):
     trainer = make_trainer(num_rollouts=4, ema_decay=0.9, learning_rate=1e-2)
     trainer.train()
@@ -495,18 +540,44 @@ def test_dataset_columns_reach_the_reward(make_config):
         ({"dataset_prompt_column": "caption"}, "no column 'caption' but prompt"),
         ({"reward_weights": [1.0, 2.0]}, "reward_weights has 2 values for 1 reward function"),
         ({"reward_fn": "pickscore"}, "reward_fn='pickscore' is a str"),
-        ({"lora_target_modules": ["to_x"]}, r"\['to_x'\] match no layer of SD3Transformer2DModel.*to_q"),
+        ({"lora_target_modules": ["to_q", "to_x"]}, r"\['to_x'\] match no layer of SD3Transformer2DModel.*to_q"),
         ({"peft_config": LoraConfig(target_modules=["to_q"], lora_dropout=0.1)}, "lora_dropout=0.1.*Set it to 0"),
         ({"peft_config": LoraConfig(target_modules=["to_q"]), "use_peft": False}, "together with use_peft=False"),
         ({"height": 30}, "height=30 is not a multiple of 4.*28 and 32"),
         ({"pipeline_kwargs": {"steps": 3}}, "StableDiffusion3Pipeline does not take steps"),
         ({"pipeline_kwargs": {"max_sequence_length": 1000}}, "max_sequence_length"),
         ({"eval_dataset": Dataset.from_dict({"text": ["a"]})}, "eval_dataset has no column 'prompt'"),
+        ({"reward_fn": lambda imgs, prompts: 0}, "needs the argument 'imgs'.*images, prompts, trainer_state, prompt"),
+        ({"pipeline_kwargs": {"sigmas": [1.0, 0.5]}}, "takes 2 steps, not num_inference_steps=4"),
+        ({"pipeline": int}, "must be a `DiffusionPipeline`.*not int itself"),
+        ({"pipeline_columns": ["image"], "per_device_prompt_batch_size": 1}, "no column 'image'"),
+        (
+            {"eval_dataset": Dataset.from_dict({"prompt": ["a"]}), "metric_for_best_model": "eval_rewad"},
+            "metric_for_best_model='eval_rewad' is none of what `evaluate` gives: reward, rewards/redness/mean",
+        ),
     ],
 )
 def test_bad_input_is_refused_before_the_first_rollout(make_trainer, options, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(**options)
+
+
+def test_config_of_another_kind_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="config is a TrainingArguments, not a `FDFOConfig`"):
+        FDFOTrainer(TrainingArguments(str(tmp_path), use_cpu=True), tiny_pipelines.sd3(), redness)
+
+
+def test_one_seed_per_image(make_trainer):
+    with pytest.raises(ValueError, match="generate got 2 prompts and 1 seeds"):
+        make_trainer().generate(["a", "b"], [1])
+
+
+@pytest.mark.parametrize("reward", [lambda images: [None] * len(images), lambda images: [1.0] * len(images)])
+def test_a_reward_that_teaches_nothing_is_warned_of(make_trainer, reward, caplog):
+    trainer = make_trainer(reward_fn=reward, num_rollouts=1)
+    trainer.train()
+    assert "Rollout 1: the images of no prompt differ in reward" in caplog.text
+    assert metrics_of(trainer, "frac_reward_zero_std") == [1.0]
 
 
 def test_second_adapter_is_refused(make_trainer):

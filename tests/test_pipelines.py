@@ -214,6 +214,23 @@ def test_whole_trainer_and_saved_lora(name, make_config, tmp_path):
         assert torch.equal(flow.generate(*arguments), expected)
 
 
+def test_two_transformers_are_refused():
+    wan = importlib.import_module("tiny_pipelines.wan")
+    with pytest.raises(ValueError, match="WanPipeline has a second transformer, `transformer_2`"):
+        PipelineFlow(wan.build_two_transformers(), num_generations=2, num_inference_steps=STEPS)
+
+
+@pytest.mark.parametrize("name", ["sana", "hidream", "wan"])
+def test_usual_scheduler_of_another_kind_is_replaced(name):
+    module = importlib.import_module(f"tiny_pipelines.{name}")
+    pipeline = module.build()
+    pipeline.scheduler = module.usual_scheduler()
+    flow = PipelineFlow(pipeline, num_generations=2, num_inference_steps=STEPS, **module.CALLS["plain"])
+    batch = flow.rollout(["a cat"], constant_churn(flow.sigmas, 0.2), [0], [1, 2], range(STEPS))
+    for level in range(STEPS):
+        assert torch.equal(flow.velocity(batch, level), batch.velocities[level])
+
+
 DOCS = Path(__file__).parents[1] / "docs" / "pipelines.md"
 BEGIN, END = "<!-- table: made by tests/test_pipelines.py -->\n", "<!-- end of table -->\n"
 

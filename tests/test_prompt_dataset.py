@@ -48,6 +48,13 @@ def test_bad_datasets_are_refused(columns, message):
         check_prompts(Dataset.from_dict(columns), "prompt")
 
 
+def test_what_is_no_dataset_is_refused():
+    with pytest.raises(ValueError, match=r"train_dataset is a list, not a `datasets.Dataset`. From a list of prompts"):
+        check_prompts(["a", "b"], "prompt")
+    with pytest.raises(ValueError, match="no column 'image', which `pipeline_columns` passes"):
+        check_prompts(Dataset.from_dict({"prompt": ["a"]}), "prompt", ["image"])
+
+
 def test_rollouts_are_sections_of_passes_over_the_dataset():
     rows = [row for rollout in range(5) for row in rollout_rows(10, 4, rollout, seed=0)]
     assert sorted(rows[:10]) == sorted(rows[10:20]) == list(range(10))

@@ -1,4 +1,5 @@
 import asyncio
+import functools
 import math
 import time
 
@@ -68,6 +69,63 @@ def test_async_rewards_run_at_the_same_time():
     assert rewards[0].tolist() == [1.0, 2.0, 3.0]
 
 
+def test_rewards_in_a_notebook_whose_event_loop_runs():
+    async def reward(images):
+        return [1.0] * len(images)
+
+    async def cell():
+        return call([reward, lambda images: [2.0] * len(images)])
+
+    assert asyncio.run(cell())[0].tolist() == [1.0, 2.0]
+
+
+def test_image_type_is_seen_through_partial():
+    def sizes(images, scale):
+        return [scale * image.width for image in images]
+
+    sizes.image_type = "pil"
+    functions = RewardFunctions(functools.partial(sizes, scale=2))
+    assert functions.names == ["sizes"]
+    assert functions(IMAGES, PROMPTS, TrainerState(), {})[:, 0].tolist() == [32.0] * 4
+    sizes.image_type = "PIL"
+    with pytest.raises(ValueError, match="Reward 'sizes' has image_type='PIL'; it must be 'pt' or 'pil'"):
+        RewardFunctions(sizes)
+
+
+def test_videos_are_lists_of_frames_for_a_pil_reward():
+    def frames(images):
+        return [len(video) for video in images]
+
+    frames.image_type = "pil"
+    videos = torch.rand(2, 5, 3, 8, 8)
+    assert RewardFunctions(frames)(videos, ["a", "b"], TrainerState(), {})[:, 0].tolist() == [5.0, 5.0]
+
+
+def test_columns_are_checked_before_any_call():
+    def needs(images, caption, style="oil"):
+        return [0.0] * len(images)
+
+    functions = RewardFunctions(needs)
+    functions.check_columns(["caption"])
+    with pytest.raises(
+        ValueError, match="'needs' needs the argument 'caption', and train_dataset has no such.*prompts"
+    ):
+        functions.check_columns(["prompt"])
+    with pytest.raises(ValueError, match="eval_dataset has a column 'images'"):
+        functions.check_columns(["images", "caption"], "eval_dataset")
+    with pytest.raises(ValueError, match="Reward 'dict' does not say which arguments it takes"):
+        RewardFunctions(dict)
+
+
+def test_error_of_a_reward_says_whose_it_is():
+    def broken(images):
+        raise RuntimeError("no more memory")
+
+    with pytest.raises(RuntimeError, match="no more memory") as raised:
+        call(broken)
+    assert raised.value.__notes__ == ["Raised by the reward 'broken'."]
+
+
 def test_none_does_not_apply():
     functions = RewardFunctions(
         [lambda images: [1.0, None, 2.0, 4.0], lambda images: [10.0, 30.0, None, None]], [1.0, 0.5]
@@ -85,7 +143,7 @@ def test_none_does_not_apply():
     ("result", "message"),
     [
         ([1.0, 2.0], r"Reward 'bad' returned 2 values for 4 images"),
-        (torch.zeros(4, 2), r"Reward 'bad' returned \[0.0, 0.0\], which is not a number, for the prompt 'a'"),
+        (torch.zeros(4, 2), r"Reward 'bad' returned a tensor of shape \[4, 2\] for 4 images: .*, shape \[4\]"),
         (0.5, r"Reward 'bad' returned 0.5, a float: it must return one float per image"),
         (torch.tensor(0.5), r"Reward 'bad' returned 0.5, a Tensor"),
         (None, r"Reward 'bad' returned None, a NoneType"),

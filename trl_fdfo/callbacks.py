@@ -9,6 +9,10 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
 
 
 class FDFOProgressCallback(ProgressCallback):
@@ -17,7 +21,7 @@ class FDFOProgressCallback(ProgressCallback):
     counts the prompts of the rollout.
     """
 
-    SHOWN = ("reward", "reward_std", "kl", "clip_ratio")
+    SHOWN = ("reward", "reward_std")
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
@@ -30,7 +34,8 @@ class FDFOProgressCallback(ProgressCallback):
             return
         if "reward" in logs:
             shown = {name: f"{logs[name]:.3g}" for name in self.SHOWN if name in logs}
-            self.training_bar.set_postfix({"rollout": round(state.global_step / args.steps_per_rollout), **shown})
+            rollout = round(state.global_step / args.steps_per_rollout)
+            self.training_bar.set_postfix({"rollout": f"{rollout}/{args.num_rollouts}", **shown})
         else:
             super().on_log(args, state, control, logs=logs, **kwargs)
 
@@ -67,7 +72,10 @@ class WeightAveraging(TrainerCallback):
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """The model with the averaged weights in the place of the trained ones."""
+        """The model with the averaged weights in the place of the trained ones. May be nested."""
+        if self.average.temp_stored_params is not None:
+            yield
+            return
         self.average.store(self.parameters)
         self.average.copy_to(self.parameters)
         try:
@@ -81,7 +89,11 @@ class WeightAveraging(TrainerCallback):
         save_file(tensors, Path(folder, self.FILE_NAME), metadata={"updates": str(self.average.optimization_step)})
 
     def load(self, folder: str | Path, updates: int) -> None:
-        """Read what `save` wrote after `updates` rollouts."""
+        """Read what `save` wrote after `updates` rollouts; without it, the average starts from the weights as they are."""
+        if not Path(folder, self.FILE_NAME).is_file():
+            logger.warning(f"{folder} has no {self.FILE_NAME}: the average over rollouts starts from its weights.")
+            self.average = EMAModel(self.parameters, decay=self.average.decay)
+            return
         tensors = load_file(Path(folder, self.FILE_NAME))
         for i, parameter in enumerate(self.average.shadow_params):
             parameter.copy_(tensors[str(i)])

@@ -1,7 +1,9 @@
 """Every option of FDFO, in the order of the paper's steps, and the checks that need no pipeline."""
 
+import json
 import math
 from dataclasses import dataclass, field
+from typing import Any, get_args, get_origin
 
 from accelerate.utils import get_int_from_env
 from transformers import TrainingArguments
@@ -9,6 +11,10 @@ from transformers.utils import is_torch_bf16_gpu_available, logging
 
 
 logger = logging.get_logger(__name__)
+
+# What `pipeline_kwargs` must leave to others.
+_OPTIONS_OF_CALL = ("num_inference_steps", "guidance_scale", "height", "width")
+_SET_BY_TRAINER = ("prompt", "generator", "latents", "output_type", "return_dict")
 
 CHURN_SCHEDULES = ("constant", "interval", "prior")
 
@@ -25,7 +31,7 @@ _REFUSED = {
 class FDFOConfig(TrainingArguments):
     r"""
     Configuration of [`FDFOTrainer`]: what [`~transformers.TrainingArguments`] has, and the options below. The defaults
-    are the setting of the paper (arXiv 2603.12893) for Stable Diffusion 3.5 Medium.
+    are the setting of the paper (arXiv 2603.12893) for Stable Diffusion 3.5 Medium, but for the number of rollouts.
 
     An epoch of the Trainer is one rollout and the optimizer steps on it: `save_strategy="epoch"` saves after each
     rollout, and the logged `epoch` counts rollouts.
@@ -55,8 +61,8 @@ class FDFOConfig(TrainingArguments):
             Images G per prompt that are compared with each other, at least 2.
         num_inference_steps (`int`, defaults to `40`):
             Steps T of the sampler. The paper's fast setting is 10.
-        guidance_scale (`float`, defaults to `1.0`):
-            Guidance of the pipeline, sampled with and trained through. 1 is none.
+        guidance_scale (`float`, *optional*, defaults to `1.0`):
+            Guidance of the pipeline, sampled with and trained through. 1 is none. `None` leaves it to the pipeline.
         height (`int`, *optional*, defaults to `512`):
             Height of the images in pixels. `None` takes the pipeline's default.
         width (`int`, *optional*, defaults to `512`):
@@ -109,8 +115,9 @@ class FDFOConfig(TrainingArguments):
         lora_target_modules (`list[str]`, *optional*):
             Names (endings) of the linear layers that get an adapter. `None`: the transformer's attention projections.
         ema_decay (`float`, *optional*):
-            Average the trained weights over rollouts with this decay in [0, 1), for evaluation and for what
-            `save_model` writes. `None` does not average.
+            Average the trained weights over rollouts with this decay in [0, 1), for `evaluate`, `generate`, `save_model`
+            and the diffusers file of each checkpoint. `trainer.pipeline` itself, and PEFT's file of a checkpoint, from
+            which a run is resumed, have the trained weights. `None` does not average.
 
     Derived (computed once, here):
         num_trained_levels (`int`): K = max(1, round(timestep_fraction T)).
@@ -140,7 +147,7 @@ class FDFOConfig(TrainingArguments):
     )
     num_generations: int = field(default=2, metadata={"help": "Images per prompt that are compared, at least 2."})
     num_inference_steps: int = field(default=40, metadata={"help": "Steps of the sampler."})
-    guidance_scale: float = field(default=1.0, metadata={"help": "Guidance of the pipeline; 1 is none."})
+    guidance_scale: float | None = field(default=1.0, metadata={"help": "Guidance of the pipeline; 1 is none."})
     height: int | None = field(default=512, metadata={"help": "Height of the images in pixels."})
     width: int | None = field(default=512, metadata={"help": "Width of the images in pixels."})
     pipeline_kwargs: dict | str | None = field(
@@ -211,12 +218,16 @@ class FDFOConfig(TrainingArguments):
         self._derive_batches(world_size)
         if self.logging_steps is None:
             self.logging_steps = self.steps_per_rollout
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "eval_reward"
         if self.save_steps is None:
             self.save_steps = 10 * self.steps_per_rollout
-        elif self.save_steps >= 1 and self.save_steps % self.steps_per_rollout:
-            lower, upper = nearest_multiples(int(self.save_steps), self.steps_per_rollout)
+        total = self.num_rollouts * self.steps_per_rollout
+        save_steps = math.ceil(self.save_steps * total) if self.save_steps < 1 else int(self.save_steps)
+        if self.save_strategy == "steps" and save_steps % self.steps_per_rollout:
+            lower, upper = nearest_multiples(save_steps, self.steps_per_rollout)
             raise ValueError(
-                f"save_steps={self.save_steps} falls inside a rollout of {self.steps_per_rollout} optimizer steps, where "
+                f"save_steps={save_steps} falls inside a rollout of {self.steps_per_rollout} optimizer steps, where "
                 f"a run cannot be resumed without the rollout's data. The nearest that do not: {lower} and {upper}."
             )
         if self.ddp_find_unused_parameters is None:
@@ -236,7 +247,42 @@ class FDFOConfig(TrainingArguments):
             )
             self._n_gpu = 1
 
+    def _check_types(self):
+        """A string from a YAML file, a bool, NaN: named here, before it is compared with anything."""
+        # Not from `dataclasses.fields`: HfArgumentParser takes the None out of the types there.
+        for name, annotation in FDFOConfig.__annotations__.items():
+            value = getattr(self, name)
+            types = () if name.startswith("_") or get_origin(annotation) is list else get_args(annotation)
+            if not name.startswith("_") and not any(_is(value, t) for t in types or (annotation,)):
+                expected = annotation if types else getattr(annotation, "__name__", annotation)
+                raise ValueError(f"{name}={value!r} is a {type(value).__name__}; it must be {expected}.")
+
+    def _check_pipeline_kwargs(self):
+        if isinstance(self.pipeline_kwargs, str):
+            try:
+                self.pipeline_kwargs = json.loads(self.pipeline_kwargs)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"pipeline_kwargs={self.pipeline_kwargs!r} is not valid JSON: {error}.") from None
+        if not isinstance(self.pipeline_kwargs, (dict, type(None))):
+            raise ValueError(f"pipeline_kwargs={self.pipeline_kwargs!r} must be a dict of arguments of the call.")
+        for name, value in (self.pipeline_kwargs or {}).items():
+            if name in _OPTIONS_OF_CALL:
+                raise ValueError(f"pipeline_kwargs has {name}={value!r}: set the option `{name}` instead.")
+            if name in _SET_BY_TRAINER or name.endswith("_per_prompt"):
+                raise ValueError(f"pipeline_kwargs has {name}={value!r}, which the trainer sets itself.")
+            if name.startswith("negative_prompt") and isinstance(value, list):
+                raise ValueError(f"pipeline_kwargs has {name}={value!r}: one string for all prompts, not a list.")
+
     def _validate(self):
+        self._check_types()
+        self._check_pipeline_kwargs()
+        if self.max_steps > 0:
+            raise ValueError(
+                f"max_steps={self.max_steps} could end inside a rollout. Set num_rollouts: a rollout is "
+                f"{self.optimizer_steps_per_rollout * self.num_iterations} steps here."
+            )
+        if self.reward_weights is not None and not any(self.reward_weights):
+            raise ValueError(f"reward_weights={self.reward_weights} leaves nothing to learn from.")
         for name in (
             "num_rollouts",
             "prompts_per_rollout",
@@ -245,6 +291,7 @@ class FDFOConfig(TrainingArguments):
             "optimizer_steps_per_rollout",
             "num_iterations",
             "lora_r",
+            "lora_alpha",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
@@ -335,6 +382,18 @@ class FDFOConfig(TrainingArguments):
                 "bf16=True, but this machine has no GPU with bfloat16. Leave bf16 unset to use what the machine can do, "
                 "set fp16=True on an older GPU, or use_cpu=True to run bfloat16 on the CPU."
             )
+
+
+def _is(value: Any, expected: Any) -> bool:
+    """Whether `value` is of a type as a user means it: a bool is no number, an int is a float, NaN is nothing."""
+    kind = get_origin(expected) or expected
+    if kind in (int, float) and isinstance(value, bool):
+        return False
+    if kind is float:
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    if kind is list:
+        return isinstance(value, list) and all(_is(item, get_args(expected)[0]) for item in value)
+    return isinstance(value, kind)
 
 
 def nearest_multiples(value: int, divisor: int) -> tuple[int, int]:

@@ -14,7 +14,9 @@ from diffusers import DiffusionPipeline
 from peft import PeftConfig, PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 from transformers import ProgressCallback, Trainer, TrainerCallback
+from transformers.utils import logging
 
 from .algorithm import constant_churn, finite_difference, interval_churn, prior_churn, surrogate_loss
 from .callbacks import FDFOProgressCallback, WeightAveraging
@@ -26,6 +28,9 @@ from .prompt_dataset import check_prompts, load_prompts, rollout_rows
 from .rewards.reward_functions import RewardFunction, RewardFunctions
 from .rollout_buffer import MicroBatch, RolloutBuffer, ScoredBatch, trained_levels
 from .trainer_compat import speak_trainer
+
+
+logger = logging.get_logger(__name__)
 
 
 class FDFOTrainer(Trainer):
@@ -47,7 +52,8 @@ class FDFOTrainer(Trainer):
         train_dataset (`datasets.Dataset`, *optional*): Prompts in the column `config.dataset_prompt_column`; all
             columns go to the rewards. Default: what `config.dataset_name` names, else the packaged prompts.
         eval_dataset (`datasets.Dataset`, *optional*): Prompts for `evaluate`.
-        eval_reward_fn (`Callable` or `list[Callable]`, *optional*): Rewards for `evaluate`; default: `reward_fn`.
+        eval_reward_fn (`Callable` or `list[Callable]`, *optional*): Rewards for `evaluate`, summed without weights;
+            default: `reward_fn` with its weights.
         callbacks (`list[TrainerCallback]`, *optional*): As in Trainer.
         optimizers (`tuple`): As in Trainer.
         peft_config (`PeftConfig`, *optional*): Adapter in the place of the default LoRA.
@@ -56,7 +62,6 @@ class FDFOTrainer(Trainer):
         ValueError: Something that would fail, or train something else than was asked for: before the first rollout.
     """
 
-    _tag_names = ["trl", "fdfo"]
     args: FDFOConfig
 
     def __init__(
@@ -71,25 +76,29 @@ class FDFOTrainer(Trainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
         peft_config: PeftConfig | None = None,
     ):
+        if not isinstance(config, FDFOConfig):
+            raise ValueError(f"config is a {type(config).__name__}, not a `FDFOConfig`.")
         self.reward_functions = RewardFunctions(reward_fn, config.reward_weights)
         self.eval_reward_functions = RewardFunctions(eval_reward_fn) if eval_reward_fn else self.reward_functions
         if train_dataset is None:
             train_dataset = load_prompts(config.dataset_name, config.dataset_prompt_column)
         pipeline_columns = config.pipeline_columns or []
         check_prompts(train_dataset, config.dataset_prompt_column, pipeline_columns)
+        self.reward_functions.check_columns(train_dataset.column_names)
         if eval_dataset is not None:
             check_prompts(eval_dataset, config.dataset_prompt_column, pipeline_columns, "eval_dataset")
+            self.eval_reward_functions.check_columns(eval_dataset.column_names, "eval_dataset")
+            self._check_best_metric(config.metric_for_best_model)
 
         if isinstance(pipeline, str):
             pipeline = load_pipeline(pipeline, dtype=torch.bfloat16 if config.bf16 else torch.float32)
         self.pipeline = pipeline
+        options = {"guidance_scale": config.guidance_scale, "height": config.height, "width": config.width}
         self.flow = PipelineFlow(
             pipeline,
             num_generations=config.num_generations,
             num_inference_steps=config.num_inference_steps,
-            guidance_scale=config.guidance_scale,
-            height=config.height,
-            width=config.width,
+            **{name: value for name, value in options.items() if value is not None},
             **(config.pipeline_kwargs or {}),
         )
         for component in pipeline.components.values():
@@ -135,10 +144,16 @@ class FDFOTrainer(Trainer):
         self._sigmas = self.flow.noise_levels(
             row[config.dataset_prompt_column], {name: row[name] for name in pipeline_columns}
         )
+        if len(self._sigmas) != config.num_inference_steps + 1:
+            raise ValueError(
+                f"{type(pipeline).__name__} takes {len(self._sigmas) - 1} steps, not num_inference_steps="
+                f"{config.num_inference_steps}: it or `pipeline_kwargs` sets a schedule of its own. Set the option to that."
+            )
 
     # Trainer's loop ---------------------------------------------------------------------------------------------------
 
     def train(self, *args, **kwargs):
+        self._buffer = None
         if self.is_world_process_zero():
             print(self.run_plan())
         return super().train(*args, **kwargs)
@@ -205,7 +220,7 @@ class FDFOTrainer(Trainer):
                 branch_rms.append(rms)
                 if self._progress is not None:
                     bar.update(batch_size)
-        self._record_rewards(torch.cat(rewards))
+        self._record_rewards(rollout, torch.cat(rewards))
         self._metrics["branch_rms"].append(torch.cat(branch_rms).mean())
         return RolloutBuffer(rollout, first_batch, batches, args.optimizer_steps_per_rollout)
 
@@ -336,8 +351,15 @@ class FDFOTrainer(Trainer):
         Returns:
             `Tensor`: Images on the CPU, floats in [0, 1], shape [N, 3, H, W].
         """
+        if len(prompts) != len(seeds):
+            raise ValueError(f"generate got {len(prompts)} prompts and {len(seeds)} seeds: give one seed for each.")
         images = self._generate_share(prompts, seeds, columns or {}, self._share(len(prompts)), **call_kwargs)
         return self.accelerator.gather(images).cpu()[: len(prompts)]
+
+    def _check_best_metric(self, metric: str | None) -> None:
+        known = ["reward", *(f"rewards/{name}/mean" for name in self.eval_reward_functions.names)]
+        if metric is not None and metric.removeprefix("eval_") not in known:
+            raise ValueError(f"metric_for_best_model='{metric}' is none of what `evaluate` gives: {', '.join(known)}.")
 
     def evaluate(
         self,
@@ -392,7 +414,8 @@ class FDFOTrainer(Trainer):
         batch_size = 1 if columns else self.args.per_device_train_batch_size
         images = []
         with self._averaged_weights(), self.compute_loss_context_manager():
-            for start in range(0, len(share), batch_size):
+            disable = self.args.disable_tqdm or not self.is_world_process_zero()
+            for start in tqdm(range(0, len(share), batch_size), "sampling", leave=False, disable=disable):
                 prompt, seed, *values = (
                     [value[n] for n in share[start : start + batch_size]]
                     for value in (prompts, seeds, *columns.values())
@@ -408,17 +431,27 @@ class FDFOTrainer(Trainer):
 
     # Logging ----------------------------------------------------------------------------------------------------------
 
-    def _record_rewards(self, rewards: Tensor) -> None:
+    def _record_rewards(self, rollout: int, rewards: Tensor) -> None:
         """Metrics of a rollout over all processes, under GRPO's names, from this process's rewards [P, G, R]."""
         rewards = self.accelerator.gather(rewards.to(self.args.device))
         total = self.reward_functions.total(rewards)
         std = total.std(dim=1)
         self._metrics["reward"].append(total.nanmean())
         self._metrics["reward_std"].append(std.nanmean())
-        self._metrics["frac_reward_zero_std"].append((std == 0).float().mean())
+        # NaN, where no reward applies, teaches as little as a tie.
+        idle = ~(std > 0)
+        self._metrics["frac_reward_zero_std"].append(idle.float().mean())
+        if idle.all():
+            logger.warning(
+                f"Rollout {rollout + 1}: the images of no prompt differ in reward, so there is nothing to learn from. Does "
+                "the reward apply to these prompts and have a slope there? More churn makes the images differ more."
+            )
         for name, values in zip(self.reward_functions.names, rewards.unbind(dim=-1)):
             self._metrics[f"rewards/{name}/mean"].append(values.nanmean())
-            self._metrics[f"rewards/{name}/std"].append(values[values.isfinite()].std())
+            applicable = values[values.isfinite()]
+            self._metrics[f"rewards/{name}/std"].append(
+                applicable.std() if len(applicable) > 1 else total.new_zeros(())
+            )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # Not with the logs of an evaluation, which may fall between two logs of the training.
@@ -455,10 +488,16 @@ class FDFOTrainer(Trainer):
         The weights are the averaged ones where there are some; a checkpoint (`_internal_call`) keeps the trained ones,
         from which a run goes on.
         """
-        with contextlib.nullcontext() if _internal_call else self._averaged_weights():
+        if _internal_call:
             super().save_model(output_dir, _internal_call)
-            if not _internal_call and not self.args.use_peft and self.args.should_save:
+            return
+        with self._averaged_weights():
+            if self.args.use_peft:
+                super().save_model(output_dir, _internal_call)
+            elif self.args.should_save:
                 self.pipeline.save_pretrained(output_dir or self.args.output_dir)
+        if self.args.push_to_hub and not self.args.use_peft:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         # Trainer pickles its arguments beside the weights, and a push uploads them: never with a token in clear text.
@@ -468,7 +507,9 @@ class FDFOTrainer(Trainer):
         finally:
             self.args.hub_token = token
         if isinstance(self.model, PeftModel) and self.args.should_save:
-            save_diffusers_lora(self.pipeline, self.model, output_dir or self.args.output_dir, state_dict)
+            # PEFT's file of a checkpoint is what a run goes on from; this one is what a pipeline is to use.
+            with self._averaged_weights() if state_dict is None else contextlib.nullcontext():
+                save_diffusers_lora(self.pipeline, self.model, output_dir or self.args.output_dir, state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -477,8 +518,23 @@ class FDFOTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if self._averaging is not None and checkpoint is not None:
-            self._averaging.load(checkpoint, updates=self.state.global_step // self.args.steps_per_rollout)
+        if checkpoint is None:
+            return
+        rollouts, inside = divmod(self.state.global_step, self.args.steps_per_rollout)
+        if inside:
+            raise ValueError(
+                f"{checkpoint} is from step {self.state.global_step}, inside a rollout of {self.args.steps_per_rollout} "
+                "steps, whose data is gone. Resume with the optimizer_steps_per_rollout and num_iterations of that run, "
+                "or from a checkpoint at the end of a rollout."
+            )
+        if self._averaging is not None:
+            self._averaging.load(checkpoint, updates=rollouts)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self._averaging is not None:
+            rollouts = self.state.best_global_step // self.args.steps_per_rollout
+            self._averaging.load(self.state.best_model_checkpoint, updates=rollouts)
 
 
 def derive_seed(*numbers: int) -> int:

@@ -55,7 +55,7 @@ def add_adapter(pipeline: DiffusionPipeline, peft_config: PeftConfig) -> PeftMod
     Inject an adapter into the pipeline's transformer, in place. Its weights are fp32 whatever the transformer's dtype.
 
     Raises:
-        ValueError: The target modules match no layer, the adapter has dropout, or there already is one.
+        ValueError: A target module matches no layer, the adapter has dropout, or there already is one.
     """
     transformer = pipeline.transformer
     if any(isinstance(layer, BaseTunerLayer) for layer in transformer.modules()):
@@ -67,9 +67,11 @@ def add_adapter(pipeline: DiffusionPipeline, peft_config: PeftConfig) -> PeftMod
     targets = getattr(peft_config, "target_modules", None)
     if isinstance(targets, (list, set)):
         layers = [name for name, _ in transformer.named_modules()]
-        if not any(layer == target or layer.endswith(f".{target}") for layer in layers for target in targets):
+        found = lambda target: any(layer == target or layer.endswith(f".{target}") for layer in layers)
+        missing = sorted(target for target in targets if not found(target))
+        if missing:
             raise ValueError(
-                f"The LoRA target modules {sorted(targets)} match no layer of {type(transformer).__name__}. Its linear "
+                f"The LoRA target modules {missing} match no layer of {type(transformer).__name__}. Its linear "
                 f"layers are {_linear_layers(transformer)}. Leave `lora_target_modules` unset for the attention "
                 "projections."
             )
@@ -94,9 +96,11 @@ def save_diffusers_lora(
     Write `pytorch_lora_weights.safetensors`, which `pipeline.load_lora_weights(output_dir)` opens.
 
     The rank and alpha go along as metadata: without them `load_lora_weights` takes alpha = rank. A pipeline without a
-    LoRA loader of its own is left with PEFT's file alone.
+    LoRA loader of its own, and an adapter that is no LoRA, are left with PEFT's file alone.
     """
     save = getattr(pipeline, "save_lora_weights", None)
+    if not isinstance(model.peft_config["default"], LoraConfig):
+        return
     if save is None or "transformer_lora_adapter_metadata" not in inspect.signature(save).parameters:
         return
     layers = get_peft_model_state_dict(model, state_dict=state_dict, save_embedding_layers=False)

@@ -2,8 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten, wrap
 
 from torch import Tensor
+
+
+try:
+    from matplotlib.figure import Figure
+except ImportError as error:
+    raise ImportError("The pictures of a run need matplotlib: pip install 'trl_fdfo[examples]'.") from error
 
 
 def before_after_grid(
@@ -23,8 +30,6 @@ def before_after_grid(
         path (`str` or `Path`): File to write.
         titles (`tuple[str, str]`): Labels of the two halves.
     """
-    from matplotlib.figure import Figure
-
     columns, seeds = before.shape[:2]
     cell = 1.15  # inches
     figure = Figure(figsize=(cell * columns + 0.5, 2 * cell * seeds + 1.1), dpi=150, layout="constrained")
@@ -52,8 +57,6 @@ def reward_curve(log_history: Sequence[dict], path: str | Path) -> None:
         log_history (`Sequence[dict]`): `trainer.state.log_history`.
         path (`str` or `Path`): File to write.
     """
-    from matplotlib.figure import Figure
-
     logs = [log for log in log_history if "reward" in log]
     names = [name for name in logs[0] if name.startswith("rewards/") and name.endswith("/mean")] if logs else []
     figure = Figure(figsize=(6, 3.5), dpi=150, layout="constrained")
@@ -71,6 +74,4 @@ def reward_curve(log_history: Sequence[dict], path: str | Path) -> None:
 
 
 def _wrap(prompt: str, width: int = 18, lines: int = 4) -> str:
-    from textwrap import shorten, wrap
-
     return "\n".join(wrap(shorten(prompt, width * lines - 6, placeholder=" ..."), width))

@@ -8,8 +8,8 @@ A reward takes its arguments by keyword and gets those that its signature names 
 - `trainer_state`: the trainer's [`~transformers.TrainerState`].
 - every column of the dataset, N values each.
 
-It returns N floats, on any scale, or a tensor of shape [N]. None (NaN in a tensor is an error) says that the reward does
-not apply to that image's prompt. It may be `async`.
+It returns N finite floats on any scale, or a tensor of shape [N]. None in the place of a float says that the reward does
+not apply to that image. It may be `async`.
 """
 
 from .jpeg_compressibility import jpeg_compressibility

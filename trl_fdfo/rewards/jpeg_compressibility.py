@@ -6,24 +6,26 @@ from collections.abc import Sequence
 from PIL import Image
 
 
-def jpeg_compressibility(images: Sequence[Image.Image], quality: int = 95, **kwargs) -> list[float]:
+QUALITY = 95  # of 100
+
+
+def jpeg_compressibility(images: Sequence[Image.Image]) -> list[float]:
     """
-    Minus the size of each image as a JPEG file.
+    Minus the size of each image as a JPEG file of quality 95.
 
     Args:
         images (`Sequence[Image.Image]`): N images.
-        quality (`int`): JPEG quality in [0, 100].
 
     Returns:
         `list[float]`: N sizes in kilobytes (1000 bytes), negative: higher is smaller.
     """
-    return [-_jpeg_bytes(image, quality) / 1000 for image in images]
+    return [-_jpeg_bytes(image) / 1000 for image in images]
 
 
 jpeg_compressibility.image_type = "pil"
 
 
-def _jpeg_bytes(image: Image.Image, quality: int) -> int:
+def _jpeg_bytes(image: Image.Image) -> int:
     buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, format="JPEG", quality=quality)
+    image.convert("RGB").save(buffer, format="JPEG", quality=QUALITY)
     return buffer.tell()

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from transformers import TrainerState
 
 
 RewardFunction = Callable[..., Any]
+
+# What every reward can have, beside the columns of the dataset.
+ARGUMENTS = ("images", "prompts", "trainer_state")
 
 
 class RewardFunctions:
@@ -27,7 +31,8 @@ class RewardFunctions:
         weights (`list[float]`, *optional*): Weight of each in the sum; 1 each by default.
 
     Raises:
-        ValueError: No reward, something that is not callable, or another number of weights than of rewards.
+        ValueError: No reward, something that is not callable or whose arguments cannot be known, an unknown `image_type`,
+            or another number of weights than of rewards.
     """
 
     def __init__(self, functions: RewardFunction | list[RewardFunction], weights: list[float] | None = None):
@@ -45,7 +50,33 @@ class RewardFunctions:
                 f"reward_weights has {len(weights)} values for {len(self.functions)} reward function(s): give one each."
             )
         self.weights = torch.tensor(weights if weights is not None else [1.0] * len(self.functions))
-        self.names = _unique([getattr(function, "__name__", type(function).__name__) for function in self.functions])
+        self.names = _unique([_attribute(f, "__name__", type(f).__name__) for f in self.functions])
+        for name, function in zip(self.names, self.functions):
+            image_type = _attribute(function, "image_type", "pt")
+            if image_type not in ("pt", "pil"):
+                raise ValueError(f"Reward '{name}' has image_type={image_type!r}; it must be 'pt' or 'pil'.")
+            _parameters(name, function)
+
+    def check_columns(self, columns: Sequence[str], dataset: str = "train_dataset") -> None:
+        """
+        Raises:
+            ValueError: A reward needs an argument that no column of the dataset has, or a column has the name of an
+                argument that every reward gets.
+        """
+        taken = [column for column in columns if column in ARGUMENTS]
+        if taken:
+            raise ValueError(
+                f"{dataset} has a column '{taken[0]}', a name that rewards get something else by: rename it."
+            )
+        known = [*ARGUMENTS, *columns]
+        for name, function in zip(self.names, self.functions):
+            for parameter in _parameters(name, function):
+                variable = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+                if not variable and parameter.default is parameter.empty and parameter.name not in known:
+                    raise ValueError(
+                        f"Reward '{name}' needs the argument '{parameter.name}', and {dataset} has no such column. A "
+                        f"reward can have: {', '.join(known)}."
+                    )
 
     def __call__(
         self, images: Tensor, prompts: Sequence[str], trainer_state: TrainerState, columns: dict[str, Sequence]
@@ -66,7 +97,9 @@ class RewardFunctions:
             ValueError: A function returned something else than one finite number (or None) per image.
         """
         arguments = {**columns, "images": images, "prompts": list(prompts), "trainer_state": trainer_state}
-        return torch.stack(asyncio.run(self._call_all(arguments)), dim=1)
+        results = [self._call(*named, arguments) for named in zip(self.names, self.functions)]
+        results = _awaited(results)
+        return torch.stack([_checked(name, result, prompts) for name, result in zip(self.names, results)], dim=1)
 
     def total(self, rewards: Tensor) -> Tensor:
         """
@@ -84,17 +117,18 @@ class RewardFunctions:
         total = (rewards * self.weights.to(rewards)).where(applies, 0).sum(dim=-1)
         return total.where(applies.any(dim=-1), torch.nan)
 
-    async def _call_all(self, arguments: dict[str, Any]) -> list[Tensor]:
-        return await asyncio.gather(*(self._call(*named, arguments) for named in zip(self.names, self.functions)))
-
-    async def _call(self, name: str, function: RewardFunction, arguments: dict[str, Any]) -> Tensor:
-        prompts = arguments["prompts"]
-        if getattr(function, "image_type", "pt") == "pil":
+    def _call(self, name: str, function: RewardFunction, arguments: dict[str, Any]) -> Any:
+        if _attribute(function, "image_type", "pt") == "pil":
             arguments = {**arguments, "images": _to_pil(arguments["images"])}
-        result = function(**_accepted(function, arguments))
-        if inspect.isawaitable(result):
-            result = await result
-        return _checked(name, result, prompts)
+        parameters = _parameters(name, function)
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            arguments = {p.name: arguments[p.name] for p in parameters if p.name in arguments}
+        try:
+            return function(**arguments)
+        except Exception as error:
+            if hasattr(error, "add_note"):  # Python 3.11
+                error.add_note(f"Raised by the reward '{name}'.")
+            raise
 
 
 def load_reward(path: str) -> RewardFunction:
@@ -120,15 +154,47 @@ def load_reward(path: str) -> RewardFunction:
     return getattr(module, name)
 
 
-def _accepted(function: RewardFunction, arguments: dict[str, Any]) -> dict[str, Any]:
-    parameters = inspect.signature(function).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return arguments
-    return {parameter.name: arguments[parameter.name] for parameter in parameters if parameter.name in arguments}
+def _attribute(function: RewardFunction, name: str, default: Any) -> Any:
+    """An attribute of a callable, or of what `functools.partial` or a decorator has wrapped."""
+    while function is not None:
+        if hasattr(function, name):
+            return getattr(function, name)
+        function = getattr(function, "func", getattr(function, "__wrapped__", None))
+    return default
+
+
+def _parameters(name: str, function: RewardFunction) -> list[inspect.Parameter]:
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"Reward '{name}' does not say which arguments it takes. Wrap it: `def {name}(images, prompts): ...`."
+        ) from None
+
+
+def _awaited(results: list[Any]) -> list[Any]:
+    """The results, those of async rewards awaited at the same time."""
+    pending = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
+    if not pending:
+        return results
+
+    async def gather():
+        return await asyncio.gather(*(results[i] for i in pending))
+
+    # Another thread, because a notebook has an event loop running in this one.
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        for i, result in zip(pending, pool.submit(asyncio.run, gather()).result()):
+            results[i] = result
+    return results
 
 
 def _checked(name: str, result: Any, prompts: list[str]) -> Tensor:
     """The rewards as float32 on the CPU, NaN for None."""
+    if isinstance(result, Tensor) and result.ndim > 1:
+        raise ValueError(
+            f"Reward '{name}' returned a tensor of shape {list(result.shape)} for {len(prompts)} images: it must return "
+            f"one float per image, shape [{len(prompts)}]."
+        )
     values = result.detach().cpu().tolist() if isinstance(result, Tensor) else result
     try:
         values = list(values)
@@ -159,6 +225,9 @@ def _checked(name: str, result: Any, prompts: list[str]) -> Tensor:
 
 
 def _to_pil(images: Tensor) -> list:
+    """N images, or N lists of the frames of a video."""
+    if images.ndim == 5:
+        return [_to_pil(frames) for frames in images]
     return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(images))
 
 
