@@ -31,3 +31,4 @@ def speak_trainer(transformer: torch.nn.Module) -> None:
         transformer.enable_gradient_checkpointing()
 
     transformer.activation_checkpointing_enable = activation_checkpointing_enable
+    transformer.gradient_checkpointing_enable = activation_checkpointing_enable  # its name before transformers 5.23
