@@ -4,6 +4,7 @@ Trains a tiny SD3 for two rollouts and writes what test_distributed.py compares:
     torchrun --nproc_per_node 2 tests/distributed_run.py FILE WRAPPER
 """
 
+import gc
 import os
 import sys
 
@@ -69,5 +70,8 @@ if __name__ == "__main__":
     if trainer.is_world_process_zero():
         torch.save(result, sys.argv[1])
     if dist.is_initialized():
-        dist.barrier()  # no process leaves while another still talks to it
+        # The wrapped model holds on to the process group, whose threads must end before the interpreter does.
+        del trainer
+        gc.collect()
+        dist.barrier()
         dist.destroy_process_group()
