@@ -51,7 +51,7 @@ def roll_out(flow, gamma=0.2, seed=0, levels=range(STEPS)):
     samples = len(PROMPTS) * flow.num_generations
     return flow.rollout(
         PROMPTS,
-        gammas=constant_churn(flow.sigmas, gamma),
+        gammas=constant_churn(flow.noise_levels("a"), gamma),
         seeds=[seed + n for n in range(len(PROMPTS))],
         noise_seeds=[seed + 1000 + n for n in range(samples)],
         levels=levels,
@@ -109,7 +109,7 @@ def test_branches_share_their_noise_and_prompts_do_not(name):
 def test_a_sample_does_not_depend_on_its_batch():
     flow = make_flow()
     whole = roll_out(flow)
-    alone = flow.rollout(PROMPTS[1:2], constant_churn(flow.sigmas, 0.2), [1], [1002, 1003], [0])
+    alone = flow.rollout(PROMPTS[1:2], constant_churn(flow.noise_levels("a"), 0.2), [1], [1002, 1003], [0])
     torch.testing.assert_close(alone.endpoints, whole.endpoints[1:2], rtol=0, atol=1e-5)
 
 

@@ -226,7 +226,7 @@ def test_usual_scheduler_of_another_kind_is_replaced(name):
     pipeline = module.build()
     pipeline.scheduler = module.usual_scheduler()
     flow = PipelineFlow(pipeline, num_generations=2, num_inference_steps=STEPS, **module.CALLS["plain"])
-    batch = flow.rollout(["a cat"], constant_churn(flow.sigmas, 0.2), [0], [1, 2], range(STEPS))
+    batch = flow.rollout(["a cat"], constant_churn(flow.noise_levels("a"), 0.2), [0], [1, 2], range(STEPS))
     for level in range(STEPS):
         assert torch.equal(flow.velocity(batch, level), batch.velocities[level])
 

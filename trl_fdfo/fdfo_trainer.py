@@ -27,7 +27,7 @@ from .pipeline_flow import PipelineFlow, check_replay, load_pipeline, repeat_eac
 from .prompt_dataset import check_prompts, load_prompts, rollout_rows
 from .rewards.reward_functions import RewardFunction, RewardFunctions
 from .rollout_buffer import MicroBatch, RolloutBuffer, ScoredBatch, trained_levels
-from .trainer_compat import speak_trainer
+from .trainer_compat import adapt_to_trainer
 
 
 logger = logging.get_logger(__name__)
@@ -104,7 +104,7 @@ class FDFOTrainer(Trainer):
         for component in pipeline.components.values():
             if isinstance(component, torch.nn.Module):
                 component.requires_grad_(False).eval()
-        speak_trainer(pipeline.transformer)
+        adapt_to_trainer(pipeline.transformer)
         if config.use_peft:
             model = add_adapter(pipeline, peft_config or default_lora_config(config, pipeline.transformer))
         elif peft_config is not None:
@@ -273,7 +273,7 @@ class FDFOTrainer(Trainer):
         direction, reward_difference = finite_difference(endpoints, total)
         branch_rms = (endpoints - endpoints.mean(dim=1, keepdim=True)).square().flatten(2).mean(dim=-1).sqrt()
         scored = ScoredBatch(
-            rollout=replace(sampled, images=None, endpoints=None),
+            sampled=replace(sampled, images=None, endpoints=None),
             direction=direction.flatten(0, 1),
             # A prompt to which no reward applies teaches nothing.
             reward_difference=reward_difference.flatten().nan_to_num(nan=0.0),
@@ -305,9 +305,9 @@ class FDFOTrainer(Trainer):
     ) -> Tensor:
         args = self.args
         batch, level = inputs.batch, inputs.level
-        old_velocity = batch.rollout.velocities[level]
+        old_velocity = batch.sampled.velocities[level]
         self.flow.model = model
-        velocity = self.flow.velocity(batch.rollout, level)
+        velocity = self.flow.velocity(batch.sampled, level)
         if inputs.step == 0:
             autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
             error = check_replay(velocity, old_velocity, self.pipeline, level, autocast)
@@ -317,7 +317,7 @@ class FDFOTrainer(Trainer):
         )
         if args.beta:
             with torch.no_grad(), self.accelerator.unwrap_model(model).disable_adapter():
-                base_velocity = self.flow.velocity(batch.rollout, level)
+                base_velocity = self.flow.velocity(batch.sampled, level)
             kl = (velocity.float() - base_velocity.float()).square().flatten(1).mean(dim=-1)
             loss = loss + args.beta * kl
             self._metrics["kl"].append(kl.detach().mean())

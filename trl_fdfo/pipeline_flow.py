@@ -104,11 +104,6 @@ class PipelineFlow:
         # `inspect.unwrap` strips the decorator `torch.no_grad()` from the call.
         self._call_with_grad = inspect.unwrap(type(pipeline).__call__)
 
-    @functools.cached_property
-    def sigmas(self) -> Tensor:
-        """`noise_levels` for a prompt without further columns."""
-        return self.noise_levels("a")
-
     @torch.no_grad()
     def noise_levels(self, prompt: str, columns: dict[str, Any] | None = None) -> Tensor:
         """

@@ -21,13 +21,13 @@ class ScoredBatch:
     A rollout batch with its rewards: what an update needs.
 
     Attributes:
-        rollout ([`RolloutBatch`]): The recorded tuples (x_t, v_old).
+        sampled ([`RolloutBatch`]): The recorded tuples (x_t, v_old).
         direction (`Tensor`): Whitened direction d_a of each sample, shape [N, ...].
         reward_difference (`Tensor`): dR_a of each sample, shape [N].
         levels (`list[int]`): The K trained levels, in the order in which they are dealt.
     """
 
-    rollout: RolloutBatch
+    sampled: RolloutBatch
     direction: Tensor
     reward_difference: Tensor
     levels: list[int]

@@ -16,7 +16,7 @@ class TrainerConfig(FrozenDict):
         return json.dumps(self.to_dict(), indent=2, sort_keys=True, default=str)
 
 
-def speak_trainer(transformer: torch.nn.Module) -> None:
+def adapt_to_trainer(transformer: torch.nn.Module) -> None:
     """
     Give `transformer`, in place, a [`TrainerConfig`] with `hidden_size` (of which DeepSpeed's `auto` sizes are made) and
     the method by which Trainer turns on activation checkpointing.
