@@ -10,9 +10,11 @@ from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
     FirstBlockCacheConfig,
     FlowMatchEulerDiscreteScheduler,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
@@ -235,7 +237,7 @@ def test_stochastic_sampling_is_refused():
     ],
     ids=lambda scheduler: type(scheduler).__name__,
 )
-def test_another_sampler_of_a_flow_is_replaced_by_euler_with_its_shift(scheduler):
+def test_another_sampler_of_a_flow_is_replaced_by_euler_with_its_shift(scheduler, caplog):
     pipeline = tiny_pipelines.sd3()
     expected = roll_out(make_flow())  # its scheduler is Euler's with shift 3
     pipeline.scheduler = scheduler
@@ -244,6 +246,32 @@ def test_another_sampler_of_a_flow_is_replaced_by_euler_with_its_shift(scheduler
     assert torch.equal(batch.endpoints, expected.endpoints)
     assert torch.equal(flow.velocity(batch, 2), batch.velocities[2])
     assert pipeline.scheduler is scheduler
+    assert f"{type(scheduler).__name__} is replaced" in caplog.text and "same shift of 3.0" in caplog.text
+
+
+def test_sdxl_is_refused():
+    tokenizers = [tiny_pipelines.clip_tokenizer(), tiny_pipelines.clip_tokenizer()]
+    unet = UNet2DConditionModel(
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        norm_num_groups=4,
+        cross_attention_dim=32,
+    )
+    pipeline = StableDiffusionXLPipeline(
+        vae=tiny_pipelines.vae(),
+        text_encoder=tiny_pipelines.clip_encoder(tokenizers[0], tiny_pipelines.CLIPTextModel),
+        text_encoder_2=tiny_pipelines.clip_encoder(tokenizers[1]),
+        tokenizer=tokenizers[0],
+        tokenizer_2=tokenizers[1],
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(),
+        add_watermarker=False,
+    )
+    with pytest.raises(
+        ValueError, match="StableDiffusionXLPipeline cannot be trained.* EulerDiscreteScheduler is not a"
+    ):
+        check_pipeline(pipeline)
 
 
 def test_two_scheduler_steps_are_refused():

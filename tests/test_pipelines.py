@@ -1,6 +1,7 @@
 """Every family of pipelines goes through the same checks; docs/pipelines.md shows what they found."""
 
 import importlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -212,6 +213,16 @@ def test_whole_trainer_and_saved_lora(name, make_config, tmp_path):
         assert not torch.equal(flow.generate(*arguments), expected)
         pipeline.load_lora_weights(str(tmp_path))
         assert torch.equal(flow.generate(*arguments), expected)
+
+
+def test_no_line_of_the_package_names_a_family():
+    package = Path(__file__).parents[1] / "trl_fdfo"
+    names = r"sd3|stable.?diffusion|flux|qwen|\bsana|aura.?flow|lumina|z.?image\b|hidream|\bchroma\b|cogview|\bwan\b"
+    files = sorted(package.rglob("*.py"))
+    assert len(files) > 15
+    for file in files:
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+            assert not re.search(names, line, flags=re.IGNORECASE), f"{file.name}:{number}: {line}"
 
 
 def test_two_transformers_are_refused():

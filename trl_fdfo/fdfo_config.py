@@ -31,7 +31,7 @@ _REFUSED = {
 class FDFOConfig(TrainingArguments):
     r"""
     Configuration of [`FDFOTrainer`]: what [`~transformers.TrainingArguments`] has, and the options below. The defaults
-    are the setting of the paper (arXiv 2603.12893) for Stable Diffusion 3.5 Medium, but for the number of rollouts.
+    are the setting of the paper (arXiv 2603.12893), but for the number of rollouts.
 
     An epoch of the Trainer is one rollout and the optimizer steps on it: `save_strategy="epoch"` saves after each
     rollout, and the logged `epoch` counts rollouts.

@@ -38,7 +38,7 @@ class FDFOTrainer(Trainer):
     Post-trains a diffusers flow-matching pipeline with Finite Difference Flow Optimization.
 
     ```python
-    FDFOTrainer(FDFOConfig(output_dir="out"), "stabilityai/stable-diffusion-3.5-medium", reward_fn).train()
+    FDFOTrainer(FDFOConfig(output_dir="out"), "hub-id-or-path-of-a-pipeline", reward_fn).train()
     ```
 
     Each epoch of the Trainer is one rollout: `_prepare_inputs` samples the images when the buffer is empty (steps 1 to
