@@ -18,6 +18,7 @@ from datasets import Dataset
 from trl import TrlParser
 
 from trl_fdfo import FDFOConfig, FDFOTrainer, shapes
+from trl_fdfo.pipeline_flow import repeat_each
 from trl_fdfo.report import before_after_grid, reward_curve
 from trl_fdfo.rewards import load_reward
 
@@ -58,26 +59,27 @@ def main(args: list[str] | None = None) -> None:
     )
 
     # Seeds that are used nowhere else: those of the rollouts are hashes of 64 bits.
-    prompts = trainer.train_dataset[config.dataset_prompt_column][: script.num_report_prompts]
-    prompts = [prompt for prompt in prompts for _ in range(script.images_per_report_prompt)]
+    columns = trainer.train_dataset[: script.num_report_prompts]
+    columns = {name: repeat_each(values, script.images_per_report_prompt) for name, values in columns.items()}
+    prompts = columns[config.dataset_prompt_column]
     seeds = list(range(1_000_000, 1_000_000 + len(prompts)))
-    images = {"before": trainer.generate(prompts, seeds)}
+    images = {"before": trainer.generate(prompts, seeds, columns)}
     if script.report_guidance_scale is not None:
         name = f"before, guidance {script.report_guidance_scale}"
-        images[name] = trainer.generate(prompts, seeds, guidance_scale=script.report_guidance_scale)
+        images[name] = trainer.generate(prompts, seeds, columns, guidance_scale=script.report_guidance_scale)
 
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     seconds = time.perf_counter() - start
     trainer.save_model()
     trainer.save_state()
-    images["after"] = trainer.generate(prompts, seeds)
+    images["after"] = trainer.generate(prompts, seeds, columns)
 
     if trainer.is_world_process_zero():
         output_dir = Path(config.output_dir)
         report = {"train_seconds": seconds}
         for name, batch in images.items():
-            rewards = trainer.reward_functions(batch, prompts, trainer.state, {})
+            rewards = trainer.reward_functions(batch, prompts, trainer.state, columns)
             report[name] = {"reward": trainer.reward_functions.total(rewards[:, None]).nanmean().item()}
             if metrics is not None:
                 report[name] |= metrics(batch, prompts)

@@ -41,17 +41,17 @@ def test_quickstart_script_writes_what_it_promises(tmp_path, capsys):
 
 def test_script_on_a_pipeline_by_path_with_a_reward_of_ones_own(tmp_path, monkeypatch):
     tiny_pipelines.sd3().save_pretrained(tmp_path / "pipeline")
-    (tmp_path / "mine_for_test.py").write_text("def reward(images, prompts):\n    return images.mean(dim=(1, 2, 3))\n")
-    (tmp_path / "prompts.txt").write_text("a cat\ntwo dogs\n")
+    (tmp_path / "mine_for_test.py").write_text("def reward(images, label):\n    return [float(n) for n in label]\n")
+    (tmp_path / "prompts.csv").write_text("prompt,label\na cat,1\ntwo dogs,3\n")
     monkeypatch.chdir(tmp_path)
     run(
-        *("train_sd3.py", "--model", "pipeline", "--reward", "mine_for_test:reward", "--dataset_name", "prompts.txt"),
+        *("train_sd3.py", "--model", "pipeline", "--reward", "mine_for_test:reward", "--dataset_name", "prompts.csv"),
         *("--output_dir", "out", "--num_rollouts", 1, "--prompts_per_rollout", 2, "--num_inference_steps", 4),
         *("--height", 16, "--width", 16, "--pipeline_kwargs", '{"max_sequence_length": 8}', "--use_cpu", "true"),
         *("--num_report_prompts", 2, "--images_per_report_prompt", 1, "--report_to", "none"),
     )
     report = json.loads(Path("out/metrics.json").read_text())
-    assert report["before"].keys() == report["after"].keys() == {"reward"}
+    assert report["before"] == report["after"] == {"reward": 2.0}
 
 
 def test_recipe_of_the_paper_is_valid():

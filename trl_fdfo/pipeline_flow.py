@@ -1,5 +1,5 @@
 """
-Rollout and replay through a user's diffusers pipeline: the only file that touches one.
+Rollout and replay through a user's diffusers pipeline: the only file that calls one.
 
 FDFO needs the velocity v(x_t, t, prompt) and nothing else of a model, and in every diffusers flow-matching pipeline that
 is what reaches `scheduler.step`: after guidance, sign flips, packing and slicing. So the pipeline is its own adapter.
@@ -46,7 +46,6 @@ class RolloutBatch:
     What a rollout of one batch of prompts leaves behind for the replay.
 
     Attributes:
-        prompts (`list[str]`): The P prompts.
         images (`Tensor`): Decoded images, floats in [0, 1], shape [N, 3, H, W]; videos [N, F, 3, H, W].
         endpoints (`Tensor`): Final latents x_0 as the pipeline lays them out, shape [P, G, ...].
         x_t (`dict[int, Tensor]`): Noisy latents before step k, for each recorded k in [0, T), shape [N, ...].
@@ -56,7 +55,6 @@ class RolloutBatch:
         outputs (`list`): What the transformer returned at each of its calls, as shapes alone.
     """
 
-    prompts: list[str]
     images: Tensor
     endpoints: Tensor
     x_t: dict[int, Tensor]
@@ -71,8 +69,8 @@ class PipelineFlow:
     The flow of a diffusers pipeline: samples from it, and gives its velocity at a recorded sample, with gradients.
 
     Args:
-        pipeline (`DiffusionPipeline`): A flow-matching pipeline with a `transformer` and a
-            `FlowMatchEulerDiscreteScheduler`.
+        pipeline (`DiffusionPipeline`): A flow-matching pipeline with a `transformer`; what else it must have is in
+            [`check_pipeline`].
         num_generations (`int`): Branches G per prompt, >= 2.
         num_inference_steps (`int`): Steps T of the sampler.
         **call_kwargs: Other arguments of the pipeline's call, such as `guidance_scale`, `height`, `width` (pixels).
@@ -172,7 +170,6 @@ class PipelineFlow:
         with self._patched(scheduler, model, encode_prompt=encode_prompt, prepare_latents=prepare_latents):
             images = self.pipeline(**call_kwargs)[0]
         return RolloutBatch(
-            prompts=list(prompts),
             images=images.float(),
             endpoints=scheduler.endpoints.unflatten(0, (len(prompts), branches)),
             x_t=scheduler.x_t,
@@ -349,8 +346,8 @@ def check_replay(
             f"{level} differs from the one recorded in the rollout by {error:.3g} of its rms (at most {tolerance:g} is "
             "allowed). Training would follow another function than the one that was sampled. Likely causes: dropout or "
             "another random layer in the transformer (set it to 0); a feature cache (`transformer.disable_cache()`); "
-            "guidance that depends on the step index or changes during sampling (turn it off in `pipeline_kwargs`); a "
-            "pipeline that keeps state between its steps."
+            "guidance that changes from call to call (turn it off in `pipeline_kwargs`); a pipeline that keeps state "
+            "between its steps."
         )
     return error
 
