@@ -2,14 +2,17 @@
 Post-train Stable Diffusion 3 (or any diffusers flow-matching pipeline) with FDFO:
 
     accelerate launch examples/train_sd3.py --config examples/recipes/shapes.yaml          # a laptop, 3 minutes
-    accelerate launch examples/train_sd3.py --config examples/recipes/sd3.5-medium.yaml    # the paper's setting
+    accelerate launch examples/train_sd3.py --config examples/recipes/combined.yaml        # the paper's setting
+    accelerate launch examples/train_sd3.py --config examples/recipes/pickscore.yaml \
+        --reward pickscore --reward my_module:my_reward --reward_weights 1.0 2.0           # with a reward of your own
 
-Every option of the recipe can be overridden on the command line; `--help` lists them. Writes into `output_dir` the
-adapter, before_after.png, reward_curve.png, metrics.json, and the Trainer's logs and checkpoints.
+Every option of the recipe can be overridden on the command line; `--help` lists them and the rewards. Writes into
+`output_dir` the adapter, before_after.png, reward_curve.png, metrics.json, and the Trainer's logs and checkpoints.
 """
 
 import json
 import time
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +23,11 @@ from trl import TrlParser
 from trl_fdfo import FDFOConfig, FDFOTrainer, shapes
 from trl_fdfo.pipeline_flow import repeat_each
 from trl_fdfo.report import before_after_grid, reward_curve
-from trl_fdfo.rewards import load_reward
+from trl_fdfo.rewards.load_reward import RepeatableFlag, load_object, load_reward, reward_table
+
+
+class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Shows defaults, and the table of rewards line by line."""
 
 
 @dataclass
@@ -30,8 +37,8 @@ class ScriptArguments:
         metadata={"help": "Hub id or path of the pipeline, or `shapes` for the packaged tiny one."},
     )
     reward: list[str] = field(
-        default_factory=lambda: ["trl_fdfo.rewards:jpeg_compressibility"],
-        metadata={"help": "Reward functions, each as module:callable."},
+        default_factory=lambda: ["pickscore"],
+        metadata={"help": "A reward, listed below, or module:callable. Repeat for several.", "action": RepeatableFlag},
     )
     metrics: str | None = field(
         default=None,
@@ -45,11 +52,12 @@ class ScriptArguments:
 
 
 def main(args: list[str] | None = None) -> None:
-    script, config = TrlParser((ScriptArguments, FDFOConfig)).parse_args_and_config(args)
+    parser = TrlParser((ScriptArguments, FDFOConfig), epilog=reward_table(), formatter_class=HelpFormatter)
+    script, config = parser.parse_args_and_config(args)
     if script.num_report_prompts < 1 or script.images_per_report_prompt < 1:
         raise ValueError("num_report_prompts and images_per_report_prompt must be at least 1.")
     packaged = script.model == "shapes"
-    metrics = load_reward(script.metrics) if script.metrics is not None else None
+    metrics = load_object(script.metrics, "metrics") if script.metrics is not None else None
     captions = Dataset.from_dict({"prompt": shapes.captions()}) if packaged and config.dataset_name is None else None
     trainer = FDFOTrainer(
         config,

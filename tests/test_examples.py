@@ -54,22 +54,6 @@ def test_script_on_a_pipeline_by_path_with_a_reward_of_ones_own(tmp_path, monkey
     assert report["before"] == report["after"] == {"reward": 2.0}
 
 
-def test_recipe_of_the_paper_is_valid():
-    from trl import TrlParser
-
-    from trl_fdfo import FDFOConfig
-
-    script = runpy.run_path(str(EXAMPLES / "train_sd3.py"))
-    parser = TrlParser((script["ScriptArguments"], FDFOConfig))
-    recipe = str(EXAMPLES / "recipes" / "sd3.5-medium.yaml")
-    # No GPU here: all but its precision.
-    arguments, config = parser.parse_args_and_config(["--config", recipe, "--use_cpu", "true", "--report_to", "none"])
-    assert arguments.model == "stabilityai/stable-diffusion-3.5-medium"
-    defaults = FDFOConfig(output_dir="unused", use_cpu=True, report_to=[])
-    for name in "prompts_per_rollout num_inference_steps churn epsilon learning_rate weight_decay lora_r".split():
-        assert getattr(config, name) == getattr(defaults, name), name
-
-
 @pytest.mark.slow
 def test_pretraining_script_builds_a_pipeline_that_loads(tmp_path, capsys):
     run("shapes/pretrain.py", "--output", tmp_path, "--vae-steps", 5, "--flow-steps", 5, "--dataset-size", 500)

@@ -1,14 +1,14 @@
 import asyncio
 import functools
 import math
+import threading
 import time
 
 import pytest
 import torch
-from PIL import Image
 from transformers import TrainerState
 
-from trl_fdfo.rewards import RewardFunctions, jpeg_compressibility, load_reward
+from trl_fdfo.rewards import JPEGCompressibility, RewardFunctions
 
 
 IMAGES = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -34,8 +34,8 @@ def test_names_are_told_apart():
         def __call__(self, images, prompts):
             return [0.0] * 4
 
-    names = RewardFunctions([Judge(), jpeg_compressibility, lambda images: 0, lambda images: 1]).names
-    assert names == ["Judge", "jpeg_compressibility", "<lambda>", "<lambda>_2"]
+    names = RewardFunctions([Judge(), JPEGCompressibility(), lambda images: 0, lambda images: 1]).names
+    assert names == ["Judge", "JPEGCompressibility", "<lambda>", "<lambda>_2"]
 
 
 def test_a_reward_gets_what_its_signature_names():
@@ -51,8 +51,78 @@ def test_a_reward_gets_what_its_signature_names():
 
     call([narrow, wide], columns={"prompt": PROMPTS, "label": [1, 1, 2, 2]})
     assert seen["narrow"] == [1, 1, 2, 2]
-    assert set(seen["wide"]) == {"prompt", "label", "trainer_state"}
+    assert set(seen["wide"]) == {"prompt", "label", "trainer_state", "num_generations"}
     assert isinstance(seen["wide"]["trainer_state"], TrainerState)
+
+
+def test_background_rewards_do_not_hold_up_the_caller():
+    threads, order = [], []
+
+    async def remote(images):
+        order.append("remote starts")
+        await asyncio.sleep(0.2)
+        order.append("remote ends")
+        return [1.0] * len(images)
+
+    class Local:
+        background = True
+
+        def __call__(self, images, label):
+            threads.append(threading.current_thread())
+            time.sleep(0.1)
+            order.append(f"local {label[0]}")
+            return torch.full((len(images),), 2.0)
+
+    functions = RewardFunctions([remote, Local(), lambda images: [3.0] * len(images)])
+    start = time.perf_counter()
+    pending = [
+        functions.submit(IMAGES, PROMPTS, TrainerState(), {"prompt": PROMPTS, "label": [i] * 4}) for i in range(3)
+    ]
+    submitted = time.perf_counter() - start
+    for batch in pending:
+        batch.raise_errors()
+        assert batch.result().tolist() == [[1.0, 2.0, 3.0]] * 4
+    assert submitted < 0.1 and time.perf_counter() - start < 0.5
+    # All remote calls at once; the local ones after each other, in a thread of their own.
+    assert order.index("remote ends") > 2 and [name for name in order if "local" in name] == [
+        f"local {i}" for i in range(3)
+    ]
+    assert len(set(threads)) == 1 and threads[0] is not threading.main_thread()
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_error_in_the_background_comes_at_the_next_batch(background):
+    class Sync:
+        def __call__(self, images, prompts):
+            raise RuntimeError("no more memory")
+
+    class Async:
+        async def __call__(self, images, prompts):
+            raise RuntimeError("no more memory")
+
+    Sync.background = background
+    functions = RewardFunctions(Sync() if background else Async())
+    pending = functions.submit(IMAGES, PROMPTS, TrainerState(), {})
+    with pytest.raises(RuntimeError, match="no more memory") as raised:
+        for _ in range(100):
+            pending.raise_errors()
+            time.sleep(0.02)
+    assert f"the reward '{functions.names[0]}' on a batch of 4 images, the first for 'a'" in raised.value.__notes__[0]
+
+
+def test_hook_at_the_end_of_a_rollout():
+    class Reward:
+        ended = 0
+
+        def __call__(self, images):
+            return [0.0] * len(images)
+
+        def on_rollout_end(self):
+            self.ended += 1
+
+    reward = Reward()
+    RewardFunctions([lambda images: [0.0] * len(images), functools.partial(reward)]).on_rollout_end()
+    assert reward.ended == 1
 
 
 def test_async_rewards_run_at_the_same_time():
@@ -123,7 +193,7 @@ def test_error_of_a_reward_says_whose_it_is():
 
     with pytest.raises(RuntimeError, match="no more memory") as raised:
         call(broken)
-    assert raised.value.__notes__ == ["Raised by the reward 'broken'."]
+    assert raised.value.__notes__ == ["Raised by the reward 'broken' on a batch of 4 images, the first for 'a'."]
 
 
 def test_none_does_not_apply():
@@ -174,23 +244,12 @@ def test_bad_functions_are_refused(functions, weights, message):
         RewardFunctions(functions, weights)
 
 
-def test_jpeg_compressibility_prefers_the_plain_image():
-    plain = Image.new("RGB", (64, 64), "gray")
-    noise = Image.effect_noise((64, 64), 80).convert("RGB")
-    small, large = jpeg_compressibility([plain, noise])
-    assert -1 > large and 0 > small > large
-    # Through the trainer's images, as PIL.
-    assert (call(jpeg_compressibility) < 0).all()
+@pytest.mark.gpu
+def test_rewards_on_another_device_and_of_another_type():
+    rewards = call([lambda images: torch.arange(4, device="cuda"), lambda images: torch.zeros(4, dtype=torch.bool)])
+    assert rewards.device.type == "cpu" and rewards[:, 0].tolist() == [0.0, 1.0, 2.0, 3.0]
 
 
-def test_load_reward(tmp_path, monkeypatch):
-    (tmp_path / "my_rewards_for_test.py").write_text("def one(images):\n    return [1.0] * len(images)\n")
-    monkeypatch.chdir(tmp_path)
-    assert load_reward("my_rewards_for_test:one")(IMAGES) == [1.0] * 4
-    assert load_reward("trl_fdfo.rewards:jpeg_compressibility") is jpeg_compressibility
-    with pytest.raises(ValueError, match="'pickscore' is not of the form module:callable"):
-        load_reward("pickscore")
-    with pytest.raises(ValueError, match="there is no module 'nowhere'"):
-        load_reward("nowhere:reward")
-    with pytest.raises(ValueError, match="module 'my_rewards_for_test' has no 'two'"):
-        load_reward("my_rewards_for_test:two")
+def test_integers_and_bfloat16_are_numbers():
+    rewards = call([lambda images: torch.arange(4), lambda images: torch.full((4,), 0.5, dtype=torch.bfloat16)])
+    assert rewards.dtype == torch.float32 and rewards.tolist() == [[i, 0.5] for i in range(4)]

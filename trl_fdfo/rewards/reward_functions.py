@@ -1,13 +1,13 @@
 """Calls a user's reward functions and checks what they return."""
 
 import asyncio
-import importlib
+import contextlib
+import functools
 import inspect
 import math
-import os
-import sys
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from transformers import TrainerState
 RewardFunction = Callable[..., Any]
 
 # What every reward can have, beside the columns of the dataset.
-ARGUMENTS = ("images", "prompts", "trainer_state")
+ARGUMENTS = ("images", "prompts", "trainer_state", "num_generations")
 
 
 class RewardFunctions:
@@ -56,6 +56,12 @@ class RewardFunctions:
             if image_type not in ("pt", "pil"):
                 raise ValueError(f"Reward '{name}' has image_type={image_type!r}; it must be 'pt' or 'pil'.")
             _parameters(name, function)
+        # One thread each: a reward need not be safe to call from several.
+        self._workers = {
+            name: ThreadPoolExecutor(max_workers=1)
+            for name, function in zip(self.names, self.functions)
+            if _attribute(function, "background", False)
+        }
 
     def check_columns(self, columns: Sequence[str], dataset: str = "train_dataset") -> None:
         """
@@ -79,27 +85,69 @@ class RewardFunctions:
                     )
 
     def __call__(
-        self, images: Tensor, prompts: Sequence[str], trainer_state: TrainerState, columns: dict[str, Sequence]
+        self,
+        images: Tensor,
+        prompts: Sequence[str],
+        trainer_state: TrainerState,
+        columns: dict[str, Sequence],
+        num_generations: int = 1,
     ) -> Tensor:
+        """`submit` and its result."""
+        return self.submit(images, prompts, trainer_state, columns, num_generations).result()
+
+    def submit(
+        self,
+        images: Tensor,
+        prompts: Sequence[str],
+        trainer_state: TrainerState,
+        columns: dict[str, Sequence],
+        num_generations: int = 1,
+    ) -> "PendingRewards":
         """
-        Reward of each image by each function.
+        Have each image scored by each function: by the `async` ones, and those with `background = True`, in the background.
 
         Args:
-            images (`Tensor`): Floats in [0, 1], shape [N, 3, H, W].
+            images (`Tensor`): Floats in [0, 1], shape [N, 3, H, W]; videos [N, F, 3, H, W].
             prompts (`Sequence[str]`): N prompts.
             trainer_state (`TrainerState`): State of the trainer.
             columns (`dict[str, Sequence]`): Columns of the dataset, N values each.
+            num_generations (`int`): Images per prompt; those of a prompt stand next to each other.
 
         Returns:
-            `Tensor`: Rewards on the CPU, shape [N, number of functions]; NaN where a function does not apply.
+            [`PendingRewards`]
 
         Raises:
             ValueError: A function returned something else than one finite number (or None) per image.
         """
-        arguments = {**columns, "images": images, "prompts": list(prompts), "trainer_state": trainer_state}
-        results = [self._call(*named, arguments) for named in zip(self.names, self.functions)]
-        results = _awaited(results)
-        return torch.stack([_checked(name, result, prompts) for name, result in zip(self.names, results)], dim=1)
+        prompts = list(prompts)
+        arguments = {
+            **columns,
+            "images": images,
+            "prompts": prompts,
+            "trainer_state": trainer_state,
+            "num_generations": num_generations,
+        }
+        pil_images = functools.cache(lambda: _to_pil(images))
+        results = []
+        for name, function in zip(self.names, self.functions):
+            call = functools.partial(function, **_arguments(name, function, arguments, pil_images))
+            if name in self._workers:
+                result = _in_thread(self._workers[name], call)
+            else:
+                with _blamed(name, prompts):
+                    result = call()
+            if inspect.isawaitable(result):
+                results.append(asyncio.run_coroutine_threadsafe(_awaited(name, result, prompts), _background_loop()))
+            else:
+                results.append(checked_rewards(name, result, prompts))
+        return PendingRewards(results)
+
+    def on_rollout_end(self) -> None:
+        """Tell the functions that have a method of this name that the images of a rollout (or evaluation) are scored."""
+        for function in self.functions:
+            hook = _attribute(function, "on_rollout_end", None)
+            if hook is not None:
+                hook()
 
     def total(self, rewards: Tensor) -> Tensor:
         """
@@ -117,41 +165,71 @@ class RewardFunctions:
         total = (rewards * self.weights.to(rewards)).where(applies, 0).sum(dim=-1)
         return total.where(applies.any(dim=-1), torch.nan)
 
-    def _call(self, name: str, function: RewardFunction, arguments: dict[str, Any]) -> Any:
-        if _attribute(function, "image_type", "pt") == "pil":
-            arguments = {**arguments, "images": _to_pil(arguments["images"])}
-        parameters = _parameters(name, function)
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-            arguments = {p.name: arguments[p.name] for p in parameters if p.name in arguments}
-        try:
-            return function(**arguments)
-        except Exception as error:
-            if hasattr(error, "add_note"):  # Python 3.11
-                error.add_note(f"Raised by the reward '{name}'.")
-            raise
 
-
-def load_reward(path: str) -> RewardFunction:
+class PendingRewards:
     """
-    The callable that `"module:name"` names, from the Python path or the working directory.
+    Rewards of one batch of images, some of which may still be computed.
 
-    Raises:
-        ValueError: `path` has another form, or no such module or name is found.
+    Args:
+        results (`list[Tensor | Future]`): Of each function its N rewards.
     """
-    module_name, separator, name = path.partition(":")
-    if not (module_name and separator and name):
-        raise ValueError(f"reward '{path}' is not of the form module:callable, such as my_rewards:sharpness.")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+
+    def __init__(self, results: list[Tensor | Future]):
+        self._results = results
+
+    def raise_errors(self) -> None:
+        """Raise what a function that has ended has raised, without waiting for the others."""
+        for result in self._results:
+            if isinstance(result, Future) and result.done():
+                result.result()
+
+    def result(self) -> Tensor:
+        """Rewards on the CPU, shape [N, number of functions]; NaN where a function does not apply. Waits for them."""
+        return torch.stack([r.result() if isinstance(r, Future) else r for r in self._results], dim=1)
+
+
+def _arguments(
+    name: str, function: RewardFunction, arguments: dict[str, Any], pil_images: Callable[[], list]
+) -> dict[str, Any]:
+    """Those of the arguments that the function's signature names."""
+    if _attribute(function, "image_type", "pt") == "pil":
+        arguments = {**arguments, "images": pil_images()}
+    parameters = _parameters(name, function)
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return arguments
+    return {p.name: arguments[p.name] for p in parameters if p.name in arguments}
+
+
+async def _in_thread(worker: ThreadPoolExecutor, call: Callable[[], Any]) -> Any:
+    result = await asyncio.get_running_loop().run_in_executor(worker, call)
+    return await result if inspect.isawaitable(result) else result
+
+
+async def _awaited(name: str, result: Awaitable, prompts: list[str]) -> Tensor:
+    with _blamed(name, prompts):
+        values = await result
+    return checked_rewards(name, values, prompts)
+
+
+@contextlib.contextmanager
+def _blamed(name: str, prompts: list[str]) -> Iterator[None]:
+    """Add to what is raised which reward it came from."""
     try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"reward '{path}': there is no module '{error.name}' on the Python path or in the working directory."
-        ) from error
-    if not hasattr(module, name):
-        raise ValueError(f"reward '{path}': module '{module_name}' has no '{name}'.")
-    return getattr(module, name)
+        yield
+    except Exception as error:
+        if hasattr(error, "add_note"):  # Python 3.11
+            error.add_note(
+                f"Raised by the reward '{name}' on a batch of {len(prompts)} images, the first for {prompts[0]!r}."
+            )
+        raise
+
+
+@functools.cache
+def _background_loop() -> asyncio.AbstractEventLoop:
+    """An event loop in a thread of its own: this thread has the GPU to feed, and in a notebook a loop of its own."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="async rewards", daemon=True).start()
+    return loop
 
 
 def _attribute(function: RewardFunction, name: str, default: Any) -> Any:
@@ -172,40 +250,27 @@ def _parameters(name: str, function: RewardFunction) -> list[inspect.Parameter]:
         ) from None
 
 
-def _awaited(results: list[Any]) -> list[Any]:
-    """The results, those of async rewards awaited at the same time."""
-    pending = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
-    if not pending:
-        return results
+def checked_rewards(name: str, result: Any, prompts: Sequence[str], of: str = "images") -> Tensor:
+    """
+    What a reward returned, as float32 on the CPU, NaN for None, shape [N].
 
-    async def gather():
-        return await asyncio.gather(*(results[i] for i in pending))
-
-    # Another thread, because a notebook has an event loop running in this one.
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        for i, result in zip(pending, pool.submit(asyncio.run, gather()).result()):
-            results[i] = result
-    return results
-
-
-def _checked(name: str, result: Any, prompts: list[str]) -> Tensor:
-    """The rewards as float32 on the CPU, NaN for None."""
+    Raises:
+        ValueError: It is not one finite number or None for each of the N prompts.
+    """
+    should = f"it must return one float per {of[:-1]}"
     if isinstance(result, Tensor) and result.ndim > 1:
         raise ValueError(
-            f"Reward '{name}' returned a tensor of shape {list(result.shape)} for {len(prompts)} images: it must return "
-            f"one float per image, shape [{len(prompts)}]."
+            f"Reward '{name}' returned a tensor of shape {list(result.shape)} for {len(prompts)} {of}: {should}, shape "
+            f"[{len(prompts)}]."
         )
     values = result.detach().cpu().tolist() if isinstance(result, Tensor) else result
     try:
         values = list(values)
     except TypeError:
-        raise ValueError(
-            f"Reward '{name}' returned {values!r}, a {type(result).__name__}: it must return one float per image."
-        ) from None
+        raise ValueError(f"Reward '{name}' returned {values!r}, a {type(result).__name__}: {should}.") from None
     if len(values) != len(prompts):
         raise ValueError(
-            f"Reward '{name}' returned {len(values)} values for {len(prompts)} images: it must return one float per "
-            "image, in their order."
+            f"Reward '{name}' returned {len(values)} values for {len(prompts)} {of}: {should}, in their order."
         )
     rewards = []
     for value, prompt in zip(values, prompts):

@@ -1,0 +1,157 @@
+"""ImageReward (arXiv 2304.05977): what people prefer, by a BLIP that reads the prompt while it looks at the image."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from accelerate import init_empty_weights
+from PIL import Image
+from torch import Tensor, nn
+from transformers import (
+    BertTokenizer,
+    BlipTextConfig,
+    BlipTextModel,
+    BlipVisionConfig,
+    BlipVisionModel,
+    CLIPImageProcessorPil,
+)
+
+from .learned_reward import LearnedReward, load_pretrained
+from .weights import linear_layers, load_weights, torch_dtype
+
+
+# Published with the model: they make the mean of its scores 0 and their standard deviation 1.
+MEAN = 0.16717362830052426
+STD = 1.0333394966054072
+
+MAX_LENGTH = 35  # tokens of a prompt
+
+# From the names in the checkpoint, those of BLIP's own code, to those of `transformers`; in this order.
+NAMES = {
+    "blip.text_encoder.": "text.",
+    "blip.visual_encoder.norm.": "vision.post_layernorm.",
+    "blip.visual_encoder.": "vision.",
+    "cls_token": "embeddings.class_embedding",
+    "pos_embed": "embeddings.position_embedding",
+    "patch_embed.proj.": "embeddings.patch_embedding.",
+    "blocks.": "encoder.layers.",
+    "attn.qkv.": "self_attn.qkv.",
+    "attn.proj.": "self_attn.projection.",
+    ".norm1.": ".layer_norm1.",
+    ".norm2.": ".layer_norm2.",
+}
+# Projections of the training that the score has no use for, and 0, 1, 2, ...
+UNUSED = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
+
+
+class ImageReward(LearnedReward):
+    """
+    ImageReward (arXiv 2304.05977), human preference: about -2 to 2 around 0, higher is better.
+
+    BLIP's text encoder reads the prompt, up to 35 tokens, with cross-attention to the image; linear layers make a number
+    of its first token.
+
+    Args:
+        model (`str`): The published checkpoint: an `ImageReward.pt`, or a folder or an id of the Hub that has one.
+        processor (`str`): Where the tokenizer is, that of BERT in small letters: an id of the Hub or a folder.
+        dtype (`str` or `torch.dtype`): Type of the two encoders, such as `"bfloat16"`. The images of a prompt differ by
+            little: float32 tells them apart best.
+        device (`str` or `torch.device`, *optional*): Where it scores. Default: the device of this process.
+        batch_size (`int`): Images scored at a time.
+        offload (`bool`): Keep the model on the CPU while the rollout is trained on.
+
+    Raises:
+        OSError: There is no such checkpoint or tokenizer.
+        ValueError: The checkpoint does not have all the weights of ImageReward or has others, or the tokenizer is not
+            that of BERT.
+    """
+
+    # ViT-L/16 and BERT-base with cross-attention. The checkpoint tells neither the heads nor the eps.
+    vision_config: ClassVar[dict[str, Any]] = {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "image_size": 224,
+        "patch_size": 16,
+        "layer_norm_eps": 1e-6,
+    }
+    text_config: ClassVar[dict[str, Any]] = {
+        "vocab_size": 30524,  # BERT's 30,522, then BLIP's [DEC] and [ENC], which a score has no use for
+        "hidden_size": 768,
+        "encoder_hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "max_position_embeddings": 512,
+        "layer_norm_eps": 1e-12,
+    }
+
+    def __init__(
+        self,
+        model: str = "zai-org/ImageReward",
+        processor: str = "google-bert/bert-base-uncased",
+        *,
+        dtype: str | torch.dtype = "float32",
+        device: str | torch.device | None = None,
+        batch_size: int = 16,
+        offload: bool = False,
+    ):
+        size = self.vision_config["image_size"]
+        self.image_processor = CLIPImageProcessorPil(
+            size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+        )
+        self.tokenizer = load_pretrained(BertTokenizer, processor)
+        # A folder without a tokenizer gives one that knows no words, without an error.
+        missing = self.text_config["vocab_size"] - len(self.tokenizer)
+        if not 0 <= missing <= 2:
+            raise ValueError(
+                f"The tokenizer of processor='{processor}' has {len(self.tokenizer)} tokens, but ImageReward has "
+                f"{self.text_config['vocab_size']}: it must be that of google-bert/bert-base-uncased."
+            )
+        blip = self._load(model, torch_dtype(dtype))
+        super().__init__(blip, device=device, batch_size=batch_size, offload=offload)
+
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+        vision, text = self.model["vision"], self.model["text"]
+        inputs = self.image_processor(list(images), return_tensors="pt").to(vision.device, vision.dtype)
+        tokens = self.tokenizer(
+            list(prompts), padding="max_length", truncation=True, max_length=MAX_LENGTH, return_tensors="pt"
+        ).to(text.device)
+        hidden = text(
+            input_ids=tokens["input_ids"],
+            attention_mask=tokens["attention_mask"],
+            encoder_hidden_states=vision(**inputs).last_hidden_state,
+        ).last_hidden_state
+        return (self.model["head"](hidden[:, 0].float()).squeeze(-1) - MEAN) / STD
+
+    def _load(self, model: str, dtype: torch.dtype) -> nn.ModuleDict:
+        """The two encoders, and the layers behind them in float32."""
+        weights = load_weights(model, "ImageReward.pt")
+        head = linear_layers(
+            {name: weights.pop(name) for name in list(weights) if name.startswith("mlp.")},
+            self.text_config["hidden_size"],
+            model,
+        )
+        # Neither memory nor the run's random numbers for weights that are about to be replaced.
+        with torch.random.fork_rng(devices=[]), init_empty_weights():
+            blip = nn.ModuleDict(
+                {
+                    "vision": BlipVisionModel(BlipVisionConfig(**self.vision_config)),
+                    "text": BlipTextModel(BlipTextConfig(**self.text_config), add_pooling_layer=False),
+                }
+            )
+        renamed = {_renamed(name): tensor for name, tensor in weights.items() if not name.startswith(UNUSED)}
+        try:
+            blip.load_state_dict(renamed, assign=True)
+        except RuntimeError as error:
+            raise ValueError(f"'{model}' does not have the weights of ImageReward. {error}") from error
+        blip.to(dtype)
+        blip["head"] = head
+        return blip
+
+
+def _renamed(name: str) -> str:
+    for old, new in NAMES.items():
+        name = name.replace(old, new)
+    return name

@@ -1,0 +1,133 @@
+"""Rewards by name, for YAML files and command lines. In Python, pass the objects themselves."""
+
+import argparse
+import ast
+import importlib
+import inspect
+import os
+import sys
+from typing import Any
+
+from .aesthetic_score import AestheticScore
+from .clip_score import CLIPScore
+from .hpsv2 import HPSv2
+from .image_reward import ImageReward
+from .jpeg_compressibility import JPEGCompressibility, JPEGIncompressibility
+from .pairwise_judge import vlm_judge
+from .pickscore import PickScore
+from .reward_functions import RewardFunction
+from .text_rendering import TextRendering
+from .vlm_score import VLMScore
+from .vlm_server import VLMServer
+
+
+# Each is called with the options that stand in parentheses behind the name.
+REWARDS = {
+    "pickscore": PickScore,
+    "hpsv2": HPSv2,
+    "image_reward": ImageReward,
+    "clip": CLIPScore,
+    "aesthetic": AestheticScore,
+    "vlm": VLMScore,
+    "vlm_server": VLMServer,
+    "vlm_judge": vlm_judge,
+    "text_rendering": TextRendering,
+    "jpeg_compressibility": JPEGCompressibility,
+    "jpeg_incompressibility": JPEGIncompressibility,
+}
+
+
+def load_reward(spec: str) -> RewardFunction:
+    """
+    The reward that a string names.
+
+    Args:
+        spec (`str`): A name in `REWARDS`, or `module:name` of a callable on the Python path or in the working directory.
+            Options may follow in parentheses, as literals: `"vlm_server(url='http://host:8000/v1')"`. A class is
+            constructed, with the options where there are some; so is what a function with parentheses returns.
+
+    Raises:
+        ValueError: `spec` has another form, names nothing that exists, or has options that it does not take.
+    """
+    path, options = _parse(spec)
+    if ":" not in path:
+        if path not in REWARDS:
+            raise ValueError(
+                f"reward '{spec}' is neither one of {', '.join(REWARDS)}, nor of the form module:callable, such as "
+                "my_rewards:sharpness."
+            )
+        return _construct(spec, REWARDS[path], options or {})
+    found = load_object(path, "reward")
+    if options is None and not inspect.isclass(found):
+        return found
+    return _construct(spec, found, options or {})
+
+
+def load_object(path: str, kind: str) -> Any:
+    """
+    What `"module:name"` names, on the Python path or in the working directory; `kind` is what an error calls it.
+
+    Raises:
+        ValueError: `path` has another form, or there is no such module or name.
+    """
+    module_name, separator, name = path.partition(":")
+    if not (module_name and separator and name):
+        raise ValueError(f"{kind} '{path}' is not of the form module:callable, such as my_module:my_{kind}.")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{kind} '{path}': there is no module '{error.name}' on the Python path or in the working directory."
+        ) from error
+    if not hasattr(module, name):
+        raise ValueError(f"{kind} '{path}': module '{module_name}' has no '{name}'.")
+    return getattr(module, name)
+
+
+def reward_table() -> str:
+    """The names of `REWARDS` with the first line of their documentation, for `--help`."""
+    width = max(map(len, REWARDS))
+    lines = [f"  {name:{width}}  {inspect.getdoc(reward).splitlines()[0]}" for name, reward in REWARDS.items()]
+    return "\n".join(
+        [
+            "rewards:",
+            *lines,
+            f"  {'module:callable':{width}}  A reward of your own, on the Python path or in the working directory.",
+            "options follow in parentheses: --reward \"pickscore(dtype='bfloat16', offload=True)\"",
+        ]
+    )
+
+
+class RepeatableFlag(argparse.Action):
+    """`--flag a --flag b` is `--flag a b`. What the command line gives replaces the default, that of a YAML file too."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, values if before is self.default else [*before, *values])
+
+
+def _parse(spec: str) -> tuple[str, dict[str, Any] | None]:
+    """The path of a spec and its options; None without parentheses."""
+    path, parenthesis, rest = spec.strip().partition("(")
+    if not parenthesis:
+        return path, None
+    try:
+        call = ast.parse(f"f({rest}", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args:
+            raise ValueError("options have names")
+        return path.strip(), {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"reward '{spec}': cannot read its options ({error}). Write them as literals with their names, such as "
+            "pickscore(dtype='bfloat16', batch_size=8)."
+        ) from None
+
+
+def _construct(spec: str, function: Any, options: dict[str, Any]) -> RewardFunction:
+    try:
+        inspect.signature(function).bind(**options)
+    except TypeError as error:
+        raise ValueError(f"reward '{spec}': {error}. It takes {inspect.signature(function)}.") from None
+    return function(**options)

@@ -1,0 +1,125 @@
+"""
+Judges that compare the images of a prompt with each other: FDFO needs no more of a reward than its differences.
+
+A judge sees two images and says which is better, as log odds: log p(first is better) - log p(second is better). It is
+asked in both orders, c(a, b) and c(b, a), because judges prefer a place as well as an image. Half the difference,
+
+    p(a, b) = (c(a, b) - c(b, a)) / 2 = -p(b, a),
+
+has no preference for a place left. Over the G branches of a prompt the rewards are the means
+
+    R_a = (1 / G) sum_b p(a, b),
+
+the least-squares fit to R_a - R_b = p(a, b), which is exact for G = 2.
+"""
+
+import asyncio
+import inspect
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .reward_functions import checked_rewards
+from .vlm_score import VLMScore
+from .vlm_server import VLMServer
+
+
+class PairwiseJudge:
+    """
+    Which of the images of a prompt is better, by a judge that compares two.
+
+    In evaluation, with one image per prompt, there is nothing to compare: it applies to no image.
+
+    Args:
+        compare (`Callable`): `(first, second, prompts, **columns) -> log odds that the first is better`, one for each of
+            M pairs of images (tensors [M, 3, H, W] in [0, 1], or PIL where it has `image_type = "pil"`) and their M
+            prompts. Sync or `async`. None where it has no opinion. The `compare` of [`VLMScore`] and [`VLMServer`]
+            asks a VLM.
+
+    Raises:
+        ValueError: In a call: `compare` did not return one finite number (or None) per pair.
+    """
+
+    def __init__(self, compare: Callable[..., Any]):
+        self.compare = compare
+        self.__name__ = getattr(compare, "__name__", type(compare).__name__)
+        self.image_type = getattr(compare, "image_type", "pt")
+        # A reward gets what its signature names, and is told when a rollout ends.
+        columns = list(inspect.signature(compare).parameters.values())[3:]
+        own = ("images", "prompts", "num_generations")
+        self.__signature__ = inspect.Signature(
+            [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in own]
+            + [p.replace(kind=max(p.kind, p.KEYWORD_ONLY)) for p in columns]
+        )
+        self.on_rollout_end = getattr(getattr(compare, "__self__", compare), "on_rollout_end", lambda: None)
+
+    def __call__(self, images: Any, prompts: Sequence[str], num_generations: int, **columns: Any) -> Any:
+        """
+        Args:
+            images: N images, tensors or PIL, those of a prompt next to each other.
+            prompts (`Sequence[str]`): N prompts.
+            num_generations (`int`): Images per prompt G.
+            **columns: What else `compare` takes, N values each.
+
+        Returns:
+            `list[float | None]`: N rewards, which sum to 0 over each prompt, in units of log odds; an awaitable where
+            `compare` is one.
+        """
+        if num_generations < 2:
+            return [None] * len(prompts)
+        pairs = [
+            (start + a, start + b)
+            for start in range(0, len(prompts), num_generations)
+            for a, b in itertools.combinations(range(num_generations), 2)
+        ]
+        first, second = map(list, zip(*pairs))
+        # Two calls of the same shape: exchanging the images exchanges the answers, to the bit.
+        answers = [
+            self.compare(
+                _take(images, one),
+                _take(images, other),
+                _take(prompts, one),
+                **{name: _take(values, one) if name != "trainer_state" else values for name, values in columns.items()},
+            )
+            for one, other in ((first, second), (second, first))
+        ]
+        if any(map(inspect.isawaitable, answers)):
+            return self._awaited_rewards(answers, prompts, first, second, num_generations)
+        return self._rewards(answers, prompts, first, second, num_generations)
+
+    async def _awaited_rewards(self, answers: list, *args: Any) -> list[float | None]:
+        return self._rewards(await asyncio.gather(*answers), *args)
+
+    def _rewards(
+        self, answers: Sequence, prompts: Sequence[str], first: list[int], second: list[int], num_generations: int
+    ) -> list[float | None]:
+        forward, backward = (
+            checked_rewards(self.__name__, answer, _take(prompts, first), of="pairs") for answer in answers
+        )
+        preference = (forward - backward) / (2 * num_generations)
+        rewards = torch.zeros(len(prompts))
+        rewards.index_add_(0, torch.tensor(first), preference)
+        rewards.index_add_(0, torch.tensor(second), -preference)
+        return [None if value != value else value for value in rewards.tolist()]
+
+
+def vlm_judge(url: str | list[str] | None = None, question: str = "comparison", **options: Any) -> PairwiseJudge:
+    """
+    Log odds by which a VLM prefers one image of a prompt to the other, asked in both orders.
+
+    Args:
+        url (`str` or `list[str]`, *optional*): A server to ask, as in [`VLMServer`]; without it, [`VLMScore`] is asked.
+        question (`str`): Preset or template, whose target says that the first image is better.
+        **options: Further arguments of [`VLMServer`] or [`VLMScore`].
+    """
+    vlm = VLMScore(question=question, **options) if url is None else VLMServer(url, question=question, **options)
+    judge = PairwiseJudge(vlm.compare)
+    judge.__name__ = "vlm_judge"
+    return judge
+
+
+def _take(values: Any, indices: list[int]) -> Any:
+    return values[indices] if isinstance(values, Tensor) else [values[i] for i in indices]

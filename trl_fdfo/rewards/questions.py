@@ -1,0 +1,104 @@
+"""What a VLM is asked about images: the questions, and the two words whose probabilities are its answer."""
+
+import re
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Question:
+    """
+    A question that is answered by one of two words.
+
+    Args:
+        template (`str`): The question; `{prompt}` in it, if any, stands for the prompt of the image.
+        target (`str`): The word that speaks for the image.
+        contrast (`str`): The word that speaks against it.
+        images (`int`): Images that it is about: 1, or 2 that are compared.
+
+    Raises:
+        ValueError: The template is empty or has other braces than `{prompt}`, or the words are the same.
+    """
+
+    template: str
+    target: str = "Yes"
+    contrast: str = "No"
+    images: int = 1
+
+    def __post_init__(self):
+        if not self.template.strip():
+            raise ValueError(f"question={self.template!r} is empty: ask something, or name one of {_names()}.")
+        if re.search("[{}]", self.template.replace("{prompt}", "")):
+            raise ValueError(
+                f"question={self.template!r} has other braces than {{prompt}}, the one part that is filled in: leave them "
+                "out."
+            )
+        if self.target == self.contrast:
+            raise ValueError(
+                f"target={self.target!r} and contrast={self.contrast!r} are the same word: the score compares how likely "
+                "two answers are. Name two."
+            )
+
+    def ask(self, prompt: str) -> str:
+        """The question about the image(s) of this prompt."""
+        return self.template.replace("{prompt}", prompt)
+
+
+# The first is that of FDFO (arXiv 2603.12893). Letters are one token in the vocabularies of byte-level BPE and of
+# SentencePiece; digits are not in that of Llama.
+QUESTIONS = {
+    "alignment": Question('Does this image match the caption "{prompt}"? Answer Yes or No.'),
+    "quality": Question(
+        "Is this image of high quality: sharp, well composed and free of artifacts such as noise, distorted shapes or "
+        "wrong anatomy? Answer Yes or No."
+    ),
+    "photorealism": Question(
+        "Does this image look like a real photograph, and not like a drawing, a painting or a computer-generated image? "
+        "Answer Yes or No."
+    ),
+    "comparison": Question(
+        'The first image is A, the second image is B. Which of them matches the caption "{prompt}" better? Answer A or B.',
+        target="A",
+        contrast="B",
+        images=2,
+    ),
+}
+
+
+def get_question(question: str, target: str | None = None, contrast: str | None = None) -> Question:
+    """
+    A preset or a question of one's own.
+
+    Args:
+        question (`str`): Name of a preset of `QUESTIONS`, or a template.
+        target (`str`, *optional*): The word that speaks for the image. Default: that of the preset, or `"Yes"`.
+        contrast (`str`, *optional*): The word that speaks against it. Default: that of the preset, or `"No"`.
+
+    Raises:
+        ValueError: As [`Question`]; or `question` is a single word, and no preset has that name.
+    """
+    if question not in QUESTIONS and re.fullmatch(r"\w+", question, re.ASCII):
+        raise ValueError(
+            f"question={question!r} is no preset and no question: name one of {_names()}, or ask something."
+        )
+    preset = QUESTIONS.get(question) or Question(question)
+    return replace(
+        preset,
+        target=preset.target if target is None else target,
+        contrast=preset.contrast if contrast is None else contrast,
+    )
+
+
+def check_single(question: Question) -> None:
+    """
+    Raises:
+        ValueError: The question is about two images, and a score is asked of one.
+    """
+    if question.images != 1:
+        raise ValueError(
+            f"The question {question.template!r} compares two images, and a score is of one. As a reward, compare the images "
+            "of a prompt: `vlm_judge`, or PairwiseJudge(vlm.compare)."
+        )
+
+
+def _names() -> str:
+    return ", ".join(repr(name) for name in QUESTIONS)

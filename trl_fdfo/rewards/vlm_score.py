@@ -1,0 +1,223 @@
+"""
+A vision-language model (VLM) as a reward: how much likelier one word is than another as its answer to a question about
+the image, such as "Yes" than "No" to "Does this image match the caption?". The paper of FDFO (arXiv 2603.12893) trains
+on this score,
+
+    100 sigmoid(log odds),    log odds = logit(target) - logit(contrast) of the first token of the answer.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+from .learned_reward import LearnedReward, load_pretrained
+from .questions import QUESTIONS, check_single, get_question
+
+
+class VLMScore(LearnedReward):
+    """
+    The answer of a VLM to a question about each image: 0 to 100, higher is better.
+
+    100 sigmoid(logit(target) - logit(contrast)) of the first token of its answer (arXiv 2603.12893). The image(s) come before the question, in the model's own chat
+    template.
+
+    The logits are the model's own: nothing of its `generation_config`, such as a repetition penalty, is applied. Those of
+    the two words are computed in float32, whatever the `dtype` of the model: bfloat16 rounds logits between 16 and 32 to
+    multiples of 1/8, which is 3 points of the score, and the two images of a pair would often tie.
+
+    The presets of `question` are `"alignment"`, `"quality"` and `"photorealism"`, answered by Yes or No, and
+    `"comparison"`, which is for [`~VLMScore.compare`].
+
+    torchvision is not needed. Where it is installed it resizes the images, in the place of Pillow, with the same filter.
+
+    Args:
+        model (`str`): Repository or folder of a model that [`~transformers.AutoModelForImageTextToText`] loads, with a
+            chat template.
+        question (`str`): Name of a preset, or a question, in which `{prompt}` stands for the prompt of the image.
+        target (`str`, *optional*): The word that speaks for the image, one token: `" Yes"` where the chat template ends
+            in a colon and the model goes on with a space. Default: that of the preset, or `"Yes"`.
+        contrast (`str`, *optional*): The word that speaks against it, one token. Default: that of the preset, or `"No"`.
+        dtype (`str` or `torch.dtype`): Data type of the weights; `"auto"` is the one that they are published in.
+        device (`str` or `torch.device`, *optional*): Where it scores. Default: the device of this process.
+        batch_size (`int`): Questions asked at a time.
+        offload (`bool`): Keep the model on the CPU while the rollout is trained on.
+
+    Raises:
+        ValueError: A question that cannot be asked (see [`get_question`]), a word that is not one token, or a model
+            without a chat template.
+    """
+
+    def __init__(
+        self,
+        model: str = "Qwen/Qwen2.5-VL-7B-Instruct",
+        question: str = "alignment",
+        target: str | None = None,
+        contrast: str | None = None,
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device | None = None,
+        batch_size: int = 16,
+        offload: bool = False,
+    ):
+        self.question = get_question(question, target, contrast)
+        self.__name__ = f"{type(self).__name__}_{question}" if question in QUESTIONS else type(self).__name__
+        # Before the weights: what can be wrong is said in seconds.
+        self.processor = _load_processor(model)
+        tokenizer = self.processor.tokenizer
+        tokenizer.padding_side = "left"
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        self.words = [
+            _token(tokenizer, name, word, model)
+            for name, word in (("target", self.question.target), ("contrast", self.question.contrast))
+        ]
+        if self.words[0] == self.words[1]:
+            raise ValueError(
+                f"target={self.question.target!r} and contrast={self.question.contrast!r} are the same token of {model}: "
+                "the score compares how likely two answers are. Name two."
+            )
+        super().__init__(
+            load_pretrained(AutoModelForImageTextToText, model, dtype=dtype),
+            device=device,
+            batch_size=batch_size,
+            offload=offload,
+        )
+        self.model.generation_config = GenerationConfig(
+            max_new_tokens=1,
+            do_sample=False,
+            use_cache=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        head = self.model.get_output_embeddings()
+        if type(head) is torch.nn.Linear:  # and no quantized one
+            head.register_forward_hook(self._words_in_float32)
+
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+        """Scores of a batch in [0, 100], shape [batch]."""
+        check_single(self.question)
+        questions = [self.question.ask(prompt) for prompt in prompts]
+        return 100 * self.log_odds([[image] for image in images], questions).sigmoid()
+
+    def compare(self, first: Sequence[Image.Image], second: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+        """
+        Ask the question about two images at once. Judges prefer a place as well as an image: ask in both orders.
+
+        Args:
+            first (`Sequence[PIL.Image.Image]`): N images, of which the target speaks in favour.
+            second (`Sequence[PIL.Image.Image]`): N images, of which the contrast speaks in favour.
+            prompts (`Sequence[str]`): N prompts.
+
+        Returns:
+            `Tensor`: N log odds that the first is better, float32 on the CPU.
+        """
+        return self.log_odds(list(zip(first, second)), [self.question.ask(prompt) for prompt in prompts])
+
+    compare.image_type = "pil"
+
+    @torch.no_grad()
+    def log_odds(self, images: Sequence[Sequence[Image.Image]], questions: Sequence[str]) -> Tensor:
+        """
+        Args:
+            images (`Sequence[Sequence[PIL.Image.Image]]`): The images that each of N questions is about.
+            questions (`Sequence[str]`): N questions.
+
+        Returns:
+            `Tensor`: N times logit(target) - logit(contrast), float32 on the CPU.
+        """
+        self.model.to(self.device)
+        batches = range(0, len(questions), self.batch_size)
+        odds = [self._log_odds(images[i : i + self.batch_size], questions[i : i + self.batch_size]) for i in batches]
+        return torch.cat(odds).cpu()
+
+    def _log_odds(self, images: Sequence[Sequence[Image.Image]], questions: Sequence[str]) -> Tensor:
+        conversations = [
+            [
+                {
+                    "role": "user",
+                    "content": [
+                        *({"type": "image", "image": image} for image in shown),
+                        {"type": "text", "text": question},
+                    ],
+                }
+            ]
+            for shown, question in zip(images, questions)
+        ]
+        inputs = self.processor.apply_chat_template(
+            conversations,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True},
+        ).to(self.device, self.model.dtype)
+        # `generate` gives each architecture the positions that left padding asks for, and computes the logits of the
+        # last one only. Not synchronized: processes may have different numbers of questions.
+        target, contrast = self.model.generate(**inputs, synced_gpus=False).logits[0][:, self.words].float().T
+        return target - contrast
+
+    def _words_in_float32(self, head: torch.nn.Linear, inputs: tuple[Tensor], logits: Tensor) -> Tensor:
+        bias = None if head.bias is None else head.bias[self.words].float()
+        logits = logits.float()
+        logits[..., self.words] = F.linear(inputs[0].float(), head.weight[self.words].float(), bias)
+        return logits
+
+
+def _load_processor(name_or_path: str) -> ProcessorMixin:
+    """The processor of a model; without its part for videos where that cannot be loaded, because it needs torchvision."""
+    try:
+        processor = load_pretrained(AutoProcessor, name_or_path)
+    except ImportError as error:
+        processor_class = PROCESSOR_MAPPING[type(load_pretrained(AutoConfig, name_or_path))]
+        parts = processor_class.get_attributes()
+        if parts != ["image_processor", "tokenizer", "video_processor"]:
+            raise
+
+        class ImageTextProcessor(processor_class):
+            @classmethod
+            def get_attributes(cls) -> list[str]:
+                return parts[:-1]
+
+        try:
+            processor = load_pretrained(ImageTextProcessor, name_or_path)
+        except TypeError:  # it insists on its part for videos
+            raise error from None
+    if getattr(processor, "chat_template", None) is None:
+        raise ValueError(
+            f"model={name_or_path!r} has no chat template, in which VLMScore asks its question: take an "
+            "instruction-tuned VLM."
+        )
+    return processor
+
+
+def _token(tokenizer: PreTrainedTokenizerBase, argument: str, word: str, model: str) -> int:
+    """The one token that a word is; `argument` is the name it was given by."""
+    tokens = tokenizer.encode(word, add_special_tokens=False)
+    if _is_token(tokenizer, word):
+        return tokens[0]
+    bare = word.strip()
+    forms = [space + form for form in (bare, bare.lower(), bare.capitalize(), bare.upper()) for space in ("", " ")]
+    known = [form for form in dict.fromkeys(forms) if form != word and _is_token(tokenizer, form)]
+    raise ValueError(
+        f"{argument}={word!r} is not one token of {model} but {[tokenizer.decode([token]) for token in tokens]}: the score "
+        "compares first tokens of an answer. "
+        + (f"One token each are {known}." if known else "Take another word, and let the question ask for it.")
+    )
+
+
+def _is_token(tokenizer: PreTrainedTokenizerBase, word: str) -> bool:
+    tokens = tokenizer.encode(word, add_special_tokens=False)
+    return len(tokens) == 1 and tokens[0] != tokenizer.unk_token_id
