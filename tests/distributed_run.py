@@ -1,7 +1,8 @@
 """
-Trains a tiny SD3 for two rollouts and writes what test_distributed.py compares:
+Trains a tiny SD3 for two rollouts, or for the second alone from a checkpoint, and writes what test_distributed.py
+compares:
 
-    torchrun --nproc_per_node 2 tests/distributed_run.py FILE WRAPPER
+    torchrun --nproc_per_node 2 tests/distributed_run.py FILE [CHECKPOINT]
 """
 
 import gc
@@ -17,7 +18,7 @@ from datasets import Dataset
 from trl_fdfo import FDFOConfig, FDFOTrainer
 
 
-def run(output_dir: str):
+def run(output_dir: str, checkpoint: str | None = None):
     """A run whose global settings, and batch per process, do not depend on the number of processes."""
     config = FDFOConfig(
         output_dir=output_dir,
@@ -52,7 +53,7 @@ def run(output_dir: str):
         train_dataset=Dataset.from_dict({"prompt": conftest.PROMPTS}),
         eval_dataset=Dataset.from_dict({"prompt": conftest.PROMPTS[:5]}),
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate()
     trainer.save_model()
     return trainer, {
@@ -66,7 +67,7 @@ def run(output_dir: str):
 
 
 if __name__ == "__main__":
-    trainer, result = run(sys.argv[1] + ".out")
+    trainer, result = run(sys.argv[1] + ".out", *sys.argv[2:])
     if trainer.is_world_process_zero():
         torch.save(result, sys.argv[1])
     if dist.is_initialized():

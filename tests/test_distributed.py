@@ -7,24 +7,46 @@ import pytest
 import torch
 
 
-def test_two_processes_end_in_the_weights_of_one(tmp_path):
-    file = tmp_path / "two.pt"
+def run_two(file: Path, *arguments: Path) -> dict:
+    """What two processes end with."""
     script = Path(__file__).with_name("distributed_run.py")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*launch, script, file], capture_output=True, text=True, timeout=240)
+    done = subprocess.run([*launch, script, file, *arguments], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-4000:]
-    two = torch.load(file, weights_only=True)
-    assert two["processes"] == 2 and two["wrapper"] == "DistributedDataParallel"
+    result = torch.load(file, weights_only=True)
+    assert result["processes"] == 2 and result["wrapper"] == "DistributedDataParallel"
+    return result
 
-    _, one = distributed_run.run(str(tmp_path / "one"))
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The folder of a run of one process and one of two, with what they ended with."""
+    folder = tmp_path_factory.mktemp("runs")
+    _, one = distributed_run.run(str(folder / "one"))
     assert one["processes"] == 1 and one["wrapper"] == "PeftModel"
+    return folder, one, run_two(folder / "two")
+
+
+def assert_same(found: dict, expected: dict) -> None:
     # The wrapper's prefix aside, the same weights.
-    assert one["weights"].keys() == two["weights"].keys()
+    assert found["weights"].keys() == expected["weights"].keys()
     moved = 0.0
-    for name, weight in one["weights"].items():
-        torch.testing.assert_close(two["weights"][name], weight, rtol=0, atol=1e-5)
+    for name, weight in expected["weights"].items():
+        torch.testing.assert_close(found["weights"][name], weight, rtol=0, atol=1e-5)
         moved = max(moved, weight.abs().max().item() if "lora_B" in name else 0.0)
     assert moved > 1e-3, "nothing was trained, and the comparison is empty"
-    torch.testing.assert_close(two["images"], one["images"], rtol=0, atol=1e-4)
-    assert two["eval_reward"] == pytest.approx(one["eval_reward"], abs=1e-5)
-    assert two["rewards"] == pytest.approx(one["rewards"], abs=1e-5)
+    torch.testing.assert_close(found["images"], expected["images"], rtol=0, atol=1e-4)
+    assert found["eval_reward"] == pytest.approx(expected["eval_reward"], abs=1e-5)
+    assert found["rewards"] == pytest.approx(expected["rewards"], abs=1e-5)
+
+
+def test_two_processes_end_in_the_weights_of_one(runs):
+    _, one, two = runs
+    assert_same(two, one)
+
+
+def test_a_run_goes_on_with_another_number_of_processes(runs, tmp_path):
+    folder, one, two = runs
+    _, fewer = distributed_run.run(str(tmp_path / "fewer"), str(folder / "two.out" / "checkpoint-4"))
+    assert_same(fewer, two)
+    assert_same(run_two(tmp_path / "more", folder / "one" / "checkpoint-4"), one)

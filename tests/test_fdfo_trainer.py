@@ -1,5 +1,7 @@
+import asyncio
 import json
 import os
+from pathlib import Path
 
 import pytest
 import tiny_pipelines
@@ -14,6 +16,7 @@ from trl_fdfo import FDFOTrainer
 from trl_fdfo.fdfo_trainer import derive_seed
 from trl_fdfo.pipeline_flow import ReplayError, load_pipeline
 from trl_fdfo.prompt_dataset import rollout_rows
+from trl_fdfo.rewards import PairwiseJudge
 
 
 class Gradients(TrainerCallback):
@@ -291,6 +294,85 @@ def test_only_the_transformer_is_trained(make_trainer):
             assert not any(parameter.requires_grad for parameter in component.parameters()), name
 
 
+def test_seed_gives_the_first_weights_of_the_adapter(make_trainer):
+    weights = []
+    for seed, other_numbers in ((1, 0), (1, 3), (2, 0)):
+        torch.manual_seed(other_numbers)
+        weights.append(trained_weights(make_trainer(tiny_pipelines.sd3(seed=other_numbers), seed=seed)))
+    lora_a = [name for name in weights[0] if "lora_A" in name]
+    assert lora_a and all(torch.equal(weights[0][name], weights[1][name]) for name in lora_a)
+    assert not any(torch.equal(weights[0][name], weights[2][name]) for name in lora_a)
+
+
+# Rewards --------------------------------------------------------------------------------------------------------------
+
+
+def test_next_batch_is_sampled_while_an_async_reward_is_awaited(make_trainer):
+    order = []
+
+    async def remote(images):
+        order.append("starts")
+        while order.count("sampled") < 2:  # of the two batches
+            await asyncio.sleep(0.01)
+        order.append("ends")
+        return redness(images, None)
+
+    trainer = make_trainer(reward_fn=remote, num_rollouts=1)
+    rollout = trainer.flow.rollout
+    trainer.flow.rollout = lambda *args, **kwargs: (rollout(*args, **kwargs), order.append("sampled"))[0]
+    trainer.train()
+    assert order[-2:] == ["ends", "ends"] and order[:2] == ["sampled", "starts"]
+    # It is the same run as with the reward in the foreground.
+    expected = make_trainer(num_rollouts=1)
+    expected.train()
+    for name, weight in trained_weights(expected).items():
+        assert torch.equal(trained_weights(trainer)[name], weight), name
+    (log,) = [log for log in trainer.state.log_history if "reward_time" in log]
+    assert 0 < log["reward_time"] < log["rollout_time"]
+
+
+def test_reward_that_fails_in_the_background_ends_the_rollout(make_trainer):
+    calls = []
+
+    async def broken(images, prompts):
+        calls.append(prompts)
+        raise RuntimeError("no more memory")
+
+    trainer = make_trainer(reward_fn=broken, prompts_per_rollout=40, per_device_prompt_batch_size=2)
+    with pytest.raises(RuntimeError, match="no more memory"):
+        trainer.train()
+    assert len(calls) < 20
+
+
+def test_judge_trains_like_the_reward_whose_differences_it_gives(make_trainer):
+    def compare(first, second, prompts):
+        return redness(first, prompts) - redness(second, prompts)
+
+    def trained(reward):
+        trainer = make_trainer(reward_fn=reward)
+        trainer.train()
+        assert metrics_of(trainer, "frac_reward_zero_std") == [0.0, 0.0]
+        return trained_weights(trainer)
+
+    expected = trained(redness)
+    for name, weight in trained(PairwiseJudge(compare)).items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-3, atol=1e-5)
+
+
+def test_reward_that_never_applies_is_reported(make_trainer, caplog):
+    def never(images):
+        return [None] * len(images)
+
+    trainer = make_trainer(reward_fn=[redness, never])
+    trainer.train()
+    assert "Rollout 1: the reward 'never' applied to none of its images" in caplog.text
+    assert metrics_of(trainer, "frac_reward_zero_std") == [0.0, 0.0]
+    alone = make_trainer()
+    alone.train()
+    for name, weight in trained_weights(alone).items():
+        assert torch.equal(trained_weights(trainer)[name], weight), name
+
+
 # Saving and resuming --------------------------------------------------------------------------------------------------
 
 
@@ -315,15 +397,18 @@ def test_saved_adapter_loads_through_diffusers_and_peft(make_trainer, tmp_path):
     assert torch.equal(images_of(by_peft), expected)
 
 
-def test_no_token_is_written(make_trainer, tmp_path):
-    trainer = make_trainer(hub_token="hf_very_secret", save_strategy="epoch", num_rollouts=1)
+def test_neither_token_nor_folders_of_the_user_are_written(make_trainer, tmp_path):
+    tiny_pipelines.sd3().save_pretrained(tmp_path / "pipeline")
+    pipeline = load_pipeline(str(tmp_path / "pipeline"))
+    trainer = make_trainer(pipeline, hub_token="hf_very_secret", save_strategy="epoch", num_rollouts=1)
     trainer.train()
     trainer.save_model()
-    files = [os.path.join(folder, name) for folder, _, names in os.walk(tmp_path) for name in names]
-    assert len(files) > 5
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert len(files) > 10
     for file in files:
-        with open(file, "rb") as opened:
-            assert b"hf_very_secret" not in opened.read(), file
+        written = file.read_bytes()
+        for secret in ("hf_very_secret", str(tmp_path), str(Path.home()), os.environ["PATH"]):
+            assert secret.encode() not in written, (file, secret)
     assert trainer.args.hub_token == "hf_very_secret"
 
 
@@ -345,17 +430,18 @@ def test_resumed_run_ends_in_the_same_weights(make_trainer, use_peft):
 def test_checkpoint_inside_a_rollout_is_refused(make_trainer):
     trainer = make_trainer(num_rollouts=3, optimizer_steps_per_rollout=1, save_strategy="epoch")
     trainer.train()
-    resumed = make_trainer(num_rollouts=3, optimizer_steps_per_rollout=2)
+    resumed = make_trainer(num_rollouts=3, optimizer_steps_per_rollout=2, resume_with_changed_options=True)
     with pytest.raises(ValueError, match=r"checkpoint-1 is from step 1, inside a rollout of 2 steps"):
         resumed.train(resume_from_checkpoint=f"{trainer.args.output_dir}/checkpoint-1")
 
 
 def test_averaging_can_start_with_a_resumed_run(make_trainer, caplog):
     make_trainer(num_rollouts=1, save_strategy="epoch").train()
-    resumed = make_trainer(num_rollouts=2, ema_decay=0.5)
+    resumed = make_trainer(num_rollouts=2, ema_decay=0.5, resume_with_changed_options=True)
     resumed.train(resume_from_checkpoint=f"{resumed.args.output_dir}/checkpoint-2")
     assert resumed.state.global_step == 4
     assert "the average over rollouts starts from its weights" in caplog.text
+    assert "with changes: ema_decay: None -> 0.5" in caplog.text
 
 
 def test_training_twice_samples_anew(make_trainer):
@@ -513,7 +599,8 @@ def test_pipeline_by_path_and_packaged_prompts(make_config, tmp_path):
     trainer.train()
     trainer.save_model()
     saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert saved["base_model_name_or_path"] == str(tmp_path / "pipeline")
+    # Not the folders above it, which say more of this machine than of the model.
+    assert saved["base_model_name_or_path"] == "pipeline"
 
 
 def test_dataset_columns_reach_the_reward(make_config):
@@ -547,7 +634,10 @@ def test_dataset_columns_reach_the_reward(make_config):
         ({"pipeline_kwargs": {"steps": 3}}, "StableDiffusion3Pipeline does not take steps"),
         ({"pipeline_kwargs": {"max_sequence_length": 1000}}, "max_sequence_length"),
         ({"eval_dataset": Dataset.from_dict({"text": ["a"]})}, "eval_dataset has no column 'prompt'"),
-        ({"reward_fn": lambda imgs, prompts: 0}, "needs the argument 'imgs'.*images, prompts, trainer_state, prompt"),
+        (
+            {"reward_fn": lambda imgs, prompts: 0},
+            "needs the argument 'imgs'.*images, prompts, trainer_state, num_generations, prompt",
+        ),
         ({"pipeline_kwargs": {"sigmas": [1.0, 0.5]}}, "takes 2 steps, not num_inference_steps=4"),
         ({"pipeline": int}, "must be a `DiffusionPipeline`.*not int itself"),
         ({"pipeline_columns": ["image"], "per_device_prompt_batch_size": 1}, "no column 'image'"),

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from accelerate.utils import get_int_from_env
@@ -24,7 +25,18 @@ _REFUSED = {
     "neftune_noise_alpha": "it adds noise to token embeddings, and the replay must repeat the rollout exactly",
     "use_liger_kernel": "it patches language models",
     "label_smoothing_factor": "there are no labels",
+    "enable_jit_checkpoint": "it saves inside a rollout, where a run cannot be resumed: set `save_on_signal`",
 }
+
+# Options of `TrainingArguments` that change the result, and ours that do not, or that the trainer describes otherwise.
+_RESULT_OPTIONS = (
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "optim_args"),
+    *("lr_scheduler_kwargs", "warmup_steps", "fp16", "seed"),
+)
+_NO_RESULT_OPTIONS = (
+    *("dataset_name", "dataset_prompt_column", "reward_weights", "lora_r", "lora_alpha", "lora_target_modules"),
+    *("logging_steps", "save_steps", "save_on_signal", "resume_with_changed_options", "logging_nan_inf_filter"),
+)
 
 
 @dataclass
@@ -119,6 +131,16 @@ class FDFOConfig(TrainingArguments):
             and the diffusers file of each checkpoint. `trainer.pipeline` itself, and PEFT's file of a checkpoint, from
             which a run is resumed, have the trained weights. `None` does not average.
 
+        > Saving and going on
+
+        save_on_signal (`bool`, defaults to `False`):
+            On SIGTERM or SIGINT go on to the end of the rollout's optimizer steps and save before the run ends. Where
+            the signal comes while images are sampled, it is saved at once. Else the run ends after the micro-batch.
+        resume_with_changed_options (`bool`, defaults to `False`):
+            Resume although options, rewards, prompts or the pipeline differ from those of the run that wrote the
+            checkpoint, which is refused otherwise, with what differs. `num_rollouts` may change where the learning
+            rate is constant; what does not change the result may always.
+
     Derived (computed once, here):
         num_trained_levels (`int`): K = max(1, round(timestep_fraction T)).
         num_rollout_batches (`int`): batches per process, prompts_per_rollout / (processes x
@@ -191,6 +213,14 @@ class FDFOConfig(TrainingArguments):
         default=None, metadata={"help": "Average the trained weights over rollouts for evaluation and saving."}
     )
 
+    # Saving and going on
+    save_on_signal: bool = field(
+        default=False, metadata={"help": "Save at the next end of a rollout when SIGTERM or SIGINT ends the run."}
+    )
+    resume_with_changed_options: bool = field(
+        default=False, metadata={"help": "Resume although something that changes the result differs."}
+    )
+
     # Defaults of TrainingArguments that differ here
     learning_rate: float = field(default=3e-5, metadata={"help": "Initial learning rate of AdamW."})
     weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay of AdamW."})
@@ -208,6 +238,10 @@ class FDFOConfig(TrainingArguments):
         },
     )
 
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Hide losses that are not finite. Here they end the run."}
+    )
+
     def __post_init__(self):
         self._validate()
         # DeepSpeed reads the batch sizes in `super().__post_init__`, which is also what learns the number of
@@ -223,11 +257,14 @@ class FDFOConfig(TrainingArguments):
         if self.save_steps is None:
             self.save_steps = 10 * self.steps_per_rollout
         total = self.num_rollouts * self.steps_per_rollout
-        save_steps = math.ceil(self.save_steps * total) if self.save_steps < 1 else int(self.save_steps)
-        if self.save_strategy == "steps" and save_steps % self.steps_per_rollout:
-            lower, upper = nearest_multiples(save_steps, self.steps_per_rollout)
+        # "best" saves where it evaluates.
+        name = "eval_steps" if self.save_strategy == "best" and self.eval_strategy == "steps" else "save_steps"
+        every = getattr(self, name) or self.logging_steps
+        every = math.ceil(every * total) if every < 1 else int(every)
+        if self.save_strategy in ("steps", "best") and every % self.steps_per_rollout:
+            lower, upper = nearest_multiples(every, self.steps_per_rollout)
             raise ValueError(
-                f"save_steps={save_steps} falls inside a rollout of {self.steps_per_rollout} optimizer steps, where "
+                f"{name}={every} falls inside a rollout of {self.steps_per_rollout} optimizer steps, where "
                 f"a run cannot be resumed without the rollout's data. The nearest that do not: {lower} and {upper}."
             )
         if self.ddp_find_unused_parameters is None:
@@ -246,6 +283,19 @@ class FDFOConfig(TrainingArguments):
                 f"`accelerate launch --num_processes {self.n_gpu} ...`."
             )
             self._n_gpu = 1
+
+    def result_options(self) -> dict[str, Any]:
+        """The options that the result of a run depends on, as JSON values."""
+        names = [name for name in FDFOConfig.__annotations__ if not name.startswith("_")]
+        names = [name for name in (*names, *_RESULT_OPTIONS) if name not in _NO_RESULT_OPTIONS]
+        if str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)).startswith("constant"):
+            names.remove("num_rollouts")
+        return json.loads(json.dumps({name: getattr(self, name) for name in names}, default=str))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Trainer pickles its arguments beside the weights, and a push uploads them: nothing of the machine or its user.
+        hidden = {"hub_token": None, "output_dir": Path(self.output_dir).name, "distributed_state": None}
+        return {**self.__dict__, **hidden}
 
     def _check_types(self):
         """A string from a YAML file, a bool, NaN: named here, before it is compared with anything."""

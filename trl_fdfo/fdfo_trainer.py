@@ -1,9 +1,11 @@
 """The trainer: wires the four steps of FDFO (arXiv 2603.12893) into `transformers.Trainer`. The maths is elsewhere."""
 
 import contextlib
+import math
 import time
+import zlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,29 +13,31 @@ import numpy as np
 import torch
 from datasets import Dataset
 from diffusers import DiffusionPipeline
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import ProgressCallback, Trainer, TrainerCallback
+from transformers import ProgressCallback, TrainerCallback, set_seed
 from transformers.utils import logging
 
 from .algorithm import constant_churn, finite_difference, interval_churn, prior_churn, surrogate_loss
 from .callbacks import FDFOProgressCallback, WeightAveraging
 from .fdfo_config import FDFOConfig
-from .lora import add_adapter, default_lora_config, save_diffusers_lora
+from .lora import add_adapter, default_lora_config
 from .pipeline_checks import check_call_kwargs
-from .pipeline_flow import PipelineFlow, check_replay, load_pipeline, repeat_each
+from .pipeline_flow import PipelineFlow, RolloutBatch, check_replay, load_pipeline, repeat_each
 from .prompt_dataset import check_prompts, load_prompts, rollout_rows
-from .rewards.reward_functions import RewardFunction, RewardFunctions
+from .resumable_trainer import ResumableTrainer
+from .rewards.reward_functions import PendingRewards, RewardFunction, RewardFunctions
 from .rollout_buffer import MicroBatch, RolloutBuffer, ScoredBatch, trained_levels
 from .trainer_compat import adapt_to_trainer
+from .watchdogs import Watchdogs
 
 
 logger = logging.get_logger(__name__)
 
 
-class FDFOTrainer(Trainer):
+class FDFOTrainer(ResumableTrainer):
     """
     Post-trains a diffusers flow-matching pipeline with Finite Difference Flow Optimization.
 
@@ -61,8 +65,6 @@ class FDFOTrainer(Trainer):
     Raises:
         ValueError: Something that would fail, or train something else than was asked for: before the first rollout.
     """
-
-    args: FDFOConfig
 
     def __init__(
         self,
@@ -105,6 +107,7 @@ class FDFOTrainer(Trainer):
             if isinstance(component, torch.nn.Module):
                 component.requires_grad_(False).eval()
         adapt_to_trainer(pipeline.transformer)
+        set_seed(config.seed)  # as Trainer does, but the adapter's first weights are drawn before that
         if config.use_peft:
             model = add_adapter(pipeline, peft_config or default_lora_config(config, pipeline.transformer))
         elif peft_config is not None:
@@ -130,12 +133,12 @@ class FDFOTrainer(Trainer):
         if self.pop_callback(ProgressCallback) is not None:
             self._progress = FDFOProgressCallback()
             self.add_callback(self._progress)
-        self._averaging = None
         if config.ema_decay is not None:
             trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
             self._averaging = WeightAveraging(trained, config.ema_decay)
             self.add_callback(self._averaging)
 
+        self._watchdogs = Watchdogs(config.epsilon)
         self._buffer: RolloutBuffer | None = None
         self._metrics: dict[str, list[Tensor]] = defaultdict(list)
         self._seconds: dict[str, float] = defaultdict(float)
@@ -149,6 +152,7 @@ class FDFOTrainer(Trainer):
                 f"{type(pipeline).__name__} takes {len(self._sigmas) - 1} steps, not num_inference_steps="
                 f"{config.num_inference_steps}: it or `pipeline_kwargs` sets a schedule of its own. Set the option to that."
             )
+        self.run = describe_run(config, pipeline, self.reward_functions, train_dataset, self.model)
 
     # Trainer's loop ---------------------------------------------------------------------------------------------------
 
@@ -185,19 +189,26 @@ class FDFOTrainer(Trainer):
         return DataLoader(range(micro_batches), batch_size=1, collate_fn=lambda indices: {"index": indices[0]})
 
     def training_step(self, *args, **kwargs) -> Tensor:
-        start, rollout_before = time.perf_counter(), self._seconds["rollout"]
-        loss = super().training_step(*args, **kwargs)
-        self._seconds["train"] += time.perf_counter() - start - (self._seconds["rollout"] - rollout_before)
+        rollout_before = self._seconds["rollout"]
+        with self._timed("train"):
+            loss = super().training_step(*args, **kwargs)
+        self._seconds["train"] -= self._seconds["rollout"] - rollout_before
         return loss
 
     def _prepare_inputs(self, inputs: dict[str, int]) -> MicroBatch:
         rollout = self.state.global_step // self.args.steps_per_rollout
         if self._buffer is None or self._buffer.rollout != rollout:
             self._buffer = None  # frees the memory of the last one first
-            start = time.perf_counter()
-            self._buffer = self._roll_out(rollout)
-            self._seconds["rollout"] += time.perf_counter() - start
+            with self._timed("rollout"):
+                self._buffer = self._roll_out(rollout)
         return self._buffer[inputs["index"]]
+
+    def _get_grad_norm(self, *args, **kwargs) -> float:
+        # Where Trainer asks for it the optimizer step is still to come.
+        norm = super()._get_grad_norm(*args, **kwargs)
+        if self.accelerator.scaler is None:
+            self._watchdogs.check_gradient(float(norm), self.state.global_step)
+        return norm
 
     # Steps 1 to 3 -----------------------------------------------------------------------------------------------------
 
@@ -207,45 +218,48 @@ class FDFOTrainer(Trainer):
         batch_size = args.per_device_prompt_batch_size
         rows = rollout_rows(len(self.train_dataset), args.prompts_per_rollout, rollout, args.seed)
         first_batch = args.process_index * args.num_rollout_batches
-        batches, rewards, branch_rms = [], [], []
+        sampled, rewards = [], []
         bar = contextlib.nullcontext()
         if self._progress is not None:
             bar = self._progress.rollout_bar(rollout, args.num_rollout_batches * batch_size)
         with bar:
             for batch in range(first_batch, first_batch + args.num_rollout_batches):
+                if self._interruption.signal is not None:
+                    break  # `_save_if_interrupted` ends the run
+                for pending in rewards:
+                    pending.raise_errors()
+                levels = trained_levels(
+                    args.num_inference_steps,
+                    args.num_trained_levels,
+                    args.optimizer_steps_per_rollout,
+                    args.seed,
+                    rollout,
+                    batch,
+                )
                 numbers = range(batch * batch_size, (batch + 1) * batch_size)
-                scored, batch_rewards, rms = self._roll_out_batch(rollout, batch, numbers, [rows[n] for n in numbers])
-                batches.append(scored)
-                rewards.append(batch_rewards)
-                branch_rms.append(rms)
+                one, pending = self._roll_out_batch(rollout, levels, numbers, [rows[n] for n in numbers])
+                sampled.append((levels, one))
+                rewards.append(pending)
                 if self._progress is not None:
                     bar.update(batch_size)
+        self._end_if_interrupted()
+        self._save_if_interrupted()
+        with self._timed("reward"):
+            rewards = [pending.result().unflatten(0, (batch_size, args.num_generations)) for pending in rewards]
+            self.reward_functions.on_rollout_end()
         self._record_rewards(rollout, torch.cat(rewards))
-        self._metrics["branch_rms"].append(torch.cat(branch_rms).mean())
+        self._record_branches(torch.cat([batch.endpoints for _, batch in sampled]))
+        batches = [self._score_batch(*batch, rewards=values) for batch, values in zip(sampled, rewards)]
         return RolloutBuffer(rollout, first_batch, batches, args.optimizer_steps_per_rollout)
 
     def _roll_out_batch(
-        self, rollout: int, batch: int, numbers: Sequence[int], rows: list[int]
-    ) -> tuple[ScoredBatch, Tensor, Tensor]:
-        """
-        One batch of P prompts, `numbers` being their places in the rollout over all processes.
-
-        Returns:
-            The batch, the rewards [P, G, number of rewards], and the rms distance of a branch from the mean of its
-            prompt in latent units [P, G].
-        """
+        self, rollout: int, levels: list[int], numbers: Sequence[int], rows: list[int]
+    ) -> tuple[RolloutBatch, PendingRewards]:
+        """Steps 1 and 2 for a batch of P prompts, `numbers` being their places in the rollout over all processes."""
         args = self.args
         branches = args.num_generations
         columns = self.train_dataset[rows]
         prompts = columns[args.dataset_prompt_column]
-        levels = trained_levels(
-            args.num_inference_steps,
-            args.num_trained_levels,
-            args.optimizer_steps_per_rollout,
-            args.seed,
-            rollout,
-            batch,
-        )
 
         # Step 1: paired rollouts
         self.flow.model = self.model_wrapped
@@ -263,23 +277,25 @@ class FDFOTrainer(Trainer):
 
         # Step 2: rewards
         repeated = {name: repeat_each(values, branches) for name, values in columns.items()}
-        rewards = self.reward_functions(
-            sampled.images, repeated[args.dataset_prompt_column], self.state, repeated
-        ).unflatten(0, (len(prompts), branches))
+        with self._timed("reward"):
+            pending = self.reward_functions.submit(
+                sampled.images, repeated[args.dataset_prompt_column], self.state, repeated, branches
+            )
+        return replace(sampled, images=None), pending
 
-        # Step 3: finite difference
+    def _score_batch(self, levels: list[int], sampled: RolloutBatch, rewards: Tensor) -> ScoredBatch:
+        """Step 3, the finite difference, from the rewards [P, G, number of rewards] of a batch."""
         endpoints = sampled.endpoints.float()
-        total = self.reward_functions.total(rewards).to(endpoints.device)
-        direction, reward_difference = finite_difference(endpoints, total)
-        branch_rms = (endpoints - endpoints.mean(dim=1, keepdim=True)).square().flatten(2).mean(dim=-1).sqrt()
-        scored = ScoredBatch(
-            sampled=replace(sampled, images=None, endpoints=None),
+        direction, reward_difference = finite_difference(
+            endpoints, self.reward_functions.total(rewards).to(endpoints.device)
+        )
+        return ScoredBatch(
+            sampled=replace(sampled, endpoints=None),
             direction=direction.flatten(0, 1),
             # A prompt to which no reward applies teaches nothing.
             reward_difference=reward_difference.flatten().nan_to_num(nan=0.0),
             levels=levels,
         )
-        return scored, rewards, branch_rms
 
     def _churn(self, rollout: int, numbers: Sequence[int]) -> Tensor:
         """Churn of each level, shape [T + 1], or of each level for each prompt, shape [P, T + 1]."""
@@ -321,10 +337,14 @@ class FDFOTrainer(Trainer):
             kl = (velocity.float() - base_velocity.float()).square().flatten(1).mean(dim=-1)
             loss = loss + args.beta * kl
             self._metrics["kl"].append(kl.detach().mean())
-        ratio = ratio.detach()
-        self._metrics["ratio"].append(ratio.mean())
-        self._metrics["clip_ratio"].append(((ratio - 1).abs() > args.epsilon).float().mean())
+        ratio_error = (ratio.detach() - 1).abs()
+        self._metrics["ratio"].append(ratio.detach().mean())
+        self._metrics["ratio_error"].append(ratio_error.mean())
+        self._metrics["clip_ratio"].append((ratio_error > args.epsilon).float().mean())
+        if inputs.step == 0:
+            self._metrics["first_ratio_error"].append(ratio_error.max())
         loss = loss.mean()
+        self._watchdogs.check_loss(loss, velocity, level)
         return (loss, velocity) if return_outputs else loss
 
     # Evaluation -------------------------------------------------------------------------------------------------------
@@ -386,6 +406,7 @@ class FDFOTrainer(Trainer):
         columns = {name: [values[n] for n in share] for name, values in columns.items()}
         functions = self.eval_reward_functions
         rewards = functions(images, [prompts[n] for n in share], self.state, columns)
+        functions.on_rollout_end()
         rewards = self.accelerator.gather(rewards.to(self.args.device))[: len(prompts)]
         metrics = {f"{metric_key_prefix}_reward": functions.total(rewards[:, None]).nanmean().item()}
         for name, mean in zip(functions.names, rewards.nanmean(dim=0).tolist()):
@@ -426,9 +447,6 @@ class FDFOTrainer(Trainer):
     def _pipeline_columns(self, columns: dict[str, Sequence]) -> dict[str, Sequence]:
         return {name: columns[name] for name in self.args.pipeline_columns or ()}
 
-    def _averaged_weights(self) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext() if self._averaging is None else self._averaging.applied()
-
     # Logging ----------------------------------------------------------------------------------------------------------
 
     def _record_rewards(self, rollout: int, rewards: Tensor) -> None:
@@ -441,17 +459,27 @@ class FDFOTrainer(Trainer):
         # NaN, where no reward applies, teaches as little as a tie.
         idle = ~(std > 0)
         self._metrics["frac_reward_zero_std"].append(idle.float().mean())
-        if idle.all():
-            logger.warning(
-                f"Rollout {rollout + 1}: the images of no prompt differ in reward, so there is nothing to learn from. Does "
-                "the reward apply to these prompts and have a slope there? More churn makes the images differ more."
-            )
+        self._watchdogs.check_rewards(rollout, differs=not idle.all())
         for name, values in zip(self.reward_functions.names, rewards.unbind(dim=-1)):
+            if values.isnan().all():
+                logger.warning(f"Rollout {rollout + 1}: the reward '{name}' applied to none of its images.")
             self._metrics[f"rewards/{name}/mean"].append(values.nanmean())
             applicable = values[values.isfinite()]
             self._metrics[f"rewards/{name}/std"].append(
                 applicable.std() if len(applicable) > 1 else total.new_zeros(())
             )
+
+    def _record_branches(self, endpoints: Tensor) -> None:
+        """How far the branches of a prompt are apart, from this process's endpoints [P, G, ...]."""
+        branches = endpoints.shape[1]
+        deviation = (endpoints.float() - endpoints.float().mean(dim=1, keepdim=True)).square()
+        branch_rms = deviation.flatten(2).mean(dim=-1).sqrt().mean()
+        # Unrelated images deviate from the mean of G of them by sqrt((G - 1) / G) times their standard deviation.
+        unrelated = endpoints.float().std() * math.sqrt((branches - 1) / branches)
+        values = self.accelerator.reduce(torch.stack([branch_rms, branch_rms / unrelated]), reduction="mean")
+        self._metrics["branch_rms"].append(values[0])
+        self._metrics["branch_distance"].append(values[1])
+        self._watchdogs.check_branches(values[1].item(), endpoints.dtype)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # Not with the logs of an evaluation, which may fall between two logs of the training.
@@ -466,12 +494,16 @@ class FDFOTrainer(Trainer):
             [torch.stack([value.to(self.args.device) for value in self._metrics[n]]).mean() for n in names]
         )
         metrics = dict(zip(names, self.accelerator.reduce(means, reduction="mean").tolist()))
+        if "first_ratio_error" in metrics:
+            self._watchdogs.check_first_ratio(metrics["first_ratio_error"])
         if "ratio" in self._metrics:
+            self._watchdogs.check_ratio(metrics["ratio_error"])
             updates = len(self._metrics["ratio"]) / self.args.gradient_accumulation_steps
             metrics["step_time"] = self._seconds["train"] / updates
         if "reward" in self._metrics:
             rollouts = len(self._metrics["reward"])
             metrics["rollout_time"] = self._seconds["rollout"] / rollouts
+            metrics["reward_time"] = self._seconds["reward"] / rollouts
             metrics["train_time"] = self._seconds["train"] / rollouts
             images = rollouts * self.args.prompts_per_rollout * self.args.num_generations
             metrics["images_per_second"] = images / (self._seconds["rollout"] + self._seconds["train"])
@@ -479,62 +511,44 @@ class FDFOTrainer(Trainer):
         self._seconds.clear()
         return metrics
 
-    # Saving -----------------------------------------------------------------------------------------------------------
+    @contextlib.contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._seconds[name] += time.perf_counter() - start
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """
-        Write the adapter in the formats of PEFT and of diffusers, or, without an adapter, the whole pipeline.
 
-        The weights are the averaged ones where there are some; a checkpoint (`_internal_call`) keeps the trained ones,
-        from which a run goes on.
-        """
-        if _internal_call:
-            super().save_model(output_dir, _internal_call)
-            return
-        with self._averaged_weights():
-            if self.args.use_peft:
-                super().save_model(output_dir, _internal_call)
-            elif self.args.should_save:
-                self.pipeline.save_pretrained(output_dir or self.args.output_dir)
-        if self.args.push_to_hub and not self.args.use_peft:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+def describe_run(
+    config: FDFOConfig, pipeline: DiffusionPipeline, rewards: RewardFunctions, prompts: Dataset, model: torch.nn.Module
+) -> dict[str, Any]:
+    """What the result of a run depends on, as JSON values; the larger parts as checksums."""
+    transformer = pipeline.transformer
+    frozen = [p for p in transformer.parameters() if not p.requires_grad]
+    adapter = model.peft_config["default"].to_dict() if config.use_peft else {}
+    return {
+        **config.result_options(),
+        **{
+            f"adapter.{name}": sorted(value) if isinstance(value, set) else value
+            for name, value in adapter.items()
+            if value and name not in ("base_model_name_or_path", "peft_version", "inference_mode")
+        },
+        "pipeline": type(pipeline).__name__,
+        "transformer (checksum of its config)": _config_checksum(transformer.config),
+        # Some of each: enough to tell two models of one architecture apart.
+        "transformer (checksum of its frozen weights)": _checksum([p.flatten()[:16].tolist() for p in frozen]),
+        "scheduler (checksum of its config)": _config_checksum(pipeline.scheduler.config),
+        "prompts (checksum)": _checksum(prompts[config.dataset_prompt_column]),
+        "rewards": dict(zip(rewards.names, rewards.weights.tolist())),
+    }
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        # Trainer pickles its arguments beside the weights, and a push uploads them: never with a token in clear text.
-        token, self.args.hub_token = self.args.hub_token, None
-        try:
-            super()._save(output_dir, state_dict)
-        finally:
-            self.args.hub_token = token
-        if isinstance(self.model, PeftModel) and self.args.should_save:
-            # PEFT's file of a checkpoint is what a run goes on from; this one is what a pipeline is to use.
-            with self._averaged_weights() if state_dict is None else contextlib.nullcontext():
-                save_diffusers_lora(self.pipeline, self.model, output_dir or self.args.output_dir, state_dict)
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self._averaging is not None and self.args.should_save:
-            self._averaging.save(output_dir)
+def _config_checksum(config: dict[str, Any]) -> str:
+    # Those with an underscore say where it came from, not what it is.
+    return _checksum(sorted((name, value) for name, value in config.items() if not name.startswith("_")))
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        rollouts, inside = divmod(self.state.global_step, self.args.steps_per_rollout)
-        if inside:
-            raise ValueError(
-                f"{checkpoint} is from step {self.state.global_step}, inside a rollout of {self.args.steps_per_rollout} "
-                "steps, whose data is gone. Resume with the optimizer_steps_per_rollout and num_iterations of that run, "
-                "or from a checkpoint at the end of a rollout."
-            )
-        if self._averaging is not None:
-            self._averaging.load(checkpoint, updates=rollouts)
 
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        if self._averaging is not None:
-            rollouts = self.state.best_global_step // self.args.steps_per_rollout
-            self._averaging.load(self.state.best_model_checkpoint, updates=rollouts)
+def _checksum(value: Any) -> str:
+    return f"{zlib.crc32(repr(value).encode()):08x}"
 
 
 def derive_seed(*numbers: int) -> int:

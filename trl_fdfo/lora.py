@@ -83,9 +83,14 @@ def add_adapter(pipeline: DiffusionPipeline, peft_config: PeftConfig) -> PeftMod
     model = get_peft_model(transformer, peft_config)
     # "auto" would ask the Hub at each save whether the base model's vocabulary was changed.
     model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=False)
+    # Nor would its model card say anything of this model, but for the folder that it came from.
+    model.create_or_update_model_card = lambda output_dir: None
     # PEFT looks for a name on the transformer; the adapter belongs to the pipeline.
     name_or_path = pipeline.config.get("_name_or_path")
-    peft_config.base_model_name_or_path = None if name_or_path is None else str(name_or_path)
+    if name_or_path is not None:
+        # Of a folder its name alone: the folders above it say more of this machine than of the model.
+        name_or_path = Path(name_or_path).name if Path(name_or_path).is_dir() else str(name_or_path)
+    peft_config.base_model_name_or_path = name_or_path
     return model
 
 

@@ -1,0 +1,993 @@
+"""
+All bad input that a user can give, in one table: what it is, and the words by which the error says what was received,
+what that breaks and what to do instead. All of it is refused before the transformer is called once.
+
+What only shows in a run, such as the values that a reward returns, is tested where it is checked.
+"""
+
+import contextlib
+import inspect
+import runpy
+import shutil
+from pathlib import Path
+
+import datasets
+import pytest
+import tiny_pipelines
+import torch
+from conftest import PROMPTS, redness
+from datasets import Dataset
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig
+from torch.nn.modules.module import register_module_forward_pre_hook
+from transformers import CLIPTextModel, EarlyStoppingCallback, TrainerCallback, TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available
+
+from trl_fdfo import FDFOConfig, FDFOTrainer
+from trl_fdfo.rewards import JPEGCompressibility, PairwiseJudge
+
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "train_sd3.py"
+
+
+class User:
+    """
+    The ways in which input comes in. All is right but what is given.
+
+    Args:
+        folder (`Path`): An empty folder, the working directory.
+        made (`Path`): A folder with a `pipeline` and with `run`, the output of a run of one step, without an adapter.
+    """
+
+    def __init__(self, folder: Path, made: Path):
+        self.folder = folder
+        self.made = made
+
+    def config(self, **options):
+        """Of the paper's size, so that messages have the paper's numbers."""
+        return FDFOConfig(**{"output_dir": "unused", "report_to": [], "use_cpu": True, **options})
+
+    def trainer(self, config=None, pipeline=None, reward_fn=redness, train_dataset=PROMPTS, **given):
+        """Arguments of the trainer by name, all others are options of the config."""
+        arguments = {name: given.pop(name) for name in inspect.signature(FDFOTrainer).parameters if name in given}
+        if train_dataset is PROMPTS:
+            train_dataset = Dataset.from_dict({"prompt": PROMPTS})
+        return FDFOTrainer(
+            config if config is not None else self.config(**{**TINY, **given}),
+            pipeline() if inspect.isfunction(pipeline) else tiny_pipelines.sd3() if pipeline is None else pipeline,
+            reward_fn,
+            train_dataset,
+            **arguments,
+        )
+
+    def train(self, **given):
+        self.trainer(**given).train()
+
+    def resume(self, checkpoint, **given):
+        shutil.copytree(self.made / "run", "run")
+        self.trainer(**{**RUN, "output_dir": "run", **given}).train(resume_from_checkpoint=checkpoint)
+
+    def script(self, *flags, recipe=None, **options):
+        """The script with flags and the text of a YAML file; None takes an option away."""
+        options = {**TINY, **SCRIPT_OPTIONS, "model": self.made / "pipeline", **options}
+        arguments = [str(part) for name, value in options.items() if value is not None for part in (f"--{name}", value)]
+        if recipe is not None:
+            Path("recipe.yaml").write_text(recipe)
+            arguments = ["--config", "recipe.yaml", *arguments]
+        runpy.run_path(str(SCRIPT))["main"]([*arguments, *flags])
+
+
+TINY = {
+    "output_dir": "out",
+    "num_rollouts": 1,
+    "prompts_per_rollout": 2,
+    "per_device_prompt_batch_size": 1,
+    "num_inference_steps": 2,
+    "optimizer_steps_per_rollout": 1,
+    "height": 16,
+    "width": 16,
+    "churn": 0.2,
+    "learning_rate": 1e-3,
+    "save_strategy": "no",
+}
+RUN = {"save_strategy": "epoch", "use_peft": False, "optim": "sgd"}
+SCRIPT_OPTIONS = {
+    "reward": "mine:reward",
+    "dataset_name": "prompts.csv",
+    "use_cpu": "true",
+    "report_to": "none",
+    "num_report_prompts": 1,
+    "images_per_report_prompt": 1,
+}
+FILES = {
+    "prompts.csv": "prompt,label\na cat,1\ntwo dogs,3\n",
+    "numbers.csv": "prompt\n1\n2\n",
+    "none.csv": "prompt,label\n,1\nb,2\n",
+    "other.csv": "text;label\na;1\n",
+    "header.csv": "prompt\n",
+    "empty.txt": "\n \n",
+    "empty.jsonl": "",
+    "broken.jsonl": '{"prompt": "a"}\n{"pro',
+    "broken.parquet": "x",
+    "prompts.xlsx": "x",
+    "mine.py": (
+        "number = 5\n\ndef reward(images):\n    return images.mean(dim=(1, 2, 3))\n\n"
+        "def labelled(images, label):\n    return label\n\ndef one_argument(images):\n    return {}\n"
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made")
+    tiny_pipelines.sd3().save_pretrained(folder / "pipeline")
+    User(folder, folder).train(**RUN, output_dir=str(folder / "run"))
+    return folder
+
+
+@pytest.fixture
+def user(tmp_path, made, monkeypatch):
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return User(tmp_path, made)
+
+
+@contextlib.contextmanager
+def transformer_calls():
+    """Counts the calls of any transformer of a pipeline."""
+    calls = []
+    record = lambda module, args: "Transformer2DModel" in type(module).__name__ and calls.append(type(module))
+    hook = register_module_forward_pre_hook(record)
+    try:
+        yield calls
+    finally:
+        hook.remove()
+
+
+def prompts(*values, **columns) -> Dataset:
+    return Dataset.from_dict({"prompt": list(values or PROMPTS), **columns})
+
+
+# Input ----------------------------------------------------------------------------------------------------------------
+
+
+def config(**options):
+    return lambda user: user.config(**options)
+
+
+def trainer(**given):
+    return lambda user: user.trainer(**given)
+
+
+def train(**given):
+    return lambda user: user.train(**given)
+
+
+def evaluate(*args, **given):
+    return lambda user: user.trainer(**given).evaluate(*args)
+
+
+def generate(*args, given=None, **call):
+    return lambda user: user.trainer(**(given or {})).generate(*args, **call)
+
+
+def resume(checkpoint, **given):
+    return lambda user: user.resume(checkpoint, **given)
+
+
+def script(*flags, **options):
+    return lambda user: user.script(*flags, **options)
+
+
+def sd3(change=lambda pipeline: None, **components):
+    """A tiny SD3 with other components, and changed in place."""
+
+    def make():
+        pipeline = tiny_pipelines.sd3()
+        pipeline = type(pipeline)(**{**pipeline.components, **components})
+        change(pipeline)
+        return pipeline
+
+    return make
+
+
+def unet():
+    tokenizer = tiny_pipelines.clip_tokenizer()
+    blocks = {"down_block_types": ["CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D"]}
+    return StableDiffusionPipeline(
+        vae=tiny_pipelines.vae(),
+        text_encoder=tiny_pipelines.clip_encoder(tokenizer, CLIPTextModel),
+        tokenizer=tokenizer,
+        unet=UNet2DConditionModel(block_out_channels=[8], cross_attention_dim=16, norm_num_groups=4, **blocks),
+        scheduler=DDIMScheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def needs_label(images, label):
+    return [0.0] * len(images)
+
+
+def positional(images, prompts, /):
+    return [0.0] * len(images)
+
+
+def judge(first, second, prompts):
+    return [0.0] * len(prompts)
+
+
+def lora(**options):
+    return LoraConfig(**{"r": 4, "target_modules": ["to_q"], **options})
+
+
+EVALUATION = {"eval_dataset": prompts(), "eval_strategy": "epoch", "save_strategy": "epoch"}
+FOREIGN = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+
+
+def bad(bad_input, *words, error=ValueError, gap=None):
+    """
+    A row of the table.
+
+    Args:
+        bad_input (`Callable`): What a `user` does.
+        *words (`str`): Substrings of the message: the value received, what it breaks, what to do instead.
+        error (`type`): Of the exception.
+        gap (`str`, *optional*): How it falls short of this table today.
+    """
+    marks = [pytest.mark.xfail(reason=gap, strict=True)] if gap else []
+    return pytest.param(bad_input, words, error, marks=marks, id=words[0].replace(" ", "_"))
+
+
+# The table ------------------------------------------------------------------------------------------------------------
+
+CONFIG = [
+    # Kinds of values
+    bad(config(num_rollouts="10"), "num_rollouts='10' is a str", "must be int"),
+    bad(config(num_rollouts=2.5), "num_rollouts=2.5 is a float", "must be int"),
+    bad(config(num_rollouts=None), "num_rollouts=None is a NoneType", "must be int"),
+    bad(config(num_iterations=True), "num_iterations=True is a bool", "must be int"),
+    bad(config(learning_rate="6e-4"), "learning_rate='6e-4' is a str", "must be float"),
+    bad(config(height="32"), "height='32' is a str", "must be int | None"),
+    bad(config(use_peft="false"), "use_peft='false' is a str", "must be bool"),
+    bad(config(bf16="yes"), "bf16='yes' is a str", "must be bool | None"),
+    bad(config(reward_weights=2.0), "reward_weights=2.0 is a float", "must be list[float]"),
+    bad(config(reward_weights=["a"]), "reward_weights=['a'] is a list", "must be list[float]"),
+    bad(config(lora_target_modules="to_q"), "lora_target_modules='to_q' is a str", "must be list[str]"),
+    bad(config(pipeline_columns="image"), "pipeline_columns='image' is a str", "must be list[str]"),
+    bad(config(churn=float("nan")), "churn=nan", "must be"),
+    bad(config(churn=float("inf")), "churn=inf", "finite", gap='says "churn=inf is a float; it must be float"'),
+    bad(config(seed="3"), "seed='3' is a str", "must be int", gap="TypeError of numpy, by the trainer"),
+    bad(config(max_grad_norm="1.0"), "max_grad_norm='1.0' is a str", "must be float", gap="TypeError after a rollout"),
+    bad(config(max_grad_norm=None), "max_grad_norm=None", "must be float", gap="TypeError after a rollout"),
+    bad(config(adam_epsilon="1e-8"), "adam_epsilon='1e-8' is a str", "must be float", gap="TypeError in train"),
+    bad(config(adam_beta1="0.9"), "adam_beta1='0.9' is a str", "must be float", gap="TypeError in train"),
+    bad(config(warmup_steps="3"), "warmup_steps='3' is a str", "must be", gap="TypeError without the name"),
+    bad(config(save_total_limit="2"), "save_total_limit='2' is a str", "must be int", gap="fails at the first save"),
+    bad(config(gradient_checkpointing="no"), "gradient_checkpointing='no'", "must be bool", gap="taken for True"),
+    bad(config(output_dir=5), "output_dir=5", "must be", gap="TypeError of os.path without the name"),
+    bad(config(prompts_per_rolout=4), "'prompts_per_rolout'", "unexpected keyword argument", error=TypeError),
+    # Ranges
+    bad(config(num_rollouts=0), "num_rollouts=0", "must be at least 1"),
+    bad(config(prompts_per_rollout=0), "prompts_per_rollout=0", "must be at least 1"),
+    bad(config(per_device_prompt_batch_size=-1), "per_device_prompt_batch_size=-1", "must be at least 1"),
+    bad(config(num_inference_steps=0), "num_inference_steps=0", "must be at least 1"),
+    bad(config(optimizer_steps_per_rollout=0), "optimizer_steps_per_rollout=0", "must be at least 1"),
+    bad(config(num_iterations=0), "num_iterations=0", "must be at least 1"),
+    bad(config(lora_r=0), "lora_r=0", "must be at least 1"),
+    bad(config(lora_alpha=0), "lora_alpha=0", "must be at least 1"),
+    bad(config(num_generations=1), "num_generations=1", "FDFO learns from the difference", "at least 2"),
+    bad(config(churn=-0.1), "churn=-0.1", "must not be negative"),
+    bad(config(churn=0.0), "churn=0", "leaves the images of a prompt identical", "setting is 0.0025"),
+    bad(config(churn_schedule="linear"), "churn_schedule='linear'", "is not one of constant, interval, prior"),
+    bad(config(churn_width=0.0), "churn_width=0.0", "must be > 0"),
+    bad(config(churn_spread=-1.0), "churn_spread=-1.0", "must not be negative"),
+    bad(config(churn_location_std=-1.0), "churn_location_std=-1.0", "must not be negative"),
+    bad(config(timestep_fraction=0.0), "timestep_fraction=0.0", "must be in (0, 1]", "1 trains on all levels"),
+    bad(config(timestep_fraction=1.5), "timestep_fraction=1.5", "must be in (0, 1]", "1 trains on all levels"),
+    bad(config(epsilon=0.0), "epsilon=0.0", "how far a rollout may move the ratio", "must be > 0"),
+    bad(config(beta=-1.0), "beta=-1.0", "must not be negative"),
+    bad(config(beta=0.1, use_peft=False), "beta=0.1", "use_peft=False has no adapter", "Set beta=0 or use_peft=True"),
+    bad(config(ema_decay=1.0), "ema_decay=1.0", "must be in [0, 1)", "or None for no averaging"),
+    bad(config(reward_weights=[0.0]), "reward_weights=[0.0]", "leaves nothing to learn from"),
+    bad(config(learning_rate=0.0), "learning_rate=0", "> 0", gap="trains, and nothing moves"),
+    bad(config(learning_rate=-1.0), "learning_rate=-1", "> 0", gap="torch says so in train"),
+    bad(config(weight_decay=-1.0), "weight_decay=-1", "must not be negative", gap="trains, and the weights grow"),
+    bad(config(adam_beta1=1.5), "adam_beta1=1.5", "[0, 1)", gap='"Invalid beta parameter at index 0" in train'),
+    bad(config(adam_epsilon=-1.0), "adam_epsilon=-1", "must not be negative", gap="torch says so in train"),
+    bad(config(max_grad_norm=-1.0), "max_grad_norm=-1", "0", gap="taken for no clipping"),
+    bad(config(max_grad_norm=float("nan")), "max_grad_norm=nan", "must be", gap="taken for no clipping"),
+    bad(config(warmup_steps=-1), "warmup_steps = -1", "Expected value warmup_steps >= 0"),
+    bad(config(save_steps=-1), "save_steps=-1", "at least", gap="accepted: never saves"),
+    bad(config(eval_strategy="steps", eval_steps=-1), "eval_steps=-1", "at least", gap="accepted"),
+    bad(trainer(seed=-1), "seed=-1", "between 0 and 2**32 - 1", gap="numpy's message has no value"),
+    bad(trainer(seed=2**32), "seed=4294967296", "between 0 and 2**32 - 1", gap="numpy's message has no value"),
+    # How the numbers fit
+    bad(
+        config(prompts_per_rollout=430, per_device_prompt_batch_size=4),
+        "prompts_per_rollout=430 cannot be split evenly over 1 process(es) x per_device_prompt_batch_size=4",
+        "The nearest that can: 428 and 432",
+    ),
+    bad(
+        config(prompts_per_rollout=6, num_inference_steps=5, optimizer_steps_per_rollout=4),
+        "3 rollout batches per process x 5 trained noise levels = 15 micro-batches",
+        "cannot be split into optimizer_steps_per_rollout=4 equal steps",
+        "optimizer_steps_per_rollout=3 or 5, or prompts_per_rollout=8 or 16",
+    ),
+    bad(
+        config(pipeline_columns=["image"]),
+        "pipeline_columns=['image'] needs per_device_prompt_batch_size=1, not 2",
+        "prompts would be trained with the images of others",
+    ),
+    bad(config(gradient_accumulation_steps=2), "gradient_accumulation_steps=2", "is 2160 here", "Set num_rollouts"),
+    bad(config(per_device_train_batch_size=16), "per_device_train_batch_size=16", "is 4 here", "Set num_rollouts"),
+    bad(config(num_train_epochs=5), "num_train_epochs=5", "cannot be set", "Set num_rollouts"),
+    bad(config(max_steps=3), "max_steps=3", "could end inside a rollout", "Set num_rollouts: a rollout is 4 steps here"),
+    bad(config(save_steps=6), "save_steps=6", "falls inside a rollout of 4 optimizer steps", "4 and 8"),
+    bad(config(save_steps=0.003), "save_steps=2", "falls inside a rollout of 4 optimizer steps", "4 and 8"),
+    bad(
+        config(eval_steps=6, eval_strategy="steps", save_strategy="best", metric_for_best_model="reward"),
+        "eval_steps=6",
+        "falls inside a rollout of 4 optimizer steps",
+        "4 and 8",
+    ),
+    bad(
+        lambda user: user.config(num_rollouts=2).__class__(**{**vars(user.config(num_rollouts=2)), "num_rollouts": 3}),
+        "unexpected keyword argument",
+        error=TypeError,
+    ),
+    # The pipeline's call
+    bad(config(pipeline_kwargs="{'a': 1"), "pipeline_kwargs=\"{'a': 1\"", "is not valid JSON"),
+    bad(config(pipeline_kwargs="[1]"), "pipeline_kwargs=[1]", "must be a dict of arguments of the call"),
+    bad(config(pipeline_kwargs=[1]), "pipeline_kwargs=[1] is a list", "must be dict"),
+    bad(config(pipeline_kwargs={1: 2}), "pipeline_kwargs", "1", "name", gap="AttributeError: int has no endswith"),
+    bad(config(pipeline_kwargs={"height": 64}), "height=64", "set the option `height` instead"),
+    bad(config(pipeline_kwargs={"guidance_scale": 2}), "guidance_scale=2", "set the option `guidance_scale` instead"),
+    bad(config(pipeline_kwargs={"generator": 1}), "generator=1", "which the trainer sets itself"),
+    bad(config(pipeline_kwargs={"latents": None}), "latents=None", "which the trainer sets itself"),
+    bad(config(pipeline_kwargs={"num_images_per_prompt": 4}), "num_images_per_prompt=4", "which the trainer sets"),
+    bad(config(pipeline_kwargs={"negative_prompt": ["a"]}), "negative_prompt=['a']", "one string for all prompts"),
+    # What TrainingArguments has and FDFO has not
+    bad(config(auto_find_batch_size=True), "auto_find_batch_size=True", "does not work with FDFO", "lower `per_device"),
+    bad(config(neftune_noise_alpha=5.0), "neftune_noise_alpha=5.0", "does not work with FDFO", "the replay must repeat"),
+    bad(config(use_liger_kernel=True), "use_liger_kernel=True", "does not work with FDFO", "it patches language models"),
+    bad(config(label_smoothing_factor=0.1), "label_smoothing_factor=0.1", "does not work", "there are no labels"),
+    bad(config(enable_jit_checkpoint=True), "enable_jit_checkpoint=True", "saves inside a rollout", "`save_on_signal`"),
+    bad(
+        train(neftune_noise_alpha=0.0),
+        "neftune_noise_alpha=0.0",
+        "does not work with FDFO",
+        gap="AttributeError in train: the transformer has no get_input_embeddings",
+    ),
+    bad(
+        config(logging_strategy="no"),
+        "logging_strategy",
+        gap="accepted, and the metrics of each rollout stay in memory: they are only dropped when they are logged",
+    ),
+    # Names, of Transformers
+    bad(config(lr_scheduler_type="exponential"), "exponential is not a valid SchedulerType", "please select one of"),
+    bad(config(optim="adam_w"), "adam_w is not a valid OptimizerNames", "please select one of"),
+    bad(config(save_strategy="rollout"), "rollout is not a valid SaveStrategy", "please select one of"),
+    bad(config(eval_strategy="rollout"), "rollout is not a valid IntervalStrategy", "please select one of"),
+    bad(trainer(report_to=["paper"]), "paper is not supported", "only azure_ml"),
+    bad(config(logging_steps=0), "logging strategy", "requires non-zero --logging_steps"),
+    bad(config(fp16=True, bf16=True), "At most one of fp16 and bf16", "can be True"),
+    bad(config(deepspeed="none.json"), "Expected a string path to an existing deepspeed config", "Received: none.json"),
+    bad(config(log_level="loud"), "log_level='loud'", "one of", error=ValueError, gap="KeyError: 'loud'"),
+    bad(
+        config(lr_scheduler_type="cosine", lr_scheduler_kwargs="{a"),
+        "lr_scheduler_kwargs",
+        "{a",
+        "JSON",
+        gap="JSONDecodeError (a ValueError) that names neither the option nor the value",
+    ),
+    # Learning rate schedules that lack their options, or have others'
+    bad(
+        trainer(lr_scheduler_type="cosine_with_min_lr"),
+        "lr_scheduler_type",
+        "cosine_with_min_lr",
+        "lr_scheduler_kwargs",
+        gap="ValueError in train, without the name of the schedule",
+    ),
+    bad(
+        trainer(lr_scheduler_type="linear", lr_scheduler_kwargs={"min_lr": 1e-5}),
+        "lr_scheduler_kwargs",
+        "min_lr",
+        gap="TypeError of a function of Transformers in train",
+    ),
+    bad(
+        trainer(lr_scheduler_type="warmup_stable_decay"),
+        "lr_scheduler_type",
+        "num_decay_steps",
+        gap="TypeError of a function of Transformers in train",
+    ),
+    bad(
+        trainer(lr_scheduler_type="polynomial", learning_rate=1e-8),
+        "lr_end (1e-07) must be smaller than initial lr (1e-08)",
+        gap="refused in train",
+    ),
+    bad(config(lr_scheduler_type="reduce_lr_on_plateau"), "reduce_lr_on_plateau", "requires an eval strategy"),
+    bad(
+        trainer(lr_scheduler_type="reduce_lr_on_plateau", **EVALUATION),
+        "metric_for_best_model='loss' is none of what `evaluate` gives",
+        "reward, rewards/redness/mean",
+    ),
+    bad(trainer(optim_args="foo"), "optim_args='foo'", "=", gap="ValueError of str.split in train"),
+    # Evaluation
+    bad(config(save_strategy="best"), "metric_for_best_model", "must be provided when using 'best' save_strategy"),
+    bad(
+        config(load_best_model_at_end=True, save_strategy="epoch"),
+        "load_best_model_at_end requires the save and eval strategy to match",
+        "Evaluation strategy: ",
+        "Save strategy: ",
+    ),
+    bad(trainer(eval_strategy="epoch"), "set `args.eval_strategy` to", "didn't pass an `eval_dataset`", "to `no`"),
+    bad(trainer(eval_on_start=True), "eval_on_start=True", "`eval_dataset`", gap="refused in train"),
+    bad(
+        trainer(eval_dataset=prompts(), metric_for_best_model="eval_rewad"),
+        "metric_for_best_model='eval_rewad'",
+        "is none of what `evaluate` gives",
+        "reward, rewards/redness/mean",
+    ),
+    bad(
+        trainer(reward_fn=PairwiseJudge(judge), **EVALUATION, load_best_model_at_end=True),
+        "metric_for_best_model='eval_reward'",
+        "judge",
+        "`eval_reward_fn`",
+        gap="accepted: the metric is NaN in each evaluation, so no checkpoint is ever the best",
+    ),
+    bad(
+        train(callbacks=[EarlyStoppingCallback()]),
+        "EarlyStoppingCallback",
+        "metric_for_best_model",
+        error=AssertionError,
+    ),
+]
+
+TRAINER = [
+    # The config
+    bad(
+        lambda user: FDFOTrainer(TrainingArguments("out", use_cpu=True), tiny_pipelines.sd3(), redness),
+        "config is a TrainingArguments",
+        "not a `FDFOConfig`",
+    ),
+    bad(trainer(config={"num_rollouts": 3}), "config is a dict", "not a `FDFOConfig`"),
+    bad(trainer(output_dir="prompts.csv"), "prompts.csv", "File exists", error=FileExistsError),
+    # The pipeline
+    bad(trainer(pipeline=int), "not int itself", "must be a `DiffusionPipeline`, or the Hub id or path of one"),
+    bad(trainer(pipeline=5), "not a int", "must be a `DiffusionPipeline`, or the Hub id or path of one"),
+    bad(trainer(pipeline=lambda: None), "not a NoneType", "must be a `DiffusionPipeline`, or the Hub id or path of one"),
+    bad(
+        trainer(pipeline=lambda: tiny_pipelines.sd3().transformer),
+        "not a SD3Transformer2DModel",
+        "must be a `DiffusionPipeline`, or the Hub id or path of one",
+    ),
+    bad(trainer(pipeline="nowhere"), "nowhere does not appear to have a file named model_index.json", error=OSError),
+    bad(trainer(pipeline="folder"), "folder", "no file named model_index.json", error=OSError),
+    bad(
+        trainer(pipeline=lambda: Path("folder")),
+        "no file named model_index.json",
+        error=OSError,
+        gap='"must be a pipeline or the path of one, not a PosixPath": a Path is not taken for a path',
+    ),
+    bad(trainer(pipeline=unet), "StableDiffusionPipeline cannot be trained", "not a flow-matching", "Take a pipeline"),
+    bad(trainer(pipeline=sd3(transformer=None)), "StableDiffusion3Pipeline has no `transformer`", "which FDFO needs"),
+    bad(
+        trainer(pipeline=sd3(scheduler=DDIMScheduler())),
+        "StableDiffusion3Pipeline cannot be trained with FDFO: DDIMScheduler",
+        "is not a flow-matching scheduler",
+        "Take a pipeline whose scheduler is",
+    ),
+    bad(
+        trainer(pipeline=sd3(scheduler=FlowMatchEulerDiscreteScheduler(stochastic_sampling=True))),
+        "`stochastic_sampling=True`",
+        "changes the sampler that FDFO's churn replaces",
+        "register_to_config(stochastic_sampling=False)",
+    ),
+    bad(
+        trainer(pipeline=sd3(scheduler=None)),
+        "has no `scheduler`",
+        gap="\"cannot be trained with FDFO: 'NoneType' object has no attribute 'config'\"",
+    ),
+    bad(
+        trainer(pipeline=sd3(text_encoder=None, text_encoder_2=None)),
+        "text_encoder",
+        gap="TypeError: 'NoneType' object is not callable",
+    ),
+    bad(trainer(pipeline=sd3(tokenizer=None)), "tokenizer", gap="TypeError: 'NoneType' object is not callable"),
+    bad(trainer(pipeline=sd3(vae=None)), "vae", gap="AttributeError once the first images are sampled"),
+    bad(
+        trainer(pipeline=sd3(lambda pipeline: pipeline.transformer.bfloat16())),
+        "bfloat16",
+        "float32",
+        gap="RuntimeError of a convolution once the first images are sampled",
+    ),
+    bad(
+        trainer(pipeline=sd3(lambda pipeline: pipeline.vae.bfloat16())),
+        "bfloat16",
+        "float32",
+        gap="RuntimeError of a convolution once the first images are sampled",
+    ),
+    bad(
+        trainer(pipeline=sd3(vae=tiny_pipelines.vae(latent_channels=16))),
+        "16",
+        "4",
+        "channels",
+        gap="RuntimeError of a convolution once the first images are sampled",
+    ),
+    bad(
+        trainer(pipeline=sd3(lambda pipeline: pipeline.transformer.proj_out.weight.data.fill_(float("nan")))),
+        "nan",
+        "transformer",
+        gap='blames the reward after the first rollout: "Reward \'redness\' returned nan"',
+    ),
+    bad(
+        trainer(pipeline=sd3(lambda pipeline: pipeline.transformer.add_adapter(lora()))),
+        "already has an adapter",
+        "Load the pipeline anew",
+    ),
+    # Its call
+    bad(trainer(height=30), "height=30", "is not a multiple of 4", "28 and 32"),
+    bad(trainer(width=-16), "width=-16", "is not a multiple of 4", "4 and 8"),
+    bad(
+        trainer(height=512, width=512),
+        "512",
+        "`height`",
+        gap="the default: ValueError of the first transformer call (128 > pos_embed_max_size 8), in latent patches",
+    ),
+    bad(trainer(pipeline_kwargs={"steps": 3}), "StableDiffusion3Pipeline does not take steps", "It takes: prompt, "),
+    bad(trainer(pipeline_kwargs={"max_sequence_length": 1000}), "max_sequence_length", "greater than 512 but is 1000"),
+    bad(
+        trainer(pipeline_kwargs={"sigmas": [1.0, 0.8, 0.5]}),
+        "takes 3 steps, not num_inference_steps=2",
+        "sets a schedule of its own",
+        "Set the option to that",
+    ),
+    bad(
+        train(pipeline_kwargs={"prompt_2": "a"}),
+        "prompt_2='a'",
+        gap="RuntimeError of torch.cat in train: it is not repeated over the branches, as negative_prompt is",
+    ),
+    bad(
+        trainer(pipeline_kwargs={"callback_on_step_end": 5}),
+        "callback_on_step_end=5",
+        gap="TypeError after the first sampling step",
+    ),
+    bad(trainer(pipeline_kwargs={"clip_skip": 10}), "clip_skip", "10", gap="IndexError: tuple index out of range"),
+    bad(
+        trainer(num_inference_steps=1, churn_schedule="interval"),
+        "churn_schedule='interval'",
+        "num_inference_steps=1",
+        gap="WatchdogError after the first rollout: its churn is between the first and the last level, of which is none",
+    ),
+    bad(trainer(churn=1e30), "churn=1e+30", gap='blames the reward after the first rollout: "returned nan"'),
+    bad(
+        trainer(churn=100.0, churn_schedule="prior"),
+        "churn=100.0",
+        "log(1 + gamma)",
+        gap='blames the reward after the first rollout: "returned nan" (gamma = e^100)',
+    ),
+    bad(trainer(churn=1e-30), "churn=1e-30", "rounding", gap="WatchdogError after the first rollout"),
+    # Rewards
+    bad(trainer(reward_fn=[]), "reward_fn is empty", "give at least one reward function"),
+    bad(trainer(reward_fn=None), "reward_fn=None is a NoneType", "not a callable `(images, prompts, **columns)"),
+    bad(trainer(reward_fn=[redness, 1.0]), "reward_fn=1.0 is a float", "not a callable `(images, prompts, **columns)"),
+    bad(trainer(reward_fn="pickscore"), "reward_fn='pickscore' is a str", "not a callable `(images, prompts"),
+    bad(
+        trainer(reward_fn=["pickscore"]),
+        "reward_fn='pickscore'",
+        "load_reward('pickscore')",
+        gap="says that it is no callable, but not how a name becomes one",
+    ),
+    bad(
+        trainer(reward_fn=JPEGCompressibility),
+        "reward_fn=",
+        "JPEGCompressibility()",
+        gap='a class is called as a reward: "returned <JPEGCompressibility object>" after the first images are sampled',
+    ),
+    bad(
+        trainer(reward_fn=positional),
+        "'positional'",
+        "keyword",
+        gap="TypeError after the first images are sampled: rewards are called by keyword",
+    ),
+    bad(
+        trainer(reward_fn=lambda *args: 0),
+        "'<lambda>'",
+        "keyword",
+        gap="called without any argument after the first images are sampled: rewards are called by keyword",
+    ),
+    bad(
+        trainer(reward_fn=torch.nn.Linear(3, 1)),
+        "'Linear'",
+        "arguments",
+        gap="TypeError after the first images are sampled: the signature of a module is that of its __call__, **kwargs",
+    ),
+    bad(
+        trainer(reward_fn=lambda imgs, prompts: 0),
+        "'<lambda>' needs the argument 'imgs'",
+        "train_dataset has no such column",
+        "images, prompts, trainer_state, num_generations, prompt",
+    ),
+    bad(trainer(reward_fn=dict), "Reward 'dict' does not say which arguments it takes", "Wrap it: `def dict("),
+    bad(
+        trainer(reward_weights=[1.0, 2.0]),
+        "reward_weights has 2 values for 1 reward function(s)",
+        "give one each",
+    ),
+    bad(
+        trainer(reward_fn=PairwiseJudge(lambda first, second: [0.0] * len(first))),
+        "'<lambda>'",
+        "first, second, prompts",
+        gap="TypeError after the first images are sampled",
+    ),
+    bad(lambda user: PairwiseJudge("vlm"), "'vlm' is not a callable", error=TypeError),
+    bad(
+        trainer(eval_reward_fn=needs_label, eval_dataset=prompts()),
+        "'needs_label' needs the argument 'label'",
+        "eval_dataset has no such column",
+        "A reward can have",
+    ),
+    bad(trainer(eval_reward_fn="pickscore"), "'pickscore' is a str", "not a callable `(images, prompts"),
+    bad(
+        trainer(eval_reward_fn="pickscore"),
+        "eval_reward_fn='pickscore'",
+        gap="says `reward_fn`",
+    ),
+    bad(
+        trainer(eval_reward_fn=[], eval_dataset=prompts()),
+        "eval_reward_fn is empty",
+        gap="accepted: evaluates by reward_fn",
+    ),
+    # Datasets
+    bad(trainer(train_dataset=["a"]), "train_dataset is a list", "not a `datasets.Dataset`", "`Dataset.from_dict({"),
+    bad(trainer(train_dataset="prompts.csv"), "train_dataset is a str", "not a `datasets.Dataset`"),
+    bad(
+        trainer(train_dataset=datasets.DatasetDict(test=prompts())),
+        "train_dataset is a DatasetDict",
+        "['test']",
+        gap="says how to make one from a list of prompts, not to take a split",
+    ),
+    bad(
+        trainer(train_dataset=prompts().to_iterable_dataset()),
+        "train_dataset is a IterableDataset",
+        "not a `datasets.Dataset`",
+    ),
+    bad(trainer(train_dataset=prompts().with_format("pandas")), "train_dataset", "pandas", gap="fails in a tokenizer"),
+    bad(trainer(train_dataset=prompts().select([])), "train_dataset is empty", "there is no prompt to sample images of"),
+    bad(trainer(dataset_prompt_column="caption"), "no column 'caption' but prompt", "set `dataset_prompt_column`"),
+    bad(trainer(train_dataset=prompts("a", None)), "None as the prompt of row 1", "prompts must be non-empty text"),
+    bad(trainer(train_dataset=prompts("a", " ")), "' ' as the prompt of row 1", "prompts must be non-empty text"),
+    bad(trainer(train_dataset=prompts(1, 2)), "1 as the prompt of row 0", "prompts must be non-empty text"),
+    bad(trainer(train_dataset=prompts(["a"], ["b"])), "['a'] as the prompt of row 0", "prompts must be non-empty text"),
+    bad(
+        trainer(train_dataset=prompts("a", images=[1])),
+        "train_dataset has a column 'images'",
+        "a name that rewards get something else by",
+        "rename it",
+    ),
+    bad(
+        trainer(pipeline_columns=["image"]),
+        "train_dataset has no column 'image'",
+        "which `pipeline_columns` passes to the pipeline",
+    ),
+    bad(
+        trainer(pipeline_columns=["image"], train_dataset=prompts("a", image=["b"])),
+        "StableDiffusion3Pipeline does not take image in its call",
+        "It takes: prompt, ",
+    ),
+    bad(
+        trainer(pipeline_columns=["height"], train_dataset=prompts("a", "b", height=[16, 8])),
+        "pipeline_columns",
+        "height",
+        "set the option `height`",
+        gap="accepted: fails with a RuntimeError of torch.cat at the end of the first rollout",
+    ),
+    bad(
+        trainer(pipeline_columns=["output_type"], train_dataset=prompts("a", output_type=["pil"])),
+        "pipeline_columns",
+        "output_type",
+        "trainer sets itself",
+        gap="accepted: AttributeError once the first images are sampled",
+    ),
+    bad(trainer(eval_dataset=["a"]), "eval_dataset is a list", "not a `datasets.Dataset`", "`Dataset.from_dict({"),
+    bad(trainer(eval_dataset={"a": prompts()}), "eval_dataset is a dict", "not a `datasets.Dataset`"),
+    bad(trainer(eval_dataset=prompts().select([])), "eval_dataset is empty", "no prompt to sample images of"),
+    bad(
+        trainer(eval_dataset=Dataset.from_dict({"text": ["a"]})),
+        "eval_dataset has no column 'prompt' but text",
+        "set `dataset_prompt_column`",
+    ),
+    bad(
+        trainer(eval_dataset=prompts("a", prompts=["b"])),
+        "eval_dataset has a column 'prompts'",
+        "rename it",
+    ),
+    bad(
+        trainer(dataset_name="prompts.csv"),
+        "dataset_name='prompts.csv'",
+        "train_dataset",
+        gap="accepted: dataset_name is ignored where there is a train_dataset",
+    ),
+    *(
+        bad(trainer(train_dataset=None, dataset_name=name), *words, error=error, gap=gap)
+        for name, words, error, gap in [
+            ("nowhere.csv", ["dataset_name='nowhere.csv'", "there is no such file"], FileNotFoundError, None),
+            ("empty.txt", ["train_dataset is empty", "no prompt to sample"], ValueError, None),
+            ("numbers.csv", ["1 as the prompt of row 0 ", "must be non-empty text"], ValueError, "is without the file"),
+            ("none.csv", ["None as the prompt of row 0", "prompts must be non-empty text"], ValueError, None),
+            ("other.csv", ["no column 'prompt' but text;label", "`dataset_prompt_column`"], ValueError, None),
+            ("empty.jsonl", ["empty.jsonl"], ValueError, "StopIteration without a message"),
+            ("header.csv", ["header.csv"], ValueError, '"Instruction "train" corresponds to no data!"'),
+            ("broken.jsonl", ["broken.jsonl"], ValueError, "DatasetGenerationError without the name of the file"),
+            ("broken.parquet", ["broken.parquet"], ValueError, "ArrowInvalid without the name of the file"),
+            ("prompts.xlsx", ["prompts.xlsx", ".csv"], ValueError, "a file of another kind is looked for on the Hub"),
+            ("folder", ["folder", "any data files"], FileNotFoundError, None),
+        ]
+    ),
+    # The rest
+    bad(trainer(callbacks=TrainerCallback()), "callbacks", "TrainerCallback", "list", gap="TypeError of list +"),
+    bad(trainer(callbacks=[5]), "callbacks", "5", gap="AttributeError: int has no on_init_end"),
+    bad(
+        trainer(optimizers=(FOREIGN, None)),
+        "optimizers",
+        "trained",
+        gap="accepted, and nothing is trained: the optimizer has none of the trained weights",
+    ),
+    bad(trainer(optimizers=FOREIGN), "optimizers", "AdamW", "tuple", gap="TypeError: cannot unpack"),
+    bad(
+        trainer(peft_config=lora(), use_peft=False),
+        "peft_config was given together with use_peft=False",
+        "leave one of them out",
+    ),
+    bad(trainer(peft_config=lora(lora_dropout=0.1)), "lora_dropout=0.1", "would make every replayed", "Set it to 0"),
+    bad(trainer(peft_config={"r": 4}), "peft_config", "dict", "`PeftConfig`", gap="AttributeError in PEFT"),
+    bad(
+        trainer(peft_config=LoraConfig()),
+        "target_modules",
+        gap="KeyError: 'model_type' in PEFT",
+    ),
+    bad(
+        trainer(peft_config=lora(target_modules="to_xyz")),
+        "Target modules to_xyz not found in the base model",
+        "Please check the target modules",
+    ),
+    bad(
+        trainer(peft_config=lora(inference_mode=True)),
+        "inference_mode=True",
+        "nothing to train",
+        gap="RuntimeError of the first backward pass, after the first rollout",
+    ),
+    bad(
+        trainer(peft_config=lora(task_type="CAUSAL_LM")),
+        "task_type",
+        "CAUSAL_LM",
+        gap="AttributeError: the transformer has no prepare_inputs_for_generation",
+    ),
+    bad(
+        trainer(peft_config=lora(modules_to_save=["proj_out"])),
+        "modules_to_save=['proj_out']",
+        "load_lora_weights",
+        gap="trains, and the file that it saves for diffusers is one that diffusers refuses",
+    ),
+    bad(
+        trainer(peft_config=lora(bias="all")),
+        "bias='all'",
+        "load_lora_weights",
+        gap="trains, and the file that it saves for diffusers is one that diffusers refuses",
+    ),
+    bad(
+        trainer(peft_config=lora(bias="all"), beta=0.1),
+        "bias='all'",
+        "beta=0.1",
+        gap="trains: the penalty is on leaving the model with trained biases, not the base model",
+    ),
+    bad(
+        trainer(peft_config=lora(init_lora_weights="pissa"), beta=0.1),
+        "init_lora_weights='pissa'",
+        "beta=0.1",
+        gap="trains: the penalty is on leaving another model than the base, which PiSSA has changed",
+    ),
+    bad(
+        trainer(lora_target_modules=["to_q", "to_x"]),
+        "['to_x'] match no layer of SD3Transformer2DModel",
+        "Its linear layers are",
+        "Leave `lora_target_modules` unset",
+    ),
+    bad(trainer(lora_target_modules=["norm_q"]), "Target module RMSNorm() is not supported", "only the following"),
+    bad(
+        trainer(lora_target_modules=["to_q"], use_peft=False),
+        "lora_target_modules=['to_q']",
+        "use_peft=False",
+        gap="accepted and ignored",
+    ),
+]
+
+CALLS = [
+    bad(evaluate(), "evaluate needs prompts", "give the trainer an `eval_dataset`"),
+    bad(evaluate(["a"]), "eval_dataset is a list", "not a `datasets.Dataset`", "`Dataset.from_dict({"),
+    bad(evaluate(prompts("a", None)), "None as the prompt of row 1", "prompts must be non-empty text"),
+    bad(evaluate(Dataset.from_dict({"text": ["a"]})), "no column 'prompt' but text", "set `dataset_prompt_column`"),
+    bad(
+        evaluate(prompts("a"), reward_fn=needs_label, train_dataset=prompts("a", label=[1])),
+        "'needs_label' needs the argument 'label'",
+        "eval_dataset has no such column",
+        gap="TypeError when the images of the evaluation are sampled",
+    ),
+    bad(
+        evaluate(prompts("a", images=[1])),
+        "eval_dataset has a column 'images'",
+        "rename it",
+        gap="accepted",
+    ),
+    bad(generate(["a", "b"], [1]), "generate got 2 prompts and 1 seeds", "give one seed for each"),
+    bad(generate("a cat", [1]), "generate got 5 prompts and 1 seeds", "give one seed for each"),
+    bad(generate("ab", [1, 2]), "'ab'", "list", gap="accepted: a string is taken for a list of letters"),
+    bad(generate([], []), "generate got no prompts", gap='"torch.cat(): expected a non-empty list of Tensors"'),
+    bad(generate(["a"], 1), "seeds", "1", "list", gap="TypeError: object of type 'int' has no len()"),
+    bad(generate(["a"], [1.5]), "seed", "1.5", "int", gap="RuntimeError of torch without the value"),
+    bad(generate([None], [1]), "None", "prompt", gap="ValueError of a tokenizer without the value"),
+    bad(generate(["a"], [1], height=30), "30", "have to be divisible by 4", "height 28"),
+    bad(generate(["a"], [1], steps=3), "'steps'", "unexpected keyword argument", error=TypeError),
+    bad(generate(["a"], [1], output_type="pil"), "output_type", gap="AttributeError once the images are sampled"),
+    bad(generate(["a"], [1], num_inference_steps=0), "num_inference_steps=0", gap="accepted: gives decoded noise"),
+    bad(
+        generate(["a"], [1], given={"pipeline_columns": ["prompt_2"], "train_dataset": prompts("a", prompt_2=["b"])}),
+        "columns",
+        "'prompt_2'",
+        "pipeline_columns",
+        gap="KeyError: 'prompt_2'",
+    ),
+    bad(
+        generate(
+            ["a", "b"],
+            [1, 2],
+            {"prompt_2": ["c"]},
+            given={"pipeline_columns": ["prompt_2"], "train_dataset": prompts("a", prompt_2=["b"])},
+        ),
+        "prompt_2",
+        "1 values for 2 prompts",
+        gap="IndexError once the first image is sampled",
+    ),
+    bad(
+        lambda user: user.trainer().predict(prompts()),
+        "predict",
+        "`generate`",
+        gap="asks for columns of the transformer's forward and remove_unused_columns=False",
+    ),
+    # Resuming
+    bad(resume("nowhere"), "Cannot resume from nowhere", "there is no such folder"),
+    bad(resume("prompts.csv"), "Cannot resume from prompts.csv", "there is no such folder"),
+    bad(resume("folder"), "Cannot resume from folder", "it has no manifest.json, so it was never completed"),
+    bad(resume("yes"), "Cannot resume from yes", "there is no such folder"),
+    bad(resume(5), "resume_from_checkpoint=5", gap="TypeError of pathlib without the name"),
+    bad(resume(True, output_dir="fresh"), "no checkpoint to resume from in fresh"),
+    bad(
+        resume("run", num_rollouts=2),
+        "Cannot resume from run",
+        "checkpoint-1",
+        gap="says that it was never completed: it is the output folder, not a checkpoint in it",
+    ),
+    bad(
+        resume(True, num_rollouts=2, learning_rate=1e-4),
+        "learning_rate: 0.001 -> 0.0001",
+        "is from another run",
+        "Set them back, or set resume_with_changed_options=True",
+    ),
+    bad(
+        resume(True, num_rollouts=2, use_peft=True, resume_with_changed_options=True),
+        "use_peft: False -> True",
+        gap="a message of PEFT or Transformers about files: this change can never be resumed with",
+    ),
+    bad(
+        resume(True, num_rollouts=2, optim="adafactor", resume_with_changed_options=True),
+        "optim: 'sgd' -> 'adafactor'",
+        gap="KeyError of the optimizer at its first step, after a rollout",
+    ),
+    bad(
+        resume(True, num_rollouts=2, optimizer_steps_per_rollout=2, resume_with_changed_options=True),
+        "is from step 1, inside a rollout of 2 steps",
+        "whose data is gone",
+        "Resume with the optimizer_steps_per_rollout and num_iterations of that run",
+    ),
+    bad(
+        lambda user: [user.train(**RUN, save_only_model=True), user.resume(True, num_rollouts=2, output_dir="out")],
+        "has no optimizer.pt",
+        "a run cannot go on from its weights alone",
+        "Load them as the start of a new run",
+    ),
+    bad(resume(True), "num_rollouts=1", "nothing left", gap="returns at once, without a word"),
+]
+
+SCRIPT_INPUT = [
+    bad(script("--foo", "1"), "['--foo', '1']", "not used"),
+    bad(script(num_rollouts="ten"), "--num_rollouts", "invalid int value: 'ten'", error=SystemExit),
+    bad(script(use_cpu="maybe"), "got maybe", "expected one of yes/no", error=SystemExit),
+    bad(script(churn_schedule="linear"), "'linear'", "choose from", error=SystemExit),
+    bad(script(learning_rate="nan"), "learning_rate=nan", "must be"),
+    bad(script(pipeline_kwargs="{a"), "pipeline_kwargs='{a'", "is not valid JSON"),
+    bad(script(model="nowhere"), "nowhere does not appear to have a file named model_index.json", error=OSError),
+    bad(script(reward="pickscor"), "reward 'pickscor'", "neither one of pickscore, ", "module:callable, such as"),
+    bad(script(reward="nobody:reward"), "reward 'nobody:reward'", "there is no module 'nobody' on the Python path"),
+    bad(script(reward="mine:other"), "reward 'mine:other'", "module 'mine' has no 'other'"),
+    bad(script(reward="mine:number"), "reward_fn=5 is a int", "not a callable `(images, prompts, **columns)"),
+    bad(script(reward="vlm_server"), "reward 'vlm_server'", "missing a required argument: 'url'", "It takes ("),
+    bad(script(reward="mine:labelled", dataset_name="numbers.csv"), "1 as the prompt of row 0", "non-empty text"),
+    bad(script("--reward_weights", "1", "2"), "reward_weights has 2 values for 1 reward function(s)", "give one each"),
+    bad(script(metrics="mine:other"), "metrics 'mine:other'", "module 'mine' has no 'other'"),
+    bad(script(metrics="mine"), "metrics 'mine'", "not of the form module:callable", "such as my_module:my_metrics"),
+    bad(
+        script(metrics="mine:one_argument"),
+        "metrics 'mine:one_argument'",
+        "(images, prompts)",
+        gap="TypeError when the training is over, before metrics.json and the pictures are written",
+    ),
+    bad(
+        script(metrics="mine:number"),
+        "metrics 'mine:number'",
+        "(images, prompts)",
+        gap="TypeError when the training is over, before metrics.json and the pictures are written",
+    ),
+    bad(
+        script(num_report_prompts=0),
+        "num_report_prompts and images_per_report_prompt must be at least 1",
+    ),
+    bad(script(num_report_prompts=0), "num_report_prompts=0", "at least 1", gap="message without the value"),
+    bad(script(resume_from_checkpoint="nowhere"), "Cannot resume from nowhere", gap="only when `before` is sampled"),
+    bad(script(output_dir="prompts.csv"), "prompts.csv", "File exists", error=FileExistsError),
+    # The YAML file
+    bad(script("--config", "none.yaml"), "none.yaml", "No such file", error=FileNotFoundError),
+    bad(script(recipe="- a\n"), "recipe.yaml", "must contain a YAML mapping"),
+    bad(script(recipe="num_rolouts: 3\n"), "['--num_rolouts', '3']", "Unknown arguments from config file"),
+    bad(script(recipe="num_rollouts: 2.5\n", num_rollouts=None), "num_rollouts=2.5 is a float", "must be int"),
+    bad(script(recipe="num_rollouts: ten\n", num_rollouts=None), "value: 'ten'", "--num_rollouts", error=SystemExit),
+    bad(script(recipe="churn_schedule: linear\n"), "churn_schedule='linear'", "is not one of constant, interval, prior"),
+    bad(script(recipe="lora_target_modules: to_q\n"), "lora_target_modules='to_q' is a str", "must be list[str]"),
+    bad(script(recipe="reward_weights: 1.0\n"), "reward_weights=1.0 is a float", "must be list[float]"),
+    bad(script(recipe="pipeline_kwargs: [1]\n"), "pipeline_kwargs=[1] is a list", "must be dict"),
+    bad(script(recipe="model: 5\n", model=None), "not a int", "must be a `DiffusionPipeline`, or the Hub id or path"),
+    bad(
+        script(recipe="save_strategy: no\n", save_strategy=None),
+        "False is not a valid SaveStrategy",
+        "please select one of ['no'",
+    ),
+    bad(
+        script(recipe="reward: jpeg_compressibility\n", reward=None),
+        "reward 'jpeg_compressibility'",
+        "list",
+        gap="says that the reward 'j' is unknown: a string is taken for a list of letters (a single name should do)",
+    ),
+    bad(script(recipe="reward: [5]\n", reward=None), "reward", "5", gap="AttributeError: int has no strip"),
+    bad(script(recipe="reward: null\n", reward=None), "reward", "None", gap="TypeError: NoneType is not iterable"),
+    bad(script(recipe="metrics: 5\n"), "metrics", "5", "module:callable", gap="AttributeError: int has no partition"),
+]
+
+
+@pytest.mark.parametrize(("bad_input", "words", "error"), [*CONFIG, *TRAINER, *CALLS, *SCRIPT_INPUT])
+def test_bad_input_is_refused_before_anything_is_sampled(user, bad_input, words, error, capsys):
+    with transformer_calls() as calls, pytest.raises(error) as raised:
+        bad_input(user)
+    # The parser of the command line prints what is wrong.
+    message = f"{raised.value}\n{capsys.readouterr().err if error is SystemExit else ''}"
+    assert [word for word in words if word not in message] == [], message
+    assert calls == []
+
+
+def test_right_input_is_sampled(user):
+    """What the table counts, and that what it starts from is right."""
+    with transformer_calls() as calls:
+        user.trainer().generate(["a", "b"], [1, 2])
+        assert len(calls) == 2
+        user.train()
+        user.resume(True, num_rollouts=2)
+        user.script()
+    assert len(calls) > 20 and Path("out/metrics.json").is_file()
+
+
+@pytest.mark.skipif(is_torch_bf16_gpu_available(), reason="this machine has bfloat16")
+def test_bf16_is_refused_where_the_machine_lacks_it(user):
+    with pytest.raises(ValueError, match=r"bf16=True, but this machine has no GPU with bfloat16. Leave bf16 unset"):
+        user.config(bf16=True, use_cpu=False)

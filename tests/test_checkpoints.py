@@ -1,0 +1,336 @@
+"""Checkpoints that are whole or not there, and what a run may go on from."""
+
+import contextlib
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import tempfile
+from pathlib import Path
+
+import pytest
+import tiny_pipelines
+import torch
+from conftest import redness, trained_weights
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from trl_fdfo.checkpoints import MANIFEST, fault, newest_good_checkpoint
+
+
+ADAPTER = "adapter_model.safetensors"
+
+
+def contents(checkpoint: Path) -> dict[str, object]:
+    """What a run goes on from, of every file that is not only for people: tensors by name, and the state without times."""
+    found = {}
+    for path in sorted(checkpoint.rglob("*")):
+        if path.suffix == ".safetensors":
+            found |= {f"{path.name} {name}": tensor for name, tensor in load_file(path).items()}
+        elif path.suffix in (".pt", ".pth"):
+            found[path.name] = torch.load(path, weights_only=False)
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    found["state"] = {name: state[name] for name in ("global_step", "epoch", "best_metric", "best_model_checkpoint")}
+    found["log"] = [
+        {name: value for name, value in log.items() if "time" not in name and "per_second" not in name}
+        for log in state["log_history"]
+    ]
+    return found
+
+
+def assert_equal(one: object, other: object, where: str = "") -> None:
+    """To the bit, through dicts, lists and tensors."""
+    assert type(one) is type(other), where
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for name in one:
+            assert_equal(one[name], other[name], f"{where}.{name}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), where
+        for i, (a, b) in enumerate(zip(one, other)):
+            assert_equal(a, b, f"{where}[{i}]")
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    else:
+        assert (one == other) if not hasattr(one, "shape") else (one == other).all(), where
+
+
+@pytest.fixture
+def trained(make_trainer):
+    """The folder of a run of two rollouts with a checkpoint after each, at steps 2 and 4."""
+    trainer = make_trainer(num_rollouts=2, save_strategy="epoch")
+    trainer.train()
+    return Path(trainer.args.output_dir)
+
+
+def resume(make_trainer, checkpoint=True, rollouts=3, **options):
+    trainer = make_trainer(num_rollouts=rollouts, **options)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return trainer
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 10)
+
+
+def flip_a_bit(path: Path) -> None:
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    path.write_bytes(damaged)
+
+
+def test_everything_of_a_resumed_run_is_that_of_the_whole_one(make_trainer, tmp_path):
+    options = {"save_strategy": "epoch", "ema_decay": 0.5, "lr_scheduler_type": "cosine", "num_rollouts": 4}
+    options |= {"eval_dataset": None, "logging_steps": 1}
+    whole = make_trainer(**options)
+    whole.train()
+    out = Path(whole.args.output_dir)
+    expected = contents(out / "checkpoint-8")
+    for step in (4, 6, 8):
+        shutil.rmtree(out / f"checkpoint-{step}")
+    resumed = make_trainer(**options)
+    resumed.train(resume_from_checkpoint=True)
+    found = contents(out / "checkpoint-8")
+    assert len(expected) > 20
+    assert_equal(found, expected)
+
+
+def test_checkpoint_is_committed_whole(trained):
+    assert fault(trained / "checkpoint-4") is None
+    assert sorted(path.name for path in trained.iterdir()) == ["checkpoint-2", "checkpoint-4"]
+    manifest = json.loads((trained / "checkpoint-4" / MANIFEST).read_text())
+    on_disk = {path.name for path in (trained / "checkpoint-4").iterdir()} - {MANIFEST}
+    assert manifest["files"].keys() == on_disk and {ADAPTER, "optimizer.pt", "rng_state.pth"} < on_disk
+    assert newest_good_checkpoint(trained) == trained / "checkpoint-4"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: truncate(folder / ADAPTER), rf"{ADAPTER} has \d+ bytes instead of \d+"),
+        (lambda folder: flip_a_bit(folder / ADAPTER), rf"{ADAPTER} is damaged: its checksum is another"),
+        (lambda folder: (folder / "optimizer.pt").unlink(), r"optimizer.pt is missing"),
+        (lambda folder: truncate(folder / "trainer_state.json"), r"trainer_state.json has \d+ bytes"),
+        (lambda folder: (folder / MANIFEST).unlink(), r"it has no manifest.json, so it was never completed"),
+        (lambda folder: truncate(folder / MANIFEST), r"its manifest.json is damaged"),
+        (lambda folder: [path.unlink() for path in folder.iterdir()], r"it has no manifest.json"),
+    ],
+)
+def test_newest_good_checkpoint_is_taken(make_trainer, trained, caplog, damage, message):
+    damage(trained / "checkpoint-4")
+    resumed = resume(make_trainer, save_strategy="epoch")
+    assert f"Not resuming from {trained / 'checkpoint-4'}: " in caplog.text
+    (reported,) = [record.message for record in caplog.records if "Not resuming" in record.message]
+    assert re.search(message, reported)
+    # From checkpoint-2: a bad one has been replaced since.
+    assert resumed.state.global_step == 6 and fault(trained / "checkpoint-4") is None
+    damage(trained / "checkpoint-4")
+    with pytest.raises(ValueError, match=f"Cannot resume from .*checkpoint-4: {message}"):
+        resume(make_trainer, trained / "checkpoint-4")
+
+
+def test_no_checkpoint_to_resume_from(make_trainer, trained):
+    for step in (2, 4):
+        truncate(trained / f"checkpoint-{step}" / ADAPTER)
+    with pytest.raises(ValueError, match=r"no checkpoint to resume from in .*checkpoint-4: .* bytes.*checkpoint-2: "):
+        resume(make_trainer)
+    with pytest.raises(ValueError, match=r"Cannot resume from .*checkpoint-8: there is no such folder"):
+        resume(make_trainer, trained / "checkpoint-8")
+    shutil.rmtree(trained)
+    with pytest.raises(ValueError, match=r"no checkpoint to resume from in .*out\."):
+        resume(make_trainer, "true")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"learning_rate": 1e-4}, r"from another run: learning_rate: 0.001 -> 0.0001\. Set them back"),
+        ({"churn": 0.1, "beta": 0.5}, r"beta: 0.0 -> 0.5; churn: 0.2 -> 0.1"),
+        ({"adam_beta2": 0.9}, r"adam_beta2: 0.999 -> 0.9"),
+        ({"lora_r": 8}, r"adapter.r: 4 -> 8"),
+        ({"prompts": ["other"] * 6}, r"prompts \(checksum\)"),
+        ({"reward_fn": lambda images: [0.0] * len(images)}, r"rewards: \{'redness': 1.0\} -> \{'<lambda>': 1.0\}"),
+        ({"reward_weights": [2.0]}, r"rewards: \{'redness': 1.0\} -> \{'redness': 2.0\}"),
+        ({"pipeline": lambda: tiny_pipelines.flux()}, r"pipeline: 'StableDiffusion3Pipeline' -> 'FluxPipeline'"),
+        ({"pipeline": lambda: tiny_pipelines.sd3(seed=1)}, r"run: transformer \(checksum of its frozen weights\)"),
+        ({"pipeline": lambda: tiny_pipelines.sd3(with_t5=True)}, None),
+        ({"lr_scheduler_type": "linear"}, r"lr_scheduler_type: 'constant' -> 'linear'; num_rollouts: None -> 3"),
+    ],
+)
+def test_run_that_differs_is_refused(make_trainer, trained, changed, message):
+    if "pipeline" in changed:
+        changed = {**changed, "pipeline": changed["pipeline"]()}
+    with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
+        resume(make_trainer, **changed)
+
+
+def test_what_does_not_change_the_result_may_change(make_trainer, trained, tmp_path):
+    resumed = resume(make_trainer, logging_steps=1, save_strategy="no", rollouts=4, disable_tqdm=False)
+    assert resumed.state.global_step == 8
+    resumed = resume(make_trainer, learning_rate=1e-4, resume_with_changed_options=True)
+    assert resumed.state.global_step == 6
+
+
+def test_moved_folder_keeps_its_best_checkpoint(make_trainer, tmp_path):
+    from datasets import Dataset
+
+    options = {
+        "eval_dataset": Dataset.from_dict({"prompt": ["a", "b"]}),
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "metric_for_best_model": "eval_reward",
+    }
+    trainer = make_trainer(num_rollouts=2, **options)
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    assert Path(best).is_dir()
+    state = (Path(trainer.args.output_dir) / "checkpoint-4" / "trainer_state.json").read_text()
+    # Neither the folders of this machine nor its user.
+    assert str(tmp_path) not in state
+    moved = tmp_path / "moved"
+    shutil.move(trainer.args.output_dir, moved)
+    resumed = make_trainer(num_rollouts=2, output_dir=str(moved), **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.best_model_checkpoint == str(moved / Path(best).name)
+
+
+def test_full_disk_ends_the_run_and_leaves_the_older_checkpoints(make_trainer, tmp_path):
+    class FillDisk(TrainerCallback):
+        """No file may grow beyond 4 kB from the second save on: what a full disk does to a write."""
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    trainer = make_trainer(num_rollouts=3, save_strategy="epoch", callbacks=[FillDisk()])
+    out = Path(trainer.args.output_dir)
+    try:
+        with pytest.raises(RuntimeError, match=r"could not be written to .*out \(.*the newest is .*checkpoint-2: "):
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in out.iterdir()] == ["checkpoint-2"]
+    assert resume(make_trainer).state.global_step == 6
+
+
+def test_read_only_folder_ends_the_run_and_leaves_the_older_checkpoints(make_trainer):
+    folder = tempfile.mkdtemp()  # not in tmp_path, which lets no other user through
+    os.chmod(folder, 0o755)
+
+    class Lock(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                out.chmod(0o555)
+                if os.geteuid() == 0:  # whom no permission stops
+                    os.seteuid(65534)
+
+    trainer = make_trainer(num_rollouts=3, save_strategy="epoch", callbacks=[Lock()], output_dir=f"{folder}/out")
+    out = Path(trainer.args.output_dir)
+    user = os.geteuid()
+    try:
+        with pytest.raises(RuntimeError, match=r"could not be written to .*Permission.*make the folder writable"):
+            trainer.train()
+    finally:
+        os.seteuid(user)
+        out.chmod(0o755)
+    assert [path.name for path in out.iterdir()] == ["checkpoint-2"]
+    assert resume(make_trainer, output_dir=str(out)).state.global_step == 6
+    shutil.rmtree(folder)
+
+
+def test_weights_alone_are_not_resumed_from(make_trainer):
+    make_trainer(num_rollouts=1, save_strategy="epoch", save_only_model=True).train()
+    with pytest.raises(ValueError, match=r"has no optimizer.pt: it was saved with save_only_model=True"):
+        resume(make_trainer)
+
+
+def test_nothing_is_saved_inside_a_rollout(make_trainer, caplog):
+    class Save(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_save = True
+
+    trainer = make_trainer(num_rollouts=2, callbacks=[Save()])
+    trainer.train()
+    assert sorted(path.name for path in Path(trainer.args.output_dir).iterdir()) == ["checkpoint-2", "checkpoint-4"]
+    assert "Not saved at step 1: it is inside a rollout" in caplog.text
+
+
+# Signals --------------------------------------------------------------------------------------------------------------
+
+
+class Kill(TrainerCallback):
+    """Sends this process a signal at the end of an optimizer step."""
+
+    def __init__(self, number, step):
+        self.number, self.step = number, step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+def killing_reward(number, calls, times=1):
+    """Redness, and a signal at one of its calls: while a rollout is sampled."""
+    counted = []
+
+    def redness_and_signal(images, prompts):
+        counted.append(1)
+        if len(counted) in calls:
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+        return redness(images, prompts)
+
+    redness_and_signal.__name__ = "redness"
+    return redness_and_signal
+
+
+def checkpoints(trainer):
+    return sorted(path.name for path in Path(trainer.args.output_dir).glob("*"))
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+@pytest.mark.parametrize("where", ["rollout", "update"])
+def test_signal_ends_the_run_and_it_goes_on(make_trainer, number, error, where, caplog):
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    options = {"num_rollouts": 3, "save_strategy": "steps", "save_steps": 4, "save_on_signal": True}
+    expected = make_trainer(**options)
+    expected.train()
+    shutil.rmtree(expected.args.output_dir)
+    # The third call of the reward is in the second rollout, the third step too.
+    stop = {"reward_fn": killing_reward(number, [3])} if where == "rollout" else {"callbacks": [Kill(number, 3)]}
+    killed = make_trainer(**options, **stop)
+    with pytest.raises(error) as raised:
+        killed.train()
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+    if number == signal.SIGTERM:
+        assert raised.value.code == 128 + signal.SIGTERM
+    message = str(raised.value) if number == signal.SIGINT else caplog.text
+    assert f"{number.name} ended the run after step" in message and "--resume_from_checkpoint true" in message
+    # While images are sampled nothing of the rollout is in the weights, and they are saved at once.
+    assert checkpoints(killed) == (["checkpoint-2"] if where == "rollout" else ["checkpoint-4"])
+    resumed = make_trainer(**options)
+    resumed.train(resume_from_checkpoint=True)
+    for name, weight in trained_weights(expected).items():
+        assert torch.equal(trained_weights(resumed)[name], weight), name
+
+
+@pytest.mark.parametrize("where", ["rollout", "update"])
+def test_signal_without_saving_ends_the_run_at_once(make_trainer, where):
+    stop = {"reward_fn": killing_reward(signal.SIGTERM, [3])} if where == "rollout" else {}
+    stop = stop or {"callbacks": [Kill(signal.SIGTERM, 3)]}
+    trainer = make_trainer(num_rollouts=3, save_strategy="epoch", **stop)
+    with pytest.raises(SystemExit) as raised:
+        trainer.train()
+    assert raised.value.code == 143 and checkpoints(trainer) == ["checkpoint-2"]
+    assert trainer.state.global_step == (2 if where == "rollout" else 3)
+
+
+def test_second_signal_ends_the_run_at_once(make_trainer):
+    reward = killing_reward(signal.SIGINT, [3], times=2)
+    trainer = make_trainer(num_rollouts=3, save_strategy="epoch", save_on_signal=True, reward_fn=reward)
+    with pytest.raises(KeyboardInterrupt, match="a second signal"):
+        trainer.train()
+    assert checkpoints(trainer) == ["checkpoint-2"]

@@ -1,0 +1,141 @@
+"""
+Checkpoints that are whole or not there.
+
+A checkpoint is written into the folder `_saving/` of the output directory and gets its name, `checkpoint-<step>`, when all
+of it is on the disk. Its manifest, manifest.json, has the size and checksum of every file, and the options of the run
+that change its result: so a checkpoint that was cut short or damaged later is told from a good one, and a run that would
+go on as another one is told from the same one.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+MANIFEST = "manifest.json"
+# The underscore keeps it out of what Trainer pushes.
+SAVING = "_saving"
+
+
+def commit(staged: Path, final: Path, run: dict[str, Any]) -> None:
+    """
+    Make a folder whose files are all written the checkpoint `final`. To be called by one process.
+
+    Args:
+        staged (`Path`): The folder, on the file system of `final`.
+        final (`Path`): Its name from now on; what has this name already is replaced.
+        run (`dict`): What [`changes`] compares, as JSON values.
+    """
+    files = {str(path.relative_to(staged)): path for path in sorted(staged.rglob("*")) if path.is_file()}
+    manifest = {
+        "files": {name: {"size": path.stat().st_size, "crc32": _crc32(path)} for name, path in files.items()},
+        "run": run,
+    }
+    (staged / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    for path in [*files.values(), staged / MANIFEST, staged]:
+        _sync(path)
+    if final.exists():
+        os.rename(final, staged.with_name(f"replaced-{final.name}"))
+    os.rename(staged, final)
+    _sync(final.parent)
+
+
+@contextlib.contextmanager
+def removed_on_error(folder: Path) -> Iterator[None]:
+    """
+    Leave nothing of a checkpoint that cannot be written, such as what fills a disk.
+
+    Raises:
+        RuntimeError: Writing failed.
+    """
+    try:
+        yield
+    except Exception as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        older = sort_checkpoints(folder.parent, PREFIX_CHECKPOINT_DIR)
+        raise RuntimeError(
+            f"A checkpoint could not be written to {folder.parent} ({type(error).__name__}: {error}). "
+            + (f"Those before it are whole, the newest is {older[-1]}: " if older else "There is none before it. ")
+            + "Make room or make the folder writable, and resume."
+        ) from error
+
+
+def fault(checkpoint: str | Path) -> str | None:
+    """What is wrong with a checkpoint, or None: all files of its manifest are there, with their sizes and checksums."""
+    checkpoint = Path(checkpoint)
+    if not checkpoint.is_dir():
+        return "there is no such folder"
+    try:
+        files = json.loads((checkpoint / MANIFEST).read_text())["files"]
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}, so it was never completed"
+    except (ValueError, KeyError, TypeError):
+        return f"its {MANIFEST} is damaged"
+    for name, expected in files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["size"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {expected['size']}"
+        if _crc32(path) != expected["crc32"]:
+            return f"{name} is damaged: its checksum is another"
+    return None
+
+
+def newest_good_checkpoint(output_dir: str | Path) -> Path:
+    """
+    The newest checkpoint in `output_dir` without a fault. Warns of those that are skipped.
+
+    Raises:
+        ValueError: There is none.
+    """
+    checkpoints = sort_checkpoints(output_dir, PREFIX_CHECKPOINT_DIR) if Path(output_dir).is_dir() else []
+    faults = []
+    for checkpoint in reversed(checkpoints):
+        found = fault(checkpoint)
+        if found is None:
+            return Path(checkpoint)
+        faults.append(f"{checkpoint}: {found}")
+        logger.warning(f"Not resuming from {checkpoint}: {found}.")
+    reasons = f" ({'; '.join(faults)})" if faults else ""
+    raise ValueError(f"There is no checkpoint to resume from in {output_dir}{reasons}.")
+
+
+def changes(checkpoint: str | Path, run: dict[str, Any]) -> list[str]:
+    """What differs between the run that wrote a checkpoint and this one, as `name: before -> now`."""
+    before = json.loads(Path(checkpoint, MANIFEST).read_text())["run"]
+    now = json.loads(json.dumps(run))
+    return [
+        f"{name}: {before.get(name)!r} -> {now.get(name)!r}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
+
+
+def _crc32(path: Path) -> int:
+    checksum = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            checksum = zlib.crc32(chunk, checksum)
+    return checksum
+
+
+def _sync(path: Path) -> None:
+    """Have a file, or the names in a folder, written to the disk itself."""
+    if path.is_dir() and os.name == "nt":
+        return  # which cannot
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,140 @@
+"""
+What ends a run that has gone wrong, or warns of one that is about to: each by a metric and a threshold, with the option to
+turn. docs/long_runs.md has the table.
+
+`branch_distance` is the rms distance of an image from the mean of its prompt, in latents, relative to that of unrelated
+images: 0 where the images of a prompt are one, about 1 where they have nothing in common but the prompt.
+"""
+
+import math
+import statistics
+from collections import deque
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+GRADIENT_WINDOW, GRADIENT_FACTOR = 100, 50
+MIN_GRADIENTS = 20  # before the median says anything
+MIN_ROUNDINGS = 16
+MAX_BRANCH_DISTANCE = 0.9
+MAX_RATIO_ERROR = 3  # times epsilon; mean over the samples since the last log
+MAX_FIRST_RATIO_ERROR = 0.5  # times epsilon
+MAX_IDLE_ROLLOUTS = 10
+
+
+class WatchdogError(RuntimeError):
+    """The run has gone wrong: to train on would waste what it has learnt."""
+
+
+class Watchdogs:
+    """
+    Args:
+        epsilon (`float`): Width of the trust region.
+    """
+
+    def __init__(self, epsilon: float):
+        self.epsilon = epsilon
+        self._gradients: deque[float] = deque(maxlen=GRADIENT_WINDOW)
+        self._idle_rollouts = 0
+
+    def check_loss(self, loss: Tensor, velocity: Tensor, level: int) -> None:
+        """
+        Raises:
+            WatchdogError: The loss of a micro-batch is not finite.
+        """
+        if torch.isfinite(loss):
+            return
+        culprit = (
+            "The velocity has values that are not finite" if not velocity.isfinite().all() else "The loss overflowed"
+        )
+        raise WatchdogError(
+            f"The loss is {loss.item()} at noise level {level}, before the optimizer step: the weights are those of the step "
+            f"before. {culprit}. Resume from the last checkpoint with a lower learning_rate or a smaller epsilon; with fp16, "
+            "use bf16."
+        )
+
+    def check_gradient(self, norm: float, step: int) -> None:
+        """
+        Raises:
+            WatchdogError: The norm of the gradient is not finite.
+        """
+        if not math.isfinite(norm):
+            raise WatchdogError(
+                f"The gradient norm is {norm} before optimizer step {step + 1}: the weights are those of the step before. "
+                "Resume from the last checkpoint with a lower learning_rate; with fp16, use bf16."
+            )
+        if len(self._gradients) >= MIN_GRADIENTS:
+            usual = statistics.median(self._gradients)
+            if norm > GRADIENT_FACTOR * usual:
+                logger.warning(
+                    f"The gradient norm of step {step + 1} is {norm:.3g}, and {usual:.3g} was usual: the run is becoming "
+                    "unstable. A lower learning_rate, a smaller epsilon or a larger beta steadies it."
+                )
+        self._gradients.append(norm)
+
+    def check_first_ratio(self, error: float) -> None:
+        """`error`: largest |ratio - 1| over the samples of a rollout before its first optimizer step."""
+        if error > MAX_FIRST_RATIO_ERROR * self.epsilon:
+            logger.warning(
+                f"The ratio is off from 1 by {error:.3g} before the first step, more than half of epsilon={self.epsilon}: "
+                "rounding eats the trust region. More churn makes the images differ more, for which the ratio is less "
+                "sensitive; float32 rounds less."
+            )
+
+    def check_ratio(self, error: float) -> None:
+        """`error`: mean |ratio - 1| since the last log."""
+        if error > MAX_RATIO_ERROR * self.epsilon:
+            logger.warning(
+                f"The ratio is off from 1 by {error:.3g} on average, {error / self.epsilon:.1f} times epsilon: the updates "
+                "leave the trust region. Lower learning_rate or num_iterations, or raise optimizer_steps_per_rollout's "
+                "share of prompts_per_rollout."
+            )
+
+    def check_branches(self, distance: float, dtype: torch.dtype) -> None:
+        """
+        Args:
+            distance (`float`): `branch_distance` of a rollout over all processes.
+            dtype (`torch.dtype`): Of the latents.
+
+        Raises:
+            WatchdogError: All images of each prompt are the same.
+        """
+        if distance == 0:
+            raise WatchdogError(
+                "The images of each prompt are equal to the bit: there is no difference to learn from. The churn is lost in "
+                f"the rounding of {dtype}: raise `churn`."
+            )
+        if distance < MIN_ROUNDINGS * torch.finfo(dtype).eps:
+            logger.warning(
+                f"The images of a prompt differ by {distance:.2g} of what unrelated images do, which is near the rounding of "
+                f"{dtype}: their difference is noise. Raise `churn`."
+            )
+        if distance > MAX_BRANCH_DISTANCE:
+            logger.warning(
+                f"The images of a prompt differ by {distance:.2g} of what unrelated images do: their difference is no "
+                "direction any more. Lower `churn`."
+            )
+
+    def check_rewards(self, rollout: int, differs: bool) -> None:
+        """
+        Args:
+            rollout (`int`): Number of the rollout, from 0.
+            differs (`bool`): Whether the images of at least one prompt differ in reward.
+
+        Raises:
+            WatchdogError: They have not for too many rollouts in a row.
+        """
+        self._idle_rollouts = 0 if differs else self._idle_rollouts + 1
+        if differs:
+            return
+        message = (
+            f"Rollout {rollout + 1}: the images of no prompt differ in reward, so there is nothing to learn from. Does "
+            "the reward apply to these prompts and have a slope there? More churn makes the images differ more."
+        )
+        if self._idle_rollouts >= MAX_IDLE_ROLLOUTS:
+            raise WatchdogError(f"{message} That was the {self._idle_rollouts}th such rollout in a row.")
+        logger.warning(message)
