@@ -16,6 +16,7 @@ test: $(VENV)/installed  ## the whole test suite
 benchmark: $(VENV)/installed  ## the figures of the README
 	OMP_NUM_THREADS=$(CORES) $(VENV)/bin/python benchmarks/overhead.py
 	$(VENV)/bin/python benchmarks/replay.py
+	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/remote_reward.py
 
 lint: $(VENV)/installed
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt ruff

@@ -54,15 +54,16 @@ class ScriptArguments:
 def main(args: list[str] | None = None) -> None:
     parser = TrlParser((ScriptArguments, FDFOConfig), epilog=reward_table(), formatter_class=HelpFormatter)
     script, config = parser.parse_args_and_config(args)
-    if script.num_report_prompts < 1 or script.images_per_report_prompt < 1:
-        raise ValueError("num_report_prompts and images_per_report_prompt must be at least 1.")
+    for name in ("num_report_prompts", "images_per_report_prompt"):
+        if getattr(script, name) < 1:
+            raise ValueError(f"{name}={getattr(script, name)} must be at least 1.")
     packaged = script.model == "shapes"
     metrics = load_object(script.metrics, "metrics") if script.metrics is not None else None
     captions = Dataset.from_dict({"prompt": shapes.captions()}) if packaged and config.dataset_name is None else None
     trainer = FDFOTrainer(
         config,
         shapes.load_pipeline() if packaged else script.model,
-        [load_reward(path) for path in script.reward],
+        [load_reward(spec) for spec in ([script.reward] if isinstance(script.reward, str) else script.reward)],
         train_dataset=captions,
     )
 
@@ -71,27 +72,30 @@ def main(args: list[str] | None = None) -> None:
     columns = {name: repeat_each(values, script.images_per_report_prompt) for name, values in columns.items()}
     prompts = columns[config.dataset_prompt_column]
     seeds = list(range(1_000_000, 1_000_000 + len(prompts)))
-    images = {"before": trainer.generate(prompts, seeds, columns)}
+    images, report = {}, {}
+
+    def sample(name: str, **call_kwargs) -> None:
+        images[name] = trainer.generate(prompts, seeds, columns, **call_kwargs)
+        if trainer.is_world_process_zero():
+            rewards = trainer.reward_functions(images[name], prompts, trainer.state, columns)
+            report[name] = {"reward": trainer.reward_functions.total(rewards[:, None]).nanmean().item()}
+            if metrics is not None:
+                report[name] |= metrics(images[name], prompts)
+
+    sample("before")
     if script.report_guidance_scale is not None:
-        name = f"before, guidance {script.report_guidance_scale}"
-        images[name] = trainer.generate(prompts, seeds, columns, guidance_scale=script.report_guidance_scale)
+        sample(f"before, guidance {script.report_guidance_scale}", guidance_scale=script.report_guidance_scale)
 
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     seconds = time.perf_counter() - start
     trainer.save_model()
     trainer.save_state()
-    images["after"] = trainer.generate(prompts, seeds, columns)
+    sample("after")
 
     if trainer.is_world_process_zero():
         output_dir = Path(config.output_dir)
-        report = {"train_seconds": seconds}
-        for name, batch in images.items():
-            rewards = trainer.reward_functions(batch, prompts, trainer.state, columns)
-            report[name] = {"reward": trainer.reward_functions.total(rewards[:, None]).nanmean().item()}
-            if metrics is not None:
-                report[name] |= metrics(batch, prompts)
-        (output_dir / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
+        (output_dir / "metrics.json").write_text(json.dumps({"train_seconds": seconds, **report}, indent=2) + "\n")
         by_prompt = {name: batch.unflatten(0, (-1, script.images_per_report_prompt)) for name, batch in images.items()}
         labels = prompts[:: script.images_per_report_prompt]
         shown = torch.linspace(0, len(labels) - 1, min(len(labels), 9)).round().long().tolist()

@@ -129,8 +129,11 @@ def killed_at(runs, phase, times, target, number, delay):
     time.sleep(delay)
     hit = PHASES[phase.value] if all(process.is_alive() for process in runs) else None
     for process in runs:
-        os.kill(process.pid, signal.SIGKILL)
-    return hit
+        process.kill()
+    for process in runs:
+        process.join()
+    # One that ended by itself in that moment was not killed.
+    return hit if any(process.exitcode == -signal.SIGKILL for process in runs) else None
 
 
 def main(folder, processes, kills, seed):
@@ -145,10 +148,8 @@ def main(folder, processes, kills, seed):
         target = PHASES[len(hits) % 3]
         runs, phase, times = start(killed, processes)
         # The lengths of the phases here, about.
-        delay = rng.uniform(0, {"rollout": 0.1, "update": 0.2, "save": 0.02}[target])
+        delay = rng.uniform(0, {"rollout": 0.1, "update": 0.2, "save": 0.006}[target])
         hit = killed_at(runs, phase, times, target, rng.choice([1, 1, 2]), delay)
-        for process in runs:
-            process.join()
         if hit is None:  # it ended before: once more from the middle
             codes += [process.exitcode for process in runs]
             for checkpoint in sort_checkpoints(str(killed))[ROLLOUTS // 2 :]:

@@ -7,13 +7,18 @@ import pytest
 import torch
 
 
+def launch(script: str, file: Path, *arguments: Path) -> dict:
+    """What two processes write."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [Path(__file__).with_name(script), file, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return torch.load(file, weights_only=True)
+
+
 def run_two(file: Path, *arguments: Path) -> dict:
     """What two processes end with."""
-    script = Path(__file__).with_name("distributed_run.py")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*launch, script, file, *arguments], capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-4000:]
-    result = torch.load(file, weights_only=True)
+    result = launch("distributed_run.py", file, *arguments)
     assert result["processes"] == 2 and result["wrapper"] == "DistributedDataParallel"
     return result
 
@@ -50,3 +55,15 @@ def test_a_run_goes_on_with_another_number_of_processes(runs, tmp_path):
     _, fewer = distributed_run.run(str(tmp_path / "fewer"), str(folder / "two.out" / "checkpoint-4"))
     assert_same(fewer, two)
     assert_same(run_two(tmp_path / "more", folder / "one" / "checkpoint-4"), one)
+
+
+def test_gradients_and_metrics_alone_pass_between_processes(tmp_path):
+    result = launch("traffic_run.py", tmp_path / "traffic")
+    gradients = [size for name, size in result["collectives"] if (name, size) == ("gloo:all_reduce", result["trained"])]
+    # Once per optimizer step, however many micro-batches it has.
+    assert len(gradients) == result["steps"] == 8
+    others = [size for name, size in result["collectives"] if (name, size) != ("gloo:all_reduce", result["trained"])]
+    # The rewards of each rollout's 8 images per process and a few dozen metrics.
+    assert 2 * 8 < sum(others) < 200
+    # What one rollout has recorded on one process alone.
+    assert result["recorded"] > 10_000

@@ -72,7 +72,7 @@ def test_every_option_is_documented_and_has_help():
         ({"num_rollouts": "10"}, r"num_rollouts='10' is a str; it must be int"),
         ({"num_rollouts": 2.5}, r"num_rollouts=2.5 is a float; it must be int"),
         ({"num_iterations": True}, r"num_iterations=True is a bool; it must be int"),
-        ({"churn": float("nan")}, r"churn=nan is a float; it must be float"),
+        ({"churn": float("nan")}, r"churn=nan must be finite"),
         ({"churn": float("inf")}, r"churn=inf"),
         ({"learning_rate": "6e-4"}, r"learning_rate='6e-4' is a str; it must be float"),
         ({"height": "32"}, r"height='32' is a str; it must be int \| None"),

@@ -304,6 +304,18 @@ def test_seed_gives_the_first_weights_of_the_adapter(make_trainer):
     assert not any(torch.equal(weights[0][name], weights[2][name]) for name in lora_a)
 
 
+@pytest.mark.parametrize("option", ["offload_components", "offload_trajectories"])
+def test_memory_options_change_nothing_but_memory(make_trainer, option):
+    results = []
+    for value in (False, True):
+        trainer = make_trainer(eval_dataset=Dataset.from_dict({"prompt": PROMPTS[:3]}), **{option: value})
+        trainer.train()
+        assert metrics_of(trainer, "replay_error") == [0.0, 0.0]
+        results.append({**trained_weights(trainer), "images": trainer.generate(PROMPTS, range(6))})
+    for name, weight in results[0].items():
+        assert torch.equal(results[1][name], weight), name
+
+
 # Rewards --------------------------------------------------------------------------------------------------------------
 
 

@@ -103,6 +103,23 @@ def test_judge_gets_columns_and_pil_images_and_the_end_of_rollouts():
     assert judge.ended
 
 
+@pytest.mark.parametrize(
+    ("compare", "message"),
+    [
+        (
+            lambda first, second: [],
+            r"compares by a callable \(first, second, prompts, \*\*columns\), and <lambda> takes",
+        ),
+        (lambda *images: [], r"and <lambda> takes \(\*images\)"),
+        (lambda *, first, second, prompts: [], r"<lambda> takes \(\*, first, second, prompts\)"),
+        (lambda a, b, prompts, num_generations: [], r"<lambda> has an argument 'num_generations', which a judge gets"),
+    ],
+)
+def test_other_arguments_are_refused_at_once(compare, message):
+    with pytest.raises(ValueError, match=message):
+        PairwiseJudge(compare)
+
+
 def test_no_opinion_and_nothing_to_compare():
     def unsure(first, second, prompts):
         return [None if prompt == "x" else 1.0 for prompt in prompts]

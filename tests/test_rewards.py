@@ -183,8 +183,12 @@ def test_columns_are_checked_before_any_call():
         functions.check_columns(["prompt"])
     with pytest.raises(ValueError, match="eval_dataset has a column 'images'"):
         functions.check_columns(["images", "caption"], "eval_dataset")
-    with pytest.raises(ValueError, match="Reward 'dict' does not say which arguments it takes"):
+    with pytest.raises(ValueError, match="Reward 'max' does not say which arguments it takes"):
+        RewardFunctions(max)
+    with pytest.raises(ValueError, match="reward_fn has the class dict: construct it, dict"):
         RewardFunctions(dict)
+    with pytest.raises(ValueError, match="eval_reward_fn='vlm' is a str.*load_reward\\('vlm'\\)"):
+        RewardFunctions("vlm", argument="eval_reward_fn")
 
 
 def test_error_of_a_reward_says_whose_it_is():
@@ -220,6 +224,9 @@ def test_none_does_not_apply():
         ([1.0, 1.0, math.nan, 1.0], r"Reward 'bad' returned nan for the prompt 'b': a reward must be finite"),
         ([1.0, math.inf, 1.0, 1.0], r"Reward 'bad' returned inf for the prompt 'a'"),
         (torch.tensor([0.0, 0.0, 0.0, math.nan]), r"Reward 'bad' returned nan for the prompt 'b'"),
+        ({"a": 1.0, "b": 2.0, "c": 3.0, "d": 4.0}, r"Reward 'bad' returned a dict: it must return one float per image"),
+        ("1234", r"Reward 'bad' returned a str"),
+        (["1.5", 1.0, 1.0, 1.0], r"Reward 'bad' returned '1.5', which is not a number, for the prompt 'a'"),
         (["good", 1.0, 1.0, 1.0], r"Reward 'bad' returned 'good', which is not a number, for the prompt 'a'"),
     ],
 )

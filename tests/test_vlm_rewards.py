@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.utils import is_torchvision_available
 
+from trl_fdfo.rewards.pairwise_judge import vlm_judge
 from trl_fdfo.rewards.questions import QUESTIONS, Question, get_question
 from trl_fdfo.rewards.vlm_score import VLMScore
 from trl_fdfo.rewards.vlm_server import VLMServer, VLMServerError
@@ -105,7 +106,7 @@ def assert_equal(actual, expected, tolerance=1e-4):
 
 
 def test_question_is_filled_in_without_a_look_at_the_prompt():
-    assert QUESTIONS["alignment"] == Question(ALIGNMENT, target="Yes", contrast="No")
+    assert QUESTIONS["alignment"] == Question(ALIGNMENT, target="Yes", contrast="No", images=1)
     question = get_question("{prompt} or {prompt}?", contrast="Maybe")
     assert question.ask("a {prompt} {0} {") == "a {prompt} {0} { or a {prompt} {0} {?"
     assert (question.target, question.contrast) == ("Yes", "Maybe")
@@ -564,5 +565,9 @@ def test_comparison_is_no_score_and_presets_name_the_metric(qwen):
     image = Image.new("RGB", (32, 32))
     with pytest.raises(ValueError, match="compares two images, and a score is of one.*PairwiseJudge"):
         VLMScore(tiny_qwen, question="comparison")([image], ["a"])
+    with pytest.raises(ValueError, match="is about one image, and a judge shows two: take question='comparison'"):
+        VLMScore(tiny_qwen).compare([image], [image], ["a"])
+    with pytest.raises(ValueError, match="is about one image, and a judge shows two"):
+        vlm_judge(url="http://localhost:1", question="alignment")
     with pytest.raises(ValueError, match="compares two images"):
         asyncio.run(VLMServer("http://localhost:1", question="comparison")([image], ["a"]))

@@ -11,6 +11,8 @@ from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
 from transformers.utils import logging
 
+from .sharding import set_values, trained_parameters, whole_values
+
 
 logger = logging.get_logger(__name__)
 
@@ -53,35 +55,47 @@ class FDFOProgressCallback(ProgressCallback):
 
 class WeightAveraging(TrainerCallback):
     """
-    Exponential moving average of the trained weights over rollouts.
+    Exponential moving average of the trained weights over rollouts, whole on each process.
 
     Args:
-        parameters (`list[torch.nn.Parameter]`): The trained weights.
+        model (`torch.nn.Module`): The model whose trained weights are averaged; it may be sharded later.
         decay (`float`): Decay per rollout in [0, 1). It starts lower: min(decay, (1 + n) / (10 + n)) at rollout n.
     """
 
     FILE_NAME = "averaged_weights.safetensors"
 
-    def __init__(self, parameters: list[torch.nn.Parameter], decay: float):
-        self.parameters = parameters
-        self.average = EMAModel(parameters, decay=decay)
+    def __init__(self, model: torch.nn.Module, decay: float):
+        self.model = model
+        self.average = EMAModel(self.parameters, decay=decay)
+        self._is_applied = False
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return list(trained_parameters(self.model).values())
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % args.steps_per_rollout == 0:
-            self.average.step(self.parameters)
+            # Diffusers averages what has gradients, and copies all else.
+            self.average.step([value.requires_grad_() for value in whole_values(self.parameters)])
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """The model with the averaged weights in the place of the trained ones. May be nested."""
-        if self.average.temp_stored_params is not None:
+        if self._is_applied:
             yield
             return
-        self.average.store(self.parameters)
-        self.average.copy_to(self.parameters)
+        trained = whole_values(self.parameters)
+        set_values(self.parameters, self.average.shadow_params)
+        self._is_applied = True
         try:
             yield
         finally:
-            self.average.restore(self.parameters)
+            set_values(self.parameters, trained)
+            self._is_applied = False
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The averaged weights under the names that the trained ones have in the model."""
+        return dict(zip(trained_parameters(self.model), self.average.shadow_params))
 
     def save(self, folder: str | Path) -> None:
         """Write the average beside a checkpoint's weights."""
@@ -92,7 +106,7 @@ class WeightAveraging(TrainerCallback):
         """Read what `save` wrote after `updates` rollouts; without it, the average starts from the weights as they are."""
         if not Path(folder, self.FILE_NAME).is_file():
             logger.warning(f"{folder} has no {self.FILE_NAME}: the average over rollouts starts from its weights.")
-            self.average = EMAModel(self.parameters, decay=self.average.decay)
+            self.average = EMAModel(whole_values(self.parameters), decay=self.average.decay)
             return
         tensors = load_file(Path(folder, self.FILE_NAME))
         for i, parameter in enumerate(self.average.shadow_params):

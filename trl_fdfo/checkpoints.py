@@ -8,6 +8,7 @@ go on as another one is told from the same one.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -23,8 +24,8 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 MANIFEST = "manifest.json"
-# The underscore keeps it out of what Trainer pushes.
-SAVING = "_saving"
+# The underscore keeps them out of what Trainer pushes.
+SAVING, ABANDONED = "_saving", "_abandoned"
 
 
 def commit(staged: Path, final: Path, run: dict[str, Any]) -> None:
@@ -37,11 +38,11 @@ def commit(staged: Path, final: Path, run: dict[str, Any]) -> None:
         run (`dict`): What [`changes`] compares, as JSON values.
     """
     files = {str(path.relative_to(staged)): path for path in sorted(staged.rglob("*")) if path.is_file()}
-    manifest = {
+    contents = {
         "files": {name: {"size": path.stat().st_size, "crc32": _crc32(path)} for name, path in files.items()},
         "run": run,
     }
-    (staged / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    (staged / MANIFEST).write_text(json.dumps({**contents, "crc32": _own_crc32(contents)}, indent=2) + "\n")
     for path in [*files.values(), staged / MANIFEST, staged]:
         _sync(path)
     if final.exists():
@@ -51,7 +52,7 @@ def commit(staged: Path, final: Path, run: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def removed_on_error(folder: Path) -> Iterator[None]:
+def removed_on_error(folder: Path, is_writer: bool = True) -> Iterator[None]:
     """
     Leave nothing of a checkpoint that cannot be written, such as what fills a disk.
 
@@ -61,6 +62,8 @@ def removed_on_error(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if not is_writer:  # which says what is wrong
+            raise
         shutil.rmtree(folder, ignore_errors=True)
         older = sort_checkpoints(folder.parent, PREFIX_CHECKPOINT_DIR)
         raise RuntimeError(
@@ -75,12 +78,19 @@ def fault(checkpoint: str | Path) -> str | None:
     checkpoint = Path(checkpoint)
     if not checkpoint.is_dir():
         return "there is no such folder"
+    inside = sort_checkpoints(checkpoint, PREFIX_CHECKPOINT_DIR)
+    if inside:
+        return f"it is no checkpoint but has some, such as {inside[-1]}"
     try:
-        files = json.loads((checkpoint / MANIFEST).read_text())["files"]
+        contents = json.loads((checkpoint / MANIFEST).read_text())
+        sound = contents.pop("crc32") == _own_crc32(contents) and contents["files"]
     except FileNotFoundError:
         return f"it has no {MANIFEST}, so it was never completed"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
+        sound = False
+    if not sound:
         return f"its {MANIFEST} is damaged"
+    files = contents["files"]
     for name, expected in files.items():
         path = checkpoint / name
         if not path.is_file():
@@ -92,12 +102,12 @@ def fault(checkpoint: str | Path) -> str | None:
     return None
 
 
-def newest_good_checkpoint(output_dir: str | Path) -> Path:
+def newest_good_checkpoint(output_dir: str | Path) -> Path | None:
     """
-    The newest checkpoint in `output_dir` without a fault. Warns of those that are skipped.
+    The newest checkpoint in `output_dir` without a fault; None where there is no checkpoint. Warns of those it skips.
 
     Raises:
-        ValueError: There is none.
+        ValueError: All have faults.
     """
     checkpoints = sort_checkpoints(output_dir, PREFIX_CHECKPOINT_DIR) if Path(output_dir).is_dir() else []
     faults = []
@@ -107,19 +117,43 @@ def newest_good_checkpoint(output_dir: str | Path) -> Path:
             return Path(checkpoint)
         faults.append(f"{checkpoint}: {found}")
         logger.warning(f"Not resuming from {checkpoint}: {found}.")
-    reasons = f" ({'; '.join(faults)})" if faults else ""
-    raise ValueError(f"There is no checkpoint to resume from in {output_dir}{reasons}.")
+    if not faults:
+        return None
+    raise ValueError(f"There is no checkpoint to resume from in {output_dir} ({'; '.join(faults)}).")
+
+
+def set_aside_after(output_dir: str | Path, step: int) -> None:
+    """
+    Move the checkpoints of steps after `step`, where a run begins, into `_abandoned/`: they are of another run, or
+    damaged, and would be taken for its newest.
+    """
+    for checkpoint in map(Path, sort_checkpoints(output_dir, PREFIX_CHECKPOINT_DIR)):
+        if int(checkpoint.name.rpartition("-")[2]) > step:
+            folder = checkpoint.with_name(ABANDONED)
+            folder.mkdir(exist_ok=True)
+            names = (f"{checkpoint.name}.{n}" if n > 1 else checkpoint.name for n in itertools.count(1))
+            target = next(folder / name for name in names if not (folder / name).exists())
+            os.rename(checkpoint, target)
+            logger.warning(f"{checkpoint} is not of the run that begins at step {step}: moved to {target}.")
 
 
 def changes(checkpoint: str | Path, run: dict[str, Any]) -> list[str]:
     """What differs between the run that wrote a checkpoint and this one, as `name: before -> now`."""
     before = json.loads(Path(checkpoint, MANIFEST).read_text())["run"]
     now = json.loads(json.dumps(run))
+    # An option that one of them does not know came with a newer version, and is at its default.
+    common = [
+        name for name in before.keys() | now.keys() if name in before and name in now or name.startswith("adapter.")
+    ]
     return [
         f"{name}: {before.get(name)!r} -> {now.get(name)!r}"
-        for name in sorted(before.keys() | now.keys())
+        for name in sorted(common)
         if before.get(name) != now.get(name)
     ]
+
+
+def _own_crc32(contents: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(contents, sort_keys=True).encode())
 
 
 def _crc32(path: Path) -> int:

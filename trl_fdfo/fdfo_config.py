@@ -4,10 +4,12 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, get_args, get_origin, get_type_hints
 
+import torch
 from accelerate.utils import get_int_from_env
-from transformers import TrainingArguments
+from transformers import TrainingArguments, get_scheduler
+from transformers.integrations import unset_hf_deepspeed_config
 from transformers.utils import is_torch_bf16_gpu_available, logging
 
 
@@ -28,6 +30,22 @@ _REFUSED = {
     "enable_jit_checkpoint": "it saves inside a rollout, where a run cannot be resumed: set `save_on_signal`",
 }
 
+# Bounds of numbers that Trainer does not check, both included.
+_RANGES = {
+    "weight_decay": (0, math.inf),
+    "adam_beta1": (0, 1 - 1e-9),
+    "adam_beta2": (0, 1 - 1e-9),
+    "adam_epsilon": (0, math.inf),
+    "max_grad_norm": (0, math.inf),
+    "seed": (0, 2**32 - 1),
+    "save_steps": (1e-9, math.inf),
+    "eval_steps": (1e-9, math.inf),
+    "logging_steps": (1e-9, math.inf),
+    "save_total_limit": (1, math.inf),
+    # log(1 + gamma) in the schedules that are not constant: beyond it nothing is left of the image.
+    "churn": (0, 10),
+}
+
 # Options of `TrainingArguments` that change the result, and ours that do not, or that the trainer describes otherwise.
 _RESULT_OPTIONS = (
     *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "optim_args"),
@@ -36,6 +54,7 @@ _RESULT_OPTIONS = (
 _NO_RESULT_OPTIONS = (
     *("dataset_name", "dataset_prompt_column", "reward_weights", "lora_r", "lora_alpha", "lora_target_modules"),
     *("logging_steps", "save_steps", "save_on_signal", "resume_with_changed_options", "logging_nan_inf_filter"),
+    *("offload_components", "offload_trajectories"),
 )
 
 
@@ -131,6 +150,15 @@ class FDFOConfig(TrainingArguments):
             and the diffusers file of each checkpoint. `trainer.pipeline` itself, and PEFT's file of a checkpoint, from
             which a run is resumed, have the trained weights. `None` does not average.
 
+        > Memory
+
+        offload_components (`bool`, defaults to `False`):
+            Text encoders, VAE and all else but the transformer wait in host memory while a rollout is trained on. Costs
+            their copy to the device once per rollout. Rewards have an `offload` of their own.
+        offload_trajectories (`bool`, defaults to `False`):
+            What a rollout records (noisy latents, velocities, embeddings of the prompts) waits in host memory, from
+            which each micro-batch is copied.
+
         > Saving and going on
 
         save_on_signal (`bool`, defaults to `False`):
@@ -213,6 +241,14 @@ class FDFOConfig(TrainingArguments):
         default=None, metadata={"help": "Average the trained weights over rollouts for evaluation and saving."}
     )
 
+    # Memory
+    offload_components: bool = field(
+        default=False, metadata={"help": "Text encoders and VAE in host memory while a rollout is trained on."}
+    )
+    offload_trajectories: bool = field(
+        default=False, metadata={"help": "Noisy latents and velocities of a rollout in host memory."}
+    )
+
     # Saving and going on
     save_on_signal: bool = field(
         default=False, metadata={"help": "Save at the next end of a rollout when SIGTERM or SIGINT ends the run."}
@@ -270,8 +306,21 @@ class FDFOConfig(TrainingArguments):
         if self.ddp_find_unused_parameters is None:
             # Every adapter takes part in every forward pass; searching for those that do not costs time.
             self.ddp_find_unused_parameters = not self.use_peft
+        if self.ddp_broadcast_buffers is None:
+            # They never change, and a table of positions can be a gigabyte.
+            self.ddp_broadcast_buffers = False
         self._resolve_bf16()
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except json.JSONDecodeError as error:
+            options = {
+                name: getattr(self, name) for name in self._VALID_DICT_FIELDS if isinstance(getattr(self, name), str)
+            }
+            raise ValueError(f"One of {options} is not valid JSON: {error}.") from None
+        self._check_schedule()
+        # Under ZeRO-3 every model of transformers that is loaded from here on would be sharded and could not be called:
+        # text encoders and rewards, the user's own too.
+        unset_hf_deepspeed_config()
         if self.world_size != world_size:
             raise ValueError(
                 f"The environment announces {world_size} processes, but {self.world_size} are running. Launch with "
@@ -284,6 +333,25 @@ class FDFOConfig(TrainingArguments):
             )
             self._n_gpu = 1
 
+    def _check_schedule(self):
+        """What Trainer finds out when it has a first optimizer."""
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=self.learning_rate)
+        total = self.num_rollouts * self.steps_per_rollout
+        try:
+            get_scheduler(
+                self.lr_scheduler_type,
+                optimizer,
+                self.get_warmup_steps(total),
+                total,
+                dict(self.lr_scheduler_kwargs or {}),
+            )
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"lr_scheduler_type='{getattr(self.lr_scheduler_type, 'value', self.lr_scheduler_type)}' with "
+                f"lr_scheduler_kwargs={self.lr_scheduler_kwargs} and learning_rate={self.learning_rate} makes no schedule: "
+                f"{error}."
+            ) from None
+
     def result_options(self) -> dict[str, Any]:
         """The options that the result of a run depends on, as JSON values."""
         names = [name for name in FDFOConfig.__annotations__ if not name.startswith("_")]
@@ -294,16 +362,20 @@ class FDFOConfig(TrainingArguments):
 
     def __getstate__(self) -> dict[str, Any]:
         # Trainer pickles its arguments beside the weights, and a push uploads them: nothing of the machine or its user.
-        hidden = {"hub_token": None, "output_dir": Path(self.output_dir).name, "distributed_state": None}
-        return {**self.__dict__, **hidden}
+        return {**self.__dict__, "hub_token": None, "output_dir": Path(self.output_dir).name}
 
     def _check_types(self):
         """A string from a YAML file, a bool, NaN: named here, before it is compared with anything."""
-        # Not from `dataclasses.fields`: HfArgumentParser takes the None out of the types there.
-        for name, annotation in FDFOConfig.__annotations__.items():
+        # Not from `dataclasses.fields`: HfArgumentParser takes the None out of the types there. Of Trainer's own options
+        # the numbers and switches, as it lets all of them pass.
+        annotations = {name: kind for name, kind in FDFOConfig.__annotations__.items() if not name.startswith("_")}
+        inherited = {name: kind for name, kind in get_type_hints(TrainingArguments).items() if _is_number(kind)}
+        for name, annotation in {**inherited, **annotations}.items():
             value = getattr(self, name)
-            types = () if name.startswith("_") or get_origin(annotation) is list else get_args(annotation)
-            if not name.startswith("_") and not any(_is(value, t) for t in types or (annotation,)):
+            types = () if get_origin(annotation) is list else get_args(annotation)
+            if not any(_is(value, t) for t in types or (annotation,)):
+                if isinstance(value, float) and not math.isfinite(value):
+                    raise ValueError(f"{name}={value} must be finite.")
                 expected = annotation if types else getattr(annotation, "__name__", annotation)
                 raise ValueError(f"{name}={value!r} is a {type(value).__name__}; it must be {expected}.")
 
@@ -316,6 +388,8 @@ class FDFOConfig(TrainingArguments):
         if not isinstance(self.pipeline_kwargs, (dict, type(None))):
             raise ValueError(f"pipeline_kwargs={self.pipeline_kwargs!r} must be a dict of arguments of the call.")
         for name, value in (self.pipeline_kwargs or {}).items():
+            if not isinstance(name, str):
+                raise ValueError(f"pipeline_kwargs has {name!r} as a name: the names of its arguments are strings.")
             if name in _OPTIONS_OF_CALL:
                 raise ValueError(f"pipeline_kwargs has {name}={value!r}: set the option `{name}` instead.")
             if name in _SET_BY_TRAINER or name.endswith("_per_prompt"):
@@ -345,6 +419,13 @@ class FDFOConfig(TrainingArguments):
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate={self.learning_rate} must be > 0: nothing would move.")
+        if self.churn_schedule == "interval" and self.num_inference_steps < 2:
+            raise ValueError(
+                "churn_schedule='interval' puts its churn between the first and the last noise level, and "
+                f"num_inference_steps={self.num_inference_steps} has none there. Set at least 2, or another schedule."
+            )
         if self.num_generations < 2:
             raise ValueError(
                 f"num_generations={self.num_generations}, but FDFO learns from the difference between the images of a "
@@ -357,6 +438,10 @@ class FDFOConfig(TrainingArguments):
         for name in ("churn", "churn_location_std", "churn_spread", "beta"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"{name}={value} must be in [{low:g}, {high:g}].")
         if self.churn == 0:
             raise ValueError(
                 "churn=0 leaves the images of a prompt identical: there is no difference to learn from. The paper's "
@@ -380,7 +465,8 @@ class FDFOConfig(TrainingArguments):
                 "use_peft=False has no adapter. Set beta=0 or use_peft=True."
             )
         for name, reason in _REFUSED.items():
-            if getattr(self, name, None):
+            value = getattr(self, name, None)
+            if value or (name == "neftune_noise_alpha" and value is not None):
                 raise ValueError(f"{name}={getattr(self, name)} does not work with FDFO: {reason}.")
 
     def _derive_batches(self, world_size: int):
@@ -432,6 +518,11 @@ class FDFOConfig(TrainingArguments):
                 "bf16=True, but this machine has no GPU with bfloat16. Leave bf16 unset to use what the machine can do, "
                 "set fp16=True on an older GPU, or use_cpu=True to run bfloat16 on the CPU."
             )
+
+
+def _is_number(annotation: Any) -> bool:
+    kinds = set(get_args(annotation) or (annotation,)) - {type(None)}
+    return bool(kinds) and kinds <= {int, float, bool}
 
 
 def _is(value: Any, expected: Any) -> bool:

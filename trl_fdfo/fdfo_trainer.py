@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import time
 import zlib
 from collections import defaultdict
@@ -11,7 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from accelerate import cpu_offload_with_hook
+from datasets import Dataset, Value
 from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from torch import Tensor
@@ -25,13 +27,13 @@ from .callbacks import FDFOProgressCallback, WeightAveraging
 from .fdfo_config import FDFOConfig
 from .lora import add_adapter, default_lora_config
 from .pipeline_checks import check_call_kwargs
-from .pipeline_flow import PipelineFlow, RolloutBatch, check_replay, load_pipeline, repeat_each
+from .pipeline_flow import PipelineFlow, RolloutBatch, check_replay, host_copy, load_pipeline, repeat_each
 from .prompt_dataset import check_prompts, load_prompts, rollout_rows
 from .resumable_trainer import ResumableTrainer
 from .rewards.reward_functions import PendingRewards, RewardFunction, RewardFunctions
 from .rollout_buffer import MicroBatch, RolloutBuffer, ScoredBatch, trained_levels
-from .trainer_compat import adapt_to_trainer
-from .watchdogs import Watchdogs
+from .trainer_compat import adapt_to_trainer, prepare_for_engine
+from .watchdogs import WatchdogError, Watchdogs
 
 
 logger = logging.get_logger(__name__)
@@ -50,7 +52,7 @@ class FDFOTrainer(ResumableTrainer):
 
     Args:
         config ([`FDFOConfig`]): All options.
-        pipeline (`DiffusionPipeline` or `str`): A flow-matching pipeline, or a Hub id or path of one.
+        pipeline (`DiffusionPipeline`, `str` or `Path`): A flow-matching pipeline, or a Hub id or path of one.
         reward_fn (`Callable` or `list[Callable]`): Rewards, described in [`trl_fdfo.rewards`]:
             `(images, prompts, **columns) -> one float per image`.
         train_dataset (`datasets.Dataset`, *optional*): Prompts in the column `config.dataset_prompt_column`; all
@@ -69,7 +71,7 @@ class FDFOTrainer(ResumableTrainer):
     def __init__(
         self,
         config: FDFOConfig,
-        pipeline: DiffusionPipeline | str,
+        pipeline: DiffusionPipeline | str | os.PathLike,
         reward_fn: RewardFunction | list[RewardFunction],
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | None = None,
@@ -81,7 +83,13 @@ class FDFOTrainer(ResumableTrainer):
         if not isinstance(config, FDFOConfig):
             raise ValueError(f"config is a {type(config).__name__}, not a `FDFOConfig`.")
         self.reward_functions = RewardFunctions(reward_fn, config.reward_weights)
-        self.eval_reward_functions = RewardFunctions(eval_reward_fn) if eval_reward_fn else self.reward_functions
+        self.eval_reward_functions = self.reward_functions
+        if eval_reward_fn is not None:
+            self.eval_reward_functions = RewardFunctions(eval_reward_fn, argument="eval_reward_fn")
+        if train_dataset is not None and config.dataset_name is not None:
+            raise ValueError(
+                f"dataset_name='{config.dataset_name}' was given together with a train_dataset: leave one of them out."
+            )
         if train_dataset is None:
             train_dataset = load_prompts(config.dataset_name, config.dataset_prompt_column)
         pipeline_columns = config.pipeline_columns or []
@@ -92,7 +100,10 @@ class FDFOTrainer(ResumableTrainer):
             self.eval_reward_functions.check_columns(eval_dataset.column_names, "eval_dataset")
             self._check_best_metric(config.metric_for_best_model)
 
-        if isinstance(pipeline, str):
+        elif config.eval_strategy != "no" or config.eval_on_start:
+            raise ValueError("eval_strategy or eval_on_start is set, and there is no eval_dataset: give one.")
+
+        if isinstance(pipeline, (str, os.PathLike)):
             pipeline = load_pipeline(pipeline, dtype=torch.bfloat16 if config.bf16 else torch.float32)
         self.pipeline = pipeline
         options = {"guidance_scale": config.guidance_scale, "height": config.height, "width": config.width}
@@ -115,6 +126,13 @@ class FDFOTrainer(ResumableTrainer):
         else:
             model = pipeline.transformer.requires_grad_(True)
 
+        if optimizers[0] is not None:
+            trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+            if not any(id(p) in trained for group in optimizers[0].param_groups for p in group["params"]):
+                raise ValueError(
+                    "The optimizer that was given has none of the trained weights: the adapter is made here. Set `optim` "
+                    "instead, or `trainer.optimizer` before `train`."
+                )
         super().__init__(
             model=model,
             args=config,
@@ -123,8 +141,18 @@ class FDFOTrainer(ResumableTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        for name, component in pipeline.components.items():
-            if isinstance(component, torch.nn.Module) and name != "transformer":
+        prepare_for_engine(self.accelerator, pipeline)
+        # Text encoders, VAE and the like: on the device, or there when they are called and until a rollout is sampled.
+        others = [
+            component
+            for name, component in pipeline.components.items()
+            if isinstance(component, torch.nn.Module) and name != "transformer"
+        ]
+        self._offloaded = []
+        for component in others:
+            if config.offload_components:
+                self._offloaded.append(cpu_offload_with_hook(component, self.args.device)[1])
+            else:
                 component.to(self.args.device)
         # The loss is a mean over the micro-batch: Trainer divides it by the number of accumulated ones.
         self.model_accepts_loss_kwargs = False
@@ -134,8 +162,7 @@ class FDFOTrainer(ResumableTrainer):
             self._progress = FDFOProgressCallback()
             self.add_callback(self._progress)
         if config.ema_decay is not None:
-            trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-            self._averaging = WeightAveraging(trained, config.ema_decay)
+            self._averaging = WeightAveraging(self.model, config.ema_decay)
             self.add_callback(self._averaging)
 
         self._watchdogs = Watchdogs(config.epsilon)
@@ -224,7 +251,7 @@ class FDFOTrainer(ResumableTrainer):
             bar = self._progress.rollout_bar(rollout, args.num_rollout_batches * batch_size)
         with bar:
             for batch in range(first_batch, first_batch + args.num_rollout_batches):
-                if self._interruption.signal is not None:
+                if self._is_told_to_end():
                     break  # `_save_if_interrupted` ends the run
                 for pending in rewards:
                     pending.raise_errors()
@@ -242,13 +269,19 @@ class FDFOTrainer(ResumableTrainer):
                 rewards.append(pending)
                 if self._progress is not None:
                     bar.update(batch_size)
+        with self._timed("reward"):
+            while self._interruption.signal is None and not all(pending.done() for pending in rewards):
+                time.sleep(0.005)
         self._end_if_interrupted()
         self._save_if_interrupted()
         with self._timed("reward"):
             rewards = [pending.result().unflatten(0, (batch_size, args.num_generations)) for pending in rewards]
             self.reward_functions.on_rollout_end()
+        self._offload_components()
         self._record_rewards(rollout, torch.cat(rewards))
-        self._record_branches(torch.cat([batch.endpoints for _, batch in sampled]))
+        gammas = torch.atleast_2d(self._churn(rollout, range(len(rows))))
+        shared_noise = (-gammas.log1p().sum(dim=1)).exp().mean().item()
+        self._record_branches(torch.cat([batch.endpoints for _, batch in sampled]), shared_noise)
         batches = [self._score_batch(*batch, rewards=values) for batch, values in zip(sampled, rewards)]
         return RolloutBuffer(rollout, first_batch, batches, args.optimizer_steps_per_rollout)
 
@@ -275,13 +308,20 @@ class FDFOTrainer(ResumableTrainer):
                 columns=self._pipeline_columns(columns),
             )
 
+        if not sampled.endpoints.isfinite().all():
+            raise WatchdogError(
+                f"{type(self.pipeline).__name__} has sampled latents that are not finite, in {sampled.endpoints.dtype}. Does "
+                "it sample well by itself, in this dtype and at this size? If so, lower `churn` or the learning rate."
+            )
+
         # Step 2: rewards
         repeated = {name: repeat_each(values, branches) for name, values in columns.items()}
         with self._timed("reward"):
             pending = self.reward_functions.submit(
                 sampled.images, repeated[args.dataset_prompt_column], self.state, repeated, branches
             )
-        return replace(sampled, images=None), pending
+        sampled = replace(sampled, images=None)
+        return sampled.on_host() if args.offload_trajectories else sampled, pending
 
     def _score_batch(self, levels: list[int], sampled: RolloutBatch, rewards: Tensor) -> ScoredBatch:
         """Step 3, the finite difference, from the rewards [P, G, number of rewards] of a batch."""
@@ -289,13 +329,18 @@ class FDFOTrainer(ResumableTrainer):
         direction, reward_difference = finite_difference(
             endpoints, self.reward_functions.total(rewards).to(endpoints.device)
         )
+        direction = direction.flatten(0, 1)
         return ScoredBatch(
             sampled=replace(sampled, endpoints=None),
-            direction=direction.flatten(0, 1),
+            direction=host_copy(direction) if self.args.offload_trajectories else direction,
             # A prompt to which no reward applies teaches nothing.
             reward_difference=reward_difference.flatten().nan_to_num(nan=0.0),
             levels=levels,
         )
+
+    def _offload_components(self) -> None:
+        for hook in self._offloaded:
+            hook.offload()
 
     def _churn(self, rollout: int, numbers: Sequence[int]) -> Tensor:
         """Churn of each level, shape [T + 1], or of each level for each prompt, shape [P, T + 1]."""
@@ -321,16 +366,17 @@ class FDFOTrainer(ResumableTrainer):
     ) -> Tensor:
         args = self.args
         batch, level = inputs.batch, inputs.level
-        old_velocity = batch.sampled.velocities[level]
         self.flow.model = model
         velocity = self.flow.velocity(batch.sampled, level)
+        # No copies where they are on the device.
+        old_velocity = batch.sampled.velocities[level].to(velocity.device, non_blocking=True)
+        direction = batch.direction.to(velocity.device, non_blocking=True)
+        reward_difference = batch.reward_difference.to(velocity.device)
         if inputs.step == 0:
             autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
             error = check_replay(velocity, old_velocity, self.pipeline, level, autocast)
             self._metrics["replay_error"].append(torch.tensor(error))
-        loss, ratio = surrogate_loss(
-            velocity.float(), old_velocity.float(), batch.direction, batch.reward_difference, args.epsilon
-        )
+        loss, ratio = surrogate_loss(velocity.float(), old_velocity.float(), direction, reward_difference, args.epsilon)
         if args.beta:
             with torch.no_grad(), self.accelerator.unwrap_model(model).disable_adapter():
                 base_velocity = self.flow.velocity(batch.sampled, level)
@@ -371,13 +417,22 @@ class FDFOTrainer(ResumableTrainer):
         Returns:
             `Tensor`: Images on the CPU, floats in [0, 1], shape [N, 3, H, W].
         """
+        if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts) or len(prompts) == 0:
+            raise ValueError(f"generate got prompts={prompts!r}: give a list of at least one prompt, as text.")
         if len(prompts) != len(seeds):
             raise ValueError(f"generate got {len(prompts)} prompts and {len(seeds)} seeds: give one seed for each.")
         images = self._generate_share(prompts, seeds, columns or {}, self._share(len(prompts)), **call_kwargs)
         return self.accelerator.gather(images).cpu()[: len(prompts)]
 
     def _check_best_metric(self, metric: str | None) -> None:
-        known = ["reward", *(f"rewards/{name}/mean" for name in self.eval_reward_functions.names)]
+        rewards = self.eval_reward_functions
+        scores = [name for name, f in zip(rewards.names, rewards.functions) if not getattr(f, "pairwise", False)]
+        if metric is not None and not scores:
+            raise ValueError(
+                f"metric_for_best_model='{metric}' needs a score, and in an evaluation, of one image per prompt, "
+                f"{', '.join(rewards.names)} has nothing to compare. Give an eval_reward_fn."
+            )
+        known = ["reward", *(f"rewards/{name}/mean" for name in scores)]
         if metric is not None and metric.removeprefix("eval_") not in known:
             raise ValueError(f"metric_for_best_model='{metric}' is none of what `evaluate` gives: {', '.join(known)}.")
 
@@ -397,6 +452,7 @@ class FDFOTrainer(ResumableTrainer):
         if dataset is None:
             raise ValueError("evaluate needs prompts: give the trainer an `eval_dataset`.")
         check_prompts(dataset, self.args.dataset_prompt_column, self.args.pipeline_columns or (), "eval_dataset")
+        self.eval_reward_functions.check_columns(dataset.column_names, "eval_dataset")
         start = time.perf_counter()
         columns = dataset[:]
         prompts = columns[self.args.dataset_prompt_column]
@@ -442,6 +498,7 @@ class FDFOTrainer(ResumableTrainer):
                     for value in (prompts, seeds, *columns.values())
                 )
                 images.append(self.flow.generate(prompt, seed, dict(zip(columns, values)), **call_kwargs))
+        self._offload_components()
         return torch.cat(images)
 
     def _pipeline_columns(self, columns: dict[str, Sequence]) -> dict[str, Sequence]:
@@ -464,22 +521,19 @@ class FDFOTrainer(ResumableTrainer):
             if values.isnan().all():
                 logger.warning(f"Rollout {rollout + 1}: the reward '{name}' applied to none of its images.")
             self._metrics[f"rewards/{name}/mean"].append(values.nanmean())
-            applicable = values[values.isfinite()]
-            self._metrics[f"rewards/{name}/std"].append(
-                applicable.std() if len(applicable) > 1 else total.new_zeros(())
-            )
+            self._metrics[f"rewards/{name}/std"].append(values.std(dim=1).nanmean())
 
-    def _record_branches(self, endpoints: Tensor) -> None:
-        """How far the branches of a prompt are apart, from this process's endpoints [P, G, ...]."""
+    def _record_branches(self, endpoints: Tensor, shared_noise: float) -> None:
+        """How far the branches of a prompt are apart, from this process's endpoints [P, G, ...]; see `check_branches`."""
         branches = endpoints.shape[1]
         deviation = (endpoints.float() - endpoints.float().mean(dim=1, keepdim=True)).square()
         branch_rms = deviation.flatten(2).mean(dim=-1).sqrt().mean()
-        # Unrelated images deviate from the mean of G of them by sqrt((G - 1) / G) times their standard deviation.
+        # Independent values deviate from the mean of G of them by sqrt((G - 1) / G) times their standard deviation.
         unrelated = endpoints.float().std() * math.sqrt((branches - 1) / branches)
         values = self.accelerator.reduce(torch.stack([branch_rms, branch_rms / unrelated]), reduction="mean")
         self._metrics["branch_rms"].append(values[0])
         self._metrics["branch_distance"].append(values[1])
-        self._watchdogs.check_branches(values[1].item(), endpoints.dtype)
+        self._watchdogs.check_branches(values[1].item(), shared_noise, endpoints.dtype)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # Not with the logs of an evaluation, which may fall between two logs of the training.
@@ -524,21 +578,25 @@ def describe_run(
     """What the result of a run depends on, as JSON values; the larger parts as checksums."""
     transformer = pipeline.transformer
     frozen = [p for p in transformer.parameters() if not p.requires_grad]
-    adapter = model.peft_config["default"].to_dict() if config.use_peft else {}
+    adapter = model.peft_config["default"] if config.use_peft else None
+    defaults = {} if adapter is None else type(adapter)().to_dict()
+    scalars = [name for name, feature in prompts.features.items() if isinstance(feature, Value)]
     return {
         **config.result_options(),
         **{
             f"adapter.{name}": sorted(value) if isinstance(value, set) else value
-            for name, value in adapter.items()
-            if value and name not in ("base_model_name_or_path", "peft_version", "inference_mode")
+            for name, value in (adapter.to_dict() if adapter is not None else {}).items()
+            if (value != defaults.get(name) or name in ("r", "lora_alpha"))
+            and name not in ("base_model_name_or_path", "peft_version")
         },
         "pipeline": type(pipeline).__name__,
+        "components": sorted(name for name, component in pipeline.components.items() if component is not None),
         "transformer (checksum of its config)": _config_checksum(transformer.config),
         # Some of each: enough to tell two models of one architecture apart.
         "transformer (checksum of its frozen weights)": _checksum([p.flatten()[:16].tolist() for p in frozen]),
         "scheduler (checksum of its config)": _config_checksum(pipeline.scheduler.config),
-        "prompts (checksum)": _checksum(prompts[config.dataset_prompt_column]),
-        "rewards": dict(zip(rewards.names, rewards.weights.tolist())),
+        "dataset (checksum of its text and numbers)": _checksum([prompts[name] for name in scalars]),
+        "rewards": rewards.describe(),
     }
 
 

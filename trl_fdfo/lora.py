@@ -58,6 +58,9 @@ def add_adapter(pipeline: DiffusionPipeline, peft_config: PeftConfig) -> PeftMod
         ValueError: A target module matches no layer, the adapter has dropout, or there already is one.
     """
     transformer = pipeline.transformer
+    _check_peft_config(peft_config)
+    if getattr(peft_config, "target_modules", "") is None:
+        peft_config.target_modules = attention_projections(transformer)
     if any(isinstance(layer, BaseTunerLayer) for layer in transformer.modules()):
         raise ValueError(
             f"The transformer of this {type(pipeline).__name__} already has an adapter, from an earlier trainer or from "
@@ -75,11 +78,6 @@ def add_adapter(pipeline: DiffusionPipeline, peft_config: PeftConfig) -> PeftMod
                 f"layers are {_linear_layers(transformer)}. Leave `lora_target_modules` unset for the attention "
                 "projections."
             )
-    if getattr(peft_config, "lora_dropout", 0):
-        raise ValueError(
-            f"lora_dropout={peft_config.lora_dropout} would make every replayed velocity differ from the sampled one. "
-            "Set it to 0."
-        )
     model = get_peft_model(transformer, peft_config)
     # "auto" would ask the Hub at each save whether the base model's vocabulary was changed.
     model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=False)
@@ -92,6 +90,32 @@ def add_adapter(pipeline: DiffusionPipeline, peft_config: PeftConfig) -> PeftMod
         name_or_path = Path(name_or_path).name if Path(name_or_path).is_dir() else str(name_or_path)
     peft_config.base_model_name_or_path = name_or_path
     return model
+
+
+def _check_peft_config(peft_config: PeftConfig) -> None:
+    if not isinstance(peft_config, PeftConfig):
+        raise ValueError(f"peft_config is a {type(peft_config).__name__}, not a config of PEFT such as `LoraConfig`.")
+    dropout = getattr(peft_config, "lora_dropout", 0)
+    if dropout:
+        raise ValueError(
+            f"lora_dropout={dropout} would make every replayed velocity differ from the sampled one. Set it to 0."
+        )
+    if peft_config.inference_mode:
+        raise ValueError("peft_config has inference_mode=True, which trains nothing: set it to False.")
+    if peft_config.task_type is not None:
+        raise ValueError(f"peft_config has task_type={peft_config.task_type!r}, of a language model: leave it out.")
+    init = getattr(peft_config, "init_lora_weights", True)
+    unfit = {
+        "modules_to_save": getattr(peft_config, "modules_to_save", None),
+        "bias": getattr(peft_config, "bias", "none").removeprefix("none"),
+        "init_lora_weights": init if isinstance(init, str) and init not in ("gaussian", "orthogonal") else None,
+    }
+    for name, value in unfit.items():
+        if value:
+            raise ValueError(
+                f"peft_config has {name}={value!r}, which changes weights of the base model too: the adapter's file for "
+                "diffusers would not hold them, and `beta` would anchor to another model. Leave it out."
+            )
 
 
 def save_diffusers_lora(

@@ -20,6 +20,10 @@ def check_pipeline(pipeline: DiffusionPipeline) -> None:
         received = pipeline.__name__ + " itself" if inspect.isclass(pipeline) else f"a {type(pipeline).__name__}"
         raise ValueError(f"pipeline must be a `DiffusionPipeline`, or the Hub id or path of one, not {received}.")
     name = type(pipeline).__name__
+    # Of its text encoders some may be missing.
+    missing = [part for part in ("scheduler", "vae") if pipeline.components.get(part, "no such part") is None]
+    if missing:
+        raise ValueError(f"{name} has no {', '.join(missing)}: load it whole.")
     try:
         scheduler = euler_scheduler(pipeline.scheduler)
     except (AttributeError, ValueError) as error:

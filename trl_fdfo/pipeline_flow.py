@@ -18,12 +18,12 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import recursively_apply
+from accelerate.utils import recursively_apply, send_to_device
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
@@ -62,6 +62,15 @@ class RolloutBatch:
     call_kwargs: dict[str, Any]
     remembered: dict[str, list]
     outputs: list
+
+    def on_host(self) -> "RolloutBatch":
+        """The batch with what the replay needs in host memory, from which `velocity` takes one step at a time."""
+        return replace(
+            self,
+            x_t=host_copy(self.x_t),
+            velocities=host_copy(self.velocities),
+            remembered=host_copy(self.remembered),
+        )
 
 
 class PipelineFlow:
@@ -116,6 +125,11 @@ class PipelineFlow:
                 self.pipeline(**self._arguments([prompt], [torch.Generator()], columns))
             except StopPipeline as stop:
                 return stop.value.cpu()
+            except (AttributeError, LookupError, RuntimeError, TypeError) as error:
+                options = {name: value for name, value in self.call_kwargs.items() if value is not None}
+                raise ValueError(
+                    f"{type(self.pipeline).__name__} cannot be called with {options}: {type(error).__name__}: {error}"
+                ) from error
         raise ValueError(f"{type(self.pipeline).__name__} never set its noise levels: it is not a pipeline to train.")
 
     @torch.no_grad()
@@ -192,21 +206,25 @@ class PipelineFlow:
         """
         scheduler = self._replay_scheduler
         scheduler.replay(level)
-        remembered = {name: iter(values) for name, values in batch.remembered.items()}
+        # No copy where they are on the device.
+        device = self.pipeline._execution_device
+        x_t = batch.x_t[level].to(device, non_blocking=True)
+        remembered = send_to_device(batch.remembered, device, non_blocking=True)
+        remembered = {name: iter(values) for name, values in remembered.items()}
         outputs = iter(batch.outputs)
 
         def encode_prompt(original, *args, **kwargs):
             return next(remembered["encode_prompt"])
 
         def prepare_latents(original, *args, **kwargs):
-            return _with_latents(next(remembered["prepare_latents"]), batch.x_t[level])
+            return _with_latents(next(remembered["prepare_latents"]), x_t)
 
         def model(*args, **kwargs):
             output = next(outputs)
             if scheduler.steps_left == 0:
                 return self.model(*args, **kwargs)
             # A step before the one that is replayed: what it computes is thrown away, and only its shape matters.
-            return recursively_apply(lambda shape: _zeros(shape, batch.x_t[level].device), output)
+            return recursively_apply(lambda shape: _zeros(shape, device), output)
 
         with self._patched(scheduler, model, encode_prompt=encode_prompt, prepare_latents=prepare_latents):
             try:
@@ -258,7 +276,7 @@ class PipelineFlow:
             varying |= {name: repeat_each(values, branches) for name, values in (columns or {}).items()}
         arguments = {**self.call_kwargs, "generator": generators, "output_type": "pt", "return_dict": False, **varying}
         for name, value in arguments.items():
-            if name.startswith("negative_prompt") and isinstance(value, str):
+            if name.startswith(("negative_prompt", "prompt_")) and isinstance(value, str):
                 # One for all: not every pipeline repeats it itself.
                 arguments[name] = [value] * len(varying["prompt"])
             elif isinstance(value, list):
@@ -350,6 +368,16 @@ def check_replay(
             "between its steps."
         )
     return error
+
+
+def host_copy(data: Any) -> Any:
+    """The tensors of nested lists, tuples and dicts in host memory, pinned where a GPU will copy them back."""
+    pin = torch.cuda.is_available()
+
+    def copy(tensor: Tensor) -> Tensor:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pin).copy_(tensor)
+
+    return recursively_apply(copy, data)
 
 
 def repeat_each(values: Sequence, times: int) -> list:

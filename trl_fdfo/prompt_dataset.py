@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, load_dataset
+from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
 
 
 PACKAGED_PROMPTS = Path(__file__).with_name("prompts.txt")
@@ -25,6 +25,7 @@ def load_prompts(dataset_name: str | None = None, prompt_column: str = "prompt")
 
     Raises:
         FileNotFoundError: `dataset_name` looks like a local file and there is none.
+        ValueError: It is a local file that cannot be read.
     """
     path = PACKAGED_PROMPTS if dataset_name is None else Path(dataset_name)
     if path.suffix == ".txt" and path.is_file():
@@ -33,7 +34,17 @@ def load_prompts(dataset_name: str | None = None, prompt_column: str = "prompt")
     if path.suffix in _BUILDERS:
         if not path.is_file():
             raise FileNotFoundError(f"dataset_name='{dataset_name}': there is no such file.")
-        return load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train")
+        try:
+            return load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train")
+        except Exception as error:  # of pandas, pyarrow or datasets, without the name of the file
+            raise ValueError(
+                f"dataset_name='{dataset_name}' cannot be read as {path.suffix[1:]} with at least one row "
+                f"({type(error).__name__}: {error})."
+            ) from error
+    if path.is_file():
+        raise ValueError(
+            f"dataset_name='{dataset_name}' is a file of another kind than {', '.join(_BUILDERS)}: save it as one of them."
+        )
     return load_dataset(dataset_name, split="train")
 
 
@@ -44,6 +55,11 @@ def check_prompts(
     Raises:
         ValueError: `dataset` is no dataset, is empty, lacks a column, or holds something else than text as prompts.
     """
+    if isinstance(dataset, (DatasetDict, IterableDatasetDict)):
+        raise ValueError(
+            f"{name} is a {type(dataset).__name__} of the splits {', '.join(dataset)}: give one of them, such as "
+            f"dataset['{next(iter(dataset), 'train')}']."
+        )
     if not isinstance(dataset, Dataset):
         raise ValueError(
             f"{name} is a {type(dataset).__name__}, not a `datasets.Dataset`. From a list of prompts: "

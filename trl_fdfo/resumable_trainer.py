@@ -7,24 +7,27 @@ that was never stopped, to the bit.
 """
 
 import contextlib
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from diffusers import DiffusionPipeline
 from peft import PeftModel
 from torch import Tensor
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
 from transformers.utils import logging
 
 from .callbacks import WeightAveraging
-from .checkpoints import SAVING, changes, commit, fault, newest_good_checkpoint, removed_on_error
+from .checkpoints import SAVING, changes, commit, fault, newest_good_checkpoint, removed_on_error, set_aside_after
 from .fdfo_config import FDFOConfig
 from .interruption import Interruption
 from .lora import save_diffusers_lora
+from .sharding import is_sharded, whole_model
 
 
 logger = logging.get_logger(__name__)
@@ -53,14 +56,17 @@ class ResumableTrainer(Trainer):
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*): A checkpoint, or `True` for the newest good one in
-                `output_dir`.
+                `output_dir`; where that has none yet, the run starts from the beginning.
 
         Raises:
-            ValueError: There is no such checkpoint, it is damaged, or this run is another than the one that wrote it.
+            ValueError: There is no such checkpoint, it (or each of them) is damaged, or this run is another than the one that wrote it.
             KeyboardInterrupt: SIGINT ended the run.
             SystemExit: SIGTERM did.
         """
         checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
+        if self.args.should_save:
+            step = 0 if checkpoint is None else int(checkpoint.rpartition("-")[2])
+            set_aside_after(self.args.output_dir, step)
         with Interruption() as self._interruption:
             return super().train(checkpoint, *args, **kwargs)
 
@@ -69,14 +75,40 @@ class ResumableTrainer(Trainer):
         resume = {"true": True, "false": False}.get(str(resume_from_checkpoint).lower(), resume_from_checkpoint)
         if not resume:
             return None
+        if not isinstance(resume, (bool, str, os.PathLike)):
+            raise ValueError(f"resume_from_checkpoint={resume!r} must be True, or the path of a checkpoint.")
+        # One process reads it all, for the checksums, and the others take or raise what it has found.
+        found: list[Any] = [None, None]
+        if self.is_world_process_zero():
+            try:
+                found[0] = self._good_checkpoint(resume)
+            except ValueError as error:
+                found[1] = error
+        checkpoint, error = broadcast_object_list(found)
+        if error is not None:
+            raise error
+        return checkpoint
+
+    def _good_checkpoint(self, resume: str | bool) -> str | None:
         if resume is True:
             checkpoint = newest_good_checkpoint(self.args.output_dir)
+            if checkpoint is None:
+                logger.warning(
+                    f"There is no checkpoint in {self.args.output_dir} yet: the run starts from the beginning."
+                )
+                return None
         else:
             checkpoint = Path(resume)
             found = fault(checkpoint)
             if found is not None:
                 raise ValueError(f"Cannot resume from {checkpoint}: {found}.")
         changed = changes(checkpoint, self.run)
+        for_good = [change for change in changed if change.startswith(("use_peft:", "optim:", "adapter."))]
+        if for_good:
+            raise ValueError(
+                f"{checkpoint} has the weights and optimizer of another run: {'; '.join(for_good)}. No run can go on from "
+                "them with these options: set them back, or start anew."
+            )
         if changed and not self.args.resume_with_changed_options:
             raise ValueError(
                 f"{checkpoint} is from another run: {'; '.join(changed)}. Set them back, or set "
@@ -91,11 +123,15 @@ class ResumableTrainer(Trainer):
             if not Path(checkpoint, OPTIMIZER_NAME).is_file():
                 raise ValueError(
                     f"{checkpoint} has no {OPTIMIZER_NAME}: it was saved with save_only_model=True, and a run cannot go on "
-                    "from its weights alone. Load them as the start of a new run."
+                    "from its weights alone, or by a run with DeepSpeed or FSDP, which only such a run reads. Load its "
+                    "weights as the start of a new run."
                 )
+        made = [dict(group) for group in self.optimizer.param_groups] if self.optimizer is not None else []
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        if self.args.resume_with_changed_options and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            self._apply_options(made)
         self.state.best_model_checkpoint = self._best_checkpoint(Path(checkpoint).parent)
         rollouts, inside = divmod(self.state.global_step, self.args.steps_per_rollout)
         if inside:
@@ -106,6 +142,17 @@ class ResumableTrainer(Trainer):
             )
         if self._averaging is not None:
             self._averaging.load(checkpoint, updates=rollouts)
+
+    def _apply_options(self, made: list[dict[str, Any]]) -> None:
+        """The learning rate, betas and the like of this run in the place of those that came with the checkpoint."""
+        for group, own in zip(self.optimizer.param_groups, made):
+            group.update({name: value for name, value in own.items() if name != "params"})
+        scheduler = self.lr_scheduler
+        if hasattr(scheduler, "lr_lambdas"):
+            scheduler.base_lrs = [own.get("initial_lr", own["lr"]) for own in made]
+            for group, factor, rate in zip(self.optimizer.param_groups, scheduler.lr_lambdas, scheduler.base_lrs):
+                group["lr"] = rate * factor(scheduler.last_epoch)
+            scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
@@ -123,26 +170,35 @@ class ResumableTrainer(Trainer):
     def _end_if_interrupted(self) -> None:
         """Between two batches: end the run, unless it is to be saved first."""
         if self._interruption.signal is not None and not self.args.save_on_signal:
-            raise self._interruption.exit(self._how_to_resume())
+            raise self._interruption.exception(self._how_to_resume())
+
+    def _is_told_to_end(self) -> bool:
+        """
+        Whether this process has got a signal; where the run is to be saved and a forward pass is one of all processes,
+        whether any of them has, so that all sample as many batches.
+        """
+        told = self._interruption.signal is not None
+        return self._any(told) if self.args.save_on_signal and is_sharded(self.model) else told
+
+    def _any(self, value: bool) -> bool:
+        return self.accelerator.reduce(torch.tensor(float(value), device=self.args.device), reduction="sum") > 0
 
     def _save_if_interrupted(self) -> None:
         """Between two rollouts, called by all processes: save and end the run, if one of them was told to end."""
-        if not self.args.save_on_signal:
-            return
-        told = torch.tensor(float(self._interruption.signal is not None), device=self.args.device)
-        if not self.accelerator.reduce(told, reduction="sum"):
+        if not self.args.save_on_signal or not self._any(self._interruption.signal is not None):
             return
         if not Path(self._checkpoint_folder()).is_dir():
             self._save_checkpoint(self.model, trial=None)
         if self._interruption.signal is None:
             raise SystemExit(1)  # for another process, which says why
-        raise self._interruption.exit(self._how_to_resume())
+        raise self._interruption.exception(self._how_to_resume())
 
     def _how_to_resume(self) -> str:
-        return (
-            f"{self._interruption.signal.name} ended the run after step {self.state.global_step}. To go on from the newest "
-            f"checkpoint in {self.args.output_dir}: train(resume_from_checkpoint=True), or --resume_from_checkpoint true."
-        )
+        ended = f"{self._interruption.signal.name} ended the run after step {self.state.global_step}. "
+        checkpoints = sort_checkpoints(self.args.output_dir, PREFIX_CHECKPOINT_DIR)
+        if not checkpoints:
+            return f"{ended}There is no checkpoint in {self.args.output_dir} yet: it will start from the beginning."
+        return f"{ended}To go on from {checkpoints[-1]}: train(resume_from_checkpoint=True), or --resume_from_checkpoint true."
 
     # Saving -----------------------------------------------------------------------------------------------------------
 
@@ -159,7 +215,7 @@ class ResumableTrainer(Trainer):
             return
         final = self._checkpoint_folder()
         saving = final.parent / SAVING
-        with removed_on_error(saving):
+        with removed_on_error(saving, is_writer=self.args.should_save):
             if self.args.should_save:
                 shutil.rmtree(saving, ignore_errors=True)  # left by a run that was killed
             self.accelerator.wait_for_everyone()
@@ -203,8 +259,10 @@ class ResumableTrainer(Trainer):
         with self._averaged_weights():
             if self.args.use_peft:
                 super().save_model(output_dir, _internal_call)
-            elif self.args.should_save:
-                self.pipeline.save_pretrained(output_dir or self.args.output_dir)
+            else:
+                with whole_model(self.model):
+                    if self.args.should_save:
+                        self.pipeline.save_pretrained(output_dir or self.args.output_dir)
         if self.args.push_to_hub and not self.args.use_peft:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -212,8 +270,9 @@ class ResumableTrainer(Trainer):
         super()._save(output_dir, state_dict)
         if isinstance(self.model, PeftModel) and self.args.should_save:
             # PEFT's file of a checkpoint is what a run goes on from; this one is what a pipeline is to use.
-            with self._averaged_weights() if state_dict is None else contextlib.nullcontext():
-                save_diffusers_lora(self.pipeline, self.model, output_dir or self.args.output_dir, state_dict)
+            if self._averaging is not None:
+                state_dict = self._averaging.state_dict()
+            save_diffusers_lora(self.pipeline, self.model, output_dir or self.args.output_dir, state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

@@ -1,9 +1,15 @@
 """What `transformers.Trainer`, its callbacks and DeepSpeed expect of a model, and a diffusers transformer lacks."""
 
 import json
+from dataclasses import replace
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers.integrations import unset_hf_deepspeed_config
 
 
 class TrainerConfig(FrozenDict):
@@ -32,3 +38,36 @@ def adapt_to_trainer(transformer: torch.nn.Module) -> None:
 
     transformer.activation_checkpointing_enable = activation_checkpointing_enable
     transformer.gradient_checkpointing_enable = activation_checkpointing_enable  # its name before transformers 5.23
+
+
+def prepare_for_engine(accelerator: Accelerator, pipeline: DiffusionPipeline) -> None:
+    """
+    What DeepSpeed and FSDP ask of a pipeline, once the Trainer is built and before they wrap its transformer.
+
+    Raises:
+        ValueError: The engine would compute in another dtype than that of the transformer.
+    """
+    # Building the Trainer has set it again; `FDFOConfig` says what it does.
+    unset_hf_deepspeed_config()
+    transformer = pipeline.transformer
+    # With these engines Trainer leaves the model on the CPU until it trains, but it may be asked for images before. They
+    # need no less memory themselves: they shard what stands whole on the device.
+    transformer.to(accelerator.device)
+    dtype = transformer.dtype
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        dtype = accelerator.state.deepspeed_plugin.hf_ds_config.dtype()
+    elif plugin is not None and isinstance(plugin.mixed_precision_policy, MixedPrecisionPolicy):
+        dtype = plugin.mixed_precision_policy.param_dtype
+        # Accelerate has all inputs cast, and a timestep of 857.1 becomes 856 in bfloat16: the pipeline itself casts what
+        # its transformer takes. Gradients are added up in float32, as by DDP.
+        plugin.mixed_precision_policy = replace(
+            plugin.mixed_precision_policy, cast_forward_inputs=False, reduce_dtype=torch.float32
+        )
+    if transformer.dtype != dtype:
+        raise ValueError(
+            f"{accelerator.distributed_type.value} computes in {dtype} without autocast (the options bf16 and fp16 say in "
+            f"what), but the transformer of this {type(pipeline).__name__} is in {transformer.dtype}, and so are its "
+            f"inputs. Load the pipeline with torch_dtype={dtype}, or by its name, or set "
+            f"bf16={transformer.dtype == torch.bfloat16}."
+        )

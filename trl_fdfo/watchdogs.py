@@ -2,8 +2,8 @@
 What ends a run that has gone wrong, or warns of one that is about to: each by a metric and a threshold, with the option to
 turn. docs/long_runs.md has the table.
 
-`branch_distance` is the rms distance of an image from the mean of its prompt, in latents, relative to that of unrelated
-images: 0 where the images of a prompt are one, about 1 where they have nothing in common but the prompt.
+`branch_distance` is the rms distance of an image from the mean of its prompt, in latents, relative to what it would be if
+each of its values were drawn anew from those of all images: 0 where the images of a prompt are one.
 """
 
 import math
@@ -20,7 +20,7 @@ logger = logging.get_logger(__name__)
 GRADIENT_WINDOW, GRADIENT_FACTOR = 100, 50
 MIN_GRADIENTS = 20  # before the median says anything
 MIN_ROUNDINGS = 16
-MAX_BRANCH_DISTANCE = 0.9
+MIN_SHARED_NOISE = 0.1
 MAX_RATIO_ERROR = 3  # times epsilon; mean over the samples since the last log
 MAX_FIRST_RATIO_ERROR = 0.5  # times epsilon
 MAX_IDLE_ROLLOUTS = 10
@@ -53,8 +53,8 @@ class Watchdogs:
         )
         raise WatchdogError(
             f"The loss is {loss.item()} at noise level {level}, before the optimizer step: the weights are those of the step "
-            f"before. {culprit}. Resume from the last checkpoint with a lower learning_rate or a smaller epsilon; with fp16, "
-            "use bf16."
+            f"before. {culprit}. Resume from the last checkpoint with a lower learning_rate or a smaller epsilon and "
+            "resume_with_changed_options=True; with fp16, use bf16."
         )
 
     def check_gradient(self, norm: float, step: int) -> None:
@@ -65,7 +65,8 @@ class Watchdogs:
         if not math.isfinite(norm):
             raise WatchdogError(
                 f"The gradient norm is {norm} before optimizer step {step + 1}: the weights are those of the step before. "
-                "Resume from the last checkpoint with a lower learning_rate; with fp16, use bf16."
+                "Is the reward's scale sane? Resume from the last checkpoint with a lower learning_rate and "
+                "resume_with_changed_options=True; with fp16, use bf16."
             )
         if len(self._gradients) >= MIN_GRADIENTS:
             usual = statistics.median(self._gradients)
@@ -90,14 +91,14 @@ class Watchdogs:
         if error > MAX_RATIO_ERROR * self.epsilon:
             logger.warning(
                 f"The ratio is off from 1 by {error:.3g} on average, {error / self.epsilon:.1f} times epsilon: the updates "
-                "leave the trust region. Lower learning_rate or num_iterations, or raise optimizer_steps_per_rollout's "
-                "share of prompts_per_rollout."
+                "leave the trust region. Lower learning_rate, num_iterations or optimizer_steps_per_rollout."
             )
 
-    def check_branches(self, distance: float, dtype: torch.dtype) -> None:
+    def check_branches(self, distance: float, shared_noise: float, dtype: torch.dtype) -> None:
         """
         Args:
             distance (`float`): `branch_distance` of a rollout over all processes.
+            shared_noise (`float`): prod 1 / (1 + gamma_i), what the churn leaves of the noise that branches have in common.
             dtype (`torch.dtype`): Of the latents.
 
         Raises:
@@ -110,13 +111,12 @@ class Watchdogs:
             )
         if distance < MIN_ROUNDINGS * torch.finfo(dtype).eps:
             logger.warning(
-                f"The images of a prompt differ by {distance:.2g} of what unrelated images do, which is near the rounding of "
-                f"{dtype}: their difference is noise. Raise `churn`."
+                f"The images of a prompt differ by {distance:.2g} of the spread of all images, near the rounding of {dtype}: their difference is noise. Raise `churn`."
             )
-        if distance > MAX_BRANCH_DISTANCE:
+        if shared_noise < MIN_SHARED_NOISE:
             logger.warning(
-                f"The images of a prompt differ by {distance:.2g} of what unrelated images do: their difference is no "
-                "direction any more. Lower `churn`."
+                f"The churn leaves {shared_noise:.2g} of the noise that the images of a prompt have in common: they are as "
+                "different as any two of that prompt, and their difference is no direction any more. Lower `churn`."
             )
 
     def check_rewards(self, rollout: int, differs: bool) -> None:

@@ -49,6 +49,11 @@ def load_reward(spec: str) -> RewardFunction:
     Raises:
         ValueError: `spec` has another form, names nothing that exists, or has options that it does not take.
     """
+    if not isinstance(spec, str):
+        raise ValueError(
+            f"reward {spec!r} is a {type(spec).__name__}, not a string with a name or module:callable, and "
+            "options in parentheses: \"pickscore(dtype='bfloat16')\"."
+        )
     path, options = _parse(spec)
     if ":" not in path:
         if path not in REWARDS:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .questions import check_images
 from .reward_functions import checked_rewards
 from .vlm_score import VLMScore
 from .vlm_server import VLMServer
@@ -40,21 +41,37 @@ class PairwiseJudge:
             asks a VLM.
 
     Raises:
-        ValueError: In a call: `compare` did not return one finite number (or None) per pair.
+        ValueError: `compare` takes other arguments. In a call: `compare` did not return one finite number (or None) per pair.
     """
+
+    pairwise = True  # in an evaluation, of one image per prompt, it says nothing
 
     def __init__(self, compare: Callable[..., Any]):
         self.compare = compare
-        self.__name__ = getattr(compare, "__name__", type(compare).__name__)
+        owner = getattr(compare, "__self__", compare)  # it may be a method
+        self.__name__ = getattr(owner, "__name__", type(owner).__name__)
         self.image_type = getattr(compare, "image_type", "pt")
-        # A reward gets what its signature names, and is told when a rollout ends.
-        columns = list(inspect.signature(compare).parameters.values())[3:]
+        self.background = getattr(compare, "background", False)
         own = ("images", "prompts", "num_generations")
+        # A reward gets what its signature names, and is told when a rollout ends.
+        parameters = list(inspect.signature(compare).parameters.values())
+        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        columns = parameters[3:]
+        if inspect.isclass(compare) or len(parameters) < 3 or any(p.kind not in positional for p in parameters[:3]):
+            raise ValueError(
+                f"PairwiseJudge compares by a callable (first, second, prompts, **columns), and {self.__name__} takes "
+                f"{inspect.signature(compare)}."
+            )
+        taken = [column.name for column in columns if column.name in own]
+        if taken:
+            raise ValueError(
+                f"{self.__name__} has an argument '{taken[0]}', which a judge gets something else by: rename it."
+            )
         self.__signature__ = inspect.Signature(
             [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in own]
             + [p.replace(kind=max(p.kind, p.KEYWORD_ONLY)) for p in columns]
         )
-        self.on_rollout_end = getattr(getattr(compare, "__self__", compare), "on_rollout_end", lambda: None)
+        self.on_rollout_end = getattr(owner, "on_rollout_end", lambda: None)
 
     def __call__(self, images: Any, prompts: Sequence[str], num_generations: int, **columns: Any) -> Any:
         """
@@ -116,6 +133,7 @@ def vlm_judge(url: str | list[str] | None = None, question: str = "comparison", 
         **options: Further arguments of [`VLMServer`] or [`VLMScore`].
     """
     vlm = VLMScore(question=question, **options) if url is None else VLMServer(url, question=question, **options)
+    check_images(vlm.question, 2)
     judge = PairwiseJudge(vlm.compare)
     judge.__name__ = "vlm_judge"
     return judge

@@ -13,7 +13,7 @@ class Question:
         template (`str`): The question; `{prompt}` in it, if any, stands for the prompt of the image.
         target (`str`): The word that speaks for the image.
         contrast (`str`): The word that speaks against it.
-        images (`int`): Images that it is about: 1, or 2 that are compared.
+        images (`int`, *optional*): Images that it is about, where that is known: 1, or 2 that are compared.
 
     Raises:
         ValueError: The template is empty or has other braces than `{prompt}`, or the words are the same.
@@ -22,7 +22,7 @@ class Question:
     template: str
     target: str = "Yes"
     contrast: str = "No"
-    images: int = 1
+    images: int | None = None
 
     def __post_init__(self):
         if not self.template.strip():
@@ -46,14 +46,16 @@ class Question:
 # The first is that of FDFO (arXiv 2603.12893). Letters are one token in the vocabularies of byte-level BPE and of
 # SentencePiece; digits are not in that of Llama.
 QUESTIONS = {
-    "alignment": Question('Does this image match the caption "{prompt}"? Answer Yes or No.'),
+    "alignment": Question('Does this image match the caption "{prompt}"? Answer Yes or No.', images=1),
     "quality": Question(
         "Is this image of high quality: sharp, well composed and free of artifacts such as noise, distorted shapes or "
-        "wrong anatomy? Answer Yes or No."
+        "wrong anatomy? Answer Yes or No.",
+        images=1,
     ),
     "photorealism": Question(
         "Does this image look like a real photograph, and not like a drawing, a painting or a computer-generated image? "
-        "Answer Yes or No."
+        "Answer Yes or No.",
+        images=1,
     ),
     "comparison": Question(
         'The first image is A, the second image is B. Which of them matches the caption "{prompt}" better? Answer A or B.',
@@ -88,15 +90,20 @@ def get_question(question: str, target: str | None = None, contrast: str | None 
     )
 
 
-def check_single(question: Question) -> None:
+def check_images(question: Question, images: int) -> None:
     """
     Raises:
-        ValueError: The question is about two images, and a score is asked of one.
+        ValueError: The question is about one image and is asked about two, or the other way round.
     """
-    if question.images != 1:
+    if question.images == 2 and images == 1:
         raise ValueError(
             f"The question {question.template!r} compares two images, and a score is of one. As a reward, compare the images "
             "of a prompt: `vlm_judge`, or PairwiseJudge(vlm.compare)."
+        )
+    if question.images == 1 and images == 2:
+        raise ValueError(
+            f"The question {question.template!r} is about one image, and a judge shows two: take question='comparison', or "
+            "one of your own about the first and the second image."
         )
 
 

@@ -6,7 +6,7 @@ import functools
 import inspect
 import math
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -29,21 +29,35 @@ class RewardFunctions:
     Args:
         functions (`Callable` or `list[Callable]`): Rewards as described in [`trl_fdfo.rewards`].
         weights (`list[float]`, *optional*): Weight of each in the sum; 1 each by default.
+        argument (`str`): What a message calls the functions.
 
     Raises:
         ValueError: No reward, something that is not callable or whose arguments cannot be known, an unknown `image_type`,
             or another number of weights than of rewards.
     """
 
-    def __init__(self, functions: RewardFunction | list[RewardFunction], weights: list[float] | None = None):
+    def __init__(
+        self,
+        functions: RewardFunction | list[RewardFunction],
+        weights: list[float] | None = None,
+        argument: str = "reward_fn",
+    ):
         self.functions = list(functions) if isinstance(functions, (list, tuple)) else [functions]
         if not self.functions:
-            raise ValueError("reward_fn is empty: give at least one reward function.")
+            raise ValueError(f"{argument} is empty: give at least one reward function.")
         for function in self.functions:
+            if isinstance(function, str):
+                raise ValueError(
+                    f"{argument}={function!r} is a str, not a callable. By name: trl_fdfo.rewards.load_reward({function!r})."
+                )
             if not callable(function):
                 raise ValueError(
-                    f"reward_fn={function!r} is a {type(function).__name__}, not a callable "
+                    f"{argument}={function!r} is a {type(function).__name__}, not a callable "
                     "`(images, prompts, **columns) -> one float per image`."
+                )
+            if inspect.isclass(function):
+                raise ValueError(
+                    f"{argument} has the class {function.__name__}: construct it, {function.__name__}(...)."
                 )
         if weights is not None and len(weights) != len(self.functions):
             raise ValueError(
@@ -77,6 +91,11 @@ class RewardFunctions:
         known = [*ARGUMENTS, *columns]
         for name, function in zip(self.names, self.functions):
             for parameter in _parameters(name, function):
+                if parameter.kind is parameter.POSITIONAL_ONLY:
+                    raise ValueError(
+                        f"Reward '{name}' takes '{parameter.name}' by position alone: rewards are called by keyword. Wrap "
+                        f"it: `def {name}(images, prompts): ...`."
+                    )
                 variable = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
                 if not variable and parameter.default is parameter.empty and parameter.name not in known:
                     raise ValueError(
@@ -142,6 +161,16 @@ class RewardFunctions:
                 results.append(checked_rewards(name, result, prompts))
         return PendingRewards(results)
 
+    def describe(self) -> dict[str, str]:
+        """Of each function its weight, and the settings that it has as public attributes."""
+        described = {}
+        for name, function, weight in zip(self.names, self.functions, self.weights.tolist()):
+            kinds = (str, int, float, bool, type(None))
+            settings = {k: v for k, v in getattr(function, "__dict__", {}).items() if not k.startswith("_")}
+            settings = ", ".join(f"{k}={v!r}" for k, v in sorted(settings.items()) if isinstance(v, kinds))
+            described[name] = f"{weight:g}" + (f" ({settings})" if settings else "")
+        return described
+
     def on_rollout_end(self) -> None:
         """Tell the functions that have a method of this name that the images of a rollout (or evaluation) are scored."""
         for function in self.functions:
@@ -176,6 +205,10 @@ class PendingRewards:
 
     def __init__(self, results: list[Tensor | Future]):
         self._results = results
+
+    def done(self) -> bool:
+        """Whether no function is at work any more."""
+        return all(result.done() for result in self._results if isinstance(result, Future))
 
     def raise_errors(self) -> None:
         """Raise what a function that has ended has raised, without waiting for the others."""
@@ -264,6 +297,8 @@ def checked_rewards(name: str, result: Any, prompts: Sequence[str], of: str = "i
             f"[{len(prompts)}]."
         )
     values = result.detach().cpu().tolist() if isinstance(result, Tensor) else result
+    if isinstance(values, (str, Mapping, Set)):
+        raise ValueError(f"Reward '{name}' returned a {type(values).__name__}: {should}, in their order.")
     try:
         values = list(values)
     except TypeError:
@@ -275,6 +310,8 @@ def checked_rewards(name: str, result: Any, prompts: Sequence[str], of: str = "i
     rewards = []
     for value, prompt in zip(values, prompts):
         try:
+            if isinstance(value, str):
+                raise TypeError
             reward = math.nan if value is None else float(value)
         except (TypeError, ValueError):
             raise ValueError(

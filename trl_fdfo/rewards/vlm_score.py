@@ -23,7 +23,7 @@ from transformers import (
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from .learned_reward import LearnedReward, load_pretrained
-from .questions import QUESTIONS, check_single, get_question
+from .questions import QUESTIONS, check_images, get_question
 
 
 class VLMScore(LearnedReward):
@@ -108,7 +108,7 @@ class VLMScore(LearnedReward):
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         """Scores of a batch in [0, 100], shape [batch]."""
-        check_single(self.question)
+        check_images(self.question, 1)
         questions = [self.question.ask(prompt) for prompt in prompts]
         return 100 * self.log_odds([[image] for image in images], questions).sigmoid()
 
@@ -124,6 +124,7 @@ class VLMScore(LearnedReward):
         Returns:
             `Tensor`: N log odds that the first is better, float32 on the CPU.
         """
+        check_images(self.question, 2)
         return self.log_odds(list(zip(first, second)), [self.question.ask(prompt) for prompt in prompts])
 
     compare.image_type = "pil"

@@ -17,7 +17,7 @@ from huggingface_hub import get_async_session
 from PIL import Image
 from torch import Tensor
 
-from .questions import QUESTIONS, check_single, get_question
+from .questions import QUESTIONS, check_images, get_question
 
 
 # Log odds at which the score is within 0.01 of 0 or 100.
@@ -126,7 +126,7 @@ class VLMServer:
         Raises:
             VLMServerError: The server refused a request, or did not answer.
         """
-        check_single(self.question)
+        check_images(self.question, 1)
         videos = [image if isinstance(image, (list, tuple)) else [image] for image in images]
         questions = [self.question.ask(prompt) for prompt, video in zip(prompts, videos) for _ in video]
         scores = 100 * (await self.log_odds([[frame] for video in videos for frame in video], questions)).sigmoid()
@@ -149,6 +149,7 @@ class VLMServer:
         Raises:
             VLMServerError: The server refused a request, or did not answer.
         """
+        check_images(self.question, 2)
         return await self.log_odds(list(zip(first, second)), [self.question.ask(prompt) for prompt in prompts])
 
     compare.image_type = "pil"
