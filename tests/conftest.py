@@ -1,3 +1,4 @@
+import gc
 import os
 
 
@@ -14,6 +15,9 @@ from trl_fdfo import FDFOConfig, FDFOTrainer
 
 
 torch.set_num_threads(1)
+# Accelerate collects garbage at each start of a run: of what the imports have made there is none.
+gc.collect()
+gc.freeze()
 
 PROMPTS = ["a cat", "two dogs", "the sea", "red", "a box", "old man"]
 

@@ -148,9 +148,11 @@ def main(folder, processes, kills, seed):
         target = PHASES[len(hits) % 3]
         runs, phase, times = start(killed, processes)
         # The lengths of the phases here, about.
-        delay = rng.uniform(0, {"rollout": 0.1, "update": 0.2, "save": 0.006}[target])
+        delay = rng.uniform(0, {"rollout": 0.02, "update": 0.08, "save": 0.005}[target])
         hit = killed_at(runs, phase, times, target, rng.choice([1, 1, 2]), delay)
         if hit is None:  # it ended before: once more from the middle
+            for process in runs:
+                process.join()
             codes += [process.exitcode for process in runs]
             for checkpoint in sort_checkpoints(str(killed))[ROLLOUTS // 2 :]:
                 shutil.rmtree(checkpoint)

@@ -19,7 +19,7 @@ def test_killed_runs_end_in_the_bytes_of_the_run_that_was_not(tmp_path, processe
     assert done.returncode == 0, done.stderr[-4000:]
     result = json.loads((tmp_path / "result.json").read_text())
     # Where it was meant to be killed, or just after.
-    assert sum(result["kills"].values()) == 20 and min(result["kills"].values()) >= 3, result
+    assert sum(result["kills"].values()) == 20 and min(result["kills"].values()) >= 1, result
     assert set(result["exit_codes"]) == {0}, done.stderr[-4000:]
     whole, killed = (tmp_path / name / "checkpoint-16" for name in ("whole", "killed"))
     assert fault(killed) is None and not (tmp_path / "killed" / "_saving").exists()

@@ -441,7 +441,7 @@ class FDFOConfig(TrainingArguments):
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
-                raise ValueError(f"{name}={value} must be in [{low:g}, {high:g}].")
+                raise ValueError(f"{name}={value} must be in [{low}, {high}].")
         if self.churn == 0:
             raise ValueError(
                 "churn=0 leaves the images of a prompt identical: there is no difference to learn from. The paper's "

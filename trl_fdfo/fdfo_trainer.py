@@ -226,6 +226,8 @@ class FDFOTrainer(ResumableTrainer):
         rollout = self.state.global_step // self.args.steps_per_rollout
         if self._buffer is None or self._buffer.rollout != rollout:
             self._buffer = None  # frees the memory of the last one first
+            if self.args.logging_strategy == "no":
+                self._metrics.clear()  # which `log` does else
             with self._timed("rollout"):
                 self._buffer = self._roll_out(rollout)
         return self._buffer[inputs["index"]]
