@@ -131,6 +131,13 @@ def test_newest_good_checkpoint_is_taken(make_trainer, trained, caplog, damage, 
         resume(make_trainer, trained / "checkpoint-4")
 
 
+def test_checkpoint_of_another_name_is_resumed_from(make_trainer, trained):
+    """Such as the folder `last-checkpoint` that Trainer pushes to the Hub."""
+    shutil.copytree(trained / "checkpoint-2", trained.parent / "last-checkpoint")
+    assert resume(make_trainer, str(trained.parent / "last-checkpoint")).state.global_step == 6
+    assert (trained / "_abandoned" / "checkpoint-4").is_dir()
+
+
 def test_no_checkpoint_to_resume_from(make_trainer, trained):
     for step in (2, 4):
         truncate(trained / f"checkpoint-{step}" / ADAPTER)

@@ -17,7 +17,8 @@ REPEATED = 1.0  # seconds within which a signal is the one before, passed on by 
 class Interruption:
     """
     Within its context the first SIGTERM or SIGINT is remembered, for the run to end where it can; one that comes more than
-    a second later ends it at once. (Launchers pass on to their workers a signal that these got themselves.) Outside of the main thread, where Python has no handlers, signals do what they did.
+    a second later ends it at once. (Launchers pass on to their workers a signal that these got themselves.) Outside of the
+    main thread, where Python has no handlers, signals do what they did.
 
     Attributes:
         signal (`signal.Signals`, *optional*): What has been received.

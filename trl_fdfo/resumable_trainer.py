@@ -17,7 +17,7 @@ from accelerate.utils import broadcast_object_list
 from diffusers import DiffusionPipeline
 from peft import PeftModel
 from torch import Tensor
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
 from transformers.utils import logging
@@ -59,13 +59,17 @@ class ResumableTrainer(Trainer):
                 `output_dir`; where that has none yet, the run starts from the beginning.
 
         Raises:
-            ValueError: There is no such checkpoint, it (or each of them) is damaged, or this run is another than the one that wrote it.
+            ValueError: There is no such checkpoint, it (or each of them) is damaged, or this run is another than the one
+                that wrote it.
             KeyboardInterrupt: SIGINT ended the run.
             SystemExit: SIGTERM did.
         """
         checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
         if self.args.should_save:
-            step = 0 if checkpoint is None else int(checkpoint.rpartition("-")[2])
+            # Not from the name, which a download from the Hub changes.
+            step = 0
+            if checkpoint is not None:
+                step = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME)).global_step
             set_aside_after(self.args.output_dir, step)
         with Interruption() as self._interruption:
             return super().train(checkpoint, *args, **kwargs)
