@@ -6,7 +6,7 @@ CORES := $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)) if 
 
 .PHONY: quickstart test benchmark lint clean
 
-quickstart: $(VENV)/installed  ## repair the packaged tiny pipeline with FDFO, about three minutes on two cores
+quickstart: $(VENV)/installed  ## repair the packaged tiny pipeline with FDFO, a few minutes on two cores
 	$(VENV)/bin/accelerate launch --num_processes 1 --num_cpu_threads_per_process $(CORES) --mixed_precision no --dynamo_backend no --num_machines 1 \
 		examples/train_sd3.py --config examples/recipes/shapes.yaml
 

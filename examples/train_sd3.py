@@ -1,7 +1,7 @@
 """
 Post-train Stable Diffusion 3 (or any diffusers flow-matching pipeline) with FDFO:
 
-    accelerate launch examples/train_sd3.py --config examples/recipes/shapes.yaml          # a laptop, 3 minutes
+    accelerate launch examples/train_sd3.py --config examples/recipes/shapes.yaml          # a laptop, minutes
     accelerate launch examples/train_sd3.py --config examples/recipes/combined.yaml        # the paper's setting
     accelerate launch examples/train_sd3.py --config examples/recipes/pickscore.yaml \
         --reward pickscore --reward my_module:my_reward --reward_weights 1.0 2.0           # with a reward of your own
