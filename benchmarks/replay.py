@@ -55,7 +55,7 @@ def replay_overhead(name: str, repeats: int) -> float:
     family = FAMILIES[name]
     flow = PipelineFlow(family.build(), num_generations=2, num_inference_steps=STEPS, **first_call(name))
     columns = columns_of(name, count := num_prompts(name))
-    sigmas = flow.noise_levels("a cat", {column: values[0] for column, values in columns.items()})
+    sigmas = flow.rehearse(["a cat"], {column: values[:1] for column, values in columns.items()}).sigmas
     prompts = ["a cat", "two dogs"][:count]
     seeds, noise_seeds = range(count), range(2 * count)
     batch = flow.rollout(prompts, constant_churn(sigmas, 0.1), seeds, noise_seeds, [LEVEL], columns)

@@ -111,6 +111,18 @@ def test_churn_schedules():
     assert (prior[:, 1:] == 0).all() and (prior[:, 0] > 0).all()
 
 
+def test_bump_ends_four_widths_from_its_centre():
+    sigmas = noise_levels(40)
+    gammas = interval_churn(sigmas, 0.8, torch.zeros(1, dtype=torch.float64), 0.5)[0]
+    inside = (sigmas.logit().abs() <= 2) & (sigmas < 1)
+    assert 0 < inside.sum() < 39
+    assert torch.equal(gammas > 0, inside)
+    # What is cut off was next to nothing.
+    t = sigmas[1:-1]
+    density = (-0.5 * (t.logit() / 0.5) ** 2).exp() / (t * (1 - t))
+    torch.testing.assert_close(gammas[1:-1].log1p(), 0.8 * density / density.sum(), rtol=0, atol=2e-4)
+
+
 def test_narrow_bump_far_from_every_level_falls_on_the_nearest():
     sigmas = noise_levels(10)
     gammas = interval_churn(sigmas, 0.8, torch.tensor([50.0], dtype=torch.float64), 0.01)

@@ -70,7 +70,7 @@ def test_gradients_equal_a_plain_loop_over_the_equations(make_trainer, branches,
         if name in start:
             parameter.data.copy_(start[name])
             parameter.grad = None
-    sigmas = trainer.flow.noise_levels("a")
+    sigmas = trainer.flow.rehearse(["a"]).sigmas
     total = 0.0
     rows = rollout_rows(len(PROMPTS), 4, rollout=0, seed=3)
     for first in (0, 2):

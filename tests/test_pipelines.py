@@ -96,7 +96,7 @@ def make_flow(name, call, dtype=torch.float32):
 def roll_out(flow, name, seed=0, gamma=0.2):
     count = num_prompts(name)
     columns = columns_of(name, count)
-    sigmas = flow.noise_levels("a cat", {column: values[0] for column, values in columns.items()})
+    sigmas = flow.rehearse(["a cat"], {column: values[:1] for column, values in columns.items()}).sigmas
     return flow.rollout(
         ["a cat", "two dogs in a garden"][:count],
         constant_churn(sigmas, gamma),
@@ -137,6 +137,38 @@ def test_branches_of_a_prompt_differ_by_their_churn_alone(name, call):
     assert torch.equal(batch.endpoints[:, 0], batch.endpoints[:, 1])
     for velocity in batch.velocities.values():
         assert torch.equal(velocity[0::2], velocity[1::2])
+
+
+@pytest.mark.parametrize(("name", "call"), CALLS)
+def test_batches_can_be_taken_apart(name, call):
+    flow = make_flow(name, FAMILIES[name].calls[call])
+    replay_error = lambda batch: max(
+        check_replay(flow.velocity(batch, level), batch.velocities[level], flow.pipeline, level) for level in batch.x_t
+    )
+    whole = roll_out(flow, name)
+    if num_prompts(name) > 1:
+        first, second = flow.split(replace(whole, images=None), [[0, 2], [1, 3]])
+        assert list(first.x_t) == [0, 2] and list(second.velocities) == [1, 3]
+        assert torch.equal(torch.cat([first.endpoints, second.endpoints]), whole.endpoints)
+        # Another batch size computes in another order; with the embeddings of the other prompt it would be 1e-1.
+        assert max(replay_error(first), replay_error(second)) < 1e-5
+
+    count = num_prompts(name)
+    columns = columns_of(name, count)
+    gammas = torch.zeros(STEPS + 1)
+    gammas[2] = 0.2
+    arguments = (["a cat", "a dog"][:count], gammas, range(count), range(10, 10 + 2 * count), range(STEPS), columns)
+    apart = flow.rollout(*arguments)
+    flow.share_prefix = True
+    shared = flow.rollout(*arguments)
+    flow.share_prefix = False
+    torch.testing.assert_close(shared.images, apart.images, rtol=0, atol=1e-5)
+    assert replay_error(shared) < 1e-5
+    if not columns:
+        flow.prompt_embeddings = {prompt: flow.encode(prompt) for prompt in arguments[0]}
+        cached = flow.rollout(*arguments)
+        torch.testing.assert_close(cached.images, apart.images, rtol=0, atol=1e-5)
+        assert replay_error(cached) < 1e-5
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -238,7 +270,7 @@ def test_usual_scheduler_of_another_kind_is_replaced(name):
     pipeline = module.build()
     pipeline.scheduler = module.usual_scheduler()
     flow = PipelineFlow(pipeline, num_generations=2, num_inference_steps=STEPS, **module.CALLS["plain"])
-    batch = flow.rollout(["a cat"], constant_churn(flow.noise_levels("a"), 0.2), [0], [1, 2], range(STEPS))
+    batch = flow.rollout(["a cat"], constant_churn(flow.rehearse(["a"]).sigmas, 0.2), [0], [1, 2], range(STEPS))
     for level in range(STEPS):
         assert torch.equal(flow.velocity(batch, level), batch.velocities[level])
 

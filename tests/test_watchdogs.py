@@ -66,7 +66,7 @@ def test_gradient_far_above_the_usual_is_reported(caplog):
 
 def test_identical_branches_end_the_run(make_trainer):
     trainer = make_trainer(churn=1e-20)
-    with pytest.raises(WatchdogError, match=r"equal to the bit.*rounding of torch.float32: raise `churn`"):
+    with pytest.raises(WatchdogError, match=r"are the same \(.*rounding of torch.float32: raise `churn`"):
         trainer.train()
     assert trainer.state.global_step == 0
 

@@ -54,7 +54,8 @@ _RESULT_OPTIONS = (
 _NO_RESULT_OPTIONS = (
     *("dataset_name", "dataset_prompt_column", "reward_weights", "lora_r", "lora_alpha", "lora_target_modules"),
     *("logging_steps", "save_steps", "save_on_signal", "resume_with_changed_options", "logging_nan_inf_filter"),
-    *("offload_components", "offload_trajectories"),
+    *("offload_components", "offload_trajectories", "cache_prompt_embeds", "shared_prefix"),
+    *("per_device_sampling_batch_size",),
 )
 
 
@@ -158,6 +159,22 @@ class FDFOConfig(TrainingArguments):
         offload_trajectories (`bool`, defaults to `False`):
             What a rollout records (noisy latents, velocities, embeddings of the prompts) waits in host memory, from
             which each micro-batch is copied.
+        cache_prompt_embeds (`bool`, defaults to `False`):
+            Encode each prompt once, before the run, and keep the embeddings on disk in the cache of `datasets`, for later
+            runs too. The text encoders stay in host memory. Costs disk: 1 MB per prompt of 128 T5 tokens in
+            bfloat16. Prompts are encoded one by one, which can round differently from a batch of them. Prompts that are not
+            in a dataset of the trainer are encoded when they come.
+        shared_prefix (`bool`, defaults to `False`):
+            Where the branches of all prompts of a batch are still identical (`churn_schedule="interval"`, before its
+            churn begins), sample one of them. Saves up to a third of a rollout's compute. Costs the last bits: a
+            smaller batch is computed in another order than the replay's.
+
+        > Speed
+
+        per_device_sampling_batch_size (`int`, *optional*):
+            Prompts sampled at a time by each process, a multiple of `per_device_prompt_batch_size`, which is then that of
+            training alone. Sampling keeps nothing for a backward pass, and larger batches fill the GPU. Costs the last
+            bits, as above. `None`: as many as are trained on at a time.
 
         > Saving and going on
 
@@ -247,6 +264,17 @@ class FDFOConfig(TrainingArguments):
     )
     offload_trajectories: bool = field(
         default=False, metadata={"help": "Noisy latents and velocities of a rollout in host memory."}
+    )
+    cache_prompt_embeds: bool = field(
+        default=False, metadata={"help": "Encode each prompt once, to disk; text encoders in host memory."}
+    )
+    shared_prefix: bool = field(
+        default=False, metadata={"help": "interval: sample the branches as one until the churn begins."}
+    )
+
+    # Speed
+    per_device_sampling_batch_size: int | None = field(
+        default=None, metadata={"help": "Prompts sampled at a time, a multiple of those trained on at a time."}
     )
 
     # Saving and going on
@@ -458,6 +486,30 @@ class FDFOConfig(TrainingArguments):
                 f"pipeline_columns={self.pipeline_columns} needs per_device_prompt_batch_size=1, not "
                 f"{self.per_device_prompt_batch_size}: pipelines disagree on what a list of images means for several "
                 "prompts, and prompts would be trained with the images of others."
+            )
+        if self.pipeline_columns and self.cache_prompt_embeds:
+            raise ValueError(
+                f"cache_prompt_embeds=True knows a prompt by its text alone, and pipeline_columns={self.pipeline_columns} "
+                "may be encoded with it. Set it to False."
+            )
+        if self.shared_prefix and self.churn_schedule != "interval":
+            raise ValueError(
+                f"shared_prefix=True has nothing to share under churn_schedule='{self.churn_schedule}', which drives the "
+                "branches apart from the start. Set it to False, or churn_schedule='interval'."
+            )
+        if self.per_device_sampling_batch_size is None:
+            self.per_device_sampling_batch_size = self.per_device_prompt_batch_size
+        size = self.per_device_sampling_batch_size
+        if size < 1 or size % self.per_device_prompt_batch_size:
+            lower, upper = nearest_multiples(size, self.per_device_prompt_batch_size)
+            raise ValueError(
+                f"per_device_sampling_batch_size={size} is not a multiple of per_device_prompt_batch_size="
+                f"{self.per_device_prompt_batch_size}, the prompts trained on at a time. The nearest that are: {lower} and "
+                f"{upper}."
+            )
+        if self.pipeline_columns and size != 1:
+            raise ValueError(
+                f"pipeline_columns={self.pipeline_columns} needs per_device_sampling_batch_size=1, not {size}."
             )
         if self.beta and not self.use_peft:
             raise ValueError(

@@ -4,7 +4,6 @@ import contextlib
 import math
 import os
 import time
-import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import cpu_offload_with_hook
-from datasets import Dataset, Value
+from datasets import Dataset
 from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from torch import Tensor
@@ -29,9 +28,11 @@ from .lora import add_adapter, default_lora_config
 from .pipeline_checks import check_call_kwargs
 from .pipeline_flow import PipelineFlow, RolloutBatch, check_replay, host_copy, load_pipeline, repeat_each
 from .prompt_dataset import check_prompts, load_prompts, rollout_rows
+from .prompt_embeddings import PromptEmbeddings, text_encoders
 from .resumable_trainer import ResumableTrainer
 from .rewards.reward_functions import PendingRewards, RewardFunction, RewardFunctions
 from .rollout_buffer import MicroBatch, RolloutBuffer, ScoredBatch, trained_levels
+from .run_description import describe_run
 from .trainer_compat import adapt_to_trainer, prepare_for_engine
 from .watchdogs import WatchdogError, Watchdogs
 
@@ -111,6 +112,7 @@ class FDFOTrainer(ResumableTrainer):
             pipeline,
             num_generations=config.num_generations,
             num_inference_steps=config.num_inference_steps,
+            share_prefix=config.shared_prefix,
             **{name: value for name, value in options.items() if value is not None},
             **(config.pipeline_kwargs or {}),
         )
@@ -143,14 +145,11 @@ class FDFOTrainer(ResumableTrainer):
         )
         prepare_for_engine(self.accelerator, pipeline)
         # Text encoders, VAE and the like: on the device, or there when they are called and until a rollout is sampled.
-        others = [
-            component
-            for name, component in pipeline.components.items()
-            if isinstance(component, torch.nn.Module) and name != "transformer"
-        ]
         self._offloaded = []
-        for component in others:
-            if config.offload_components:
+        for name, component in pipeline.components.items():
+            if not isinstance(component, torch.nn.Module) or name == "transformer":
+                continue
+            if config.offload_components or (config.cache_prompt_embeds and name in text_encoders(pipeline)):
                 self._offloaded.append(cpu_offload_with_hook(component, self.args.device)[1])
             else:
                 component.to(self.args.device)
@@ -169,17 +168,37 @@ class FDFOTrainer(ResumableTrainer):
         self._buffer: RolloutBuffer | None = None
         self._metrics: dict[str, list[Tensor]] = defaultdict(list)
         self._seconds: dict[str, float] = defaultdict(float)
-        row = train_dataset[0]
         check_call_kwargs(pipeline, pipeline_columns)
-        self._sigmas = self.flow.noise_levels(
-            row[config.dataset_prompt_column], {name: row[name] for name in pipeline_columns}
-        )
+        row = train_dataset[0]
+        columns = {name: [row[name]] for name in pipeline_columns}
+        self._sigmas = self.flow.rehearse([row[config.dataset_prompt_column]], columns).sigmas
         if len(self._sigmas) != config.num_inference_steps + 1:
             raise ValueError(
                 f"{type(pipeline).__name__} takes {len(self._sigmas) - 1} steps, not num_inference_steps="
                 f"{config.num_inference_steps}: it or `pipeline_kwargs` sets a schedule of its own. Set the option to that."
             )
+        larger_batches = config.per_device_sampling_batch_size > config.per_device_prompt_batch_size
+        if larger_batches or config.shared_prefix or config.cache_prompt_embeds:
+            self.flow.axes(columns)
+        if config.cache_prompt_embeds:
+            self._cache_prompt_embeds()
+        self._offload_components()
         self.run = describe_run(config, pipeline, self.reward_functions, train_dataset, self.model)
+
+    def _cache_prompt_embeds(self) -> None:
+        column = self.args.dataset_prompt_column
+        prompts = [
+            prompt for dataset in (self.train_dataset, self.eval_dataset) if dataset for prompt in dataset[column]
+        ]
+        disable = self.args.disable_tqdm or not self.is_world_process_zero()
+        embeddings = PromptEmbeddings(self.flow, prompts, lambda files: tqdm(files, "encoding", disable=disable))
+        if not embeddings.same_shapes and self.args.per_device_sampling_batch_size > 1:
+            raise ValueError(
+                f"{type(self.pipeline).__name__} encodes prompts to different lengths, and cache_prompt_embeds=True cannot "
+                "put them into one batch. Set per_device_prompt_batch_size=1 and per_device_sampling_batch_size=1, or "
+                "cache_prompt_embeds=False."
+            )
+        self.flow.prompt_embeddings = embeddings
 
     # Trainer's loop ---------------------------------------------------------------------------------------------------
 
@@ -251,48 +270,59 @@ class FDFOTrainer(ResumableTrainer):
         bar = contextlib.nullcontext()
         if self._progress is not None:
             bar = self._progress.rollout_bar(rollout, args.num_rollout_batches * batch_size)
+        at_a_time = args.per_device_sampling_batch_size // batch_size
+        batches = range(first_batch, first_batch + args.num_rollout_batches)
         with bar:
-            for batch in range(first_batch, first_batch + args.num_rollout_batches):
+            for start in range(0, len(batches), at_a_time):
                 if self._is_told_to_end():
                     break  # `_save_if_interrupted` ends the run
                 for pending in rewards:
                     pending.raise_errors()
-                levels = trained_levels(
-                    args.num_inference_steps,
-                    args.num_trained_levels,
-                    args.optimizer_steps_per_rollout,
-                    args.seed,
-                    rollout,
-                    batch,
-                )
-                numbers = range(batch * batch_size, (batch + 1) * batch_size)
-                one, pending = self._roll_out_batch(rollout, levels, numbers, [rows[n] for n in numbers])
-                sampled.append((levels, one))
+                group = batches[start : start + at_a_time]
+                numbers = range(group[0] * batch_size, (group[-1] + 1) * batch_size)
+                parts, pending = self._roll_out_batches(rollout, group, numbers, [rows[n] for n in numbers])
+                sampled += parts
                 rewards.append(pending)
                 if self._progress is not None:
-                    bar.update(batch_size)
+                    bar.update(len(numbers))
         with self._timed("reward"):
             while self._interruption.signal is None and not all(pending.done() for pending in rewards):
                 time.sleep(0.005)
         self._end_if_interrupted()
         self._save_if_interrupted()
         with self._timed("reward"):
-            rewards = [pending.result().unflatten(0, (batch_size, args.num_generations)) for pending in rewards]
+            rewards = torch.cat([pending.result() for pending in rewards]).unflatten(0, (-1, args.num_generations))
             self.reward_functions.on_rollout_end()
         self._offload_components()
-        self._record_rewards(rollout, torch.cat(rewards))
+        self._record_rewards(rollout, rewards)
         gammas = torch.atleast_2d(self._churn(rollout, range(len(rows))))
         shared_noise = (-gammas.log1p().sum(dim=1)).exp().mean().item()
         self._record_branches(torch.cat([batch.endpoints for _, batch in sampled]), shared_noise)
-        batches = [self._score_batch(*batch, rewards=values) for batch, values in zip(sampled, rewards)]
+        batches = [
+            self._score_batch(*batch, rewards=values) for batch, values in zip(sampled, rewards.split(batch_size))
+        ]
         return RolloutBuffer(rollout, first_batch, batches, args.optimizer_steps_per_rollout)
 
-    def _roll_out_batch(
-        self, rollout: int, levels: list[int], numbers: Sequence[int], rows: list[int]
-    ) -> tuple[RolloutBatch, PendingRewards]:
-        """Steps 1 and 2 for a batch of P prompts, `numbers` being their places in the rollout over all processes."""
+    def _roll_out_batches(
+        self, rollout: int, batches: Sequence[int], numbers: Sequence[int], rows: list[int]
+    ) -> tuple[list[tuple[list[int], RolloutBatch]], PendingRewards]:
+        """
+        Steps 1 and 2 for some batches at once, each with the levels that it is trained on; `numbers` are the places of
+        their prompts in the rollout over all processes.
+        """
         args = self.args
         branches = args.num_generations
+        levels = [
+            trained_levels(
+                args.num_inference_steps,
+                args.num_trained_levels,
+                args.optimizer_steps_per_rollout,
+                args.seed,
+                rollout,
+                batch,
+            )
+            for batch in batches
+        ]
         columns = self.train_dataset[rows]
         prompts = columns[args.dataset_prompt_column]
 
@@ -306,7 +336,7 @@ class FDFOTrainer(ResumableTrainer):
                 noise_seeds=[
                     derive_seed(args.seed, rollout, n * branches + a, 1) for n in numbers for a in range(branches)
                 ],
-                levels=levels,
+                levels={level for one in levels for level in one},
                 columns=self._pipeline_columns(columns),
             )
 
@@ -322,8 +352,10 @@ class FDFOTrainer(ResumableTrainer):
             pending = self.reward_functions.submit(
                 sampled.images, repeated[args.dataset_prompt_column], self.state, repeated, branches
             )
-        sampled = replace(sampled, images=None)
-        return sampled.on_host() if args.offload_trajectories else sampled, pending
+        parts = self.flow.split(replace(sampled, images=None), levels)
+        if args.offload_trajectories:
+            parts = [part.on_host() for part in parts]
+        return list(zip(levels, parts)), pending
 
     def _score_batch(self, levels: list[int], sampled: RolloutBatch, rewards: Tensor) -> ScoredBatch:
         """Step 3, the finite difference, from the rewards [P, G, number of rewards] of a batch."""
@@ -572,43 +604,6 @@ class FDFOTrainer(ResumableTrainer):
         start = time.perf_counter()
         yield
         self._seconds[name] += time.perf_counter() - start
-
-
-def describe_run(
-    config: FDFOConfig, pipeline: DiffusionPipeline, rewards: RewardFunctions, prompts: Dataset, model: torch.nn.Module
-) -> dict[str, Any]:
-    """What the result of a run depends on, as JSON values; the larger parts as checksums."""
-    transformer = pipeline.transformer
-    frozen = [p for p in transformer.parameters() if not p.requires_grad]
-    adapter = model.peft_config["default"] if config.use_peft else None
-    defaults = {} if adapter is None else type(adapter)().to_dict()
-    scalars = [name for name, feature in prompts.features.items() if isinstance(feature, Value)]
-    return {
-        **config.result_options(),
-        **{
-            f"adapter.{name}": sorted(value) if isinstance(value, set) else value
-            for name, value in (adapter.to_dict() if adapter is not None else {}).items()
-            if (value != defaults.get(name) or name in ("r", "lora_alpha"))
-            and name not in ("base_model_name_or_path", "peft_version")
-        },
-        "pipeline": type(pipeline).__name__,
-        "components": sorted(name for name, component in pipeline.components.items() if component is not None),
-        "transformer (checksum of its config)": _config_checksum(transformer.config),
-        # Some of each: enough to tell two models of one architecture apart.
-        "transformer (checksum of its frozen weights)": _checksum([p.flatten()[:16].tolist() for p in frozen]),
-        "scheduler (checksum of its config)": _config_checksum(pipeline.scheduler.config),
-        "dataset (checksum of its text and numbers)": _checksum([prompts[name] for name in scalars]),
-        "rewards": rewards.describe(),
-    }
-
-
-def _config_checksum(config: dict[str, Any]) -> str:
-    # Those with an underscore say where it came from, not what it is.
-    return _checksum(sorted((name, value) for name, value in config.items() if not name.startswith("_")))
-
-
-def _checksum(value: Any) -> str:
-    return f"{zlib.crc32(repr(value).encode()):08x}"
 
 
 def derive_seed(*numbers: int) -> int:

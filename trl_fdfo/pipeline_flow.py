@@ -17,8 +17,9 @@ import contextlib
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from .pipeline_checks import check_call_kwargs, check_pipeline, check_resolution
-from .schedulers import ChurnScheduler, ProbeScheduler, ReplayScheduler, StopPipeline, euler_scheduler
+from .sample_axes import concatenate, sample_axes, take
+from .schedulers import ChurnScheduler, RehearsalScheduler, ReplayScheduler, StopPipeline, euler_scheduler
 
 
 # Relative rms difference between a replayed and a recorded velocity that kernels which do not repeat to the bit may
@@ -38,6 +40,40 @@ REPLAY_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 5e
 
 class ReplayError(RuntimeError):
     """A replayed velocity is not the recorded one: what would be trained is not what was sampled."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rehearsal:
+    """
+    What passes between a pipeline and its parts in a call with N samples of one prompt, of which one step was real.
+
+    Attributes:
+        sigmas (`Tensor`): Noise levels t_0 > ... > t_T = 0 in [0, 1], shape [T + 1], on the CPU.
+        latents (`Tensor`): Noisy latents as the scheduler gets them, shape [N, ...].
+        encoded (`list`): Return value of each call of `encode_prompt`.
+        prepared (`list`): Return value of each call of `prepare_latents`.
+        model_calls (`list[tuple[tuple, dict]]`): Arguments of each call of the transformer in the first step.
+        outputs (`list`): What it returned.
+        images (`Tensor`): Floats in [0, 1], shape [N, 3, H, W]; videos [N, F, 3, H, W]. Of no use as pictures.
+    """
+
+    sigmas: Tensor
+    latents: Tensor
+    encoded: list
+    prepared: list
+    model_calls: list[tuple[tuple, dict]]
+    outputs: list
+    images: Tensor
+
+
+@dataclass(frozen=True)
+class BatchAxes:
+    """Where the samples are, as [`sample_axes`] has it, in the fields of a [`Rehearsal`] of these names."""
+
+    encoded: Any
+    prepared: Any
+    model_calls: Any
+    outputs: Any
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,26 +118,38 @@ class PipelineFlow:
             [`check_pipeline`].
         num_generations (`int`): Branches G per prompt, >= 2.
         num_inference_steps (`int`): Steps T of the sampler.
+        share_prefix (`bool`): In a rollout, run the transformer once for the branches of a prompt as long as the churn
+            leaves them identical.
         **call_kwargs: Other arguments of the pipeline's call, such as `guidance_scale`, `height`, `width` (pixels).
 
     Attributes:
         model (`Callable`): What is called in the place of `pipeline.transformer`: the module itself, or what wraps it
             (DDP, DeepSpeed, FSDP, a compiled module), so that the wrapper's hooks fire.
+        prompt_embeddings (`Mapping[str, list]`): What `encode` returned for some prompts, which are not encoded again.
 
     Raises:
         ValueError: The pipeline is no flow-matching one, or its call does not take one of the arguments.
     """
 
     def __init__(
-        self, pipeline: DiffusionPipeline, *, num_generations: int, num_inference_steps: int, **call_kwargs: Any
+        self,
+        pipeline: DiffusionPipeline,
+        *,
+        num_generations: int,
+        num_inference_steps: int,
+        share_prefix: bool = False,
+        **call_kwargs: Any,
     ):
         self.pipeline = pipeline
         self.num_generations = num_generations
+        self.share_prefix = share_prefix
         self.call_kwargs = {"num_inference_steps": num_inference_steps, **call_kwargs}
         check_pipeline(pipeline)
         check_call_kwargs(pipeline, self.call_kwargs)
         check_resolution(pipeline, call_kwargs.get("height"), call_kwargs.get("width"))
         self.model: Callable = pipeline.transformer
+        self.prompt_embeddings: Mapping[str, list] = {}
+        self._axes: BatchAxes | None = None
         self._scheduler = euler_scheduler(pipeline.scheduler)
         self._replay_scheduler = ReplayScheduler.from_config(self._scheduler.config)
         self._dtype = pipeline.transformer.dtype
@@ -112,25 +160,97 @@ class PipelineFlow:
         self._call_with_grad = inspect.unwrap(type(pipeline).__call__)
 
     @torch.no_grad()
-    def noise_levels(self, prompt: str, columns: dict[str, Any] | None = None) -> Tensor:
+    def rehearse(
+        self, prompts: Sequence[str], columns: dict[str, Sequence] | None = None, samples_per_prompt: int = 1
+    ) -> Rehearsal:
         """
-        Noise levels t_0 > ... > t_T = 0 of the pipeline at these settings, in [0, 1], shape [T + 1], on the CPU.
+        One call of the pipeline from the prompts to the decoded images, with all steps of the transformer but the first
+        left out: what the pipeline refuses, it refuses here, and what it passes around has the shapes of a rollout.
 
-        Encodes the prompt and prepares latents, but samples nothing: what the pipeline refuses, it refuses here.
+        Args:
+            prompts (`Sequence[str]`): P prompts.
+            columns (`dict[str, Sequence]`, *optional*): As in `rollout`.
+            samples_per_prompt (`int`): N = P x samples_per_prompt.
+
+        Raises:
+            ValueError: The pipeline cannot be called with these arguments.
         """
-        scheduler = ProbeScheduler.from_config(self._scheduler.config)
-        columns = {name: [value] for name, value in (columns or {}).items()}
-        with self._patched(scheduler, self.model):
+        scheduler = RehearsalScheduler.from_config(self._scheduler.config)
+        remembered: dict[str, list] = {"encode_prompt": [], "prepare_latents": []}
+        calls, outputs = [], []
+        known: dict[str, Any] = {}  # by the shapes of the arguments
+
+        def model(*args, **kwargs):
+            shapes = repr(recursively_apply(lambda tensor: tensor.shape, (args, kwargs)))
+            if scheduler.steps_done > 0 and shapes in known:
+                return recursively_apply(torch.zeros_like, known[shapes])
+            known[shapes] = self.model(*args, **kwargs)
+            if scheduler.steps_done == 0:
+                calls.append((args, kwargs))
+                outputs.append(known[shapes])
+            return known[shapes]
+
+        generators = _generators([0] * len(prompts) * samples_per_prompt)
+        call_kwargs = self._arguments(prompts, generators, columns)
+        with self._patched(scheduler, model, **_remember(remembered)):
             try:
-                self.pipeline(**self._arguments([prompt], [torch.Generator()], columns))
-            except StopPipeline as stop:
-                return stop.value.cpu()
-            except (AttributeError, LookupError, RuntimeError, TypeError) as error:
+                images = self.pipeline(**call_kwargs)[0].float()
+            except torch.OutOfMemoryError:
+                raise
+            except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
                 options = {name: value for name, value in self.call_kwargs.items() if value is not None}
                 raise ValueError(
                     f"{type(self.pipeline).__name__} cannot be called with {options}: {type(error).__name__}: {error}"
                 ) from error
-        raise ValueError(f"{type(self.pipeline).__name__} never set its noise levels: it is not a pipeline to train.")
+        if scheduler.latents is None:
+            raise ValueError(f"{type(self.pipeline).__name__} took no step: it is not a pipeline to train.")
+        return Rehearsal(
+            sigmas=scheduler.sigmas.cpu(),
+            latents=scheduler.latents,
+            encoded=remembered["encode_prompt"],
+            prepared=remembered["prepare_latents"],
+            model_calls=calls,
+            outputs=outputs,
+            images=images,
+        )
+
+    def axes(self, columns: dict[str, Sequence] | None = None) -> BatchAxes:
+        """
+        Where the samples are in what the pipeline passes around: rehearsed once with some samples and with twice as many.
+
+        Args:
+            columns (`dict[str, Sequence]`, *optional*): As in `rollout`, where the pipeline needs them, for one prompt.
+
+        Raises:
+            ValueError: What a sample's part of it is cannot be told.
+        """
+        if self._axes is None:
+            # Of different length: some pipelines have a mask only then.
+            prompts = ["a cat"] if columns else ["a cat", "a red cat and a blue dog"]
+            some, twice = (self.rehearse(prompts, columns, samples) for samples in (1, 2))
+            names = [field.name for field in fields(BatchAxes)]
+            try:
+                self._axes = BatchAxes(*(sample_axes(getattr(some, name), getattr(twice, name)) for name in names))
+            except ValueError as error:
+                raise ValueError(
+                    f"The batches of {type(self.pipeline).__name__} cannot be taken apart, which shared_prefix, "
+                    "cache_prompt_embeds and a per_device_sampling_batch_size of its own need. Leave these options "
+                    f"out. It passes {error}"
+                ) from None
+        return self._axes
+
+    @torch.no_grad()
+    def encode(self, prompt: str) -> list:
+        """What `encode_prompt` returns at each of its calls for one sample of the prompt, for `prompt_embeddings`."""
+        remembered: dict[str, list] = {"encode_prompt": [], "prepare_latents": []}
+
+        def model(*args, **kwargs):
+            raise StopPipeline(None)
+
+        scheduler = RehearsalScheduler.from_config(self._scheduler.config)
+        with self._patched(scheduler, model, **_remember(remembered)), contextlib.suppress(StopPipeline):
+            self.pipeline(**self._arguments([prompt], [torch.Generator()]))
+        return remembered["encode_prompt"]
 
     @torch.no_grad()
     def rollout(
@@ -139,7 +259,7 @@ class PipelineFlow:
         gammas: Tensor,
         seeds: Sequence[int],
         noise_seeds: Sequence[int],
-        levels: Sequence[int],
+        levels: Collection[int],
         columns: dict[str, Sequence] | None = None,
     ) -> RolloutBatch:
         """
@@ -150,7 +270,7 @@ class PipelineFlow:
             gammas (`Tensor`): Churn of each level, for all prompts, shape [T + 1], or for each, shape [P, T + 1].
             seeds (`Sequence[int]`): Seed of the initial noise of each prompt, P of them.
             noise_seeds (`Sequence[int]`): Seed of the churn noise of each branch, N = P x G of them.
-            levels (`Sequence[int]`): Steps in [0, T) whose tuples are recorded.
+            levels (`Collection[int]`): Steps in [0, T) whose tuples are recorded.
             columns (`dict[str, Sequence]`, *optional*): Further arguments of the call that differ between prompts, such
                 as the image to be edited, P values each. With them, P must be 1.
 
@@ -163,22 +283,22 @@ class PipelineFlow:
             gammas.expand(len(prompts), -1).repeat_interleave(branches, dim=0), _generators(noise_seeds), levels
         )
         remembered: dict[str, list] = {"encode_prompt": [], "prepare_latents": []}
+        remember = _remember(remembered)
         outputs = []
-
-        def encode_prompt(original, *args, **kwargs):
-            remembered["encode_prompt"].append(original(*args, **kwargs))
-            return remembered["encode_prompt"][-1]
+        call_model = self.model
+        if self.share_prefix:
+            call_model = self._share_prefix(scheduler, len(prompts), gammas, self.axes(columns))
 
         def prepare_latents(original, *args, **kwargs):
-            prepared = original(*args, **kwargs)
-            remembered["prepare_latents"].append(prepared)
+            prepared = remember["prepare_latents"](original, *args, **kwargs)
             return _with_latents(prepared, scheduler.start(_latents(prepared)))
 
         def model(*args, **kwargs):
-            output = self.model(*args, **kwargs)
+            output = call_model(*args, **kwargs)
             outputs.append(recursively_apply(lambda tensor: tensor.to("meta"), output))
             return output
 
+        encode_prompt = self._encode_from_cache(remember["encode_prompt"], prompts, branches)
         # Each branch has a generator of its own from the seed of its prompt: their initial noise is the same.
         call_kwargs = self._arguments(prompts, _generators(repeat_each(seeds, branches)), columns)
         with self._patched(scheduler, model, encode_prompt=encode_prompt, prepare_latents=prepare_latents):
@@ -192,6 +312,44 @@ class PipelineFlow:
             remembered=remembered,
             outputs=outputs,
         )
+
+    def split(self, batch: RolloutBatch, levels: Sequence[Sequence[int]]) -> list[RolloutBatch]:
+        """
+        The batches that a larger one was sampled for, each with equally many of its prompts.
+
+        Args:
+            batch ([`RolloutBatch`]): What `rollout` returned for several prompts, without its images.
+            levels (`Sequence[Sequence[int]]`): For each part, the recorded steps that it is to keep.
+        """
+        if len(levels) == 1:
+            return [batch]
+        axes = self.axes()
+        prompts, branches = batch.endpoints.shape[:2]
+        count, total = prompts // len(levels), prompts * branches
+        parts = []
+        for number, kept in enumerate(levels):
+            first = number * count
+            samples = range(first * branches, (first + count) * branches)
+            part = functools.partial(take, samples=samples, total=total)
+            parts.append(
+                RolloutBatch(
+                    images=None,
+                    endpoints=batch.endpoints[first : first + count].clone(),
+                    # Copies: a view would keep the whole in memory.
+                    x_t={level: part(batch.x_t[level], 0) for level in kept},
+                    velocities={level: part(batch.velocities[level], 0) for level in kept},
+                    call_kwargs={
+                        name: [value[n] for n in samples] if _is_per_sample(name) and isinstance(value, list) else value
+                        for name, value in batch.call_kwargs.items()
+                    },
+                    remembered={
+                        "encode_prompt": part(batch.remembered["encode_prompt"], axes.encoded),
+                        "prepare_latents": part(batch.remembered["prepare_latents"], axes.prepared),
+                    },
+                    outputs=[part(output, axes.outputs[0]) for output in batch.outputs],
+                )
+            )
+        return parts
 
     def velocity(self, batch: RolloutBatch, level: int) -> Tensor:
         """
@@ -255,8 +413,41 @@ class PipelineFlow:
         Returns:
             `Tensor`: Images, floats in [0, 1], shape [N, 3, H, W]; videos [N, F, 3, H, W].
         """
-        with self._patched(self._scheduler, self.model):
+        # Other arguments may encode other things.
+        encode_prompt = self._encode_from_cache(_call, prompts if not call_kwargs else ())
+        with self._patched(self._scheduler, self.model, encode_prompt=encode_prompt):
             return self.pipeline(**{**self._arguments(prompts, _generators(seeds), columns), **call_kwargs})[0].float()
+
+    def _encode_from_cache(self, encode: Callable, prompts: Sequence[str], branches: int = 1) -> Callable:
+        """`encode`, what wraps `encode_prompt`, with the embeddings of the prompts where all of them are known."""
+        if not prompts or not all(prompt in self.prompt_embeddings for prompt in prompts):
+            return encode
+        axes = self.axes().encoded
+        samples = repeat_each(range(len(prompts)), branches)
+        known = concatenate([self.prompt_embeddings[prompt] for prompt in prompts], axes)
+        known = send_to_device(take(known, axes, samples, len(prompts)), self.pipeline._execution_device)
+        values = iter(known)
+        return lambda original, *args, **kwargs: encode(lambda *args, **kwargs: next(values))
+
+    def _share_prefix(self, scheduler: ChurnScheduler, prompts: int, gammas: Tensor, axes: BatchAxes) -> Callable:
+        """The model, called with one branch of each prompt while those of none have had churn."""
+        branches = self.num_generations
+        total = prompts * branches
+        churned = (torch.atleast_2d(gammas) > 0).any(dim=0).nonzero()
+        shared_steps = int(churned[0]) if len(churned) else gammas.shape[-1]
+        calls: dict[int, int] = defaultdict(int)  # of each step
+
+        def model(*args, **kwargs):
+            number = calls[scheduler.steps_done]
+            calls[scheduler.steps_done] += 1
+            # Guidance may need more calls in later steps than in the first, whose axes are known.
+            if scheduler.steps_done >= shared_steps or number >= len(axes.model_calls):
+                return self.model(*args, **kwargs)
+            args, kwargs = take((args, kwargs), axes.model_calls[number], range(0, total, branches), total)
+            output = self.model(*args, **kwargs)
+            return take(output, axes.outputs[number], repeat_each(range(prompts), branches), prompts)
+
+        return model
 
     def _arguments(
         self, prompts: Sequence[str], generators: list[torch.Generator], columns: dict[str, Sequence] | None = None
@@ -276,7 +467,7 @@ class PipelineFlow:
             varying |= {name: repeat_each(values, branches) for name, values in (columns or {}).items()}
         arguments = {**self.call_kwargs, "generator": generators, "output_type": "pt", "return_dict": False, **varying}
         for name, value in arguments.items():
-            if name.startswith(("negative_prompt", "prompt_")) and isinstance(value, str):
+            if _is_per_sample(name) and isinstance(value, str):
                 # One for all: not every pipeline repeats it itself.
                 arguments[name] = [value] * len(varying["prompt"])
             elif isinstance(value, list):
@@ -393,6 +584,28 @@ def _generators(seeds: Sequence[int]) -> list[torch.Generator]:
 def _zeros(shape: Tensor, device: torch.device) -> Tensor:
     """Zeros of the shape and dtype of a meta tensor, without memory of their own."""
     return torch.zeros((), dtype=shape.dtype, device=device).expand(shape.shape)
+
+
+def _is_per_sample(name: str) -> bool:
+    """Whether an argument of a pipeline's call, where it is a list, has one item for each sample."""
+    return name in ("prompt", "generator") or name.startswith(("prompt_", "negative_prompt"))
+
+
+def _call(original: Callable, *args: Any, **kwargs: Any) -> Any:
+    return original(*args, **kwargs)
+
+
+def _remember(remembered: dict[str, list]) -> dict[str, Callable]:
+    """Wrappers of the methods that it names, which keep there what each of their calls returns."""
+
+    def wrapper(name: str) -> Callable:
+        def method(original, *args, **kwargs):
+            remembered[name].append(original(*args, **kwargs))
+            return remembered[name][-1]
+
+        return method
+
+    return {name: wrapper(name) for name in remembered}
 
 
 # What `prepare_latents` returns is the latents, or a tuple that starts with them.

@@ -7,8 +7,8 @@ velocity v = eps - x_0 is what reaches `step`.
 Dimensions: N samples (prompts x branches), T steps.
 """
 
-import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
@@ -57,14 +57,17 @@ def euler_scheduler(scheduler: SchedulerMixin) -> FlowMatchEulerDiscreteSchedule
     return FlowMatchEulerDiscreteScheduler(shift=shift, **{name: config[name] for name in names if name in config})
 
 
-class ProbeScheduler(FlowMatchEulerDiscreteScheduler):
-    """Stops the pipeline as soon as its noise levels are set."""
+class RehearsalScheduler(FlowMatchEulerDiscreteScheduler):
+    """Takes the pipeline through its loop, the latents unchanged, and keeps those that it was given."""
 
-    # `retrieve_timesteps` of the pipelines inspects the signature, which `functools.wraps` keeps.
-    @functools.wraps(FlowMatchEulerDiscreteScheduler.set_timesteps)
-    def set_timesteps(self, *args, **kwargs):
-        super().set_timesteps(*args, **kwargs)
-        raise StopPipeline(self.sigmas)
+    latents: Tensor | None = None
+    steps_done = 0
+
+    def step(self, model_output, timestep, sample, return_dict=True, **kwargs):
+        _refuse_noise_levels_per_token(kwargs)
+        self.latents = sample
+        self.steps_done += 1
+        return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=sample) if return_dict else (sample,)
 
 
 class ChurnScheduler(FlowMatchEulerDiscreteScheduler):
@@ -78,6 +81,7 @@ class ChurnScheduler(FlowMatchEulerDiscreteScheduler):
         self.x_t: dict[int, Tensor] = {}
         self.velocities: dict[int, Tensor] = {}
         self.endpoints: Tensor | None = None  # latents after the latest step, [N, ...]
+        self.steps_done = 0
 
     def start(self, x: Tensor) -> Tensor:
         """Fresh noise for each branch at t = 1."""
@@ -85,8 +89,7 @@ class ChurnScheduler(FlowMatchEulerDiscreteScheduler):
         return churn_start(x.float(), gamma, self._noise(x, gamma)).to(x.dtype)
 
     def step(self, model_output, timestep, sample, return_dict=True, **kwargs):
-        if kwargs.get("per_token_timesteps") is not None:
-            raise ValueError("A pipeline that gives each token a noise level of its own cannot be trained with FDFO.")
+        _refuse_noise_levels_per_token(kwargs)
         if self.step_index is None:
             self._init_step_index(timestep)
         step = self.step_index
@@ -99,6 +102,7 @@ class ChurnScheduler(FlowMatchEulerDiscreteScheduler):
             sample.float(), model_output, self.sigmas[step], self.sigmas[step + 1], gamma, self._noise(sample, gamma)
         ).to(model_output.dtype)
         self._step_index += 1
+        self.steps_done += 1
         self.endpoints = x_s
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=x_s) if return_dict else (x_s,)
 
@@ -128,3 +132,8 @@ class ReplayScheduler(FlowMatchEulerDiscreteScheduler):
             raise StopPipeline(model_output)
         self.steps_left -= 1
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=sample) if return_dict else (sample,)
+
+
+def _refuse_noise_levels_per_token(kwargs: dict[str, Any]) -> None:
+    if kwargs.get("per_token_timesteps") is not None:
+        raise ValueError("A pipeline that gives each token a noise level of its own cannot be trained with FDFO.")

@@ -20,6 +20,8 @@ logger = logging.get_logger(__name__)
 GRADIENT_WINDOW, GRADIENT_FACTOR = 100, 50
 MIN_GRADIENTS = 20  # before the median says anything
 MIN_ROUNDINGS = 16
+# Not 0: a processor may compute the last bits of equal rows of a batch differently.
+NO_ROUNDINGS = 0.01
 MIN_SHARED_NOISE = 0.1
 MAX_RATIO_ERROR = 3  # times epsilon; mean over the samples since the last log
 MAX_FIRST_RATIO_ERROR = 0.5  # times epsilon
@@ -104,14 +106,16 @@ class Watchdogs:
         Raises:
             WatchdogError: All images of each prompt are the same.
         """
-        if distance == 0:
+        rounding = torch.finfo(dtype).eps
+        if distance < NO_ROUNDINGS * rounding:
             raise WatchdogError(
-                "The images of each prompt are equal to the bit: there is no difference to learn from. The churn is lost in "
-                f"the rounding of {dtype}: raise `churn`."
+                f"The images of each prompt are the same (they differ by {distance:.2g} of the spread of all images): there "
+                f"is no difference to learn from. The churn is lost in the rounding of {dtype}: raise `churn`."
             )
-        if distance < MIN_ROUNDINGS * torch.finfo(dtype).eps:
+        if distance < MIN_ROUNDINGS * rounding:
             logger.warning(
-                f"The images of a prompt differ by {distance:.2g} of the spread of all images, near the rounding of {dtype}: their difference is noise. Raise `churn`."
+                f"The images of a prompt differ by {distance:.2g} of the spread of all images, near the rounding of "
+                f"{dtype}: their difference is noise. Raise `churn`."
             )
         if shared_noise < MIN_SHARED_NOISE:
             logger.warning(

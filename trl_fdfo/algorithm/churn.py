@@ -23,6 +23,9 @@ import torch
 from torch import Tensor
 
 
+BUMP_REACH = 4.0  # standard deviations
+
+
 def churn_start(x: Tensor, gamma: float | Tensor, noise: Tensor) -> Tensor:
     """
     Mix fresh noise into the initial noise of each branch, at t = 1.
@@ -92,12 +95,17 @@ def interval_churn(sigmas: Tensor, weight: float, location: Tensor, width: float
 
     Returns:
         `Tensor`: Churn of each level for each prompt, shape [P, T + 1]. It is 0 at t = 1 and at t = 0, where the
-        density vanishes.
+        density vanishes, and at levels more than [`BUMP_REACH`] widths from the centre.
     """
     inside = (sigmas > 0) & (sigmas < 1)
     t = sigmas[inside]
     # In logarithms: far from a narrow bump every density underflows, and their normalised value is still defined.
-    log_density = -0.5 * ((t.logit() - location[:, None]) / width) ** 2 - (t * (1 - t)).log()
+    deviation = ((t.logit() - location[:, None]) / width).abs()
+    log_density = -0.5 * deviation**2 - (t * (1 - t)).log()
+    # Cut off where less than 1e-4 of it is left, but for the nearest level: a density is never exactly 0, and the branches
+    # would differ, by next to nothing, from the start.
+    reach = deviation.amin(dim=-1, keepdim=True).clamp(min=BUMP_REACH)
+    log_density = log_density.masked_fill(deviation > reach, -torch.inf)
     gammas = sigmas.new_zeros(len(location), len(sigmas))
     gammas[:, inside] = torch.expm1(weight * log_density.softmax(dim=-1))
     return gammas
