@@ -19,6 +19,10 @@ from trl_fdfo import FDFOConfig, FDFOTrainer
 from trl_fdfo.sharding import trained_parameters, whole_values
 
 
+# Several processes sample more at a time than the one that they are compared with, from embeddings on disk.
+SAMPLING = {"per_device_sampling_batch_size": 4, "cache_prompt_embeds": True}
+
+
 def build(output_dir: str, make_pipeline=tiny_pipelines.sd3, reward=conftest.redness, **options) -> FDFOTrainer:
     """A trainer whose global settings, and batch per process, do not depend on the number of processes."""
     defaults = {
@@ -87,7 +91,7 @@ def finish() -> None:
 
 
 if __name__ == "__main__":
-    trainer, result = run(sys.argv[1] + ".out", *sys.argv[2:])
+    trainer, result = run(sys.argv[1] + ".out", *sys.argv[2:], **SAMPLING)
     if trainer.is_world_process_zero():
         torch.save(result, sys.argv[1])
     del trainer

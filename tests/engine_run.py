@@ -30,7 +30,7 @@ from trl_fdfo.sharding import trained_parameters
 
 GPU = torch.cuda.is_available()
 # Accelerate takes `use_cpu` for "neither DeepSpeed nor FSDP".
-ENGINE = {"use_cpu": False, "ddp_backend": None if GPU else "gloo"}
+ENGINE = {"use_cpu": False, "ddp_backend": None if GPU else "gloo", **distributed_run.SAMPLING}
 WITHOUT_ADAPTER = {"use_peft": False, "beta": 0.0, "learning_rate": 1e-3}
 
 

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ def launch(script: str, file: Path, *arguments: Path) -> dict:
     """What two processes write."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [Path(__file__).with_name(script), file, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(file.parent / "cache")}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     return torch.load(file, weights_only=True)
 

@@ -141,7 +141,7 @@ def two_processes(request, models, tmp_path_factory):
         (folder / "deepspeed.json").write_text(json.dumps(config))
         arguments = ["--deepspeed_config_file", folder / "deepspeed.json"]
     # On CPUs, with gloo, also where there are GPUs.
-    cpu = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    cpu = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "HF_DATASETS_CACHE": str(folder / "cache")}
     launch(CONFIGS / f"{engine}.yaml", 2, *arguments, engine_run.__file__, folder, **cpu)
     results = torch.load(folder / "results.pt", weights_only=True)
     assert results["run"]["processes"] == 2
