@@ -20,6 +20,7 @@ _OPTIONS_OF_CALL = ("num_inference_steps", "guidance_scale", "height", "width")
 _SET_BY_TRAINER = ("prompt", "generator", "latents", "output_type", "return_dict")
 
 CHURN_SCHEDULES = ("constant", "interval", "prior")
+QUANTIZATIONS = ("nf4", "int8")
 
 # Options of `TrainingArguments` that make no sense for a replayed diffusers transformer.
 _REFUSED = {
@@ -54,8 +55,8 @@ _RESULT_OPTIONS = (
 _NO_RESULT_OPTIONS = (
     *("dataset_name", "dataset_prompt_column", "reward_weights", "lora_r", "lora_alpha", "lora_target_modules"),
     *("logging_steps", "save_steps", "save_on_signal", "resume_with_changed_options", "logging_nan_inf_filter"),
-    *("offload_components", "offload_trajectories", "cache_prompt_embeds", "shared_prefix"),
-    *("per_device_sampling_batch_size",),
+    *("offload_components", "offload_trajectories", "cache_prompt_embeds", "shared_prefix", "vae_slicing"),
+    *("per_device_sampling_batch_size", "attention_backend"),
 )
 
 
@@ -168,6 +169,16 @@ class FDFOConfig(TrainingArguments):
             Where the branches of all prompts of a batch are still identical (`churn_schedule="interval"`, before its
             churn begins), sample one of them. Saves up to a third of a rollout's compute. Costs the last bits: a
             smaller batch is computed in another order than the replay's.
+        quantization (`str`, *optional*):
+            `"nf4"` (bitsandbytes, on a GPU) or `"int8"` (torchao): the linear layers of the frozen transformer in 4 or 8
+            bits while LoRA trains beside them, for a pipeline that is given by its name. Unpacking them costs time in
+            each pass, and what is sampled and trained is no longer quite the model that was given. A pipeline that you
+            quantised yourself needs no option.
+        vae_slicing (`bool`, defaults to `False`):
+            The VAE decodes one image at a time, in as little memory as one takes. Costs nearly nothing.
+        vae_tiling (`bool`, defaults to `False`):
+            The VAE decodes large images in overlapping tiles that are blended. Costs the overlaps, and images that
+            differ a little where tiles meet. Which sizes count as large is the VAE's to say.
 
         > Speed
 
@@ -175,6 +186,14 @@ class FDFOConfig(TrainingArguments):
             Prompts sampled at a time by each process, a multiple of `per_device_prompt_batch_size`, which is then that of
             training alone. Sampling keeps nothing for a backward pass, and larger batches fill the GPU. Costs the last
             bits, as above. `None`: as many as are trained on at a time.
+        attention_backend (`str`, *optional*):
+            Backend of attention in the transformer, a name that diffusers' `set_attention_backend` knows, such as
+            `"flash"` or `"_native_cudnn"`; diffusers then uses it wherever else in the process nothing is set. `None`
+            leaves it to PyTorch. Not every transformer's attention asks for it, and `sage` has no gradients: both are
+            refused.
+        torch_compile (`bool`, defaults to `False`):
+            Of `TrainingArguments`, and here of the transformer's repeated blocks, not of the whole. Costs the compilation,
+            in the first rollout and the first update, and a velocity replayed to rounding instead of to the bit.
 
         > Saving and going on
 
@@ -272,9 +291,19 @@ class FDFOConfig(TrainingArguments):
         default=False, metadata={"help": "interval: sample the branches as one until the churn begins."}
     )
 
+    quantization: str | None = field(
+        default=None,
+        metadata={"help": "Bits of the frozen transformer under LoRA.", "choices": list(QUANTIZATIONS)},
+    )
+    vae_slicing: bool = field(default=False, metadata={"help": "Decode one image at a time."})
+    vae_tiling: bool = field(default=False, metadata={"help": "Decode large images in tiles."})
+
     # Speed
     per_device_sampling_batch_size: int | None = field(
         default=None, metadata={"help": "Prompts sampled at a time, a multiple of those trained on at a time."}
+    )
+    attention_backend: str | None = field(
+        default=None, metadata={"help": "Backend of attention in the transformer, of those that diffusers has."}
     )
 
     # Saving and going on
@@ -338,6 +367,9 @@ class FDFOConfig(TrainingArguments):
             # They never change, and a table of positions can be a gigabyte.
             self.ddp_broadcast_buffers = False
         self._resolve_bf16()
+        # The name that all of Trainer's versions have, whose newer ones warn that they have another.
+        if getattr(self, "activation_checkpointing", False) is None:
+            self.activation_checkpointing = self.gradient_checkpointing
         try:
             super().__post_init__()
         except json.JSONDecodeError as error:
@@ -345,6 +377,7 @@ class FDFOConfig(TrainingArguments):
                 name: getattr(self, name) for name in self._VALID_DICT_FIELDS if isinstance(getattr(self, name), str)
             }
             raise ValueError(f"One of {options} is not valid JSON: {error}.") from None
+        self._check_checkpointing()
         self._check_schedule()
         # Under ZeRO-3 every model of transformers that is loaded from here on would be sharded and could not be called:
         # text encoders and rewards, the user's own too.
@@ -516,10 +549,39 @@ class FDFOConfig(TrainingArguments):
                 f"beta={self.beta} needs the base model, which is the model with its adapter disabled, but "
                 "use_peft=False has no adapter. Set beta=0 or use_peft=True."
             )
+        self._check_memory_and_speed()
         for name, reason in _REFUSED.items():
             value = getattr(self, name, None)
             if value or (name == "neftune_noise_alpha" and value is not None):
                 raise ValueError(f"{name}={getattr(self, name)} does not work with FDFO: {reason}.")
+
+    def _check_memory_and_speed(self):
+        if self.quantization is not None and self.quantization not in QUANTIZATIONS:
+            raise ValueError(f"quantization='{self.quantization}' is not one of {', '.join(QUANTIZATIONS)}.")
+        if self.quantization and not self.use_peft:
+            raise ValueError(
+                f"quantization='{self.quantization}' needs use_peft=True: weights that are rounded to a few bits cannot be "
+                "trained, only adapters beside them can."
+            )
+        if self.attention_backend is not None:
+            from diffusers.models.attention_dispatch import AttentionBackendName  # which takes seconds
+
+            names = sorted(backend.value for backend in AttentionBackendName if "sage" not in backend.value)
+            if self.attention_backend not in names:
+                reason = "is not one of those that diffusers has and that have gradients"
+                if "sage" in self.attention_backend:
+                    reason = "has no gradients, so that nothing before it in the transformer would be trained right"
+                raise ValueError(
+                    f"attention_backend='{self.attention_backend}' {reason}. Those are: {', '.join(names)}."
+                )
+
+    def _check_checkpointing(self):
+        options = self.gradient_checkpointing_kwargs or {}
+        if options.get("use_reentrant") or set(options) - {"use_reentrant"}:
+            raise ValueError(
+                f"gradient_checkpointing_kwargs={options}: diffusers' transformers have their own checkpointing, without "
+                "options, which is not the reentrant one (that one loses the gradients of adapters). Leave them out."
+            )
 
     def _derive_batches(self, world_size: int):
         prompts_per_batch = world_size * self.per_device_prompt_batch_size

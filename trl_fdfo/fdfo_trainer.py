@@ -25,6 +25,14 @@ from .algorithm import constant_churn, finite_difference, interval_churn, prior_
 from .callbacks import FDFOProgressCallback, WeightAveraging
 from .fdfo_config import FDFOConfig
 from .lora import add_adapter, default_lora_config
+from .memory_and_speed import (
+    compile_blocks,
+    is_quantized,
+    keep_out_of_ddp,
+    quantization_config,
+    set_attention_backend,
+    set_vae_options,
+)
 from .pipeline_checks import check_call_kwargs
 from .pipeline_flow import PipelineFlow, RolloutBatch, check_replay, host_copy, load_pipeline, repeat_each
 from .prompt_dataset import check_prompts, load_prompts, rollout_rows
@@ -105,7 +113,15 @@ class FDFOTrainer(ResumableTrainer):
             raise ValueError("eval_strategy or eval_on_start is set, and there is no eval_dataset: give one.")
 
         if isinstance(pipeline, (str, os.PathLike)):
-            pipeline = load_pipeline(pipeline, dtype=torch.bfloat16 if config.bf16 else torch.float32)
+            options = {"dtype": torch.bfloat16 if config.bf16 else torch.float32}
+            if config.quantization:
+                options["quantization_config"] = quantization_config(config.quantization, options["dtype"])
+            pipeline = load_pipeline(pipeline, **options)
+        elif config.quantization:
+            raise ValueError(
+                f"quantization='{config.quantization}' is how a pipeline is loaded, and this {type(pipeline).__name__} already "
+                "is: give its name or path, or load it with `quantization_config=...` and leave the option out."
+            )
         self.pipeline = pipeline
         options = {"guidance_scale": config.guidance_scale, "height": config.height, "width": config.width}
         self.flow = PipelineFlow(
@@ -116,6 +132,9 @@ class FDFOTrainer(ResumableTrainer):
             **{name: value for name, value in options.items() if value is not None},
             **(config.pipeline_kwargs or {}),
         )
+        set_vae_options(pipeline, config.vae_slicing, config.vae_tiling)
+        if config.attention_backend is not None:
+            set_attention_backend(pipeline, config.attention_backend)
         for component in pipeline.components.values():
             if isinstance(component, torch.nn.Module):
                 component.requires_grad_(False).eval()
@@ -125,6 +144,11 @@ class FDFOTrainer(ResumableTrainer):
             model = add_adapter(pipeline, peft_config or default_lora_config(config, pipeline.transformer))
         elif peft_config is not None:
             raise ValueError("peft_config was given together with use_peft=False: leave one of them out.")
+        elif is_quantized(pipeline.transformer):
+            raise ValueError(
+                f"use_peft=False would train the quantised weights of this {type(pipeline).__name__}, which cannot move in "
+                "small steps. Set use_peft=True, or load it without quantization."
+            )
         else:
             model = pipeline.transformer.requires_grad_(True)
 
@@ -144,6 +168,7 @@ class FDFOTrainer(ResumableTrainer):
             optimizers=optimizers,
         )
         prepare_for_engine(self.accelerator, pipeline)
+        keep_out_of_ddp(self.model)
         # Text encoders, VAE and the like: on the device, or there when they are called and until a rollout is sampled.
         self._offloaded = []
         for name, component in pipeline.components.items():
@@ -183,6 +208,8 @@ class FDFOTrainer(ResumableTrainer):
         if config.cache_prompt_embeds:
             self._cache_prompt_embeds()
         self._offload_components()
+        # Not before: what is rehearsed is of another size than what is sampled.
+        compile_blocks(self.accelerator, pipeline.transformer)
         self.run = describe_run(config, pipeline, self.reward_functions, train_dataset, self.model)
 
     def _cache_prompt_embeds(self) -> None:

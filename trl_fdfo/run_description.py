@@ -9,6 +9,7 @@ from datasets import Dataset, Value
 from diffusers import DiffusionPipeline
 
 from .fdfo_config import FDFOConfig
+from .memory_and_speed import some_values
 from .rewards.reward_functions import RewardFunctions
 
 
@@ -45,8 +46,7 @@ def config_checksum(config: dict[str, Any]) -> str:
 
 
 def weights_checksum(parameters: Iterable[torch.nn.Parameter]) -> str:
-    # Some of each: enough to tell two models of one architecture apart.
-    return checksum([parameter.flatten()[:16].tolist() for parameter in parameters])
+    return checksum([some_values(parameter) for parameter in parameters])
 
 
 def checksum(value: Any) -> str:

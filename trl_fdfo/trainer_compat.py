@@ -11,6 +11,8 @@ from diffusers.configuration_utils import FrozenDict
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers.integrations import unset_hf_deepspeed_config
 
+from .memory_and_speed import is_quantized
+
 
 class TrainerConfig(FrozenDict):
     """A diffusers config with the methods of a transformers one that trackers and DeepSpeed call."""
@@ -45,7 +47,7 @@ def prepare_for_engine(accelerator: Accelerator, pipeline: DiffusionPipeline) ->
     What DeepSpeed and FSDP ask of a pipeline, once the Trainer is built and before they wrap its transformer.
 
     Raises:
-        ValueError: The engine would compute in another dtype than that of the transformer.
+        ValueError: The engine cannot shard quantised weights, or would compute in another dtype than the transformer's.
     """
     # Building the Trainer has set it again; `FDFOConfig` says what it does.
     unset_hf_deepspeed_config()
@@ -55,6 +57,11 @@ def prepare_for_engine(accelerator: Accelerator, pipeline: DiffusionPipeline) ->
     transformer.to(accelerator.device)
     dtype = transformer.dtype
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if is_quantized(transformer) and (accelerator.distributed_type == DistributedType.DEEPSPEED or plugin is not None):
+        raise ValueError(
+            f"The transformer of this {type(pipeline).__name__} is quantised, and {accelerator.distributed_type.value} "
+            "shards and casts weights that it knows. Train it with DDP or on one GPU, or load it without quantization."
+        )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         dtype = accelerator.state.deepspeed_plugin.hf_ds_config.dtype()
     elif plugin is not None and isinstance(plugin.mixed_precision_policy, MixedPrecisionPolicy):
