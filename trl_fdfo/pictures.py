@@ -81,6 +81,8 @@ def sheet(sections: Sequence[Section]) -> Image.Image:
     label_size = min(max(width // 18, 14), 22)
     label_font, title_font = _font(characters, label_size), _font(characters, label_size + 4)
 
+    frames = {id(image) for image in scaled.values()}
+
     # What is drawn, and where its upper left corner is.
     drawn: list[tuple[int, int, Image.Image]] = []
     page_width = columns * (width + GAP) - GAP
@@ -101,8 +103,11 @@ def sheet(sections: Sequence[Section]) -> Image.Image:
                 drawn.append((x, y + height + GAP // 2, label))
             y += height + GAP // 2 + max(label.height for label in labels) + MARGIN
     page = Image.new("RGB", (page_width + 2 * MARGIN, y), "white")
+    draw = ImageDraw.Draw(page)
     for x, y, image in drawn:
         page.paste(image, (x + MARGIN, y))
+        if id(image) in frames:  # else a white image would have no edge
+            draw.rectangle((x + MARGIN - 1, y - 1, x + MARGIN + image.width, y + image.height), outline="silver")
     return page
 
 

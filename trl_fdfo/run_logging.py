@@ -143,7 +143,7 @@ class MetricsFile(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero:
             return
-        line = {**logs, "step": state.global_step}
+        line = state.log_history[-1]
         if self._path is None:
             self._before.append(line)
         else:
@@ -160,9 +160,9 @@ class MetricsFile(TrainerCallback):
 
 def _labels(rewards: Tensor, functions: RewardFunctions) -> list[list[str]]:
     """Of rewards [P, G, R] the total, and each where there are several, as lines of text."""
-    names = ["reward"] + (functions.names if len(functions.names) > 1 else [])
+    names = ["total", *functions.names] if len(functions.names) > 1 else ["reward"]
     values = [functions.total(rewards), *rewards.unbind(dim=-1)]
-    text = lambda name, value: f"{name}  {value:.4g}" if math.isfinite(value) else f"{name}  does not apply"
+    text = lambda name, value: f"{name} {value:.4g}" if math.isfinite(value) else f"{name} does not apply"
     return [
         ["\n".join(map(text, names, branch)) for branch in zip(*prompt)]
         for prompt in zip(*(value.tolist() for value in values))
