@@ -20,7 +20,7 @@ import torch
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
