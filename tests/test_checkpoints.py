@@ -97,9 +97,15 @@ def test_everything_of_a_resumed_run_is_that_of_the_whole_one(make_trainer, tmp_
     assert_equal(found, expected)
 
 
+def saved(folder) -> list[str]:
+    """All that is there beside the logs."""
+    found = Path(folder).iterdir() if Path(folder).exists() else ()
+    return sorted(path.name for path in found if path.name not in ("metrics.jsonl", "pictures"))
+
+
 def test_checkpoint_is_committed_whole(trained):
     assert fault(trained / "checkpoint-4") is None
-    assert sorted(path.name for path in trained.iterdir()) == ["checkpoint-2", "checkpoint-4"]
+    assert saved(trained) == ["checkpoint-2", "checkpoint-4"]
     manifest = json.loads((trained / "checkpoint-4" / MANIFEST).read_text())
     on_disk = {path.name for path in (trained / "checkpoint-4").iterdir()} - {MANIFEST}
     assert manifest["files"].keys() == on_disk and {ADAPTER, "optimizer.pt", "rng_state.pth"} < on_disk
@@ -164,7 +170,7 @@ def test_changed_learning_rate_is_that_of_the_resumed_run(make_trainer, trained)
 def test_checkpoints_of_an_abandoned_run_are_set_aside(make_trainer, trained, caplog):
     options = {"resume_with_changed_options": True, "save_strategy": "epoch", "save_total_limit": 1}
     resume(make_trainer, str(trained / "checkpoint-2"), churn=0.1, **options)
-    assert sorted(path.name for path in trained.iterdir()) == ["_abandoned", "checkpoint-6"]
+    assert saved(trained) == ["_abandoned", "checkpoint-6"]
     assert fault(trained / "_abandoned" / "checkpoint-4") is None
     assert "checkpoint-4 is not of the run that begins at step 2: moved to" in caplog.text
     # A run that does not resume begins at step 0.
@@ -282,7 +288,7 @@ def test_full_disk_ends_the_run_and_leaves_the_older_checkpoints(make_trainer, t
             trainer.train()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [path.name for path in out.iterdir()] == ["checkpoint-2"]
+    assert saved(out) == ["checkpoint-2"]
     assert resume(make_trainer).state.global_step == 6
 
 
@@ -306,7 +312,7 @@ def test_read_only_folder_ends_the_run_and_leaves_the_older_checkpoints(make_tra
     finally:
         os.seteuid(user)
         out.chmod(0o755)
-    assert [path.name for path in out.iterdir()] == ["checkpoint-2"]
+    assert saved(out) == ["checkpoint-2"]
     assert resume(make_trainer, output_dir=str(out)).state.global_step == 6
     shutil.rmtree(folder)
 
@@ -324,7 +330,7 @@ def test_nothing_is_saved_inside_a_rollout(make_trainer, caplog):
 
     trainer = make_trainer(num_rollouts=2, callbacks=[Save()])
     trainer.train()
-    assert sorted(path.name for path in Path(trainer.args.output_dir).iterdir()) == ["checkpoint-2", "checkpoint-4"]
+    assert saved(trainer.args.output_dir) == ["checkpoint-2", "checkpoint-4"]
     assert "Not saved at step 1: it is inside a rollout" in caplog.text
 
 
@@ -360,7 +366,7 @@ def killing_reward(number, calls, times=1):
 
 
 def checkpoints(trainer):
-    return sorted(path.name for path in Path(trainer.args.output_dir).glob("*"))
+    return saved(trainer.args.output_dir)
 
 
 @pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])

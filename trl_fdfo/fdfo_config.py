@@ -43,6 +43,7 @@ _RANGES = {
     "eval_steps": (1e-9, math.inf),
     "logging_steps": (1e-9, math.inf),
     "save_total_limit": (1, math.inf),
+    "logging_images_steps": (0, math.inf),
     # log(1 + gamma) in the schedules that are not constant: beyond it nothing is left of the image.
     "churn": (0, 10),
 }
@@ -56,7 +57,7 @@ _NO_RESULT_OPTIONS = (
     *("dataset_name", "dataset_prompt_column", "reward_weights", "lora_r", "lora_alpha", "lora_target_modules"),
     *("logging_steps", "save_steps", "save_on_signal", "resume_with_changed_options", "logging_nan_inf_filter"),
     *("offload_components", "offload_trajectories", "cache_prompt_embeds", "shared_prefix", "vae_slicing"),
-    *("per_device_sampling_batch_size", "attention_backend"),
+    *("per_device_sampling_batch_size", "attention_backend", "logging_images_steps", "num_prompts_to_log"),
 )
 
 
@@ -195,6 +196,16 @@ class FDFOConfig(TrainingArguments):
             Of `TrainingArguments`, and here of the transformer's repeated blocks, not of the whole. Costs the compilation,
             in the first rollout and the first update, and a velocity replayed to rounding instead of to the bit.
 
+        > Logging
+
+        logging_images_steps (`int`, *optional*):
+            Optimizer steps between sheets of images, a multiple of those per rollout: those of the first prompts of a
+            rollout side by side, with their rewards. They are PNG files in `output_dir/pictures/`, and pictures in
+            TensorBoard, wandb and trackio where `report_to` names them. `None`: every 10 rollouts. 0: none, nor of
+            evaluations, each of which has a sheet of the same prompts and seeds else.
+        num_prompts_to_log (`int`, defaults to `4`):
+            Prompts on such a sheet.
+
         > Saving and going on
 
         save_on_signal (`bool`, defaults to `False`):
@@ -306,6 +317,16 @@ class FDFOConfig(TrainingArguments):
         default=None, metadata={"help": "Backend of attention in the transformer, of those that diffusers has."}
     )
 
+    # Logging
+    logging_images_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Optimizer steps between sheets of images, a multiple of those per rollout. 0: none. Default: 10 "
+            "rollouts."
+        },
+    )
+    num_prompts_to_log: int = field(default=4, metadata={"help": "Prompts on a sheet of images."})
+
     # Saving and going on
     save_on_signal: bool = field(
         default=False, metadata={"help": "Save at the next end of a rollout when SIGTERM or SIGINT ends the run."}
@@ -349,6 +370,15 @@ class FDFOConfig(TrainingArguments):
             self.metric_for_best_model = "eval_reward"
         if self.save_steps is None:
             self.save_steps = 10 * self.steps_per_rollout
+        if self.logging_images_steps is None:
+            self.logging_images_steps = 10 * self.steps_per_rollout
+        if self.logging_images_steps % self.steps_per_rollout:
+            lower, upper = nearest_multiples(self.logging_images_steps, self.steps_per_rollout)
+            raise ValueError(
+                f"logging_images_steps={self.logging_images_steps} is not a multiple of the {self.steps_per_rollout} "
+                f"optimizer steps of a rollout, at whose start its images are sampled. The nearest that are: {lower} and "
+                f"{upper}."
+            )
         total = self.num_rollouts * self.steps_per_rollout
         # "best" saves where it evaluates.
         name = "eval_steps" if self.save_strategy == "best" and self.eval_strategy == "steps" else "save_steps"
@@ -477,6 +507,7 @@ class FDFOConfig(TrainingArguments):
             "num_iterations",
             "lora_r",
             "lora_alpha",
+            "num_prompts_to_log",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")

@@ -41,6 +41,7 @@ from .resumable_trainer import ResumableTrainer
 from .rewards.reward_functions import PendingRewards, RewardFunction, RewardFunctions
 from .rollout_buffer import MicroBatch, RolloutBuffer, ScoredBatch, trained_levels
 from .run_description import describe_run
+from .run_logging import MetricsFile, PictureLogger
 from .trainer_compat import adapt_to_trainer, prepare_for_engine
 from .watchdogs import WatchdogError, Watchdogs
 
@@ -188,6 +189,9 @@ class FDFOTrainer(ResumableTrainer):
         if config.ema_decay is not None:
             self._averaging = WeightAveraging(self.model, config.ema_decay)
             self.add_callback(self._averaging)
+        self._pictures = PictureLogger(config, self.callback_handler)
+        self.add_callback(self._pictures)
+        self.add_callback(MetricsFile())
 
         self._watchdogs = Watchdogs(config.epsilon)
         self._buffer: RolloutBuffer | None = None
@@ -321,6 +325,7 @@ class FDFOTrainer(ResumableTrainer):
             rewards = torch.cat([pending.result() for pending in rewards]).unflatten(0, (-1, args.num_generations))
             self.reward_functions.on_rollout_end()
         self._offload_components()
+        self._pictures.log_rollout(self.state, rewards, self.reward_functions)
         self._record_rewards(rollout, rewards)
         gammas = torch.atleast_2d(self._churn(rollout, range(len(rows))))
         shared_noise = (-gammas.log1p().sum(dim=1)).exp().mean().item()
@@ -379,6 +384,7 @@ class FDFOTrainer(ResumableTrainer):
             pending = self.reward_functions.submit(
                 sampled.images, repeated[args.dataset_prompt_column], self.state, repeated, branches
             )
+        self._pictures.keep(self.state, sampled.images, prompts)
         parts = self.flow.split(replace(sampled, images=None), levels)
         if args.offload_trajectories:
             parts = [part.on_host() for part in parts]
@@ -521,15 +527,17 @@ class FDFOTrainer(ResumableTrainer):
         seeds = [derive_seed(self.args.seed, n, 3) for n in range(len(prompts))]
         images = self._generate_share(prompts, seeds, columns, share)
         columns = {name: [values[n] for n in share] for name, values in columns.items()}
+        prompts = [prompts[n] for n in share]
         functions = self.eval_reward_functions
-        rewards = functions(images, [prompts[n] for n in share], self.state, columns)
+        rewards = functions(images, prompts, self.state, columns)
         functions.on_rollout_end()
-        rewards = self.accelerator.gather(rewards.to(self.args.device))[: len(prompts)]
+        rewards = self.accelerator.gather(rewards.to(self.args.device))[: len(dataset)]
         metrics = {f"{metric_key_prefix}_reward": functions.total(rewards[:, None]).nanmean().item()}
         for name, mean in zip(functions.names, rewards.nanmean(dim=0).tolist()):
             metrics[f"{metric_key_prefix}_rewards/{name}/mean"] = mean
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
         self.log(metrics)
+        self._pictures.log_evaluation(self.state, images, prompts, rewards, functions, metric_key_prefix)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 

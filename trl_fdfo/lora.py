@@ -2,7 +2,9 @@
 
 import functools
 import inspect
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -11,6 +13,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from .fdfo_config import FDFOConfig
+
+
+CALL_OPTIONS = "generation_config.json"
 
 
 def attention_projections(transformer: torch.nn.Module) -> list[str]:
@@ -138,6 +143,16 @@ def save_diffusers_lora(
         transformer_lora_layers={name.removeprefix("base_model.model."): value for name, value in layers.items()},
         transformer_lora_adapter_metadata=model.peft_config["default"].to_dict(),
     )
+
+
+def save_call_options(call_kwargs: dict[str, Any], output_dir: str | Path) -> None:
+    """
+    Write generation_config.json: the arguments of the pipeline's call that an adapter was trained with, for those who use
+    it. Those that JSON has no words for, such as tensors, are left out.
+    """
+    kinds = (str, int, float, bool, list, dict, type(None))
+    options = {name: value for name, value in call_kwargs.items() if isinstance(value, kinds)}
+    Path(output_dir, CALL_OPTIONS).write_text(json.dumps(options, indent=2, default=str) + "\n")
 
 
 def _linear_layers(transformer: torch.nn.Module) -> str:

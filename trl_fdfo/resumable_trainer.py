@@ -26,7 +26,8 @@ from .callbacks import WeightAveraging
 from .checkpoints import SAVING, changes, commit, fault, newest_good_checkpoint, removed_on_error, set_aside_after
 from .fdfo_config import FDFOConfig
 from .interruption import Interruption
-from .lora import save_diffusers_lora
+from .lora import save_call_options, save_diffusers_lora
+from .pipeline_flow import PipelineFlow
 from .sharding import is_sharded, whole_model
 
 
@@ -39,11 +40,13 @@ class ResumableTrainer(Trainer):
 
     Attributes:
         pipeline (`DiffusionPipeline`): What is trained.
+        flow ([`PipelineFlow`]): How it is sampled.
         run (`dict`): What a run must share with the one that wrote a checkpoint, as JSON values.
     """
 
     args: FDFOConfig
     pipeline: DiffusionPipeline
+    flow: PipelineFlow
     run: dict[str, Any]
     _averaging: WeightAveraging | None = None
     _interruption = Interruption()
@@ -277,6 +280,7 @@ class ResumableTrainer(Trainer):
             if self._averaging is not None:
                 state_dict = self._averaging.state_dict()
             save_diffusers_lora(self.pipeline, self.model, output_dir or self.args.output_dir, state_dict)
+            save_call_options(self.flow.call_kwargs, output_dir or self.args.output_dir)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

@@ -1,0 +1,178 @@
+"""
+Sheets of labelled pictures, drawn with PIL alone: those that are logged during a run, and that of examples/generate.py.
+
+A sheet is a column of sections: a title, and below it rows of panels, each of them a picture with a label under it. Tiny
+images are shown as the pixels that they are and large ones are reduced, so that the text is readable beside both.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+
+# Lengths in pixels of the sheet.
+SHEET_WIDTH = 2048
+SMALLEST, LARGEST = 160, 512  # width of a panel: labels need some, and a sheet is no archive
+MAGNIFIED = 256  # what tiny images are magnified to
+MARGIN, GAP = 16, 8
+
+FRAMES = 4  # of a video
+
+# Beside PIL's own font, which has hardly more than ASCII: what Linux, macOS and Windows come with, by what they cover.
+FONTS = ("DejaVuSans.ttf", "Arial.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "msyh.ttc")
+
+
+class Panel(NamedTuple):
+    """
+    Attributes:
+        picture (`Image`): What `picture` returns.
+        label (`str`): Text below it; its line breaks are kept.
+    """
+
+    picture: Image.Image
+    label: str
+
+
+class Section(NamedTuple):
+    """
+    Attributes:
+        title (`str`): Text above it, such as a prompt; "" for none.
+        rows (`list[list[Panel]]`): Rows of panels.
+    """
+
+    title: str
+    rows: list[list[Panel]]
+
+
+def picture(image: Tensor) -> Image.Image:
+    """
+    An image, floats in [0, 1], shape [3, H, W], on any device; of a video [F, 3, H, W] some frames side by side.
+
+    What is not finite is black.
+    """
+    if image.ndim == 4:
+        shown = torch.linspace(0, len(image) - 1, min(len(image), FRAMES)).round().long().tolist()
+        line = image.new_ones(3, image.shape[-2], max(1, image.shape[-1] // 64))
+        parts = [part for frame in shown for part in (line, image[frame])]
+        image = torch.cat(parts[1:], dim=-1)
+    image = image.detach().float().nan_to_num(0, 0, 0).clamp(0, 1)
+    return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def rows_of(panels: Sequence[Panel], columns: int) -> list[list[Panel]]:
+    """Panels in rows of at most `columns`."""
+    return [list(panels[start : start + columns]) for start in range(0, len(panels), columns)]
+
+
+def sheet(sections: Sequence[Section]) -> Image.Image:
+    """Draw sections below each other; equal columns, as wide as the widest panel."""
+    panels = [panel for section in sections for row in section.rows for panel in row]
+    columns = max(len(row) for section in sections for row in section.rows)
+    strips = any(panel.picture.width > 2 * panel.picture.height for panel in panels)  # of videos
+    largest = min(max((SHEET_WIDTH - 2 * MARGIN) // columns - GAP, SMALLEST), LARGEST * (2 if strips else 1))
+    scaled = {id(panel): _scaled(panel.picture, largest) for panel in panels}
+    width = max(SMALLEST, *(image.width for image in scaled.values()))
+    # One font for all that is written.
+    characters = set("".join([*(section.title for section in sections), *(panel.label for panel in panels)]))
+    label_size = min(max(width // 18, 14), 22)
+    label_font, title_font = _font(characters, label_size), _font(characters, label_size + 4)
+
+    frames = {id(image) for image in scaled.values()}
+
+    # What is drawn, and where its upper left corner is.
+    drawn: list[tuple[int, int, Image.Image]] = []
+    page_width = columns * (width + GAP) - GAP
+    y = MARGIN
+    for number, section in enumerate(sections):
+        if number > 0:
+            y += MARGIN
+        if section.title:
+            title = _text(section.title, title_font, page_width)
+            drawn.append((0, y, title))
+            y += title.height + GAP
+        for row in section.rows:
+            labels = [_text(panel.label, label_font, width) for panel in row]
+            height = max(scaled[id(panel)].height for panel in row)
+            for column, (panel, label) in enumerate(zip(row, labels)):
+                x = column * (width + GAP)
+                drawn.append((x, y, scaled[id(panel)]))
+                drawn.append((x, y + height + GAP // 2, label))
+            y += height + GAP // 2 + max(label.height for label in labels) + MARGIN
+    page = Image.new("RGB", (page_width + 2 * MARGIN, y), "white")
+    draw = ImageDraw.Draw(page)
+    for x, y, image in drawn:
+        page.paste(image, (x + MARGIN, y))
+        if id(image) in frames:  # else a white image would have no edge
+            draw.rectangle((x + MARGIN - 1, y - 1, x + MARGIN + image.width, y + image.height), outline="silver")
+    return page
+
+
+def _scaled(image: Image.Image, largest: int) -> Image.Image:
+    """Tiny images as squares of pixels, large ones reduced to the width `largest`, in their own proportions."""
+    factor = min(MAGNIFIED // image.height, largest // image.width)
+    if factor > 1:
+        return image.resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST)
+    if image.width <= largest:
+        return image
+    return image.resize((largest, max(1, round(image.height * largest / image.width))), Image.Resampling.LANCZOS)
+
+
+def _text(text: str, font: ImageFont.FreeTypeFont, width: int, max_lines: int = 8) -> Image.Image:
+    """Text in lines of at most `width`, as an image of that width; what is too long ends in "..."."""
+    lines = [line for paragraph in text.split("\n") for line in _lines(paragraph, font, width)]
+    if len(lines) > max_lines:
+        lines = [*lines[: max_lines - 1], f"{lines[max_lines - 1]} ..."]
+        while font.getlength(lines[-1]) > width:
+            lines[-1] = f"{lines[-1][:-5]} ..."
+    ascent, descent = font.getmetrics()
+    height = round(1.15 * (ascent + descent))
+    image = Image.new("RGB", (width, max(1, len(lines) * height)), "white")
+    draw = ImageDraw.Draw(image)
+    for number, line in enumerate(lines):
+        draw.text((0, number * height), line, fill="black", font=font)
+    return image
+
+
+def _lines(paragraph: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Break at spaces, and words that are longer than a line, as all are in Chinese, where the line is full."""
+    lines = [""]
+    for word in paragraph.split():
+        joined = f"{lines[-1]} {word}".strip()
+        if font.getlength(joined) <= width:
+            lines[-1] = joined
+            continue
+        if lines[-1]:
+            lines.append("")
+        for character in word:
+            if font.getlength(lines[-1] + character) > width:
+                lines.append("")
+            lines[-1] += character
+    return lines
+
+
+def _font(characters: set[str], size: int) -> ImageFont.FreeTypeFont:
+    """The first font that has all of the characters, or that which has most."""
+    characters = {character for character in characters if character.isprintable() and not character.isspace()}
+    best, most = None, -1
+    for name in (None, *FONTS):
+        font = _load_font(name, size)
+        if font is not None:
+            missing = bytes(font.getmask("\uffff"))  # is no character: what a font shows instead of one
+            has = sum(bytes(font.getmask(character)) != missing for character in characters)
+            if has > most:
+                best, most = font, has
+            if has == len(characters):
+                break
+    return best
+
+
+@functools.cache
+def _load_font(name: str | None, size: int) -> ImageFont.FreeTypeFont | None:
+    try:
+        return ImageFont.load_default(size) if name is None else ImageFont.truetype(name, size)
+    except OSError:
+        return None

@@ -1,0 +1,173 @@
+"""What a run leaves behind to look at: sheets of pictures, in files and in Trainer's trackers, and metrics.jsonl."""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+from transformers import TrainerCallback, TrainerState
+from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
+from transformers.trainer_callback import CallbackHandler
+from transformers.utils import logging
+
+from .fdfo_config import FDFOConfig
+from .pictures import Panel, Section, picture, rows_of, sheet
+from .rewards.reward_functions import RewardFunctions
+
+
+logger = logging.get_logger(__name__)
+
+
+class PictureLogger(TrainerCallback):
+    """
+    Shows the images of a prompt side by side with their rewards, and those of an evaluation.
+
+    A sheet is a PNG file in `output_dir/pictures/`, and a picture in TensorBoard, wandb and trackio where the run reports to
+    them. The main process shows what it has sampled itself: no images pass between processes.
+
+    Args:
+        args ([`FDFOConfig`]): `logging_images_steps` and `num_prompts_to_log`.
+        handler (`CallbackHandler`): The Trainer's; has the callbacks of its trackers.
+    """
+
+    FOLDER = "pictures"
+
+    def __init__(self, args: FDFOConfig, handler: CallbackHandler):
+        self._args = args
+        self._handler = handler
+        self._kept: list[tuple[str, list[Image.Image]]] = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._kept = []
+
+    def keep(self, state: TrainerState, images: Tensor, prompts: Sequence[str]) -> None:
+        """
+        Keep the first images of a rollout that is to be shown, until their rewards are known.
+
+        Args:
+            state (`TrainerState`): State of the trainer.
+            images (`Tensor`): Floats in [0, 1], shape [N, 3, H, W]; videos [N, F, 3, H, W].
+            prompts (`Sequence[str]`): The P prompts of which there are N / P images each.
+        """
+        every = self._args.logging_images_steps
+        if self._is_off(state) or state.global_step % every:
+            return
+        missing = self._args.num_prompts_to_log - len(self._kept)
+        for prompt, branches in list(zip(prompts, images.unflatten(0, (len(prompts), -1))))[:missing]:
+            self._kept.append((prompt, [picture(image) for image in branches]))
+
+    def log_rollout(self, state: TrainerState, rewards: Tensor, functions: RewardFunctions) -> None:
+        """Show what was kept, with its rewards: those of this process, shape [P, G, number of functions]."""
+        if not self._kept:
+            return
+        sections = []
+        for (prompt, pictures), labels in zip(self._kept, _labels(rewards, functions)):
+            sections.append(Section(prompt, rows_of([Panel(*panel) for panel in zip(pictures, labels)], columns=8)))
+        self._kept = []
+        self._log("train", sections, state.global_step)
+
+    def log_evaluation(
+        self,
+        state: TrainerState,
+        images: Tensor,
+        prompts: Sequence[str],
+        rewards: Tensor,
+        functions: RewardFunctions,
+        prefix: str = "eval",
+    ) -> None:
+        """Show the first of this process's images [N, ...] of an evaluation, with their rewards [N, ...]."""
+        if self._is_off(state):
+            return
+        shown = slice(min(len(images), len(prompts), self._args.num_prompts_to_log))
+        labels = [label for [label] in _labels(rewards[shown, None], functions)]
+        panels = [
+            Panel(picture(image), f"{label}\n{prompt}")
+            for image, prompt, label in zip(images[shown], prompts[shown], labels)
+        ]
+        self._log(prefix, [Section("", rows_of(panels, columns=4))], state.global_step)
+
+    def _is_off(self, state: TrainerState) -> bool:
+        return (
+            not state.is_world_process_zero
+            or not self._args.logging_images_steps
+            or self._args.logging_strategy == "no"
+        )
+
+    def _log(self, name: str, sections: list[Section], step: int) -> None:
+        image = sheet(sections)
+        path = Path(self._args.output_dir, self.FOLDER, f"{name}_{step:06}.png")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = path.with_suffix(".tmp")
+            image.save(unfinished, format="PNG")
+            os.replace(unfinished, path)
+        except OSError as error:  # such as a full disk: no reason to end a run
+            logger.warning(f"{path} could not be written: {error}.")
+        tag = f"{name}/images"
+        for callback in self._handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                callback.tb_writer.add_image(tag, np.asarray(image), step, dataformats="HWC")
+                callback.tb_writer.flush()
+            elif isinstance(callback, WandbCallback) and callback._wandb.run is not None:
+                callback._wandb.log({tag: callback._wandb.Image(image), "train/global_step": step})
+            elif isinstance(callback, TrackioCallback) and callback._initialized:
+                callback._trackio.log({tag: callback._trackio.Image(image), "train/global_step": step})
+
+
+class MetricsFile(TrainerCallback):
+    """
+    `output_dir/metrics.jsonl`: what Trainer logs, a line of JSON each, NaN as null.
+
+    Each line is whole when it is written, so that a run that is killed leaves all of them. A run that goes on from a
+    checkpoint begins with what had been logged until then: no step is there twice.
+    """
+
+    NAME = "metrics.jsonl"
+
+    def __init__(self):
+        self._path: Path | None = None
+        # Logs of this process before it trains, such as those of an evaluation of the base model.
+        self._before: list[dict[str, Any]] = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self._path = Path(args.output_dir, self.NAME)
+            self._write("w", state.log_history or self._before)
+            self._before = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        line = state.log_history[-1]
+        if self._path is None:
+            self._before.append(line)
+        else:
+            self._write("a", [line])
+
+    def _write(self, mode: str, lines: list[dict[str, Any]]) -> None:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self._path, mode) as file:
+                file.writelines(json.dumps(_finite(line), default=str) + "\n" for line in lines)
+        except OSError as error:
+            logger.warning(f"{self._path} could not be written: {error}.")
+
+
+def _labels(rewards: Tensor, functions: RewardFunctions) -> list[list[str]]:
+    """Of rewards [P, G, R] the total, and each where there are several, as lines of text."""
+    names = ["total", *functions.names] if len(functions.names) > 1 else ["reward"]
+    values = [functions.total(rewards), *rewards.unbind(dim=-1)]
+    text = lambda name, value: f"{name} {value:.4g}" if math.isfinite(value) else f"{name} does not apply"
+    return [
+        ["\n".join(map(text, names, branch)) for branch in zip(*prompt)]
+        for prompt in zip(*(value.tolist() for value in values))
+    ]
+
+
+def _finite(line: dict[str, Any]) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
