@@ -18,7 +18,13 @@ import tiny_pipelines
 import torch
 from conftest import PROMPTS, redness
 from datasets import Dataset
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AsymmetricAutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from peft import LoraConfig
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import CLIPTextModel, EarlyStoppingCallback, TrainingArguments
@@ -353,6 +359,20 @@ TABLE = [
     bad(config(warmup_steps=-1), "warmup_steps"),
     bad(trainer(seed=-1), "seed=-1", "must be"),
     bad(trainer(seed=2**32), "seed=4294967296", "must be"),
+    # FDFOConfig: memory and speed
+    bad(config(quantization="fp4"), "quantization='fp4'", "is not one of nf4, int8"),
+    bad(config(quantization="int8", use_peft=False), "quantization='int8' needs use_peft=True", "only adapters beside"),
+    bad(config(quantization=8), "quantization=8 is a int", "must be str | None"),
+    bad(config(vae_tiling="yes"), "vae_tiling='yes' is a str", "must be bool"),
+    bad(config(attention_backend="flash_5"), "attention_backend='flash_5'", "Those are: ", "_native_math", "flash_hub"),
+    bad(config(attention_backend="sage"), "attention_backend='sage' has no gradients", "Those are: ", "native"),
+    bad(
+        config(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}),
+        "gradient_checkpointing_kwargs={'use_reentrant': True}",
+        "loses the gradients of adapters",
+        "Leave them out",
+    ),
+    bad(config(gradient_checkpointing_kwargs='{"every_n_layers": 2}'), "{'every_n_layers': 2}", "without options"),
     # FDFOConfig: how the numbers fit
     bad(
         config(prompts_per_rollout=430, per_device_prompt_batch_size=4),
@@ -642,6 +662,36 @@ TABLE = [
     bad(generate([None], [1]), "None", "prompt"),
     bad(generate(["a"], [1], height=30), "30", "have to be divisible by 4", "height 28"),
     bad(generate(["a"], [1], steps=3), "'steps'", "unexpected keyword argument", error=TypeError),
+    # FDFOTrainer: memory and speed
+    bad(
+        trainer(quantization="int8"),
+        "quantization='int8' is how a pipeline is loaded",
+        "this StableDiffusion3Pipeline already is",
+        "load it with `quantization_config=...`",
+    ),
+    bad(
+        trainer(attention_backend="native"),
+        "attention_backend='native' would do nothing",
+        "JointAttnProcessor2_0",
+        "Leave it out",
+    ),
+    bad(
+        trainer(attention_backend="_native_xla", pipeline=tiny_pipelines.flux),
+        "attention_backend='_native_xla' cannot be used here",
+        "torch_xla",
+    ),
+    bad(
+        trainer(vae_tiling=True, pipeline=sd3(vae=AsymmetricAutoencoderKL())),
+        "vae_tiling=True",
+        "AsymmetricAutoencoderKL",
+        "has no `enable_tiling`",
+    ),
+    bad(
+        trainer(vae_slicing=True, pipeline=sd3(vae=AsymmetricAutoencoderKL())),
+        "vae_slicing=True",
+        "AsymmetricAutoencoderKL",
+        "has no `enable_slicing`",
+    ),
     # train(resume_from_checkpoint=...)
     bad(resume("nowhere"), "Cannot resume from nowhere", "there is no such folder"),
     bad(resume("prompts.csv"), "Cannot resume from prompts.csv", "there is no such folder"),

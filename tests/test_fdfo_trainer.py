@@ -203,17 +203,6 @@ def test_options_train_with_an_exact_replay(make_trainer, options):
     assert trainer.state.global_step == steps
 
 
-def test_gradient_checkpointing_changes_nothing_but_memory(make_trainer):
-    weights = []
-    for checkpointing in (False, True):
-        trainer = make_trainer(gradient_checkpointing=checkpointing)
-        trainer.train()
-        assert trainer.pipeline.transformer.gradient_checkpointing is checkpointing
-        weights.append(trained_weights(trainer))
-    for name in weights[0]:
-        torch.testing.assert_close(weights[0][name], weights[1][name], rtol=0, atol=1e-6)
-
-
 def test_flux_trains(make_trainer):
     trainer = make_trainer(pipeline=tiny_pipelines.flux(), guidance_scale=3.5)
     before = trained_weights(trainer)
@@ -302,18 +291,6 @@ def test_seed_gives_the_first_weights_of_the_adapter(make_trainer):
     lora_a = [name for name in weights[0] if "lora_A" in name]
     assert lora_a and all(torch.equal(weights[0][name], weights[1][name]) for name in lora_a)
     assert not any(torch.equal(weights[0][name], weights[2][name]) for name in lora_a)
-
-
-@pytest.mark.parametrize("option", ["offload_components", "offload_trajectories"])
-def test_memory_options_change_nothing_but_memory(make_trainer, option):
-    results = []
-    for value in (False, True):
-        trainer = make_trainer(eval_dataset=Dataset.from_dict({"prompt": PROMPTS[:3]}), **{option: value})
-        trainer.train()
-        assert metrics_of(trainer, "replay_error") == [0.0, 0.0]
-        results.append({**trained_weights(trainer), "images": trainer.generate(PROMPTS, range(6))})
-    for name, weight in results[0].items():
-        assert torch.equal(results[1][name], weight), name
 
 
 # Rewards --------------------------------------------------------------------------------------------------------------

@@ -2,15 +2,21 @@
 
 from types import SimpleNamespace
 
+import distributed_run
 import pytest
 import tiny_pipelines
 import torch
 from accelerate.utils import DistributedType
-from conftest import trained_weights
-from diffusers import PipelineQuantizationConfig, TorchAoConfig
+from conftest import PROMPTS, trained_weights
+from datasets import Dataset
+from diffusers import PipelineQuantizationConfig, SD3Transformer2DModel, TorchAoConfig
 from peft import PeftModel
 from test_checkpoints import assert_equal, contents
+from test_distributed import assert_same, launch
 from test_fdfo_trainer import metrics_of
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers import TrainerCallback
 
 from trl_fdfo import shapes
 from trl_fdfo.algorithm import constant_churn
@@ -177,3 +183,208 @@ def test_nf4_is_refused_without_a_gpu(make_trainer, saved):
         pytest.skip("there is one")
     with pytest.raises(ValueError, match=r"quantization='nf4' needs a GPU.*set quantization='int8'"):
         make_trainer(saved, quantization="nf4")
+
+
+@pytest.mark.slow
+def test_two_processes_with_torchao_end_in_the_weights_of_one(saved, tmp_path):
+    _, one = distributed_run.run(str(tmp_path / "one"), make_pipeline=lambda: saved, quantization="int8")
+    two = launch("quantized_run.py", tmp_path / "two", saved)
+    assert two["processes"] == 2 and two["wrapper"] == "DistributedDataParallel"
+    assert_same(two, one)
+
+
+# Host memory and activations ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("option", ["offload_components", "offload_trajectories", "vae_slicing"])
+def test_memory_options_change_nothing_but_memory(make_trainer, option):
+    results = []
+    for value in (False, True):
+        trainer = make_trainer(eval_dataset=Dataset.from_dict({"prompt": PROMPTS[:3]}), **{option: value})
+        trainer.train()
+        assert metrics_of(trainer, "replay_error") == [0.0, 0.0]
+        results.append({**trained_weights(trainer), "images": trainer.generate(PROMPTS, range(6))})
+    # One image at a time is another convolution than four at a time: equal to rounding.
+    tolerance = 1e-5 if option == "vae_slicing" else 0.0
+    for name, weight in results[0].items():
+        torch.testing.assert_close(results[1][name], weight, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("pipeline", [tiny_pipelines.sd3, tiny_pipelines.flux])
+def test_gradient_checkpointing_changes_nothing_but_memory(make_trainer, pipeline):
+    results = []
+    for checkpointing in (False, True):
+        saved_for_backward = []
+        count = lambda tensor, saved=saved_for_backward: saved.append(tensor.numel()) or tensor
+        with (
+            warnings.catch_warnings(record=True) as warned,
+            torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor),
+        ):
+            warnings.simplefilter("always")
+            trainer = make_trainer(pipeline(), gradient_checkpointing=checkpointing)
+            trainer.train()
+        assert not [str(warning.message) for warning in warned if "checkpoint" in str(warning.message).lower()]
+        assert metrics_of(trainer, "replay_error") == [0.0, 0.0]
+        results.append((sum(saved_for_backward), trained_weights(trainer)))
+    (plain_size, plain), (checkpointed_size, checkpointed) = results
+    assert checkpointed_size < plain_size / 2
+    for name, weight in plain.items():
+        torch.testing.assert_close(checkpointed[name], weight, rtol=0, atol=1e-6)
+
+
+# The VAE --------------------------------------------------------------------------------------------------------------
+
+
+def test_tiles_are_decoded_on_their_own_and_blended(make_trainer):
+    plain, tiled = make_trainer(), make_trainer(vae_tiling=True)
+    # Up to the size of a tile, 16 pixels, nothing changes.
+    assert torch.equal(tiled.generate(PROMPTS, range(6)), plain.generate(PROMPTS, range(6)))
+    latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole, image = (trainer.pipeline.vae.decode(latents).sample for trainer in (plain, tiled))
+        tile = plain.pipeline.vae.decode(latents[:, :, :8, :8]).sample
+    assert image.shape == whole.shape
+    # A quarter of the tile is blended with the next one. The rest is not what it is in the whole image: each tile has
+    # its own statistics of the group norms, and its own edges.
+    torch.testing.assert_close(image[:, :, :12, :12], tile[:, :, :12, :12], rtol=0, atol=1e-6)
+    assert 0.01 < (image - whole).square().mean().sqrt() < whole.std()
+
+
+# Trainer's optimizers -------------------------------------------------------------------------------------------------
+
+
+def bytes_of(value) -> int:
+    if not isinstance(value, torch.Tensor):
+        return 0
+    if is_traceable_wrapper_subclass(value):
+        return sum(bytes_of(getattr(value, name)) for name in value.__tensor_flatten__()[0])
+    return value.numel() * value.element_size()
+
+
+@pytest.mark.parametrize(
+    ("optim", "saving"),
+    [
+        ("adamw_bnb_8bit", 3.0),
+        # PyTorch compiles its step, a minute on the CPU.
+        pytest.param("adamw_torch_8bit", 3.0, marks=pytest.mark.slow),
+    ],
+)
+def test_optimizers_of_8_bits(make_trainer, optim, saving, tmp_path):
+    # On a model whose adapters have matrices of more than 4,096 numbers: smaller ones stay in 32 bits.
+    shape = {"height": 32, "width": 32, "pipeline_kwargs": {"max_sequence_length": 0}, "lora_r": 64, "lora_alpha": 128}
+    first, weights, sizes = trained_weights(make_trainer(shapes.load_pipeline(), **shape)), {}, {}
+    for name, stops in (("adamw_torch", (2,)), (optim, (2,)), (f"{optim} resumed", (1, 2))):
+        for rollouts in stops:
+            trainer = make_trainer(
+                shapes.load_pipeline(),
+                output_dir=str(tmp_path / name),
+                optim=name.removesuffix(" resumed"),
+                num_rollouts=rollouts,
+                save_strategy="epoch",
+                **shape,
+            )
+            trainer.train(resume_from_checkpoint=True)
+        weights[name] = trained_weights(trainer)
+        sizes[name] = sum(bytes_of(value) for state in trainer.optimizer.state.values() for value in state.values())
+    flat = lambda of: torch.cat([weight.flatten() for weight in of.values()])
+    moved = flat(weights["adamw_torch"]) - flat(first)
+    # Moments in 8 bits, a scale for each block of them: a few hundredths of each step.
+    assert (flat(weights[optim]) - flat(weights["adamw_torch"])).norm() < 0.06 * moved.norm()
+    assert sizes[optim] < sizes["adamw_torch"] / saving
+    assert_equal(weights[f"{optim} resumed"], weights[optim])
+
+
+# Attention ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reset_attention():
+    yield
+    # Diffusers keeps the last backend for all models of the process.
+    tiny_pipelines.flux().transformer.reset_attention_backend()
+
+
+@pytest.mark.parametrize("backend", ["native", "_native_math", pytest.param("flex", marks=pytest.mark.gpu)])
+def test_attention_backends_train_the_same(make_trainer, reset_attention, backend):
+    results = []
+    for option in (None, backend):
+        trainer = make_trainer(tiny_pipelines.flux(), attention_backend=option, use_cpu=backend != "flex")
+        trainer.train()
+        assert max(metrics_of(trainer, "replay_error")) < 1e-6
+        results.append(trained_weights(trainer))
+    processors = {module.processor for module in trainer.model.modules() if hasattr(module, "processor")}
+    assert {processor._attention_backend.value for processor in processors} == {backend}
+    for name, weight in results[0].items():
+        torch.testing.assert_close(results[1][name], weight, rtol=0, atol=1e-5 if backend != "flex" else 1e-3)
+
+
+# Compilation ----------------------------------------------------------------------------------------------------------
+
+
+def three_kinds_of_blocks():
+    """An SD3 as version 3.5 is: a block with a second attention, plain ones, and a last one without its text stream."""
+    pipeline = tiny_pipelines.sd3()
+    torch.manual_seed(0)
+    config = {**pipeline.transformer.config, "num_layers": 5, "dual_attention_layers": (0,)}
+    pipeline.register_modules(transformer=SD3Transformer2DModel(**config))
+    return pipeline
+
+
+class CompiledGraphs(TrainerCallback):
+    """How many graphs there were after each rollout."""
+
+    def __init__(self):
+        self.counts = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "reward" in logs:
+            self.counts.append(counters["stats"]["unique_graphs"])
+
+
+@pytest.fixture
+def dynamo():
+    torch._dynamo.reset()
+    counters.clear()
+    yield counters
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+def test_repeated_blocks_are_compiled_once_per_kind_and_use(make_trainer, dynamo, tmp_path):
+    options = {"num_rollouts": 3, "num_inference_steps": 2, "beta": 0.1, "ema_decay": 0.5, "save_strategy": "epoch"}
+    plain = make_trainer(three_kinds_of_blocks(), output_dir=str(tmp_path / "plain"), **options)
+    plain.train()
+    assert counters["stats"]["unique_graphs"] == 0
+
+    graphs = CompiledGraphs()
+    options |= {"torch_compile": True, "torch_compile_backend": "eager", "output_dir": str(tmp_path / "compiled")}
+    compiled = make_trainer(three_kinds_of_blocks(), callbacks=[graphs], **options)
+    compiled.train()
+    # Three kinds, in the rollout, in the update and without the adapter, whatever the number of blocks: more than
+    # PyTorch's limit of 8, beyond which it would go on without compiling.
+    assert graphs.counts == [9, 9, 9] and not counters["recompiles"]
+    assert max(metrics_of(compiled, "replay_error")) < 1e-6
+    assert compiled.model.state_dict().keys() == plain.model.state_dict().keys()
+    for name, weight in trained_weights(plain).items():
+        torch.testing.assert_close(trained_weights(compiled)[name], weight, rtol=0, atol=1e-6)
+
+    # A run goes on, and what was saved is what a run without compilation saves.
+    resumed = make_trainer(three_kinds_of_blocks(), **{**options, "output_dir": str(tmp_path / "resumed")})
+    resumed.train(resume_from_checkpoint=str(tmp_path / "compiled" / "checkpoint-4"))
+    assert_equal(trained_weights(resumed), trained_weights(compiled))
+    found, expected = (contents(tmp_path / name / "checkpoint-6") for name in ("compiled", "plain"))
+    assert found.keys() == expected.keys()
+    assert torch.isfinite(resumed.generate(PROMPTS[:3], range(3))).all()
+
+
+@pytest.mark.slow
+def test_the_default_compiler_trains_the_same(make_trainer, dynamo):
+    plain = make_trainer(num_inference_steps=2)
+    plain.train()
+    compiled = make_trainer(num_inference_steps=2, torch_compile=True, gradient_checkpointing=True)
+    compiled.train()
+    assert counters["stats"]["unique_graphs"] > 0 and not counters["recompiles"]
+    # Fused kernels round otherwise in a pass with gradients than in one without.
+    assert max(metrics_of(compiled, "replay_error")) < 1e-5
+    for name, weight in trained_weights(plain).items():
+        torch.testing.assert_close(trained_weights(compiled)[name], weight, rtol=0, atol=2e-4)
