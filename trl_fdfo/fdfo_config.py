@@ -380,6 +380,14 @@ class FDFOConfig(TrainingArguments):
                 f"{error}."
             ) from None
 
+    def call_kwargs(self) -> dict[str, Any]:
+        """Arguments of the pipeline's call that options set."""
+        options = {name: getattr(self, name) for name in _OPTIONS_OF_CALL}
+        return {
+            **{name: value for name, value in options.items() if value is not None},
+            **(self.pipeline_kwargs or {}),
+        }
+
     def result_options(self) -> dict[str, Any]:
         """The options that the result of a run depends on, as JSON values."""
         names = [name for name in FDFOConfig.__annotations__ if not name.startswith("_")]

@@ -33,6 +33,7 @@ from .resumable_trainer import ResumableTrainer
 from .rewards.reward_functions import PendingRewards, RewardFunction, RewardFunctions
 from .rollout_buffer import MicroBatch, RolloutBuffer, ScoredBatch, trained_levels
 from .run_description import describe_run
+from .run_plan import Engine, RunPlan
 from .trainer_compat import adapt_to_trainer, prepare_for_engine
 from .watchdogs import WatchdogError, Watchdogs
 
@@ -107,14 +108,11 @@ class FDFOTrainer(ResumableTrainer):
         if isinstance(pipeline, (str, os.PathLike)):
             pipeline = load_pipeline(pipeline, dtype=torch.bfloat16 if config.bf16 else torch.float32)
         self.pipeline = pipeline
-        options = {"guidance_scale": config.guidance_scale, "height": config.height, "width": config.width}
         self.flow = PipelineFlow(
             pipeline,
             num_generations=config.num_generations,
-            num_inference_steps=config.num_inference_steps,
             share_prefix=config.shared_prefix,
-            **{name: value for name, value in options.items() if value is not None},
-            **(config.pipeline_kwargs or {}),
+            **config.call_kwargs(),
         )
         for component in pipeline.components.values():
             if isinstance(component, torch.nn.Module):
@@ -164,6 +162,7 @@ class FDFOTrainer(ResumableTrainer):
             self._averaging = WeightAveraging(self.model, config.ema_decay)
             self.add_callback(self._averaging)
 
+        self._plan: RunPlan | None = None
         self._watchdogs = Watchdogs(config.epsilon)
         self._buffer: RolloutBuffer | None = None
         self._metrics: dict[str, list[Tensor]] = defaultdict(list)
@@ -171,7 +170,9 @@ class FDFOTrainer(ResumableTrainer):
         check_call_kwargs(pipeline, pipeline_columns)
         row = train_dataset[0]
         columns = {name: [row[name]] for name in pipeline_columns}
-        self._sigmas = self.flow.rehearse([row[config.dataset_prompt_column]], columns).sigmas
+        prompts = [row[config.dataset_prompt_column]] * config.per_device_prompt_batch_size
+        self._rehearsal = self.flow.rehearse(prompts, columns, config.num_generations)
+        self._sigmas = self._rehearsal.sigmas
         if len(self._sigmas) != config.num_inference_steps + 1:
             raise ValueError(
                 f"{type(pipeline).__name__} takes {len(self._sigmas) - 1} steps, not num_inference_steps="
@@ -208,26 +209,14 @@ class FDFOTrainer(ResumableTrainer):
             print(self.run_plan())
         return super().train(*args, **kwargs)
 
-    def run_plan(self) -> str:
-        """What the run will do, in a few lines."""
-        args = self.args
-        trainable = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
-        total = sum(parameter.numel() for parameter in self.model.parameters())
-        images = args.prompts_per_rollout * args.num_generations
-        tuples = images * args.num_trained_levels * args.num_iterations
-        return "\n".join(
-            [
-                f"FDFO on {type(self.pipeline).__name__}, {args.world_size} process(es), {args.device.type}",
-                f"  trainable parameters  {trainable:,} of {total:,} ({100 * trainable / total:.2f}%)",
-                f"  rollouts              {args.num_rollouts}, of {args.prompts_per_rollout} prompts x "
-                f"{args.num_generations} images x {args.num_inference_steps} steps = "
-                f"{images * args.num_inference_steps:,} transformer samples",
-                f"  updates per rollout   {args.steps_per_rollout} optimizer steps on {tuples:,} samples "
-                f"({args.num_trained_levels} of {args.num_inference_steps} noise levels)",
-                f"  micro-batches         {args.gradient_accumulation_steps} per optimizer step and process, of "
-                f"{args.per_device_train_batch_size} samples",
-            ]
-        )
+    def run_plan(self) -> RunPlan:
+        """What the run will do and what it takes, as text by `str`."""
+        if self._plan is None:  # before an engine takes the model apart
+            rewards = dict(zip(self.reward_functions.names, self.reward_functions.functions))
+            engine = Engine.of(self.accelerator)
+            self._plan = RunPlan(self.args, self.flow, self.model, self._rehearsal, rewards, engine)
+            self._rehearsal = None  # frees its memory
+        return self._plan
 
     def get_train_dataloader(self) -> DataLoader:
         """Counts the micro-batches of a rollout; `_prepare_inputs` knows what they are."""
