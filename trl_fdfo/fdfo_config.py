@@ -310,7 +310,7 @@ class FDFOConfig(TrainingArguments):
         self._validate()
         # DeepSpeed reads the batch sizes in `super().__post_init__`, which is also what learns the number of
         # processes: take it from the launcher's environment, and check it afterwards.
-        world_size = get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 1)
+        world_size = self._announced_processes()
         self.num_trained_levels = max(1, round(self.timestep_fraction * self.num_inference_steps))
         self.steps_per_rollout = self.optimizer_steps_per_rollout * self.num_iterations
         self._derive_batches(world_size)
@@ -569,8 +569,14 @@ class FDFOConfig(TrainingArguments):
             )
         setattr(self, name, value)
 
+    def _announced_processes(self) -> int:
+        return get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 1)
+
+    def _has_bf16(self) -> bool:
+        return is_torch_bf16_gpu_available() and not self.use_cpu
+
     def _resolve_bf16(self):
-        available = is_torch_bf16_gpu_available() and not self.use_cpu
+        available = self._has_bf16()
         if self.bf16 is None:
             self.bf16 = available and not self.fp16
         elif self.bf16 and not available and not self.use_cpu:
