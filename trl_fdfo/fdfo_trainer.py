@@ -22,7 +22,7 @@ from transformers import ProgressCallback, TrainerCallback, set_seed
 from transformers.utils import logging
 
 from .algorithm import constant_churn, finite_difference, interval_churn, prior_churn, surrogate_loss
-from .callbacks import FDFOProgressCallback, WeightAveraging
+from .callbacks import FDFOProgressCallback, FirstRolloutReport, WeightAveraging, peak_memory
 from .fdfo_config import FDFOConfig
 from .lora import add_adapter, default_lora_config
 from .pipeline_checks import check_call_kwargs
@@ -166,7 +166,9 @@ class FDFOTrainer(ResumableTrainer):
         self._watchdogs = Watchdogs(config.epsilon)
         self._buffer: RolloutBuffer | None = None
         self._metrics: dict[str, list[Tensor]] = defaultdict(list)
-        self._seconds: dict[str, float] = defaultdict(float)
+        self._seconds: dict[str, float] = defaultdict(float)  # since the last log
+        self._seconds_of_run: dict[str, float] = defaultdict(float)
+        self.add_callback(FirstRolloutReport(self._seconds_of_run))
         check_call_kwargs(pipeline, pipeline_columns)
         row = train_dataset[0]
         columns = {name: [row[name]] for name in pipeline_columns}
@@ -205,6 +207,7 @@ class FDFOTrainer(ResumableTrainer):
 
     def train(self, *args, **kwargs):
         self._buffer = None
+        self._seconds_of_run.clear()
         if self.is_world_process_zero():
             print(self.run_plan())
         return super().train(*args, **kwargs)
@@ -584,15 +587,24 @@ class FDFOTrainer(ResumableTrainer):
             metrics["train_time"] = self._seconds["train"] / rollouts
             images = rollouts * self.args.prompts_per_rollout * self.args.num_generations
             metrics["images_per_second"] = images / (self._seconds["rollout"] + self._seconds["train"])
+            if self.args.device.type == "cuda":
+                metrics["peak_memory"] = self._peak_memory_of_rollout()
         self._metrics.clear()
         self._seconds.clear()
         return metrics
+
+    def _peak_memory_of_rollout(self) -> float:
+        """GiB on the GPU that had most, since the last log of a rollout."""
+        peak = torch.tensor(peak_memory(self.args.device)[0] / 2**30, device=self.args.device)
+        torch.cuda.reset_peak_memory_stats(self.args.device)
+        return self.accelerator.gather(peak).max().item()
 
     @contextlib.contextmanager
     def _timed(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self._seconds[name] += time.perf_counter() - start
+        for seconds in (self._seconds, self._seconds_of_run):
+            seconds[name] += time.perf_counter() - start
 
 
 def derive_seed(*numbers: int) -> int:

@@ -5,6 +5,7 @@ Memory is that of one device. What stands there the whole time is counted from t
 from a rehearsal of one of its batches, and what comes and goes in a forward and backward pass by [`trl_fdfo.cost`].
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FunctionType, MethodType, ModuleType
@@ -182,9 +183,10 @@ class RunPlan:
 
     # Memory -----------------------------------------------------------------------------------------------------------
 
-    def parts(self) -> list[Part]:
-        """What takes memory on one device."""
-        args, engine = self.config, self.engine
+    def parts(self, **options: bool) -> list[Part]:
+        """What takes memory on one device, with some options in the place of the config's."""
+        args, engine = copy.copy(self.config), self.engine
+        vars(args).update(options)
 
         def share(part: str) -> int:
             return args.world_size if part in engine.shards else 1
@@ -218,7 +220,7 @@ class RunPlan:
                 f"of which {_size(self.trajectory_bytes)} in host memory" if on_host else "",
             )
         )
-        parts += self._components()
+        parts += self._components(args)
         parts += self._rewards()
         if self.failure is None:
             busy = max((self.sampling.peak, "transformer"), (self.decoding.peak, "VAE"))
@@ -232,8 +234,8 @@ class RunPlan:
     def _same(self, name: str, size: int, note: str = "") -> list[Part]:
         return [Part(name, size, size, note)]
 
-    def _components(self) -> list[Part]:
-        args, parts = self.config, []
+    def _components(self, args: FDFOConfig) -> list[Part]:
+        parts = []
         for name, component in self.pipeline.components.items():
             if not isinstance(component, nn.Module) or name == "transformer":
                 continue
@@ -261,9 +263,9 @@ class RunPlan:
             waits = any(getattr(held, "offload", None) is True for held in holders)
             yield Part(f"reward {name}", size, 0 if waits else size, "in host memory while training" if waits else "")
 
-    def peaks(self) -> tuple[int, int]:
+    def peaks(self, **options: bool) -> tuple[int, int]:
         """Bytes on one device while sampling and while training."""
-        parts = self.parts()
+        parts = self.parts(**options)
         return sum(part.sampling for part in parts), sum(part.training for part in parts)
 
     def _memory(self) -> list[str]:
@@ -284,14 +286,20 @@ class RunPlan:
             whole = _nbytes((*self.model.parameters(), *self.model.buffers()))
             lines.append(f"    at the start the transformer stands whole on each device: {_size(whole)}")
         if self.engine.device_type == "cuda":
-            lines.append(f"    {self._fits(max(sampling, training))}")
+            lines += self._fits()
         return lines
 
-    def _fits(self, peak: int) -> str:
-        needed = (1 + GAPS) * peak + CONTEXT
-        large = [size for size in GPUS if size * GIB >= needed]
-        said = f"with a tenth and 0.5 GiB to spare, {needed / GIB:.1f} GiB"
-        return f"{said}: a GPU of {large[0]} GB" if large else f"{said}: more than one GPU has"
+    def _fits(self) -> list[str]:
+        """Which GPU is large enough, and for which it would be with options that do not change the result."""
+        best = max(self.peaks())
+        lines = [f"    with a tenth and 0.5 GiB to spare: {_gpu(best)}"]
+        options: dict[str, bool] = {}
+        for name in ("offload_trajectories", "cache_prompt_embeds", "offload_components"):
+            options[name] = True
+            if max(self.peaks(**options)) < best:
+                best = max(self.peaks(**options))
+                lines.append(f"      and {name}: {_gpu(best)}")
+        return lines
 
 
 def trajectory_bytes(rehearsal: Rehearsal, config: FDFOConfig) -> int:
@@ -307,6 +315,12 @@ def trajectory_bytes(rehearsal: Rehearsal, config: FDFOConfig) -> int:
     direction = 4 * rehearsal.latents.numel() + 4 * samples
     remembered = size(_tensors([rehearsal.encoded, rehearsal.prepared]))
     return config.num_rollout_batches * (config.num_trained_levels * level + direction + remembered)
+
+
+def _gpu(peak: int) -> str:
+    needed = (1 + GAPS) * peak + CONTEXT
+    large = [size for size in GPUS if size * GIB >= needed]
+    return f"{needed / GIB:.1f} GiB, " + (f"a GPU of {large[0]} GB" if large else "more than a GPU has")
 
 
 def _trained(model: nn.Module) -> Iterator[nn.Parameter]:
