@@ -61,8 +61,7 @@ class FirstRolloutReport(TrainerCallback):
     Prints, once per call of `train`, what the first rollout and the updates on it took, and the time that is left.
 
     Args:
-        seconds (`Mapping[str, float]`): Since the start of `train`, in `"rollout"`, in `"reward"`, which is a part of it,
-            and in `"train"`.
+        seconds (`Mapping[str, float]`): Since the start of `train`, in `"rollout"` and in `"reward"`, which is a part of it.
     """
 
     def __init__(self, seconds: Mapping[str, float]):

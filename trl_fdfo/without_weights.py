@@ -149,8 +149,16 @@ def _load_part(part_class: type, name_or_path: str | os.PathLike, subfolder: str
         return part_class.from_pretrained(name_or_path, subfolder=subfolder)
     with torch.device("meta"):
         if issubclass(part_class, ModelMixin):
-            return part_class.from_config(part_class.load_config(name_or_path, subfolder=subfolder)).to(dtype)
-        return part_class(part_class.config_class.from_pretrained(name_or_path, subfolder=subfolder)).to(dtype)
+            part = part_class.from_config(part_class.load_config(name_or_path, subfolder=subfolder))
+        else:
+            part = part_class(part_class.config_class.from_pretrained(name_or_path, subfolder=subfolder))
+    # As when it is loaded: some models keep some weights in float32.
+    kept = getattr(part_class, "_keep_in_fp32_modules", None) or () if issubclass(part_class, ModelMixin) else ()
+    nn.Module.to(part, dtype)
+    for name, weight in part.named_parameters():
+        if any(module in name.split(".") for module in kept):
+            weight.data = weight.data.float()
+    return part
 
 
 def _put_on_cpu(module: nn.Module, mode: FakeTensorMode) -> None:
