@@ -6,11 +6,14 @@ Post-train Stable Diffusion 3 (or any diffusers flow-matching pipeline) with FDF
     accelerate launch examples/train_sd3.py --config examples/recipes/pickscore.yaml \
         --reward pickscore --reward my_module:my_reward --reward_weights 1.0 2.0           # with a reward of your own
 
+    python examples/train_sd3.py --config examples/recipes/combined.yaml --plan            # what it would take: no weights
+
 Every option of the recipe can be overridden on the command line; `--help` lists them and the rewards. Writes into
 `output_dir` the adapter, before_after.png, reward_curve.png, metrics.json, and the Trainer's logs and checkpoints.
 """
 
 import json
+import sys
 import time
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
@@ -22,8 +25,10 @@ from trl import TrlParser
 
 from trl_fdfo import FDFOConfig, FDFOTrainer, shapes
 from trl_fdfo.pipeline_flow import repeat_each
+from trl_fdfo.prompt_dataset import load_prompts
 from trl_fdfo.report import before_after_grid, reward_curve
 from trl_fdfo.rewards.load_reward import RepeatableFlag, load_object, load_reward, reward_table
+from trl_fdfo.without_weights import PlannedConfig, plan_without_weights
 
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
@@ -40,6 +45,10 @@ class ScriptArguments:
         default_factory=lambda: ["pickscore"],
         metadata={"help": "A reward, listed below, or module:callable. Repeat for several.", "action": RepeatableFlag},
     )
+    plan: bool = field(
+        default=False,
+        metadata={"help": "Print what the run would do and the memory of its GPUs, without loading weights, and exit."},
+    )
     metrics: str | None = field(
         default=None,
         metadata={"help": "A module:callable `(images, prompts) -> dict of floats` to report before and after."},
@@ -52,18 +61,25 @@ class ScriptArguments:
 
 
 def main(args: list[str] | None = None) -> None:
-    parser = TrlParser((ScriptArguments, FDFOConfig), epilog=reward_table(), formatter_class=HelpFormatter)
+    args = sys.argv[1:] if args is None else args
+    config_class = PlannedConfig if "--plan" in args else FDFOConfig
+    parser = TrlParser((ScriptArguments, config_class), epilog=reward_table(), formatter_class=HelpFormatter)
     script, config = parser.parse_args_and_config(args)
     for name in ("num_report_prompts", "images_per_report_prompt"):
         if getattr(script, name) < 1:
             raise ValueError(f"{name}={getattr(script, name)} must be at least 1.")
     packaged = script.model == "shapes"
+    rewards = [script.reward] if isinstance(script.reward, str) else script.reward
+    if script.plan:
+        prompts = load_prompts(config.dataset_name, config.dataset_prompt_column)
+        print(plan_without_weights(config, shapes.PIPELINE_FOLDER if packaged else script.model, rewards, prompts))
+        return
     metrics = load_object(script.metrics, "metrics") if script.metrics is not None else None
     captions = Dataset.from_dict({"prompt": shapes.captions()}) if packaged and config.dataset_name is None else None
     trainer = FDFOTrainer(
         config,
         shapes.load_pipeline() if packaged else script.model,
-        [load_reward(spec) for spec in ([script.reward] if isinstance(script.reward, str) else script.reward)],
+        [load_reward(spec) for spec in rewards],
         train_dataset=captions,
     )
 

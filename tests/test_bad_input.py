@@ -1,7 +1,7 @@
 """
 All bad input that a user can give, in one table: what it is, and the words by which the error says what was received,
 what that breaks and what to do instead. All of it is refused before anything is sampled: at most the trainer has rehearsed
-one step of one sample.
+one step of one batch.
 
 What only shows in a run, such as the values that a reward returns, is tested where it is checked.
 """

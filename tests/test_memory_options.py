@@ -1,5 +1,6 @@
 """The options of the config's sections Memory and Speed, and those of Trainer that save memory: what they change."""
 
+import warnings
 from types import SimpleNamespace
 
 import distributed_run

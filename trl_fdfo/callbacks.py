@@ -1,9 +1,12 @@
-"""Trainer callbacks: the progress bar and the weight averaging."""
+"""Trainer callbacks: the progress bar, what the first rollout took, and the weight averaging."""
 
 import contextlib
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import psutil
 import torch
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
@@ -51,6 +54,57 @@ class FDFOProgressCallback(ProgressCallback):
             dynamic_ncols=True,
             disable=self.training_bar is None,
         )
+
+
+class FirstRolloutReport(TrainerCallback):
+    """
+    Prints, once per call of `train`, what the first rollout and the updates on it took, and the time that is left.
+
+    Args:
+        seconds (`Mapping[str, float]`): Since the start of `train`, in `"rollout"` and in `"reward"`, which is a part of it.
+    """
+
+    def __init__(self, seconds: Mapping[str, float]):
+        self.seconds = seconds
+        self._start: float | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._rollouts_before = state.global_step // args.steps_per_rollout
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self._start = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        done, inside = divmod(state.global_step, args.steps_per_rollout)
+        if inside or done != self._rollouts_before + 1 or not state.is_world_process_zero:
+            return
+        took = time.perf_counter() - self._start
+        sampling = self.seconds["rollout"] - self.seconds["reward"]
+        left = args.num_rollouts - done
+        peak, where = peak_memory(args.device)
+        # Not `print`, which would write into a progress bar.
+        tqdm.write(
+            f"After rollout {done}: peak memory {peak / 2**30:.2f} GiB {where}; {took:.1f} s per rollout (sampling "
+            f"{sampling:.1f}, rewards {self.seconds['reward']:.1f}, updates {took - self.seconds['rollout']:.1f}); "
+            f"{_duration(left * took)} for the {left} left"
+        )
+
+
+def peak_memory(device: torch.device) -> tuple[int, str]:
+    """Most bytes that were taken at once, on a GPU since the last reset, and what they are."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device), "on the GPU"
+    try:
+        import resource
+    except ImportError:  # Windows
+        return psutil.Process().memory_info().peak_wset, "of the whole process"
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "of the whole process"
+
+
+def _duration(seconds: float) -> str:
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min" if minutes else f"{seconds:.0f} s"
 
 
 class WeightAveraging(TrainerCallback):

@@ -360,7 +360,7 @@ class FDFOConfig(TrainingArguments):
         self._validate()
         # DeepSpeed reads the batch sizes in `super().__post_init__`, which is also what learns the number of
         # processes: take it from the launcher's environment, and check it afterwards.
-        world_size = get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 1)
+        world_size = self._announced_processes()
         self.num_trained_levels = max(1, round(self.timestep_fraction * self.num_inference_steps))
         self.steps_per_rollout = self.optimizer_steps_per_rollout * self.num_iterations
         self._derive_batches(world_size)
@@ -442,6 +442,14 @@ class FDFOConfig(TrainingArguments):
                 f"lr_scheduler_kwargs={self.lr_scheduler_kwargs} and learning_rate={self.learning_rate} makes no schedule: "
                 f"{error}."
             ) from None
+
+    def call_kwargs(self) -> dict[str, Any]:
+        """Arguments of the pipeline's call that options set."""
+        options = {name: getattr(self, name) for name in _OPTIONS_OF_CALL}
+        return {
+            **{name: value for name, value in options.items() if value is not None},
+            **(self.pipeline_kwargs or {}),
+        }
 
     def result_options(self) -> dict[str, Any]:
         """The options that the result of a run depends on, as JSON values."""
@@ -654,8 +662,14 @@ class FDFOConfig(TrainingArguments):
             )
         setattr(self, name, value)
 
+    def _announced_processes(self) -> int:
+        return get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 1)
+
+    def _has_bf16(self) -> bool:
+        return is_torch_bf16_gpu_available() and not self.use_cpu
+
     def _resolve_bf16(self):
-        available = is_torch_bf16_gpu_available() and not self.use_cpu
+        available = self._has_bf16()
         if self.bf16 is None:
             self.bf16 = available and not self.fp16
         elif self.bf16 and not available and not self.use_cpu:

@@ -22,7 +22,7 @@ from transformers import ProgressCallback, TrainerCallback, set_seed
 from transformers.utils import logging
 
 from .algorithm import constant_churn, finite_difference, interval_churn, prior_churn, surrogate_loss
-from .callbacks import FDFOProgressCallback, WeightAveraging
+from .callbacks import FDFOProgressCallback, FirstRolloutReport, WeightAveraging, peak_memory
 from .fdfo_config import FDFOConfig
 from .lora import add_adapter, default_lora_config
 from .memory_and_speed import (
@@ -42,6 +42,7 @@ from .rewards.reward_functions import PendingRewards, RewardFunction, RewardFunc
 from .rollout_buffer import MicroBatch, RolloutBuffer, ScoredBatch, trained_levels
 from .run_description import describe_run
 from .run_logging import MetricsFile, PictureLogger
+from .run_plan import Engine, RunPlan
 from .trainer_compat import adapt_to_trainer, prepare_for_engine
 from .watchdogs import WatchdogError, Watchdogs
 
@@ -124,14 +125,11 @@ class FDFOTrainer(ResumableTrainer):
                 "is: give its name or path, or load it with `quantization_config=...` and leave the option out."
             )
         self.pipeline = pipeline
-        options = {"guidance_scale": config.guidance_scale, "height": config.height, "width": config.width}
         self.flow = PipelineFlow(
             pipeline,
             num_generations=config.num_generations,
-            num_inference_steps=config.num_inference_steps,
             share_prefix=config.shared_prefix,
-            **{name: value for name, value in options.items() if value is not None},
-            **(config.pipeline_kwargs or {}),
+            **config.call_kwargs(),
         )
         set_vae_options(pipeline, config.vae_slicing, config.vae_tiling)
         if config.attention_backend is not None:
@@ -193,14 +191,19 @@ class FDFOTrainer(ResumableTrainer):
         self.add_callback(self._pictures)
         self.add_callback(MetricsFile())
 
+        self._plan: RunPlan | None = None
         self._watchdogs = Watchdogs(config.epsilon)
         self._buffer: RolloutBuffer | None = None
         self._metrics: dict[str, list[Tensor]] = defaultdict(list)
-        self._seconds: dict[str, float] = defaultdict(float)
+        self._seconds: dict[str, float] = defaultdict(float)  # since the last log
+        self._seconds_of_run: dict[str, float] = defaultdict(float)
+        self.add_callback(FirstRolloutReport(self._seconds_of_run))
         check_call_kwargs(pipeline, pipeline_columns)
         row = train_dataset[0]
         columns = {name: [row[name]] for name in pipeline_columns}
-        self._sigmas = self.flow.rehearse([row[config.dataset_prompt_column]], columns).sigmas
+        prompts = [row[config.dataset_prompt_column]] * config.per_device_prompt_batch_size
+        self._rehearsal = self.flow.rehearse(prompts, columns, config.num_generations)
+        self._sigmas = self._rehearsal.sigmas
         if len(self._sigmas) != config.num_inference_steps + 1:
             raise ValueError(
                 f"{type(pipeline).__name__} takes {len(self._sigmas) - 1} steps, not num_inference_steps="
@@ -235,30 +238,19 @@ class FDFOTrainer(ResumableTrainer):
 
     def train(self, *args, **kwargs):
         self._buffer = None
+        self._seconds_of_run.clear()
         if self.is_world_process_zero():
             print(self.run_plan())
         return super().train(*args, **kwargs)
 
-    def run_plan(self) -> str:
-        """What the run will do, in a few lines."""
-        args = self.args
-        trainable = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
-        total = sum(parameter.numel() for parameter in self.model.parameters())
-        images = args.prompts_per_rollout * args.num_generations
-        tuples = images * args.num_trained_levels * args.num_iterations
-        return "\n".join(
-            [
-                f"FDFO on {type(self.pipeline).__name__}, {args.world_size} process(es), {args.device.type}",
-                f"  trainable parameters  {trainable:,} of {total:,} ({100 * trainable / total:.2f}%)",
-                f"  rollouts              {args.num_rollouts}, of {args.prompts_per_rollout} prompts x "
-                f"{args.num_generations} images x {args.num_inference_steps} steps = "
-                f"{images * args.num_inference_steps:,} transformer samples",
-                f"  updates per rollout   {args.steps_per_rollout} optimizer steps on {tuples:,} samples "
-                f"({args.num_trained_levels} of {args.num_inference_steps} noise levels)",
-                f"  micro-batches         {args.gradient_accumulation_steps} per optimizer step and process, of "
-                f"{args.per_device_train_batch_size} samples",
-            ]
-        )
+    def run_plan(self) -> RunPlan:
+        """What the run will do and what it takes, as text by `str`."""
+        if self._plan is None:  # before an engine takes the model apart
+            rewards = dict(zip(self.reward_functions.names, self.reward_functions.functions))
+            engine = Engine.of(self.accelerator)
+            self._plan = RunPlan(self.args, self.flow, self.model, self._rehearsal, rewards, engine)
+            self._rehearsal = None  # frees its memory
+        return self._plan
 
     def get_train_dataloader(self) -> DataLoader:
         """Counts the micro-batches of a rollout; `_prepare_inputs` knows what they are."""
@@ -630,15 +622,24 @@ class FDFOTrainer(ResumableTrainer):
             metrics["train_time"] = self._seconds["train"] / rollouts
             images = rollouts * self.args.prompts_per_rollout * self.args.num_generations
             metrics["images_per_second"] = images / (self._seconds["rollout"] + self._seconds["train"])
+            if self.args.device.type == "cuda":
+                metrics["peak_memory"] = self._peak_memory_of_rollout()
         self._metrics.clear()
         self._seconds.clear()
         return metrics
+
+    def _peak_memory_of_rollout(self) -> float:
+        """GiB on the GPU that had most, since the last log of a rollout."""
+        peak = torch.tensor(peak_memory(self.args.device)[0] / 2**30, device=self.args.device)
+        torch.cuda.reset_peak_memory_stats(self.args.device)
+        return self.accelerator.gather(peak).max().item()
 
     @contextlib.contextmanager
     def _timed(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self._seconds[name] += time.perf_counter() - start
+        for seconds in (self._seconds, self._seconds_of_run):
+            seconds[name] += time.perf_counter() - start
 
 
 def derive_seed(*numbers: int) -> int:

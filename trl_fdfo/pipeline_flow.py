@@ -50,19 +50,23 @@ class Rehearsal:
     Attributes:
         sigmas (`Tensor`): Noise levels t_0 > ... > t_T = 0 in [0, 1], shape [T + 1], on the CPU.
         latents (`Tensor`): Noisy latents as the scheduler gets them, shape [N, ...].
+        velocity (`Tensor`): Their velocity as the scheduler gets it, of the same shape.
         encoded (`list`): Return value of each call of `encode_prompt`.
         prepared (`list`): Return value of each call of `prepare_latents`.
         model_calls (`list[tuple[tuple, dict]]`): Arguments of each call of the transformer in the first step.
         outputs (`list`): What it returned.
+        decode_calls (`list[tuple[tuple, dict]]`): Arguments of each call of the VAE's `decode`.
         images (`Tensor`): Floats in [0, 1], shape [N, 3, H, W]; videos [N, F, 3, H, W]. Of no use as pictures.
     """
 
     sigmas: Tensor
     latents: Tensor
+    velocity: Tensor
     encoded: list
     prepared: list
     model_calls: list[tuple[tuple, dict]]
     outputs: list
+    decode_calls: list[tuple[tuple, dict]]
     images: Tensor
 
 
@@ -177,7 +181,7 @@ class PipelineFlow:
         """
         scheduler = RehearsalScheduler.from_config(self._scheduler.config)
         remembered: dict[str, list] = {"encode_prompt": [], "prepare_latents": []}
-        calls, outputs = [], []
+        calls, outputs, decode_calls = [], [], []
         known: dict[str, Any] = {}  # by the shapes of the arguments
 
         def model(*args, **kwargs):
@@ -192,7 +196,7 @@ class PipelineFlow:
 
         generators = _generators([0] * len(prompts) * samples_per_prompt)
         call_kwargs = self._arguments(prompts, generators, columns)
-        with self._patched(scheduler, model, **_remember(remembered)):
+        with self._patched(scheduler, model, **_remember(remembered)), _recorded_decoding(self.pipeline, decode_calls):
             try:
                 images = self.pipeline(**call_kwargs)[0].float()
             except torch.OutOfMemoryError:
@@ -207,10 +211,12 @@ class PipelineFlow:
         return Rehearsal(
             sigmas=scheduler.sigmas.cpu(),
             latents=scheduler.latents,
+            velocity=scheduler.velocity,
             encoded=remembered["encode_prompt"],
             prepared=remembered["prepare_latents"],
             model_calls=calls,
             outputs=outputs,
+            decode_calls=decode_calls,
             images=images,
         )
 
@@ -574,6 +580,25 @@ def host_copy(data: Any) -> Any:
 def repeat_each(values: Sequence, times: int) -> list:
     """Each value `times` times in a row: [P] to [P x G]."""
     return [value for value in values for _ in range(times)]
+
+
+@contextlib.contextmanager
+def _recorded_decoding(pipeline: DiffusionPipeline, calls: list[tuple[tuple, dict]]) -> Iterator[None]:
+    """Appends the arguments of each call of the VAE's `decode`."""
+    decode = pipeline.vae.decode
+
+    def record(*args, **kwargs):
+        calls.append((args, kwargs))
+        return decode(*args, **kwargs)
+
+    own = pipeline.vae.__dict__.get("decode")  # a method, unless somebody else has put something there
+    pipeline.vae.__dict__["decode"] = record
+    try:
+        yield
+    finally:
+        del pipeline.vae.__dict__["decode"]
+        if own is not None:
+            pipeline.vae.__dict__["decode"] = own
 
 
 def _generators(seeds: Sequence[int]) -> list[torch.Generator]:

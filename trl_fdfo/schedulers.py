@@ -58,14 +58,15 @@ def euler_scheduler(scheduler: SchedulerMixin) -> FlowMatchEulerDiscreteSchedule
 
 
 class RehearsalScheduler(FlowMatchEulerDiscreteScheduler):
-    """Takes the pipeline through its loop, the latents unchanged, and keeps those that it was given."""
+    """Takes the pipeline through its loop, the latents unchanged, and keeps what it was given."""
 
     latents: Tensor | None = None
+    velocity: Tensor | None = None
     steps_done = 0
 
     def step(self, model_output, timestep, sample, return_dict=True, **kwargs):
         _refuse_noise_levels_per_token(kwargs)
-        self.latents = sample
+        self.latents, self.velocity = sample, model_output
         self.steps_done += 1
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=sample) if return_dict else (sample,)
 
