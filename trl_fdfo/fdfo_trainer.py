@@ -25,7 +25,7 @@ from transformers.utils import logging
 from .algorithm import constant_churn, finite_difference, interval_churn, prior_churn, surrogate_loss
 from .callbacks import FDFOProgressCallback, WeightAveraging
 from .fdfo_config import FDFOConfig
-from .lora import add_adapter, default_lora_config
+from .lora import add_adapter, continue_adapter, default_lora_config
 from .pipeline_checks import check_call_kwargs
 from .pipeline_flow import PipelineFlow, RolloutBatch, check_replay, host_copy, load_pipeline, repeat_each
 from .prompt_dataset import check_prompts, load_prompts, rollout_rows
@@ -119,7 +119,9 @@ class FDFOTrainer(ResumableTrainer):
                 component.requires_grad_(False).eval()
         adapt_to_trainer(pipeline.transformer)
         set_seed(config.seed)  # as Trainer does, but the adapter's first weights are drawn before that
-        if config.use_peft:
+        if config.adapter is not None:
+            model = continue_adapter(pipeline, config, peft_config)
+        elif config.use_peft:
             model = add_adapter(pipeline, peft_config or default_lora_config(config, pipeline.transformer))
         elif peft_config is not None:
             raise ValueError("peft_config was given together with use_peft=False: leave one of them out.")
@@ -580,6 +582,7 @@ def describe_run(
     """What the result of a run depends on, as JSON values; the larger parts as checksums."""
     transformer = pipeline.transformer
     frozen = [p for p in transformer.parameters() if not p.requires_grad]
+    trained = [p for p in transformer.parameters() if p.requires_grad]
     adapter = model.peft_config["default"] if config.use_peft else None
     defaults = {} if adapter is None else type(adapter)().to_dict()
     scalars = [name for name, feature in prompts.features.items() if isinstance(feature, Value)]
@@ -594,8 +597,8 @@ def describe_run(
         "pipeline": type(pipeline).__name__,
         "components": sorted(name for name, component in pipeline.components.items() if component is not None),
         "transformer (checksum of its config)": _config_checksum(transformer.config),
-        # Some of each: enough to tell two models of one architecture apart.
-        "transformer (checksum of its frozen weights)": _checksum([p.flatten()[:16].tolist() for p in frozen]),
+        "transformer (checksum of its frozen weights)": _weights_checksum(frozen),
+        "adapter (checksum of the weights to go on from)": _weights_checksum(trained) if config.adapter else None,
         "scheduler (checksum of its config)": _config_checksum(pipeline.scheduler.config),
         "dataset (checksum of its text and numbers)": _checksum([prompts[name] for name in scalars]),
         "rewards": rewards.describe(),
@@ -605,6 +608,11 @@ def describe_run(
 def _config_checksum(config: dict[str, Any]) -> str:
     # Those with an underscore say where it came from, not what it is.
     return _checksum(sorted((name, value) for name, value in config.items() if not name.startswith("_")))
+
+
+def _weights_checksum(parameters: list[torch.nn.Parameter]) -> str:
+    # Some of each: enough to tell two models of one architecture apart.
+    return _checksum([parameter.flatten()[:16].tolist() for parameter in parameters])
 
 
 def _checksum(value: Any) -> str:
