@@ -25,11 +25,12 @@ from transformers.utils import logging
 from .algorithm import constant_churn, finite_difference, interval_churn, prior_churn, surrogate_loss
 from .callbacks import FDFOProgressCallback, WeightAveraging
 from .fdfo_config import FDFOConfig
+from .hub_trainer import HubTrainer
 from .lora import add_adapter, continue_adapter, default_lora_config
+from .model_card import check_template
 from .pipeline_checks import check_call_kwargs
 from .pipeline_flow import PipelineFlow, RolloutBatch, check_replay, host_copy, load_pipeline, repeat_each
 from .prompt_dataset import check_prompts, load_prompts, rollout_rows
-from .resumable_trainer import ResumableTrainer
 from .rewards.reward_functions import PendingRewards, RewardFunction, RewardFunctions
 from .rollout_buffer import MicroBatch, RolloutBuffer, ScoredBatch, trained_levels
 from .trainer_compat import adapt_to_trainer, prepare_for_engine
@@ -39,7 +40,7 @@ from .watchdogs import WatchdogError, Watchdogs
 logger = logging.get_logger(__name__)
 
 
-class FDFOTrainer(ResumableTrainer):
+class FDFOTrainer(HubTrainer):
     """
     Post-trains a diffusers flow-matching pipeline with Finite Difference Flow Optimization.
 
@@ -82,6 +83,8 @@ class FDFOTrainer(ResumableTrainer):
     ):
         if not isinstance(config, FDFOConfig):
             raise ValueError(f"config is a {type(config).__name__}, not a `FDFOConfig`.")
+        if config.model_card_template is not None:
+            check_template(config.model_card_template)
         self.reward_functions = RewardFunctions(reward_fn, config.reward_weights)
         self.eval_reward_functions = self.reward_functions
         if eval_reward_fn is not None:

@@ -101,11 +101,7 @@ def add_adapter(
     # Nor would its model card say anything of this model, but for the folder that it came from.
     model.create_or_update_model_card = lambda output_dir: None
     # PEFT looks for a name on the transformer; the adapter belongs to the pipeline.
-    name_or_path = pipeline.config.get("_name_or_path")
-    if name_or_path is not None:
-        # Of a folder its name alone: the folders above it say more of this machine than of the model.
-        name_or_path = Path(name_or_path).name if Path(name_or_path).is_dir() else str(name_or_path)
-    peft_config.base_model_name_or_path = name_or_path
+    peft_config.base_model_name_or_path = base_model_name(pipeline)[0]
     return model
 
 
@@ -236,6 +232,17 @@ def _check_no_adapter(pipeline: DiffusionPipeline) -> None:
         )
 
 
+def base_model_name(pipeline: DiffusionPipeline) -> tuple[str | None, bool]:
+    """Where a pipeline came from, None where that is unknown, and whether that is a Hub id."""
+    name_or_path = pipeline.config.get("_name_or_path")
+    if name_or_path is None:
+        return None, False
+    if Path(name_or_path).is_dir():
+        # Its name alone: the folders above it say more of this machine than of the model.
+        return Path(name_or_path).absolute().name, False
+    return str(name_or_path), True
+
+
 def _check_peft_config(peft_config: PeftConfig) -> None:
     if not isinstance(peft_config, PeftConfig):
         raise ValueError(f"peft_config is a {type(peft_config).__name__}, not a config of PEFT such as `LoraConfig`.")
@@ -262,6 +269,14 @@ def _check_peft_config(peft_config: PeftConfig) -> None:
             )
 
 
+def has_diffusers_format(pipeline: DiffusionPipeline, model: PeftModel) -> bool:
+    """Whether `pipeline.load_lora_weights` can load the adapter of `model` with its alpha."""
+    save = getattr(pipeline, "save_lora_weights", None)
+    if save is None or not isinstance(model.peft_config["default"], LoraConfig):
+        return False
+    return "transformer_lora_adapter_metadata" in inspect.signature(save).parameters
+
+
 def save_diffusers_lora(
     pipeline: DiffusionPipeline, model: PeftModel, output_dir: str | Path, state_dict: dict[str, Tensor] | None = None
 ) -> None:
@@ -271,13 +286,10 @@ def save_diffusers_lora(
     The rank and alpha go along as metadata: without them `load_lora_weights` takes alpha = rank. A pipeline without a
     LoRA loader of its own, and an adapter that is no LoRA, are left with PEFT's file alone.
     """
-    save = getattr(pipeline, "save_lora_weights", None)
-    if not isinstance(model.peft_config["default"], LoraConfig):
-        return
-    if save is None or "transformer_lora_adapter_metadata" not in inspect.signature(save).parameters:
+    if not has_diffusers_format(pipeline, model):
         return
     layers = get_peft_model_state_dict(model, state_dict=state_dict, save_embedding_layers=False)
-    save(
+    pipeline.save_lora_weights(
         output_dir,
         transformer_lora_layers={name.removeprefix("base_model.model."): value for name, value in layers.items()},
         transformer_lora_adapter_metadata=model.peft_config["default"].to_dict(),

@@ -238,17 +238,19 @@ class ResumableTrainer(Trainer):
                 shutil.rmtree(saving)
         self.accelerator.wait_for_everyone()
         self.state.best_model_checkpoint = self._best_checkpoint(final.parent)
-        if self.args.push_to_hub:
-            super()._push_from_checkpoint(str(final))
+        self._on_checkpoint(final)
+
+    def _on_checkpoint(self, checkpoint: Path) -> None:
+        """What follows when all of a checkpoint is on the disk, on all processes."""
         if self.args.should_save:
             rotate_checkpoints(
-                output_dir=str(final.parent),
+                output_dir=str(checkpoint.parent),
                 save_total_limit=self.args.save_total_limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
             )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Called by Trainer before the checkpoint has its name; `_save_checkpoint` pushes when it has."""
+        """Called by Trainer before the checkpoint has its name; `_on_checkpoint` is when it has."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
@@ -262,13 +264,11 @@ class ResumableTrainer(Trainer):
             return
         with self._averaged_weights():
             if self.args.use_peft:
-                super().save_model(output_dir, _internal_call)
+                super().save_model(output_dir, _internal_call=True)  # for which Trainer does not push
             else:
                 with whole_model(self.model):
                     if self.args.should_save:
                         self.pipeline.save_pretrained(output_dir or self.args.output_dir)
-        if self.args.push_to_hub and not self.args.use_peft:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         super()._save(output_dir, state_dict)
