@@ -20,7 +20,7 @@ from .resumable_trainer import ResumableTrainer
 logger = logging.get_logger(__name__)
 
 # Of the output directory everything is pushed but checkpoints, which `hub_strategy` asks for, and what is being written.
-_NOT_PUSHED = [f"{PREFIX_CHECKPOINT_DIR}-*", "_*"]
+_NOT_PUSHED = (f"{PREFIX_CHECKPOINT_DIR}-*", "_*")
 _HUB_ERRORS = (HTTPError, ConnectionError, LocalTokenNotFoundError)
 
 
@@ -158,7 +158,7 @@ class HubTrainer(ResumableTrainer):
                 commit_message=commit_message,
                 token=token if token is not None else self.args.hub_token,
                 run_as_future=not blocking,
-                ignore_patterns=_NOT_PUSHED,
+                ignore_patterns=list(_NOT_PUSHED),  # to which it adds its own
                 revision=revision or self.args.hub_revision,
             )
         except _HUB_ERRORS as error:
@@ -222,10 +222,15 @@ class HubTrainer(ResumableTrainer):
 
     def _finish_current_push(self) -> None:
         """Wait for the push in the background. A signal ends the waiting, and Ctrl-C outside of `train`."""
-        if self._is_pushing():
-            logger.warning(f"Waiting for the push to the Hub to end; everything is in {self.args.output_dir} already.")
+        start = time.monotonic()
+        told = False
         while self._is_pushing() and self._interruption.signal is None:
             time.sleep(0.01)
+            if not told and time.monotonic() - start > 1:
+                logger.warning(
+                    f"Waiting for the push to the Hub to end; everything is in {self.args.output_dir} already."
+                )
+                told = True
 
     def _how_to_push(self, error: Exception) -> str:
         args = self.args

@@ -7,6 +7,7 @@ that was never stopped, to the bit.
 """
 
 import contextlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -268,7 +269,7 @@ class ResumableTrainer(Trainer):
             else:
                 with whole_model(self.model):
                     if self.args.should_save:
-                        self.pipeline.save_pretrained(output_dir or self.args.output_dir)
+                        save_pipeline(self.pipeline, output_dir or self.args.output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -285,3 +286,12 @@ class ResumableTrainer(Trainer):
 
     def _averaged_weights(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self._averaging is None else self._averaging.applied()
+
+
+def save_pipeline(pipeline: DiffusionPipeline, folder: str | Path) -> None:
+    """`pipeline.save_pretrained`, and nothing in its files of the folders of this machine that its parts came from."""
+    pipeline.save_pretrained(folder)
+    for file in Path(folder).glob("*/config.json"):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if config.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
