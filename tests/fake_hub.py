@@ -3,7 +3,8 @@ Enough of the Hub's API, over HTTP on loopback, to push to it and to load from i
 
 The name of a repo says how it misbehaves: `create-403` answers 403 when it is to be created, `commit-500` answers 500 to
 every commit but the first, `once-429` to the second at its first try, `away` closes the connection instead of an answer,
-and `slow` takes two seconds for each.
+and `slow` answers
+when somebody has asked for `/release`.
 """
 
 import base64
@@ -58,6 +59,7 @@ class FakeHub(ThreadingHTTPServer):
         self.repos: dict[str, Repo] = {}
         self.log: list[tuple[str, str]] = []
         self.refused: list[str] = []
+        self.released = threading.Event()
         self.failed: set[str] = set()
         self.lock = threading.Lock()
 
@@ -170,7 +172,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
                 return self.connection.close()
         if name.endswith("slow"):
-            time.sleep(2)
+            self.server.released.wait(timeout=60)
         with self.server.lock:
             files = dict(repo.at(revision).files)
             for line in lines[1:]:
@@ -185,6 +187,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         path = unquote(urlparse(self.path).path)
         self.server.log.append((self.command, path))
+        if path == "/release":
+            self.server.released.set()
+            return self.answer({})
         info = re.fullmatch(r"/api/models/([^/]+/[^/]+?)(?:/(revision|tree)/([^/]+))?/?", path)
         file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         name, revision = (info.group(1), info.group(3)) if info else file.groups()[:2] if file else (None, None)

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import traceback
+import urllib.request
 from functools import partial
 from pathlib import Path
 
@@ -236,10 +237,18 @@ def slow():
     warnings.messages.clear()
     trainer = build("slow", hub_strategy="every_save", hub_always_push=False)
     times = []
-    step = trainer.training_step
-    trainer.training_step = lambda *args, **kwargs: times.append(time.time()) or step(*args, **kwargs)
+    training_step = trainer.training_step
+
+    def step(*args, **kwargs):
+        loss = training_step(*args, **kwargs)
+        if trainer.state.global_step == 2:  # in the last of the three rollouts
+            times.append(time.time())
+            urllib.request.urlopen(f"{os.environ['HF_ENDPOINT']}/release")
+        return loss
+
+    trainer.training_step = step
     trainer.train()
-    return {"last_step": times[-1], "end": time.time(), "warnings": list(warnings.messages)}
+    return {"released": times[0], "end": time.time()}
 
 
 def refused(name):

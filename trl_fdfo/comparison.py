@@ -94,6 +94,12 @@ class Comparison:
                     f"The images '{name}' have no rewards in the model card ({type(error).__name__}: {error})."
                 )
 
+    def forget_after(self) -> None:
+        """What was sampled as "after": training goes on."""
+        self.images.pop("after", None)
+        self.results.pop("after", None)
+        self._after_step = None
+
     def _sample(self, name: str, **call_kwargs: Any) -> None:
         seeds = range(FIRST_SEED, FIRST_SEED + len(self._all_prompts))
         images = self._trainer.generate(self._all_prompts, seeds, self._columns, **call_kwargs)

@@ -64,6 +64,11 @@ class HubTrainer(ResumableTrainer):
             token = token if token is not None else self.args.hub_token
             hf_api().create_branch(self.hub_model_id, branch=self.args.hub_revision, token=token, exist_ok=True)
 
+    def train(self, *args, **kwargs):
+        if self.comparison is not None:
+            self.comparison.forget_after()
+        return super().train(*args, **kwargs)
+
     def create_model_card(
         self,
         model_name: str | None = None,

@@ -149,7 +149,7 @@ def usage_snippet(trainer: FDFOTrainer, repo_id: str, base_model: str | None) ->
     # What the base model's repo may have and this pipeline does without, such as a large text encoder.
     absent = [n for n, part in pipeline.components.items() if part is None and n not in pipeline._optional_components]
     loaded = base_model or "path/to/the/pipeline" if args.use_peft else repo_id
-    options = "".join(f", {part}=None" for part in absent) + f", dtype={pipeline.transformer.dtype}"
+    source = [f'"{loaded}"', *(f"{part}=None" for part in absent), f"dtype={pipeline.transformer.dtype}"]
     imports, load = ["import torch", f"from diffusers import {name}"], []
     if args.use_peft and has_diffusers_format(pipeline, trainer.model):
         load = [f'pipeline.load_lora_weights("{repo_id}")']
@@ -164,20 +164,25 @@ def usage_snippet(trainer: FDFOTrainer, repo_id: str, base_model: str | None) ->
         imports.append("from diffusers.utils import load_image")
     if _is_video(pipeline):
         imports.append("from diffusers.utils import export_to_video")
-        output, save = "video = pipeline({}).frames[0]", 'export_to_video(video, "video.mp4")'
+        made, part, save = "video", "frames", 'export_to_video(video, "video.mp4")'
     else:
-        output, save = "image = pipeline({}).images[0]", 'image.save("image.png")'
+        made, part, save = "image", "images", 'image.save("image.png")'
     call = [json.dumps(prompt, ensure_ascii=False), *(f"{n}={v}" for n, v in {**inputs, **_sampling(trainer)}.items())]
     lines = [
         *sorted(imports, key=lambda line: line.startswith("from")),
         "",
-        f'pipeline = {name}.from_pretrained("{loaded}"{options})',
+        _call(f"pipeline = {name}.from_pretrained", source),
         *load,
         'pipeline.to("cuda" if torch.cuda.is_available() else "cpu")',
-        output.format("\n    " + ",\n    ".join(call) + ",\n"),
+        f"{_call(f'{made} = pipeline', call)}.{part}[0]",
         save,
     ]
     return "\n".join(lines)
+
+
+def _call(function: str, arguments: list[str]) -> str:
+    line = f"{function}({', '.join(arguments)})"
+    return line if len(line) < 80 else "\n".join([f"{function}(", *(f"    {a}," for a in arguments), ")"])
 
 
 def _sampling(trainer: FDFOTrainer) -> dict[str, str]:
