@@ -82,7 +82,7 @@ def test_results_pictures_and_samples(make_trainer, tmp_path):
     assert len({result["reward"] for result in comparison.results.values()}) == 3
     assert float(rows["reward"][2]) == pytest.approx(float(rows["rewards/redness/mean"][2]) + 1, abs=0.01)
     assert "Means over 4 images per column" in card.text and "held out of training" in card.text
-    assert table(card.text, "reward")[1:] == [["`redness`", "1"], ["`constant`", "0.5"]]
+    assert table(card.text, "reward | weight")[1:] == [["`redness`", "1"], ["`constant`", "0.5"]]
     assert [sample["text"] for sample in card.data.widget] == ["never seen", "nor this"]
     # The picture is the sample itself, in its shape.
     shown = torch.tensor(list(Image.open(tmp_path / "out" / "images" / "1.png").getdata())).reshape(16, 16, 3)
@@ -94,7 +94,7 @@ def test_missing_samples_are_made_from_the_disabled_adapter(make_trainer):
     trainer = make_trainer(learning_rate=1e-2)
     untrained = make_trainer().generate(PROMPTS[:1], [1_000_000])
     trainer.train()
-    comparison = Comparison(trainer)
+    comparison = trainer.comparison = Comparison(trainer)
     comparison.complete()
     assert list(comparison.images) == ["before", "after"]
     assert comparison.images["before"].shape == (6, 2, 3, 16, 16)
