@@ -9,7 +9,8 @@ Post-train Stable Diffusion 3 (or any diffusers flow-matching pipeline) with FDF
     python examples/train_sd3.py --config examples/recipes/combined.yaml --plan            # what it would take: no weights
 
 Every option of the recipe can be overridden on the command line; `--help` lists them and the rewards. Writes into
-`output_dir` the adapter, before_after.png, reward_curve.png, metrics.json, and the Trainer's logs and checkpoints.
+`output_dir` the adapter, its model card README.md with before_after.png and reward_curve.png, metrics.json, and the
+Trainer's logs and checkpoints.
 """
 
 import json
@@ -19,14 +20,12 @@ from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from datasets import Dataset
 from trl import TrlParser
 
 from trl_fdfo import FDFOConfig, FDFOTrainer, shapes
-from trl_fdfo.pipeline_flow import repeat_each
+from trl_fdfo.comparison import Comparison
 from trl_fdfo.prompt_dataset import load_prompts
-from trl_fdfo.report import before_after_grid, reward_curve
 from trl_fdfo.rewards.load_reward import RepeatableFlag, load_object, load_reward, reward_table
 from trl_fdfo.without_weights import PlannedConfig, plan_without_weights
 
@@ -83,49 +82,28 @@ def main(args: list[str] | None = None) -> None:
         train_dataset=captions,
     )
 
-    # Seeds that are used nowhere else: those of the rollouts are hashes of 64 bits.
-    columns = trainer.train_dataset[: script.num_report_prompts]
-    columns = {name: repeat_each(values, script.images_per_report_prompt) for name, values in columns.items()}
-    prompts = columns[config.dataset_prompt_column]
-    seeds = list(range(1_000_000, 1_000_000 + len(prompts)))
-    images, report = {}, {}
-
-    def sample(name: str, **call_kwargs) -> None:
-        images[name] = trainer.generate(prompts, seeds, columns, **call_kwargs)
-        if trainer.is_world_process_zero():
-            rewards = trainer.reward_functions(images[name], prompts, trainer.state, columns)
-            report[name] = {"reward": trainer.reward_functions.total(rewards[:, None]).nanmean().item()}
-            if metrics is not None:
-                report[name] |= metrics(images[name], prompts)
-
-    sample("before")
+    comparison = Comparison(trainer, script.num_report_prompts, script.images_per_report_prompt, metrics)
+    trainer.comparison = comparison  # for the model card
+    comparison.sample("before")
     if script.report_guidance_scale is not None:
-        sample(f"before, guidance {script.report_guidance_scale}", guidance_scale=script.report_guidance_scale)
+        name = f"before, guidance {script.report_guidance_scale}"
+        comparison.sample(name, guidance_scale=script.report_guidance_scale)
 
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     seconds = time.perf_counter() - start
     trainer.save_model()
     trainer.save_state()
-    sample("after")
+    comparison.complete()
+    trainer.create_model_card()
 
     if trainer.is_world_process_zero():
-        output_dir = Path(config.output_dir)
+        output_dir, report = Path(config.output_dir), comparison.results
         (output_dir / "metrics.json").write_text(json.dumps({"train_seconds": seconds, **report}, indent=2) + "\n")
-        by_prompt = {name: batch.unflatten(0, (-1, script.images_per_report_prompt)) for name, batch in images.items()}
-        labels = prompts[:: script.images_per_report_prompt]
-        shown = torch.linspace(0, len(labels) - 1, min(len(labels), 9)).round().long().tolist()
-        before_after_grid(
-            [labels[n] for n in shown],
-            by_prompt["before"][shown, :3],
-            by_prompt["after"][shown, :3],
-            output_dir / "before_after.png",
-        )
-        reward_curve(trainer.state.log_history, output_dir / "reward_curve.png")
         width = max(map(len, report["after"]))
-        print(" " * width, *(f"{name:>22}" for name in images))
+        print(" " * width, *(f"{name:>22}" for name in report))
         for metric in report["after"]:
-            print(f"{metric:{width}}", *(f"{report[name][metric]:22.3f}" for name in images))
+            print(f"{metric:{width}}", *(f"{report[name][metric]:22.3f}" for name in report))
         print(f"Trained in {seconds:.0f} s. The adapter, the pictures and metrics.json are in {output_dir}/")
     if config.push_to_hub:
         trainer.push_to_hub()

@@ -11,12 +11,12 @@ import tiny_pipelines
 import torch
 from conftest import PROMPTS, trained_weights
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 
 from trl_fdfo import FDFOTrainer
 from trl_fdfo.algorithm import constant_churn
-from trl_fdfo.lora import add_adapter, attention_projections
+from trl_fdfo.lora import add_adapter, attention_projections, read_adapter
 from trl_fdfo.pipeline_flow import PipelineFlow, ReplayError, check_replay
 
 
@@ -237,14 +237,23 @@ def test_whole_trainer_and_saved_lora(name, make_config, tmp_path):
     has_loader = hasattr(pipeline, "load_lora_weights")
     for call in FAMILIES[name].calls:
         checked.setdefault((name, call), {})["lora"] = has_loader
+    trainer.save_model(str(tmp_path))
+    arguments = (PROMPTS[:1], [0], {column: values[:1] for column, values in columns.items()})
+    expected = trainer.generate(*arguments)
+    flow = PipelineFlow(pipeline, num_generations=2, **trainer.flow.call_kwargs)
+    assert not torch.equal(flow.generate(*arguments), expected)
     if has_loader:
-        trainer.save_model(str(tmp_path))
-        arguments = (PROMPTS[:1], [0], {column: values[:1] for column, values in columns.items()})
-        expected = trainer.generate(*arguments)
-        flow = PipelineFlow(pipeline, num_generations=2, **trainer.flow.call_kwargs)
-        assert not torch.equal(flow.generate(*arguments), expected)
+        # The same adapter, to go on from; then the same images, by either library.
+        _, weights = read_adapter(pipeline, str(tmp_path / "pytorch_lora_weights.safetensors"))
+        trained = {key.replace(".default", ""): weight for key, weight in trained_weights(trainer).items()}
+        assert weights.keys() == trained.keys()
+        assert all(torch.equal(weight, trained[key]) for key, weight in weights.items())
         pipeline.load_lora_weights(str(tmp_path))
         assert torch.equal(flow.generate(*arguments), expected)
+        pipeline.unload_lora_weights()
+        assert not torch.equal(flow.generate(*arguments), expected)
+    PeftModel.from_pretrained(pipeline.transformer, tmp_path)
+    assert torch.equal(flow.generate(*arguments), expected)
 
 
 def test_no_line_of_the_package_names_a_family():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -58,6 +59,7 @@ _NO_RESULT_OPTIONS = (
     *("logging_steps", "save_steps", "save_on_signal", "resume_with_changed_options", "logging_nan_inf_filter"),
     *("offload_components", "offload_trajectories", "cache_prompt_embeds", "shared_prefix", "vae_slicing"),
     *("per_device_sampling_batch_size", "attention_backend", "logging_images_steps", "num_prompts_to_log"),
+    *("adapter", "model_card_template"),
 )
 
 
@@ -148,6 +150,9 @@ class FDFOConfig(TrainingArguments):
             Scale of the adapters: their output is multiplied by lora_alpha / lora_r.
         lora_target_modules (`list[str]`, *optional*):
             Names (endings) of the linear layers that get an adapter. `None`: the transformer's attention projections.
+        adapter (`str`, *optional*):
+            LoRA adapter to go on from, with its rank, alpha and layers: Hub id, folder or .safetensors file, in the
+            format of PEFT or of diffusers. `beta` is the distance from the model without any adapter.
         ema_decay (`float`, *optional*):
             Average the trained weights over rollouts with this decay in [0, 1), for `evaluate`, `generate`, `save_model`
             and the diffusers file of each checkpoint. `trainer.pipeline` itself, and PEFT's file of a checkpoint, from
@@ -215,6 +220,12 @@ class FDFOConfig(TrainingArguments):
             Resume although options, rewards, prompts or the pipeline differ from those of the run that wrote the
             checkpoint, which is refused otherwise, with what differs. `num_rollouts` may change where the learning
             rate is constant; what does not change the result may always.
+
+        > Sharing
+
+        model_card_template (`str`, *optional*):
+            A jinja2 file in the place of the packaged template of README.md, `trl_fdfo/model_card.md`, which names the
+            variables that it gets.
 
     Derived (computed once, here):
         num_trained_levels (`int`): K = max(1, round(timestep_fraction T)).
@@ -284,6 +295,9 @@ class FDFOConfig(TrainingArguments):
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Layers that get an adapter. Default: the attention projections."}
     )
+    adapter: str | None = field(
+        default=None, metadata={"help": "LoRA adapter to go on from: Hub id or path, of PEFT or diffusers."}
+    )
     ema_decay: float | None = field(
         default=None, metadata={"help": "Average the trained weights over rollouts for evaluation and saving."}
     )
@@ -333,6 +347,11 @@ class FDFOConfig(TrainingArguments):
     )
     resume_with_changed_options: bool = field(
         default=False, metadata={"help": "Resume although something that changes the result differs."}
+    )
+
+    # Sharing
+    model_card_template: str | None = field(
+        default=None, metadata={"help": "A jinja2 file in the place of the packaged template of README.md."}
     )
 
     # Defaults of TrainingArguments that differ here
@@ -461,7 +480,11 @@ class FDFOConfig(TrainingArguments):
 
     def __getstate__(self) -> dict[str, Any]:
         # Trainer pickles its arguments beside the weights, and a push uploads them: nothing of the machine or its user.
-        return {**self.__dict__, "hub_token": None, "output_dir": Path(self.output_dir).name}
+        return {**_without_folders(self.__dict__), "hub_token": None}
+
+    def to_dict(self) -> dict[str, Any]:
+        # What trackers write into files, of which those of TensorBoard are pushed.
+        return _without_folders(super().to_dict())
 
     def _check_types(self):
         """A string from a YAML file, a bool, NaN: named here, before it is compared with anything."""
@@ -559,6 +582,23 @@ class FDFOConfig(TrainingArguments):
                 f"{self.per_device_prompt_batch_size}: pipelines disagree on what a list of images means for several "
                 "prompts, and prompts would be trained with the images of others."
             )
+        if self.adapter is not None and not self.use_peft:
+            raise ValueError(
+                f"adapter='{self.adapter}' was given together with use_peft=False. To train the whole model that it makes, "
+                "give a pipeline with the adapter in it (`load_lora_weights`, `fuse_lora`, `unload_lora_weights`)."
+            )
+        if self.beta and not self.use_peft:
+            raise ValueError(
+                f"beta={self.beta} needs the base model, which is the model with its adapter disabled, but "
+                "use_peft=False has no adapter. Set beta=0 or use_peft=True."
+            )
+        self._check_memory_and_speed()
+        for name, reason in _REFUSED.items():
+            value = getattr(self, name, None)
+            if value or (name == "neftune_noise_alpha" and value is not None):
+                raise ValueError(f"{name}={getattr(self, name)} does not work with FDFO: {reason}.")
+
+    def _check_memory_and_speed(self):
         if self.pipeline_columns and self.cache_prompt_embeds:
             raise ValueError(
                 f"cache_prompt_embeds=True knows a prompt by its text alone, and pipeline_columns={self.pipeline_columns} "
@@ -583,18 +623,6 @@ class FDFOConfig(TrainingArguments):
             raise ValueError(
                 f"pipeline_columns={self.pipeline_columns} needs per_device_sampling_batch_size=1, not {size}."
             )
-        if self.beta and not self.use_peft:
-            raise ValueError(
-                f"beta={self.beta} needs the base model, which is the model with its adapter disabled, but "
-                "use_peft=False has no adapter. Set beta=0 or use_peft=True."
-            )
-        self._check_memory_and_speed()
-        for name, reason in _REFUSED.items():
-            value = getattr(self, name, None)
-            if value or (name == "neftune_noise_alpha" and value is not None):
-                raise ValueError(f"{name}={getattr(self, name)} does not work with FDFO: {reason}.")
-
-    def _check_memory_and_speed(self):
         if self.quantization is not None and self.quantization not in QUANTIZATIONS:
             raise ValueError(f"quantization='{self.quantization}' is not one of {', '.join(QUANTIZATIONS)}.")
         if self.quantization and not self.use_peft:
@@ -677,6 +705,14 @@ class FDFOConfig(TrainingArguments):
                 "bf16=True, but this machine has no GPU with bfloat16. Leave bf16 unset to use what the machine can do, "
                 "set fp16=True on an older GPU, or use_cpu=True to run bfloat16 on the CPU."
             )
+
+
+def _without_folders(options: dict[str, Any]) -> dict[str, Any]:
+    """Paths without the folders above them, which name a user and say nothing of the run."""
+    return {
+        name: Path(value).name if name == "output_dir" or (isinstance(value, str) and os.path.isabs(value)) else value
+        for name, value in options.items()
+    }
 
 
 def _is_number(annotation: Any) -> bool:

@@ -24,7 +24,8 @@ from transformers.utils import logging
 from .algorithm import constant_churn, finite_difference, interval_churn, prior_churn, surrogate_loss
 from .callbacks import FDFOProgressCallback, FirstRolloutReport, WeightAveraging, peak_memory
 from .fdfo_config import FDFOConfig
-from .lora import add_adapter, default_lora_config
+from .hub_trainer import HubTrainer
+from .lora import add_adapter, continue_adapter, default_lora_config
 from .memory_and_speed import (
     compile_blocks,
     is_quantized,
@@ -33,11 +34,11 @@ from .memory_and_speed import (
     set_attention_backend,
     set_vae_options,
 )
+from .model_card import check_template
 from .pipeline_checks import check_call_kwargs
 from .pipeline_flow import PipelineFlow, RolloutBatch, check_replay, host_copy, load_pipeline, repeat_each
 from .prompt_dataset import check_prompts, load_prompts, rollout_rows
 from .prompt_embeddings import PromptEmbeddings, text_encoders
-from .resumable_trainer import ResumableTrainer
 from .rewards.reward_functions import PendingRewards, RewardFunction, RewardFunctions
 from .rollout_buffer import MicroBatch, RolloutBuffer, ScoredBatch, trained_levels
 from .run_description import describe_run
@@ -50,7 +51,7 @@ from .watchdogs import WatchdogError, Watchdogs
 logger = logging.get_logger(__name__)
 
 
-class FDFOTrainer(ResumableTrainer):
+class FDFOTrainer(HubTrainer):
     """
     Post-trains a diffusers flow-matching pipeline with Finite Difference Flow Optimization.
 
@@ -93,6 +94,8 @@ class FDFOTrainer(ResumableTrainer):
     ):
         if not isinstance(config, FDFOConfig):
             raise ValueError(f"config is a {type(config).__name__}, not a `FDFOConfig`.")
+        if config.model_card_template is not None:
+            check_template(config.model_card_template)
         self.reward_functions = RewardFunctions(reward_fn, config.reward_weights)
         self.eval_reward_functions = self.reward_functions
         if eval_reward_fn is not None:
@@ -139,7 +142,9 @@ class FDFOTrainer(ResumableTrainer):
                 component.requires_grad_(False).eval()
         adapt_to_trainer(pipeline.transformer)
         set_seed(config.seed)  # as Trainer does, but the adapter's first weights are drawn before that
-        if config.use_peft:
+        if config.adapter is not None:
+            model = continue_adapter(pipeline, config, peft_config)
+        elif config.use_peft:
             model = add_adapter(pipeline, peft_config or default_lora_config(config, pipeline.transformer))
         elif peft_config is not None:
             raise ValueError("peft_config was given together with use_peft=False: leave one of them out.")

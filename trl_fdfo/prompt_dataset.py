@@ -48,6 +48,11 @@ def load_prompts(dataset_name: str | None = None, prompt_column: str = "prompt")
     return load_dataset(dataset_name, split="train")
 
 
+def is_file_name(dataset_name: str) -> bool:
+    """Whether `load_prompts` takes it for a local file or folder, not for a Hub id."""
+    return Path(dataset_name).suffix in _BUILDERS or Path(dataset_name).exists()
+
+
 def check_prompts(
     dataset: Dataset, prompt_column: str, pipeline_columns: Sequence[str] = (), name: str = "train_dataset"
 ) -> None:

@@ -32,15 +32,15 @@ def before_after_grid(
     """
     columns, seeds = before.shape[:2]
     cell = 1.15  # inches
-    figure = Figure(figsize=(cell * columns + 0.5, 2 * cell * seeds + 1.1), dpi=150, layout="constrained")
+    figure = Figure(figsize=(cell * columns + 0.5, 2 * cell * seeds + 1.3), dpi=150, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
-    halves = figure.subfigures(2, 1, hspace=0.03, height_ratios=[1.0 + 0.45 / (cell * seeds), 1.0])
+    halves = figure.subfigures(2, 1, hspace=0.03, height_ratios=[1.0 + 0.65 / (cell * seeds), 1.0])
     for number, (half, title, images) in enumerate(zip(halves, titles, (before, after))):
         half.supylabel(title, fontsize=14, fontweight="bold")
         axes = half.subplots(seeds, columns, squeeze=False)
         for column in range(columns):
             if number == 0:
-                axes[0, column].set_title(_wrap(prompts[column]), fontsize=7)
+                axes[0, column].set_title(_wrap(prompts[column]), fontsize=9)
             for row in range(seeds):
                 # Tiny images are shown as the pixels that they are.
                 smooth = "nearest" if images.shape[-1] < 128 else "antialiased"
@@ -68,10 +68,11 @@ def reward_curve(log_history: Sequence[dict], path: str | Path) -> None:
     if len(names) > 1:
         axes.legend()
     axes.set_xlabel("rollout")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel("mean reward")
     axes.grid(alpha=0.3)
     figure.savefig(path)
 
 
-def _wrap(prompt: str, width: int = 18, lines: int = 4) -> str:
+def _wrap(prompt: str, width: int = 14, lines: int = 5) -> str:
     return "\n".join(wrap(shorten(prompt, width * lines - 6, placeholder=" ..."), width))

@@ -7,6 +7,7 @@ that was never stopped, to the bit.
 """
 
 import contextlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -241,17 +242,19 @@ class ResumableTrainer(Trainer):
                 shutil.rmtree(saving)
         self.accelerator.wait_for_everyone()
         self.state.best_model_checkpoint = self._best_checkpoint(final.parent)
-        if self.args.push_to_hub:
-            super()._push_from_checkpoint(str(final))
+        self._on_checkpoint(final)
+
+    def _on_checkpoint(self, checkpoint: Path) -> None:
+        """What follows when all of a checkpoint is on the disk, on all processes."""
         if self.args.should_save:
             rotate_checkpoints(
-                output_dir=str(final.parent),
+                output_dir=str(checkpoint.parent),
                 save_total_limit=self.args.save_total_limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
             )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Called by Trainer before the checkpoint has its name; `_save_checkpoint` pushes when it has."""
+        """Called by Trainer before the checkpoint has its name; `_on_checkpoint` is when it has."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
@@ -265,13 +268,11 @@ class ResumableTrainer(Trainer):
             return
         with self._averaged_weights():
             if self.args.use_peft:
-                super().save_model(output_dir, _internal_call)
+                super().save_model(output_dir, _internal_call=True)  # for which Trainer does not push
             else:
                 with whole_model(self.model):
                     if self.args.should_save:
-                        self.pipeline.save_pretrained(output_dir or self.args.output_dir)
-        if self.args.push_to_hub and not self.args.use_peft:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+                        save_pipeline(self.pipeline, output_dir or self.args.output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -289,3 +290,12 @@ class ResumableTrainer(Trainer):
 
     def _averaged_weights(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self._averaging is None else self._averaging.applied()
+
+
+def save_pipeline(pipeline: DiffusionPipeline, folder: str | Path) -> None:
+    """`pipeline.save_pretrained`, and nothing in its files of the folders of this machine that its parts came from."""
+    pipeline.save_pretrained(folder)
+    for file in Path(folder).glob("*/config.json"):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if config.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -19,6 +19,7 @@ def describe_run(
     """What the result of a run depends on, as JSON values; the larger parts as checksums."""
     transformer = pipeline.transformer
     frozen = [p for p in transformer.parameters() if not p.requires_grad]
+    trained = [p for p in transformer.parameters() if p.requires_grad]
     adapter = model.peft_config["default"] if config.use_peft else None
     defaults = {} if adapter is None else type(adapter)().to_dict()
     scalars = [name for name, feature in prompts.features.items() if isinstance(feature, Value)]
@@ -34,6 +35,7 @@ def describe_run(
         "components": sorted(name for name, component in pipeline.components.items() if component is not None),
         "transformer (checksum of its config)": config_checksum(transformer.config),
         "transformer (checksum of its frozen weights)": weights_checksum(frozen),
+        "adapter (checksum of the weights to go on from)": weights_checksum(trained) if config.adapter else None,
         "scheduler (checksum of its config)": config_checksum(pipeline.scheduler.config),
         "dataset (checksum of its text and numbers)": checksum([prompts[name] for name in scalars]),
         "rewards": rewards.describe(),

@@ -18,7 +18,8 @@ class TrainerConfig(FrozenDict):
     """A diffusers config with the methods of a transformers one that trackers and DeepSpeed call."""
 
     def to_dict(self) -> dict:
-        return dict(self)
+        # Names with an underscore say where it came from, such as a folder of this machine: trackers write it into files.
+        return {name: value for name, value in self.items() if not name.startswith("_")}
 
     def to_json_string(self) -> str:
         return json.dumps(self.to_dict(), indent=2, sort_keys=True, default=str)
