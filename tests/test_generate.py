@@ -66,6 +66,17 @@ def test_a_page_of_the_base_and_an_adapter_in_either_format(trained, capsys):
         assert (base[0] != base[1]).any()
 
 
+def test_an_adapter_is_gone_when_the_next_one_is_shown(trained):
+    shutil.copytree("peft", "stronger")
+    config = json.loads(Path("peft", PEFT_FILES[0]).read_text())
+    Path("stronger", PEFT_FILES[0]).write_text(json.dumps({**config, "lora_alpha": 4 * config["lora_alpha"]}))
+    generate(*("--model", "base", "--adapter", "stronger", "--adapter", "peft", "--prompts", "a cat", "--seeds", 1))
+    _, [stronger], [after_it] = panels("grid.png", rows=3, columns=1)
+    generate(*("--model", "base", "--adapter", "peft", "--prompts", "a cat", "--seeds", 1))
+    _, [alone] = panels("grid.png", rows=2, columns=1)
+    assert (after_it == alone).all() and (stronger != alone).any()
+
+
 def test_options_given_replace_those_of_the_adapter(trained, capsys):
     settings = ("--num_inference_steps", 2, "--guidance_scale", 3, "--pipeline_kwargs", '{"negative_prompt": "blue"}')
     Path("prompts.txt").write_text("a cat\n\ntwo dogs\n")
