@@ -322,11 +322,11 @@ def test_attention_backends_train_the_same(make_trainer, reset_attention, backen
 # Compilation ----------------------------------------------------------------------------------------------------------
 
 
-def three_kinds_of_blocks():
-    """An SD3 as version 3.5 is: a block with a second attention, plain ones, and a last one without its text stream."""
+def sd3(num_layers: int, dual_attention_layers: tuple = ()):
+    """As version 3.5 is: blocks with a second attention, plain ones, and a last one without its text stream."""
     pipeline = tiny_pipelines.sd3()
     torch.manual_seed(0)
-    config = {**pipeline.transformer.config, "num_layers": 5, "dual_attention_layers": (0,)}
+    config = {**pipeline.transformer.config, "num_layers": num_layers, "dual_attention_layers": dual_attention_layers}
     pipeline.register_modules(transformer=SD3Transformer2DModel(**config))
     return pipeline
 
@@ -353,13 +353,13 @@ def dynamo():
 @pytest.mark.slow
 def test_repeated_blocks_are_compiled_once_per_kind_and_use(make_trainer, dynamo, tmp_path):
     options = {"num_rollouts": 3, "num_inference_steps": 2, "beta": 0.1, "ema_decay": 0.5, "save_strategy": "epoch"}
-    plain = make_trainer(three_kinds_of_blocks(), output_dir=str(tmp_path / "plain"), **options)
+    plain = make_trainer(sd3(5, dual_attention_layers=(0,)), output_dir=str(tmp_path / "plain"), **options)
     plain.train()
     assert counters["stats"]["unique_graphs"] == 0
 
     graphs = CompiledGraphs()
     options |= {"torch_compile": True, "torch_compile_backend": "eager", "output_dir": str(tmp_path / "compiled")}
-    compiled = make_trainer(three_kinds_of_blocks(), callbacks=[graphs], **options)
+    compiled = make_trainer(sd3(5, dual_attention_layers=(0,)), callbacks=[graphs], **options)
     compiled.train()
     # Three kinds, in the rollout, in the update and without the adapter, whatever the number of blocks: more than
     # PyTorch's limit of 8, beyond which it would go on without compiling.
@@ -370,7 +370,7 @@ def test_repeated_blocks_are_compiled_once_per_kind_and_use(make_trainer, dynamo
         torch.testing.assert_close(trained_weights(compiled)[name], weight, rtol=0, atol=1e-6)
 
     # A run goes on, and what was saved is what a run without compilation saves.
-    resumed = make_trainer(three_kinds_of_blocks(), **{**options, "output_dir": str(tmp_path / "resumed")})
+    resumed = make_trainer(sd3(5, dual_attention_layers=(0,)), **{**options, "output_dir": str(tmp_path / "resumed")})
     resumed.train(resume_from_checkpoint=str(tmp_path / "compiled" / "checkpoint-4"))
     assert_equal(trained_weights(resumed), trained_weights(compiled))
     found, expected = (contents(tmp_path / name / "checkpoint-6") for name in ("compiled", "plain"))
@@ -380,11 +380,12 @@ def test_repeated_blocks_are_compiled_once_per_kind_and_use(make_trainer, dynamo
 
 @pytest.mark.slow
 def test_the_default_compiler_trains_the_same(make_trainer, dynamo):
-    plain = make_trainer(num_inference_steps=2)
+    """One block alone, as each graph takes the compiler its time."""
+    plain = make_trainer(sd3(1), num_inference_steps=2)
     plain.train()
-    compiled = make_trainer(num_inference_steps=2, torch_compile=True, gradient_checkpointing=True)
+    compiled = make_trainer(sd3(1), num_inference_steps=2, torch_compile=True)
     compiled.train()
-    assert counters["stats"]["unique_graphs"] > 0 and not counters["recompiles"]
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["recompiles"]
     # Fused kernels round otherwise in a pass with gradients than in one without.
     assert max(metrics_of(compiled, "replay_error")) < 1e-5
     for name, weight in trained_weights(plain).items():
