@@ -174,6 +174,9 @@ def test_parts_of_a_run(make_trainer):
     assert sizes(plan, cache_prompt_embeds=True)["vae"] == (vae, vae)
     assert sizes(plan, offload_trajectories=True)["trajectories"][0] == 0
     assert plan.peaks() == tuple(sum(column) for column in zip(*parts.values()))
+    # Encoded before the run, when there are no trajectories yet.
+    plan.trajectory_bytes, plan.training = 0, replace(plan.training, peak=0)
+    assert max(plan.peaks(cache_prompt_embeds=True)) < plan.peak(cache_prompt_embeds=True) <= plan.peak()
 
 
 @pytest.mark.parametrize(

@@ -268,6 +268,13 @@ class RunPlan:
         parts = self.parts(**options)
         return sum(part.sampling for part in parts), sum(part.training for part in parts)
 
+    def peak(self, **options: bool) -> int:
+        """Bytes on one device at most, the rehearsal before the run included, for which the text encoders come there."""
+        parts = self.parts(**{**options, "cache_prompt_embeds": False})
+        later = ("optimizer", "trajectories", "average of weights")
+        rehearsal = sum(part.sampling for part in parts if not part.name.startswith((*later, "reward ")))
+        return max(rehearsal, *self.peaks(**options))
+
     def _memory(self) -> list[str]:
         sampling, training = self.peaks()
         rows = [("memory per device", "sampling", "training", "")]
@@ -278,6 +285,8 @@ class RunPlan:
         ]
         rows.append(("  sum", _size(sampling), _size(training), ""))
         lines = [f"  {name:28}{one:>12}{other:>12}   {note}".rstrip() for name, one, other, note in rows]
+        if self.peak() > max(sampling, training):
+            lines.append(f"    before the run, with the text encoders: {_size(self.peak())}")
         lines.append(f"    not counted: {NOT_COUNTED}")
         if self.failure is not None:
             reason = str(self.failure).strip().partition("\n")[0]
@@ -291,13 +300,13 @@ class RunPlan:
 
     def _fits(self) -> list[str]:
         """Which GPU is large enough, and for which it would be with options that do not change the result."""
-        best = max(self.peaks())
+        best = self.peak()
         lines = [f"    with a tenth and 0.5 GiB to spare: {_gpu(best)}"]
         options: dict[str, bool] = {}
         for name in ("offload_trajectories", "cache_prompt_embeds", "offload_components"):
             options[name] = True
-            if max(self.peaks(**options)) < best:
-                best = max(self.peaks(**options))
+            if self.peak(**options) < best:
+                best = self.peak(**options)
                 lines.append(f"      and {name}: {_gpu(best)}")
         return lines
 
