@@ -1,0 +1,250 @@
+"""
+Peak memory by option, one run each, on a mid-size model; and what a rollout leaves behind per process on 1 to 4 processes.
+
+    python benchmarks/memory.py            # about ten minutes on two cores
+
+An SD3 pipeline with a transformer of 93 M parameters, text encoders of 43 M and a VAE that decodes 256 px images, with
+random weights in float32. On a GPU the figures are of its memory, on a CPU of the whole process, less what it has once
+everything is imported: where options move parts to the host's memory there is nothing to see there, and their rows are left out.
+Each run is a process of its own with one rollout and its updates.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+from accelerate.utils import recursively_apply
+from datasets import Dataset
+from diffusers import AutoencoderKL, SD3Transformer2DModel
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PrinterCallback
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+import tiny_pipelines
+
+from trl_fdfo import FDFOConfig, FDFOTrainer
+from trl_fdfo.rollout_buffer import RolloutBuffer
+
+
+BASELINE = {
+    "prompts_per_rollout": 4,
+    "per_device_prompt_batch_size": 4,
+    "num_inference_steps": 2,
+    "optimizer_steps_per_rollout": 2,
+    "height": 256,
+    "width": 256,
+    "pipeline_kwargs": {"max_sequence_length": 16},
+    "churn": 0.1,
+    "logging_images_steps": 0,
+}
+WHOLE = {"use_peft": False, "learning_rate": 1e-5}
+ROWS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "gradient_checkpointing": {"gradient_checkpointing": True},
+    "per_device_prompt_batch_size: 1": {"per_device_prompt_batch_size": 1},
+    "the same, 4 sampled at a time": {"per_device_prompt_batch_size": 1, "per_device_sampling_batch_size": 4},
+    "timestep_fraction: 0.5, 1 update": {"timestep_fraction": 0.5, "optimizer_steps_per_rollout": 1},
+    "quantization: int8": {"quantization": "int8"},
+    "vae_slicing": {"vae_slicing": True},
+    "vae_tiling": {"vae_tiling": True},
+    "use_peft: false": WHOLE,
+    "use_peft: false, adamw_bnb_8bit": {**WHOLE, "optim": "adamw_bnb_8bit"},
+}
+# Of a GPU's memory alone.
+MOVED = {
+    "quantization: nf4": {"quantization": "nf4"},
+    "offload_components": {"offload_components": True},
+    "offload_trajectories": {"offload_trajectories": True},
+    "cache_prompt_embeds": {"cache_prompt_embeds": True},
+}
+PHASES = ("loaded", "sampling", "training")
+
+
+def save_pipeline(folder: str) -> None:
+    torch.manual_seed(0)
+    pipeline = tiny_pipelines.sd3()
+    transformer = SD3Transformer2DModel(
+        sample_size=32,
+        patch_size=2,
+        in_channels=4,
+        num_layers=10,
+        attention_head_dim=64,
+        num_attention_heads=8,
+        joint_attention_dim=768,
+        caption_projection_dim=512,
+        pooled_projection_dim=2 * 768,
+        out_channels=4,
+        pos_embed_max_size=32,
+        qk_norm="rms_norm",
+    )
+    config = pipeline.text_encoder.config.to_dict()
+    config |= {"hidden_size": 384, "intermediate_size": 1536, "projection_dim": 768, "num_hidden_layers": 12}
+    config |= {"num_attention_heads": 6}
+    # As wide as the transformer asks for, both together.
+    encoders = [CLIPTextModelWithProjection(CLIPTextConfig(**config)) for _ in range(2)]
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=(32, 64, 64, 64),
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=128,
+        shift_factor=0.1,
+        scaling_factor=1.5,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    pipeline.register_modules(transformer=transformer, text_encoder=encoders[0], text_encoder_2=encoders[1], vae=vae)
+    pipeline.save_pretrained(folder)
+
+
+class PeakMemory:
+    """Peak of the GPU's memory, or of the process's, in GiB, since `reset`."""
+
+    def __init__(self):
+        self.cuda = torch.cuda.is_available()
+        self.start = 0 if self.cuda else psutil.Process().memory_info().rss
+
+    def reset(self) -> None:
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def read(self) -> float:
+        if self.cuda:
+            return torch.cuda.max_memory_allocated() / 2**30
+        status = Path("/proc/self/status").read_text()
+        peak = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+        return (int(peak.split()[1]) * 1024 - self.start) / 2**30
+
+
+def measure(folder: str, options: dict[str, Any]) -> dict[str, float]:
+    """Peaks of a run in this process."""
+    memory = PeakMemory()
+    peaks = {}
+
+    class Measured(FDFOTrainer):
+        def _roll_out(self, rollout: int) -> RolloutBuffer:
+            peaks["loaded"] = memory.read()
+            memory.reset()
+            buffer = super()._roll_out(rollout)
+            peaks["sampling"] = memory.read()
+            memory.reset()
+            return buffer
+
+    config = FDFOConfig(
+        output_dir=f"{folder}/out",
+        **{**BASELINE, **options},
+        num_rollouts=1,
+        bf16=False,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=not memory.cuda,
+        disable_tqdm=True,
+    )
+    prompts = Dataset.from_dict({"prompt": ["a cat", "two dogs", "the sea", "an old man"]})
+    trainer = Measured(config, folder, lambda images: images.mean(dim=(1, 2, 3)), prompts)
+    trainer.pop_callback(PrinterCallback)
+    memory.reset()  # the rehearsal is over
+    trainer.train()
+    return peaks | {"training": memory.read()}
+
+
+def recorded_bytes(buffer: RolloutBuffer) -> int:
+    """What a rollout leaves behind on this process."""
+    storages = {}
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.device.type != "meta":
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    for batch in {id(batch): batch for step in buffer.steps for batch, _ in step}.values():
+        recursively_apply(count, [batch.sampled.x_t, batch.sampled.velocities, batch.sampled.remembered])
+        recursively_apply(count, [batch.direction, batch.reward_difference])
+    return sum(storages.values())
+
+
+def measure_trajectories() -> None:
+    """One of several processes; prints the largest of all."""
+    config = FDFOConfig(
+        output_dir=tempfile.mkdtemp(),
+        num_rollouts=1,
+        prompts_per_rollout=8 * int(os.environ["WORLD_SIZE"]),
+        per_device_prompt_batch_size=2,
+        num_inference_steps=8,
+        height=16,
+        width=16,
+        pipeline_kwargs={"max_sequence_length": 8},
+        churn=0.1,
+        logging_images_steps=0,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        ddp_backend="gloo",
+        disable_tqdm=True,
+    )
+    prompts = Dataset.from_dict({"prompt": ["a cat", "two dogs", "the sea"]})
+    trainer = FDFOTrainer(config, tiny_pipelines.sd3(), lambda images: images.mean(dim=(1, 2, 3)), prompts)
+    trainer.train()
+    sizes = [None] * trainer.args.world_size
+    dist.all_gather_object(sizes, recorded_bytes(trainer._buffer))
+    if trainer.is_world_process_zero():
+        print(json.dumps(max(sizes)))
+    del trainer
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run(command: list[str]) -> Any:
+    """The JSON on the last line of what a command prints; its last words where it fails."""
+    # Memory that is freed goes back to the system at once.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
+    if done.returncode:
+        return done.stderr.strip().splitlines()[-1][:100]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--row", help=argparse.SUPPRESS)  # one run: its name and the folder of the pipeline
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    parser.add_argument("--trajectories", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.trajectories:
+        measure_trajectories()
+    elif arguments.row is not None:
+        print(json.dumps(measure(arguments.folder, {**ROWS, **MOVED}[arguments.row])))
+    else:
+        compare()
+
+
+def compare() -> None:
+    rows = {**ROWS, **MOVED} if torch.cuda.is_available() else ROWS
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, of the process, above its imports"
+    print(f"peak memory in GiB ({device}; torch {torch.__version__})")
+    print(f"{'option':36}" + "".join(f"{phase:>10}" for phase in PHASES))
+    with tempfile.TemporaryDirectory() as folder:
+        save_pipeline(folder)
+        for name in rows:
+            peaks = run([__file__, "--row", name, "--folder", folder])
+            shown = peaks if isinstance(peaks, str) else "".join(f"{peaks[phase]:10.2f}" for phase in PHASES)
+            print(f"{name:36}{shown}", flush=True)
+    print("\nwhat a rollout of 8 prompts per process leaves behind, bytes per process")
+    for processes in range(1, 5):
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        print(f"{processes:3} processes {run([*launch, __file__, '--trajectories']):>12,}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
