@@ -10,6 +10,7 @@ from conftest import PROMPTS, redness
 from datasets import Dataset
 from diffusers import SD3Transformer2DModel
 from peft import LoraConfig, get_peft_model
+from tiny_pipelines import flux_kontext
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
@@ -134,13 +135,31 @@ def recorded_bytes(buffer) -> int:
     "options",
     [
         {},
-        {"timestep_fraction": 0.5, "guidance_scale": 4.0},
+        {"timestep_fraction": 0.5, "guidance_scale": 4.0, "bf16": True},
         {"offload_trajectories": True},
         {"per_device_sampling_batch_size": 4},
     ],
 )
 def test_trajectories_are_what_the_buffer_holds(make_trainer, build, options):
     trainer = make_trainer(build(), **{"prompts_per_rollout": 4, "num_rollouts": 1, **options})
+    plan = trainer.run_plan()
+    trainer.train()
+    assert plan.trajectory_bytes == recorded_bytes(trainer._buffer)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_view_keeps_what_it_is_a_view_of(make_config, offload):
+    # The transformer's output is cut off where the tokens of the edited image begin, and the rest of it stays in memory.
+    prompts = Dataset.from_dict({"prompt": PROMPTS[:2], "image": flux_kontext.images(2)})
+    config = make_config(
+        num_rollouts=1,
+        prompts_per_rollout=2,
+        pipeline_columns=["image"],
+        per_device_prompt_batch_size=1,
+        offload_trajectories=offload,
+        pipeline_kwargs={"max_area": 16 * 16, "_auto_resize": False, "max_sequence_length": 8},
+    )
+    trainer = FDFOTrainer(config, flux_kontext.build(), redness, train_dataset=prompts)
     plan = trainer.run_plan()
     trainer.train()
     assert plan.trajectory_bytes == recorded_bytes(trainer._buffer)
