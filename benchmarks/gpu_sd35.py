@@ -1,0 +1,654 @@
+"""
+FDFO on Stable Diffusion 3.5 Medium on one CUDA GPU: what each option costs and saves.
+
+    python benchmarks/gpu_sd35.py              # a few minutes on an H100 or H200
+    python benchmarks/gpu_sd35.py --tiny       # the same on a tiny model, also on a CPU: a rehearsal, no measurement
+
+The architecture is the real one, built from the numbers of its published configuration with random weights, in
+bfloat16, at 512 x 512 pixels. The prompt's embedding has the real shape, 77 CLIP and 128 T5 tokens, but comes from
+encoders of one thin layer, which cost next to nothing; those of the real size are in the rows "text encoders". The
+reward is free. All else is `FDFOTrainer`.
+
+A row is one run with some options changed. Its first rollout warms up; the others are timed. It fails by itself: "out of
+memory" is a result. Printed, and written to `benchmarks/results/gpu_sd35-<name of the GPU>.json`:
+
+- images/s sampled, with the decoding; tuples/s trained (forward, backward, optimizer);
+- GiB: peak of allocated memory while sampling and while training;
+- MFU: model FLOPs (counted on a twin without memory; what gradient checkpointing computes twice counts once) over the rate of a
+  bfloat16 matrix product measured in the same run.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import gc
+import importlib.metadata
+import io
+import json
+import os
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo
+from datasets import Dataset
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers.utils import logging as diffusers_logging
+from peft import get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    PrinterCallback,
+    T5Config,
+    T5EncoderModel,
+    TrainerCallback,
+)
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+import tiny_pipelines
+
+from trl_fdfo import FDFOConfig, FDFOTrainer
+from trl_fdfo.lora import default_lora_config
+from trl_fdfo.rollout_buffer import RolloutBuffer
+
+
+DTYPE = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model by the numbers of its configuration; `clip_tokens` and `t5_tokens` are those of a prompt's embedding."""
+
+    pixels: int
+    transformer: dict[str, Any]
+    vae: dict[str, Any]
+    clips: list[dict[str, Any]]
+    t5: dict[str, Any]
+    clip_tokens: int
+    t5_tokens: int
+    product: int  # rows and columns of the matrices of the ceiling
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        side = self.pixels // 2 ** (len(self.vae["block_out_channels"]) - 1)
+        return self.vae["latent_channels"], side, side
+
+    @property
+    def embedding_shape(self) -> tuple[int, int]:
+        return self.clip_tokens + self.t5_tokens, self.transformer["joint_attention_dim"]
+
+
+# transformer/, vae/ and text_encoder*/config.json of stabilityai/stable-diffusion-3.5-medium.
+MEDIUM = Size(
+    pixels=512,
+    transformer={
+        "sample_size": 128,
+        "patch_size": 2,
+        "in_channels": 16,
+        "num_layers": 24,
+        "attention_head_dim": 64,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 4096,
+        "caption_projection_dim": 1536,
+        "pooled_projection_dim": 2048,
+        "out_channels": 16,
+        "pos_embed_max_size": 384,
+        "dual_attention_layers": tuple(range(13)),
+        "qk_norm": "rms_norm",
+    },
+    vae={"latent_channels": 16, "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "sample_size": 1024},
+    clips=[
+        {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+        {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20},
+    ],
+    t5={"vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64},
+    clip_tokens=77,
+    t5_tokens=128,
+    product=8192,
+)
+
+TINY = Size(
+    pixels=16,
+    transformer={
+        "sample_size": 8,
+        "patch_size": 2,
+        "in_channels": 4,
+        "num_layers": 2,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 32,
+        "caption_projection_dim": 16,
+        "pooled_projection_dim": 32,
+        "out_channels": 4,
+        "pos_embed_max_size": 8,
+        "dual_attention_layers": (0,),
+        "qk_norm": "rms_norm",
+    },
+    vae={"latent_channels": 4, "block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 4},
+    clips=2 * [{"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}],
+    t5={"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2},
+    clip_tokens=16,
+    t5_tokens=8,
+    product=256,
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Options of `FDFOConfig` that differ from those of `make_config`; with encoders of the real size, where they matter."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    text_encoders: bool = False
+
+
+BASELINE = Row("2 prompts at a time")
+# The most telling first: a run that has no time left ends without the last ones. Without `attention_backend`, which the
+# attention of SD 3.5 does not ask for, and `vae_tiling`, which leaves 512 pixels whole.
+ROWS = [
+    BASELINE,
+    Row("1 prompt", {"per_device_prompt_batch_size": 1}),
+    Row("4 prompts", {"per_device_prompt_batch_size": 4}),
+    Row("8 prompts", {"per_device_prompt_batch_size": 8}),
+    Row("gradient checkpointing", {"gradient_checkpointing": True}),
+    Row("gradient checkpointing, 8 prompts", {"gradient_checkpointing": True, "per_device_prompt_batch_size": 8}),
+    Row("8 prompts sampled, 2 trained", {"per_device_sampling_batch_size": 8}),
+    Row("torch_compile", {"torch_compile": True}),
+    Row("torch_compile, gradient checkpointing", {"torch_compile": True, "gradient_checkpointing": True}),
+    Row("text encoders", text_encoders=True),
+    Row("text encoders, offload_components", {"offload_components": True}, text_encoders=True),
+    Row("text encoders, cache_prompt_embeds", {"cache_prompt_embeds": True}, text_encoders=True),
+    Row("offload_trajectories", {"offload_trajectories": True}),
+    Row("quantization nf4", {"quantization": "nf4"}),
+    Row("quantization int8", {"quantization": "int8"}),
+    Row("adamw_bnb_8bit", {"optim": "adamw_bnb_8bit"}),
+    Row("vae_slicing, 8 prompts", {"vae_slicing": True, "per_device_prompt_batch_size": 8}),
+    Row("interval churn", {"churn_schedule": "interval", "churn": 0.1}),
+    Row("interval churn, shared_prefix", {"churn_schedule": "interval", "churn": 0.1, "shared_prefix": True}),
+    Row(
+        "all that saves memory",
+        {
+            "gradient_checkpointing": True,
+            "per_device_prompt_batch_size": 1,
+            "offload_components": True,
+            "offload_trajectories": True,
+        },
+        text_encoders=True,
+    ),
+    # What the first row gives now: how far the machine has drifted meanwhile.
+    Row("2 prompts at a time, again"),
+]
+
+
+@contextlib.contextmanager
+def building(device: torch.device) -> Iterator[None]:
+    """Weights are drawn where and in what they stay: an encoder of 5 billion is not first made in float32 on the CPU."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(DTYPE)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def build_transformer(size: Size, device: torch.device) -> SD3Transformer2DModel:
+    with building(device):
+        # Its table of positions is made elsewhere, in float32.
+        return SD3Transformer2DModel(**size.transformer).to(device, DTYPE)
+
+
+def build_vae(size: Size, device: torch.device) -> AutoencoderKL:
+    blocks = len(size.vae["block_out_channels"])
+    with building(device):
+        return AutoencoderKL(
+            down_block_types=["DownEncoderBlock2D"] * blocks,
+            up_block_types=["UpDecoderBlock2D"] * blocks,
+            shift_factor=0.0609,
+            scaling_factor=1.5305,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            **size.vae,
+        ).to(device, DTYPE)
+
+
+def build_text_encoders(size: Size, device: torch.device, real: bool) -> dict[str, Any]:
+    """Of the real size or of one thin layer; what their small tokenizers make of a prompt changes nothing about the time."""
+    tokenizers = [tiny_pipelines.clip_tokenizer(), tiny_pipelines.clip_tokenizer(), tiny_pipelines.t5_tokenizer()]
+    thin_clip = {} if real else {"num_hidden_layers": 1, "intermediate_size": 64}
+    thin_t5 = {} if real else {"num_layers": 1, "d_ff": 64, "num_heads": 1, "vocab_size": 64}
+    encoders = []
+    with building(device):
+        for tokenizer, numbers in zip(tokenizers, size.clips):
+            tokenizer.model_max_length = size.clip_tokens
+            config = CLIPTextConfig(
+                **{**numbers, **thin_clip},
+                projection_dim=numbers["hidden_size"],
+                max_position_embeddings=size.clip_tokens,
+                eos_token_id=tokenizer.eos_token_id,  # where the pooled embedding is read
+            )
+            encoders.append(CLIPTextModelWithProjection(config).to(device, DTYPE))
+        t5 = T5Config(**{**size.t5, **thin_t5}, feed_forward_proj="gated-gelu", dropout_rate=0.0)
+        encoders.append(T5EncoderModel(t5).to(device, DTYPE))
+    names = ["", "_2", "_3"]
+    return {
+        **{f"text_encoder{name}": encoder for name, encoder in zip(names, encoders)},
+        **{f"tokenizer{name}": tokenizer for name, tokenizer in zip(names, tokenizers)},
+    }
+
+
+def build_pipeline(size: Size, device: torch.device, text_encoders: bool = False) -> StableDiffusion3Pipeline:
+    torch.manual_seed(0)
+    return StableDiffusion3Pipeline(
+        transformer=build_transformer(size, device),
+        vae=build_vae(size, device),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        **build_text_encoders(size, device, real=text_encoders),
+    )
+
+
+def make_config(size: Size, steps: int, rounds: int, folder: str, device: torch.device, **options: Any) -> FDFOConfig:
+    defaults = {
+        "output_dir": folder,
+        "num_rollouts": rounds + 1,
+        "prompts_per_rollout": 8,
+        "optimizer_steps_per_rollout": 1,
+        "num_inference_steps": steps,
+        "height": size.pixels,
+        "width": size.pixels,
+        "pipeline_kwargs": {"max_sequence_length": size.t5_tokens},
+        # In bfloat16, and with random weights, the paper's churn may be lost in the rounding.
+        "churn": 0.05,
+        "save_strategy": "no",
+        "report_to": [],
+        "logging_images_steps": 0,
+        "bf16": True,
+        "use_cpu": device.type == "cpu",
+        "disable_tqdm": True,
+    }
+    return FDFOConfig(**{**defaults, **options})
+
+
+# What a run costs --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Work:
+    """
+    FLOPs of the model for one image: a forward pass, a trained tuple (forward and backward), and the decoding; and how
+    many kernels the first two launch, of however many images.
+    """
+
+    forward: int
+    tuple: int
+    decode: int
+    forward_kernels: int
+    tuple_kernels: int
+    trained_parameters: int
+
+    def of_image(self, steps: int) -> int:
+        return steps * self.forward + self.decode
+
+
+class KernelCounter(TorchDispatchMode):
+    """Operations that are more than a view."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+def count_work(size: Size) -> Work:
+    """
+    FLOPs counted on models without memory. There attention runs as matrix products, which are what the fused kernels
+    compute, and backward twice that: what the kernels compute again in the backward pass is not counted.
+    """
+    meta, images = torch.device("meta"), 2
+    transformer = build_transformer(size, meta).requires_grad_(False)
+    config = make_config(size, 1, 1, tempfile.gettempdir(), torch.device("cpu"))
+    model = get_peft_model(transformer, default_lora_config(config, transformer))
+    with building(meta):
+        inputs = transformer_inputs(size, images)
+        with FlopCounterMode(display=False) as flops, KernelCounter() as kernels:
+            velocity = model(**inputs)[0]
+            forward, forward_kernels = flops.get_total_flops(), kernels.count
+            velocity.float().square().mean().backward()
+        vae = build_vae(size, meta)
+        with FlopCounterMode(display=False) as decoded, torch.no_grad():
+            vae.decode(torch.empty(images, *size.latent_shape))
+    return Work(
+        forward=forward // images,
+        tuple=flops.get_total_flops() // images,
+        decode=decoded.get_total_flops() // images,
+        forward_kernels=forward_kernels,
+        tuple_kernels=kernels.count,
+        trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+    )
+
+
+def transformer_inputs(size: Size, images: int) -> dict[str, torch.Tensor]:
+    """On the default device, in the default dtype."""
+    return {
+        "hidden_states": torch.randn(images, *size.latent_shape),
+        "encoder_hidden_states": torch.randn(images, *size.embedding_shape),
+        "pooled_projections": torch.randn(images, size.transformer["pooled_projection_dim"]),
+        "timestep": torch.full((images,), 500.0),
+        "return_dict": False,
+    }
+
+
+# Measuring ---------------------------------------------------------------------------------------------------------
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def median_seconds(function: Callable, device: torch.device, repeats: int = 10, warm_up: int = 3) -> float:
+    seconds = []
+    for _ in range(warm_up + repeats):
+        synchronize(device)
+        start = time.perf_counter()
+        function()
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[warm_up:])
+
+
+def product_rate(size: Size, device: torch.device) -> float:
+    """FLOP/s of a large matrix product of random numbers (of zeros it would be faster): the ceiling."""
+    n = size.product
+    a, b = (torch.randn(n, n, device=device, dtype=DTYPE) for _ in range(2))
+    return 2 * n**3 / median_seconds(lambda: a @ b, device)
+
+
+@torch.no_grad()
+def measure_bare(size: Size, work: Work, ceiling: float, device: torch.device) -> list[dict]:
+    """The transformer and the VAE alone, without adapter and trainer: what FDFO could reach at most."""
+    transformer, vae = build_transformer(size, device), build_vae(size, device)
+    results = []
+    for images in (2, 4, 8, 16):
+        with building(device):
+            inputs = transformer_inputs(size, images)
+        latents = inputs["hidden_states"]
+        forward = median_seconds(lambda: transformer(**inputs), device)  # noqa: B023
+        decode = median_seconds(lambda: vae.decode(latents), device, repeats=3, warm_up=1)  # noqa: B023
+        results.append(
+            {
+                "images": images,
+                "forward_seconds": forward,
+                "forward_mfu": images * work.forward / forward / ceiling,
+                "decode_seconds": decode,
+                "decode_mfu": images * work.decode / decode / ceiling,
+            }
+        )
+    return results
+
+
+class Phases(TrainerCallback):
+    """Seconds of sampling and of training of each rollout, and the peak of allocated bytes in each."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.sampling: list[float] = []
+        self.training: list[float] = []
+        self.sampling_peak = self.training_peak = 0
+
+    def begin(self) -> None:
+        synchronize(self.device)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self.start = time.perf_counter()
+
+    def end(self) -> tuple[float, int]:
+        synchronize(self.device)
+        peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
+        return time.perf_counter() - self.start, peak
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        seconds, peak = self.end()
+        self.training.append(seconds)
+        self.training_peak = max(self.training_peak, peak)
+
+
+class TimedTrainer(FDFOTrainer):
+    phases: Phases
+
+    def run_plan(self) -> str:
+        self._rehearsal = None  # which the plan frees
+        return "Not worked out: that takes seconds, in each row."
+
+    def _roll_out(self, rollout: int) -> RolloutBuffer:
+        self.phases.begin()
+        buffer = super()._roll_out(rollout)
+        seconds, peak = self.phases.end()
+        self.phases.sampling.append(seconds)
+        self.phases.sampling_peak = max(self.phases.sampling_peak, peak)
+        self.phases.begin()  # of the training, which the end of the epoch ends
+        return buffer
+
+
+def brightness(images):
+    return images.mean(dim=(1, 2, 3))
+
+
+PROMPTS = Dataset.from_dict({"prompt": [f"cliff {n}" for n in range(16)]})
+
+
+def make_trainer(row: Row, size: Size, config: FDFOConfig, device: torch.device) -> TimedTrainer:
+    pipeline = build_pipeline(size, device, row.text_encoders)
+    if "quantization" in row.options:
+        # Weights are quantized as they are loaded.
+        pipeline.save_pretrained(config.output_dir)
+        pipeline = config.output_dir
+    trainer = TimedTrainer(config, pipeline, brightness, PROMPTS)
+    trainer.pop_callback(PrinterCallback)
+    trainer.phases = Phases(device)
+    trainer.add_callback(trainer.phases)
+    return trainer
+
+
+def measure(
+    row: Row, size: Size, work: Work, ceiling: float, steps: int, rounds: int, device: torch.device
+) -> dict[str, Any]:
+    """One run with a row's options."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = make_config(size, steps, rounds, folder, device, **row.options)
+        trainer = make_trainer(row, size, config, device)
+        with contextlib.redirect_stdout(io.StringIO()):
+            trainer.train()
+    phases = trainer.phases
+    images = config.prompts_per_rollout * config.num_generations
+    tuples = images * config.num_trained_levels
+    images_per_second = images / statistics.median(phases.sampling[1:])
+    tuples_per_second = tuples / statistics.median(phases.training[1:])
+    return {
+        "images_per_second": images_per_second,
+        "tuples_per_second": tuples_per_second,
+        "sampling_gib": phases.sampling_peak / 2**30,
+        "training_gib": phases.training_peak / 2**30,
+        "sampling_mfu": images_per_second * work.of_image(steps) / ceiling,
+        "training_mfu": tuples_per_second * work.tuple / ceiling,
+        "sampling_seconds": phases.sampling,
+        "training_seconds": phases.training,
+        "compiled_frames": torch._dynamo.utils.counters["frames"]["ok"],
+    }
+
+
+def clean_slate(device: torch.device, environment: dict[str, str]) -> int:
+    """
+    Undo what a row leaves in the process: `torch_compile` is an environment variable, which the next row would read.
+
+    Returns:
+        Bytes that are still allocated: 0, or what follows would be measured too high.
+    """
+    os.environ.clear()
+    os.environ.update(environment)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    gc.collect()
+    if device.type != "cuda":
+        return 0
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_allocated(device)
+
+
+def measure_or_fail(row: Row, device: torch.device, **settings: Any) -> dict[str, Any]:
+    """What `measure` returns, or the error that ended it: one row does not end the others."""
+    result = {"name": row.name, "options": row.options, "text_encoders": row.text_encoders}
+    known = {option.name for option in dataclasses.fields(FDFOConfig)}
+    environment = dict(os.environ)
+    try:
+        if unknown := row.options.keys() - known:
+            raise ValueError(f"FDFOConfig has no {', '.join(sorted(unknown))}")
+        result |= measure(row, device=device, **settings)
+    except torch.OutOfMemoryError:
+        result["error"] = "out of memory"
+    except Exception as error:
+        result["error"] = f"{type(error).__name__}: {error}"
+    result["left_gib"] = clean_slate(device, environment) / 2**30
+    return result
+
+
+def profile(size: Size, steps: int, device: torch.device) -> str:
+    """Where the time of the first row goes: kernels by their time, of the sampling and training of one rollout."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        config = make_config(size, steps, 1, folder, device, prompts_per_rollout=2)
+        trainer = make_trainer(BASELINE, size, config, device)
+        profiler = torch.profiler.profile(
+            activities=activities, schedule=torch.profiler.schedule(wait=0, warmup=1, active=1)
+        )
+
+        class Step(TrainerCallback):
+            def on_epoch_end(self, args, state, control, **kwargs):
+                profiler.step()
+
+        trainer.add_callback(Step())
+        with profiler:
+            trainer.train()
+    phases, events = trainer.phases, profiler.key_averages()
+    wall = phases.sampling[-1] + phases.training[-1]
+    text = f"one rollout of {wall:.2f} s with the profiler on"
+    if device.type == "cuda":
+        kernels = sum(
+            event.self_device_time_total
+            for event in events
+            if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+        )
+        kernels /= 1e6  # from microseconds
+        text += f", of which the GPU is busy {kernels:.2f} s ({100 * kernels / wall:.0f}%)"
+    by = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    return f"{text}\n{events.table(sort_by=by, row_limit=30, max_name_column_width=90)}"
+
+
+# Reporting ---------------------------------------------------------------------------------------------------------
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    packages = ("torch", "diffusers", "transformers", "accelerate", "peft")
+    machine: dict[str, Any] = {package: importlib.metadata.version(package) for package in packages}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        machine |= {"gpu": properties.name, "gib": properties.total_memory / 2**30, "cuda": torch.version.cuda}
+    return machine
+
+
+HEADER = f"{'':36} {'images/s':>9} {'tuples/s':>9} {'GiB: sampling':>13} {'training':>9} {'MFU: sampling':>13} {'training':>9}"
+
+
+def line(row: dict[str, Any]) -> str:
+    if "error" in row:
+        return f"{row['name']:36} {row['error'].splitlines()[0][:100]}"
+    text = (
+        f"{row['name']:36} {row['images_per_second']:9.2f} {row['tuples_per_second']:9.1f} {row['sampling_gib']:13.1f} "
+        f"{row['training_gib']:9.1f} {100 * row['sampling_mfu']:12.1f}% {100 * row['training_mfu']:8.1f}%"
+    )
+    return text + (f"  ({row['left_gib']:.1f} GiB were not freed)" if row["left_gib"] > 0.1 else "")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, on a GPU or a CPU: a rehearsal")
+    parser.add_argument(
+        "--steps", type=int, default=10, help="of the sampler: 10 is the paper's fast setting, 40 its own"
+    )
+    parser.add_argument("--rounds", type=int, default=2, help="timed rollouts of each row")
+    parser.add_argument("--minutes", type=float, default=8.0, help="no row is begun after them")
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help="these rows alone")
+    parser.add_argument("--profile", action="store_true", help="and the kernels of the first row by their time")
+    parser.add_argument("--output", type=Path, help="file of the results; default: see above")
+    args = parser.parse_args(arguments)
+    unknown = set(args.rows or ()) - {row.name for row in ROWS}
+    if unknown:
+        parser.error(f"no rows {sorted(unknown)}; there are: {'; '.join(row.name for row in ROWS)}")
+    if not torch.cuda.is_available() and not args.tiny:
+        print("This benchmark measures a CUDA GPU, and there is none here. --tiny rehearses it on the CPU.")
+        return
+    begin = time.perf_counter()
+    diffusers_logging.set_verbosity_error()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    size = TINY if args.tiny else MEDIUM
+    machine = describe_machine(device)
+    name = "tiny" if args.tiny else re.sub(r"\W+", "-", machine["gpu"])
+    folder = Path("outputs") if args.tiny else Path(__file__).with_name("results")
+    output = args.output or folder / f"gpu_sd35-{name}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+
+    work = count_work(size)
+    ceiling = product_rate(size, device)
+    print(f"{machine.get('gpu', 'CPU')}, torch {machine['torch']}")
+    print(
+        f"matrix product {ceiling / 1e12:.3g} TFLOP/s; model: forward {work.forward / 1e12:.3g}, tuple "
+        f"{work.tuple / 1e12:.3g}, decoding {work.decode / 1e12:.3g} TFLOP per image"
+    )
+    results: dict[str, Any] = {
+        "machine": machine,
+        "steps": args.steps,
+        "pixels": size.pixels,
+        "work": dataclasses.asdict(work),
+        "ceiling_flops_per_second": ceiling,
+        "bare": measure_bare(size, work, ceiling, device),
+        "rows": [],
+    }
+    for bare in results["bare"]:
+        print(
+            f"{bare['images']:3d} images, models alone: forward {1e3 * bare['forward_seconds']:.1f} ms (MFU "
+            f"{100 * bare['forward_mfu']:.1f}%), decoding {1e3 * bare['decode_seconds']:.1f} ms "
+            f"({100 * bare['decode_mfu']:.1f}%)"
+        )
+    print(HEADER)
+    for row in ROWS:
+        if args.rows and row.name not in args.rows:
+            continue
+        if time.perf_counter() - begin > 60 * args.minutes:
+            result = {"name": row.name, "error": f"not begun: {args.minutes:g} minutes were over"}
+        else:
+            result = measure_or_fail(
+                row, device, size=size, work=work, ceiling=ceiling, steps=args.steps, rounds=args.rounds
+            )
+        results["rows"].append(result)
+        print(line(result), flush=True)
+        output.write_text(json.dumps(results, indent=1) + "\n")  # each time: what is measured is not lost
+    print(f"{time.perf_counter() - begin:.0f} s; written to {output}")
+    if args.profile:
+        print(profile(size, args.steps, device))
+
+
+if __name__ == "__main__":
+    main()
