@@ -11,12 +11,15 @@ quickstart: $(VENV)/installed  ## repair the packaged tiny pipeline with FDFO, a
 		examples/train_sd3.py --config examples/recipes/shapes.yaml
 
 test: $(VENV)/installed  ## the whole test suite
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(CORES) --dist loadfile tests
 
 benchmark: $(VENV)/installed  ## the figures of the README
 	OMP_NUM_THREADS=$(CORES) $(VENV)/bin/python benchmarks/overhead.py
 	$(VENV)/bin/python benchmarks/replay.py
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/remote_reward.py
+	$(VENV)/bin/python benchmarks/memory.py
+	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/scale.py
+	$(VENV)/bin/python benchmarks/gpu_sd35.py
 
 lint: $(VENV)/installed
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt ruff
