@@ -72,6 +72,11 @@ def make_trainer(make_config):
     return make
 
 
+def warnings_of_the_package(caplog) -> list[str]:
+    """Messages of its own logger: trackers that other tests have started log too, in threads of theirs."""
+    return [record.message for record in caplog.records if record.name.startswith("trl_fdfo")]
+
+
 def trained_weights(trainer) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
