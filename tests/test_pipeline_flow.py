@@ -20,6 +20,7 @@ from diffusers import (
 )
 from diffusers.schedulers.scheduling_flow_match_heun_discrete import FlowMatchHeunDiscreteScheduler
 
+from trl_fdfo import schedulers
 from trl_fdfo.algorithm import constant_churn
 from trl_fdfo.pipeline_checks import check_pipeline
 from trl_fdfo.pipeline_flow import PipelineFlow, ReplayError, check_replay
@@ -238,6 +239,7 @@ def test_stochastic_sampling_is_refused():
     ids=lambda scheduler: type(scheduler).__name__,
 )
 def test_another_sampler_of_a_flow_is_replaced_by_euler_with_its_shift(scheduler, caplog):
+    schedulers.logger.warning_once.cache_clear()  # another test in this process may have been warned
     pipeline = tiny_pipelines.sd3()
     expected = roll_out(make_flow())  # its scheduler is Euler's with shift 3
     pipeline.scheduler = scheduler

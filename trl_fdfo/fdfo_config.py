@@ -168,9 +168,9 @@ class FDFOConfig(TrainingArguments):
             which each micro-batch is copied.
         cache_prompt_embeds (`bool`, defaults to `False`):
             Encode each prompt once, before the run, and keep the embeddings on disk in the cache of `datasets`, for later
-            runs too. The text encoders stay in host memory. Costs disk: 1 MB per prompt of 128 T5 tokens in
-            bfloat16. Prompts are encoded one by one, which can round differently from a batch of them. Prompts that are not
-            in a dataset of the trainer are encoded when they come.
+            runs too. The text encoders wait in host memory once the run begins. Costs disk: 1 MB per prompt of 128 T5
+            tokens in bfloat16. Prompts are encoded one by one, which can round differently from a batch of them. Prompts
+            that are not in a dataset of the trainer are encoded when they come.
         shared_prefix (`bool`, defaults to `False`):
             Where the branches of all prompts of a batch are still identical (`churn_schedule="interval"`, before its
             churn begins), sample one of them. Saves up to a third of a rollout's compute. Costs the last bits: a

@@ -220,7 +220,7 @@ class FDFOTrainer(HubTrainer):
         if config.cache_prompt_embeds:
             self._cache_prompt_embeds()
         self._offload_components()
-        # Not before: what is rehearsed is of another size than what is sampled.
+        # Not before the rehearsals, some of which are of a size that does not come again.
         compile_blocks(self.accelerator, pipeline.transformer)
         self.run = describe_run(config, pipeline, self.reward_functions, train_dataset, self.model)
 
