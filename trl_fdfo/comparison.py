@@ -115,16 +115,15 @@ class Comparison:
             return
         images, prompts = self.images[name].flatten(0, 1), self._all_prompts
         results = {}
-        kinds = {"": trainer.reward_functions, "eval_": trainer.eval_reward_functions}
-        if trainer.eval_reward_functions is trainer.reward_functions:
-            del kinds["eval_"]
-        for prefix, functions in kinds.items():
+        for kind, functions in (("reward", trainer.reward_functions), ("control", trainer.control_functions)):
+            if functions is None:
+                continue
             rewards = functions(images, prompts, trainer.state, self._columns)
             functions.on_rollout_end()
-            results[f"{prefix}reward"] = functions.total(rewards[:, None]).nanmean().item()
+            results[kind] = functions.total(rewards[:, None]).nanmean().item()
             if len(functions.names) > 1:
                 means = rewards.nanmean(dim=0).tolist()
-                results |= {f"{prefix}rewards/{f}/mean": mean for f, mean in zip(functions.names, means)}
+                results |= {f"{kind}s/{f}/mean": mean for f, mean in zip(functions.names, means)}
         if self._metrics is not None:
             results |= self._metrics(images, prompts)
         if self._images_per_prompt > 1:

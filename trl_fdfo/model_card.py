@@ -231,9 +231,9 @@ def _save_samples(prompts: list[str], images: Tensor, folder: Path) -> list[dict
 
 def _save_pictures(trainer: FDFOTrainer, images: dict[str, Tensor], folder: Path) -> dict[str, str | None]:
     """Draw the grid and the curve where there is something to draw, and say what they are called."""
-    made: dict[str, str | None] = {"before_after": None, "reward_curve": None}
+    made: dict[str, str | None] = {"before_after": None, "reward_curve": None, "evaluation": None}
     try:
-        from .report import before_after_grid, reward_curve
+        from .report import before_after_grid, evaluation_curves, reward_curve
     except ImportError as error:
         logger.info(f"The model card has no pictures: {error}")
         return made
@@ -248,6 +248,9 @@ def _save_pictures(trainer: FDFOTrainer, images: dict[str, Tensor], folder: Path
     if sum("reward" in log for log in trainer.state.log_history) > 1:
         made["reward_curve"] = "reward_curve.png"
         reward_curve(trainer.state.log_history, folder / made["reward_curve"])
+    if sum("eval_reward" in log for log in trainer.state.log_history) > 1:
+        made["evaluation"] = "evaluation.png"
+        evaluation_curves(trainer.state.log_history, folder / made["evaluation"])
     return made
 
 
