@@ -12,7 +12,7 @@ from datasets import Dataset
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from trl_fdfo.comparison import Comparison, pixel_distance
+from trl_fdfo.comparison import Comparison
 from trl_fdfo.model_card import PACKAGED_TEMPLATE, check_template, usage_snippet
 from trl_fdfo.pipeline_flow import load_pipeline
 
@@ -123,13 +123,6 @@ def test_card_without_rewards_where_they_fail(make_trainer, caplog, tmp_path):
     assert "have no rewards in the model card" in caplog.text and "no server" in caplog.text
     text = card_of(tmp_path / "out").text
     assert "before_after.png" in text and "## Results" not in text
-
-
-def test_pixel_distance():
-    images = torch.zeros(2, 3, 3, 4, 4)
-    assert pixel_distance(images) == 0.0
-    images[0, 0] = 1.0  # two of the three pairs of the first prompt differ by 1, of the second none does
-    assert pixel_distance(images) == pytest.approx(2 / 3 / 2)
 
 
 def test_snippet_loads_a_local_base_and_makes_the_same_image(make_trainer, tmp_path, monkeypatch):

@@ -111,6 +111,7 @@ def write_model_card(
     )
     rollouts = round(trainer.state.global_step / args.steps_per_rollout)
     rows = list(dict.fromkeys(name for values in results.values() for name in values))
+    diversity = comparison.diversity.__name__ if comparison is not None else None
     if dataset_name is not None:
         source = f"[{dataset_name}](https://huggingface.co/datasets/{dataset_name})"
     else:
@@ -131,7 +132,7 @@ def write_model_card(
         rows=[(name, [_shown(values.get(name)) for values in results.values()]) for name in rows],
         held_out=comparison is not None and comparison.held_out,
         num_images=len(images["after"].flatten(0, 1)) if images else 0,
-        has_diversity="pixel_distance" in rows,
+        diversity=diversity if diversity in rows else None,
         rollouts=f"{rollouts:,}",
         images=f"{rollouts * args.prompts_per_rollout * args.num_generations:,}",
         duration=None if finished is None else _duration(finished),
