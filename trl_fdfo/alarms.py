@@ -23,6 +23,7 @@ from .fdfo_config import FDFOConfig
 
 logger = logging.get_logger(__name__)
 
+DIVERSITY = "eval_diversity"
 MIN_ERRORS = 2
 
 
@@ -39,15 +40,18 @@ class Alarms(TrainerCallback):
     def __init__(self, args: FDFOConfig, controls: Sequence[str] = (), has_diversity: bool = False):
         self._args = args
         self._evaluate_at_start = args.eval_on_start
-        self._controls = list(controls) if args.alarm_control_drop is not None else []
-        self._has_diversity = has_diversity and args.alarm_diversity_drop is not None
         self._is_to_stop = False
+        # The metrics, and what a message calls them.
+        self._names: dict[str, str] = {}
+        if args.alarm_control_drop is not None:
+            self._names |= {f"eval_controls/{name}/mean": f"the control '{name}'" for name in controls}
+        if args.alarm_diversity_drop is not None and has_diversity:
+            self._names[DIVERSITY] = "the diversity"
 
     @property
     def watched(self) -> list[str]:
         """The metrics whose fall raises an alarm."""
-        diversity = ["eval_diversity"] if self._has_diversity else []
-        return [*(f"eval_controls/{name}/mean" for name in self._controls), *diversity]
+        return list(self._names)
 
     def check(self, metrics: Mapping[str, float], state: TrainerState) -> bool:
         """
@@ -58,38 +62,41 @@ class Alarms(TrainerCallback):
                 `eval_controls/<name>/mean`, `std` and `se`, and `eval_diversity` and `eval_diversity_se`.
             state (`TrainerState`): State of the trainer.
         """
-        falls = []
-        for metric in self.watched:
+        messages = []
+        for metric, name in self._names.items():
             first = _first(state.log_history, metric)
             if first is None or metric not in metrics:
                 continue
-            error = metric.removesuffix("/mean") + ("/se" if metric.endswith("/mean") else "_se")
-            noise = MIN_ERRORS * math.hypot(first[error], metrics[error])
-            if metric == "eval_diversity":
-                name, relevant = "the diversity", self._args.alarm_diversity_drop * first[metric]
-                bound = f"more than {self._args.alarm_diversity_drop:.0%} of what it was"
+            if metric == DIVERSITY:
+                error = f"{DIVERSITY}_se"
+                relevant = self._args.alarm_diversity_drop * first[metric]
+                measure = f"alarm_diversity_drop={self._args.alarm_diversity_drop:g} of what it was"
             else:
-                std = first[metric.removesuffix("mean") + "std"]
-                name, relevant = f"the control '{metric.split('/')[1]}'", self._args.alarm_control_drop * std
-                bound = f"more than {self._args.alarm_control_drop:g} of its standard deviation {std:.3g} over prompts"
+                error = metric.removesuffix("mean") + "se"
+                relevant = self._args.alarm_control_drop * first[metric.removesuffix("mean") + "std"]
+                measure = f"alarm_control_drop={self._args.alarm_control_drop:g} standard deviations over the prompts"
+            noise = MIN_ERRORS * math.hypot(first[error], metrics[error])
+            bound, measure = max((relevant, measure), (noise, f"{MIN_ERRORS} standard errors of the difference"))
             # NaN, where a control applies to no prompt, is no fall.
-            if first[metric] - metrics[metric] > max(relevant, noise):
-                fall = f"{name} fell from {first[metric]:.3g} to {metrics[metric]:.3g}"
-                falls.append((fall, bound, _change(first["eval_reward"], metrics["eval_reward"])))
+            if first[metric] - metrics[metric] > bound:
+                fall = f"{name} fell from {first[metric]:.3g} to {metrics[metric]:.3g}, by more than {bound:.3g} ({measure})"
+                messages.append(self._message(fall, first["eval_reward"], metrics["eval_reward"], state))
         if state.is_world_process_zero:
-            for fall, bound, reward in falls:
-                logger.warning(self._message(fall, bound, reward, state))
-        return bool(falls)
+            for message in messages:
+                logger.warning(message)
+        return bool(messages)
 
-    def _message(self, fall: str, bound: str, reward: str, state: TrainerState) -> str:
+    def _message(self, fall: str, reward_before: float, reward: float, state: TrainerState) -> str:
         rollouts = state.global_step / self._args.steps_per_rollout
-        end = (
-            "The run ends, as stop_on_alarm is set." if self._args.stop_on_alarm else "stop_on_alarm=True would end it."
-        )
+        rewards = f"from {reward_before:.3g} to {reward:.3g}"
+        if reward > reward_before:
+            meaning = f"while the reward rose {rewards}: it is bought with what nobody trains on"
+        else:
+            meaning = f"and the reward did not rise ({rewards}): the model comes apart"
+        end = "The run ends, as stop_on_alarm is set." if self._args.stop_on_alarm else "stop_on_alarm=True would end it."
         return (
-            f"Alarm after rollout {rollouts:g}: {fall}, {bound}, {reward}. The run buys the reward with what nobody trains "
-            "on. Look at the pictures of the evaluations; then go back to an earlier checkpoint and raise beta, lower "
-            f"epsilon or learning_rate, or end earlier. {end}"
+            f"Alarm after rollout {rollouts:g}: {fall}, {meaning}. Look at the pictures of the evaluations; then go back to an "
+            f"earlier checkpoint and raise beta, lower epsilon or learning_rate, or train for fewer rollouts. {end}"
         )
 
     # Trainer's events -------------------------------------------------------------------------------------------------
@@ -120,8 +127,3 @@ class Alarms(TrainerCallback):
 def _first(log_history: Sequence[Mapping[str, float]], metric: str) -> Mapping[str, float] | None:
     return next((log for log in log_history if metric in log), None)
 
-
-def _change(before: float, now: float) -> str:
-    if now > before:
-        return f"while the reward rose from {before:.3g} to {now:.3g}"
-    return f"and the reward has not risen ({before:.3g} to {now:.3g})"

@@ -130,6 +130,34 @@ class EvaluatingTrainer(HubTrainer):
 
     # Checks -----------------------------------------------------------------------------------------------------------
 
+    def _check_evaluation(self, config: FDFOConfig, eval_dataset: Dataset | None) -> None:
+        """
+        Raises:
+            ValueError: The options ask for an evaluation that cannot be.
+        """
+        is_evaluated = config.eval_strategy != "no" or config.eval_on_start
+        if is_evaluated and eval_dataset is None:
+            raise ValueError(
+                "eval_strategy or eval_on_start is set, and there is no eval_dataset: give one, or set num_eval_prompts."
+            )
+        if eval_dataset is not None:
+            self._check_eval_dataset(config, eval_dataset)
+            self._check_best_metric(config)
+        has_control = self.control_functions is not None and config.alarm_control_drop is not None
+        has_diversity = config.eval_diversity is not None and config.alarm_diversity_drop is not None
+        if config.stop_on_alarm and (config.eval_strategy == "no" or not (has_control or has_diversity)):
+            raise ValueError(
+                "stop_on_alarm=True, and no alarm would be raised: it takes an eval_strategy, and an eval_reward_fn or "
+                "eval_diversity, to watch while the reward rises."
+            )
+
+    def _add_alarms(self) -> None:
+        controls = self.control_functions.names if self.control_functions is not None else ()
+        self._alarms = Alarms(self.args, controls, self.args.eval_diversity is not None)
+        self.add_callback(self._alarms)
+        if self.args.eval_strategy != "no" or self.args.eval_on_start:
+            self._load_diversity()
+
     def _check_eval_dataset(self, config: FDFOConfig, dataset: Dataset) -> None:
         """
         Raises:
@@ -165,9 +193,25 @@ class EvaluatingTrainer(HubTrainer):
             raise ValueError(f"metric_for_best_model='{metric}' is none of what `evaluate` gives: {', '.join(known)}.")
 
     def _load_diversity(self) -> None:
-        """Now, where a run will need it: what it needs may not be there."""
-        if self.args.eval_diversity is not None and self._diversity is None:
-            self._diversity = load_diversity(self.args.eval_diversity)
+        """
+        Raises:
+            ValueError: It cannot be measured, such as without the weights that it needs.
+        """
+        args = self.args
+        if args.eval_diversity is None or self._diversity is not None:
+            return
+        # Noise shows whether it works, before a run that would find out after its first rollouts.
+        noise = torch.rand(1, 2, 3, args.height or 512, args.width or 512, generator=torch.Generator().manual_seed(0))
+        try:
+            diversity = load_diversity(args.eval_diversity)
+            diversity(noise.to(args.device))
+        except Exception as error:
+            raise ValueError(
+                f"eval_diversity='{args.eval_diversity}' does not work here ({type(error).__name__}: {error}). Where weights "
+                "or a package are missing, get them first or name a folder, such as \"clip(model='folder')\"; "
+                "eval_diversity='pixels' needs neither, and leaving the option out measures none."
+            ) from error
+        self._diversity = diversity
 
     # Sampling ---------------------------------------------------------------------------------------------------------
 
@@ -192,7 +236,7 @@ class EvaluatingTrainer(HubTrainer):
                 pending.append([functions.submit(images, prompts, self.state, rows) for functions in kinds])
                 images = images.unflatten(0, (-1, images_per_prompt))
                 if self._diversity is not None:
-                    diversity.append(self._diversity(_stills(images)).to(args.device, torch.float32))
+                    diversity.append(self._diversity(images).to(args.device, torch.float32))
                 shown += images[:, 0].cpu() if len(shown) < args.num_prompts_to_log else []
         self._offload_components()
         values = [torch.cat([batch[i].result() for batch in pending]) for i in range(len(kinds))]
@@ -289,11 +333,6 @@ def _scores(functions: RewardFunctions | None) -> list[str]:
     if functions is None:
         return []
     return [name for name, f in zip(functions.names, functions.functions) if not getattr(f, "pairwise", False)]
-
-
-def _stills(images: Tensor) -> Tensor:
-    """Images as they are, [P, S, 3, H, W]; of videos [P, S, F, 3, H, W] the frame in the middle."""
-    return images[:, :, images.shape[2] // 2] if images.ndim == 6 else images
 
 
 def derive_seed(*numbers: int) -> int:
