@@ -482,9 +482,9 @@ TABLE = [
     bad(
         lambda user: FDFOTrainer(TrainingArguments("out", use_cpu=True), tiny_pipelines.sd3(), redness),
         "config is a TrainingArguments",
-        "not a `FDFOConfig`",
+        "FDFOTrainer takes a `FDFOConfig`",
     ),
-    bad(trainer(config={"num_rollouts": 3}), "config is a dict", "not a `FDFOConfig`"),
+    bad(trainer(config={"num_rollouts": 3}), "config is a dict", "FDFOTrainer takes a `FDFOConfig`"),
     bad(trainer(output_dir="prompts.csv"), "prompts.csv", "File exists", error=FileExistsError),
     # FDFOTrainer: the pipeline
     bad(trainer(pipeline=int), "not int itself", "must be a `DiffusionPipeline`, or the Hub id or path of one"),

@@ -177,7 +177,7 @@ def test_churn_schedules_train(make_trainer, schedule):
     trainer.train()
     assert any(not torch.equal(w, before[n]) for n, w in trained_weights(trainer).items())
     assert all(value > 0 for value in metrics_of(trainer, "branch_rms"))
-    gammas = trainer._churn(0, range(4))
+    gammas = trainer._noise(0, range(4))
     assert gammas.shape == (4, 5) and len({tuple(row) for row in gammas.tolist()}) == 4
 
 
@@ -602,7 +602,7 @@ def test_bad_input_is_refused_before_the_first_rollout(make_trainer, options, me
 
 
 def test_config_of_another_kind_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="config is a TrainingArguments, not a `FDFOConfig`"):
+    with pytest.raises(ValueError, match="config is a TrainingArguments, and FDFOTrainer takes a `FDFOConfig`"):
         FDFOTrainer(TrainingArguments(str(tmp_path), use_cpu=True), tiny_pipelines.sd3(), redness)
 
 

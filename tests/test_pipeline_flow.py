@@ -54,7 +54,7 @@ def roll_out(flow, gamma=0.2, seed=0, levels=range(STEPS)):
     samples = len(PROMPTS) * flow.num_generations
     return flow.rollout(
         PROMPTS,
-        gammas=constant_churn(flow.rehearse(["a"]).sigmas, gamma),
+        noise=constant_churn(flow.rehearse(["a"]).sigmas, gamma),
         seeds=[seed + n for n in range(len(PROMPTS))],
         noise_seeds=[seed + 1000 + n for n in range(samples)],
         levels=levels,

@@ -1,11 +1,10 @@
 import pytest
-import torch
 
 from trl_fdfo.rollout_buffer import RolloutBuffer, ScoredBatch, trained_levels
 
 
 def batch(levels):
-    return ScoredBatch(sampled=None, direction=torch.empty(0), reward_difference=torch.empty(0), levels=levels)
+    return ScoredBatch(sampled=None, signal=(), levels=levels)
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,20 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-__all__ = ["FDFOConfig", "FDFOTrainer"]
+__all__ = ["FDFOConfig", "FDFOTrainer", "FlowGRPOConfig", "FlowGRPOTrainer"]
 
 if TYPE_CHECKING:
     from .fdfo_config import FDFOConfig
     from .fdfo_trainer import FDFOTrainer
+    from .flow_grpo_config import FlowGRPOConfig
+    from .flow_grpo_trainer import FlowGRPOTrainer
 
-_MODULES = {"FDFOConfig": "fdfo_config", "FDFOTrainer": "fdfo_trainer"}
+_MODULES = {
+    "FDFOConfig": "fdfo_config",
+    "FDFOTrainer": "fdfo_trainer",
+    "FlowGRPOConfig": "flow_grpo_config",
+    "FlowGRPOTrainer": "flow_grpo_trainer",
+}
 
 
 def __getattr__(name: str):

@@ -93,7 +93,9 @@ class Alarms(TrainerCallback):
             meaning = f"while the reward rose {rewards}: it is bought with what nobody trains on"
         else:
             meaning = f"and the reward did not rise ({rewards}): the model comes apart"
-        end = "The run ends, as stop_on_alarm is set." if self._args.stop_on_alarm else "stop_on_alarm=True would end it."
+        end = (
+            "The run ends, as stop_on_alarm is set." if self._args.stop_on_alarm else "stop_on_alarm=True would end it."
+        )
         return (
             f"Alarm after rollout {rollouts:g}: {fall}, {meaning}. Look at the pictures of the evaluations; then go back to an "
             f"earlier checkpoint and raise beta, lower epsilon or learning_rate, or train for fewer rollouts. {end}"
@@ -126,4 +128,3 @@ class Alarms(TrainerCallback):
 
 def _first(log_history: Sequence[Mapping[str, float]], metric: str) -> Mapping[str, float] | None:
     return next((log for log in log_history if metric in log), None)
-

@@ -1,5 +1,6 @@
 """Every option of FDFO, in the order of the paper's steps, and the checks that need no pipeline."""
 
+import inspect
 import json
 import math
 import os
@@ -21,6 +22,7 @@ _OPTIONS_OF_CALL = ("num_inference_steps", "guidance_scale", "height", "width")
 _SET_BY_TRAINER = ("prompt", "generator", "latents", "output_type", "return_dict")
 
 CHURN_SCHEDULES = ("constant", "interval", "prior")
+DIRECTIONS = ("finite_difference", "reward_gradient")
 QUANTIZATIONS = ("nf4", "int8")
 
 # Options of `TrainingArguments` that make no sense for a replayed diffusers transformer.
@@ -129,6 +131,11 @@ class FDFOConfig(TrainingArguments):
 
         > Steps 3 and 4: update
 
+        direction (`str`, defaults to `"finite_difference"`):
+            What an update follows. `"reward_gradient"`: the gradient of the reward at the image, through the decoder, for
+            rewards that are differentiable; with the finite difference, which estimates it, they need not be.
+        whiten_direction (`bool`, defaults to `True`):
+            Divide the difference of the images by its mean square. Else close images move the model less.
         optimizer_steps_per_rollout (`int`, defaults to `4`):
             Equal optimizer steps M that a rollout is split into.
         num_iterations (`int`, defaults to `1`):
@@ -261,6 +268,8 @@ class FDFOConfig(TrainingArguments):
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "pipeline_kwargs"]
 
+    algorithm = "FDFO"
+
     # Data
     dataset_name: str | None = field(
         default=None,
@@ -304,6 +313,12 @@ class FDFOConfig(TrainingArguments):
     )
 
     # Steps 3 and 4: update
+    direction: str = field(
+        default="finite_difference", metadata={"help": "What an update follows.", "choices": list(DIRECTIONS)}
+    )
+    whiten_direction: bool = field(
+        default=True, metadata={"help": "Divide the difference of the images by its mean square."}
+    )
     optimizer_steps_per_rollout: int = field(default=4, metadata={"help": "Optimizer steps a rollout is split into."})
     num_iterations: int = field(default=1, metadata={"help": "Passes over each rollout."})
     timestep_fraction: float = field(
@@ -426,7 +441,7 @@ class FDFOConfig(TrainingArguments):
         # DeepSpeed reads the batch sizes in `super().__post_init__`, which is also what learns the number of
         # processes: take it from the launcher's environment, and check it afterwards.
         world_size = self._announced_processes()
-        self.num_trained_levels = max(1, round(self.timestep_fraction * self.num_inference_steps))
+        self.num_trained_levels = self._num_trained_levels()
         self.steps_per_rollout = self.optimizer_steps_per_rollout * self.num_iterations
         self._derive_batches(world_size)
         if self.logging_steps is None:
@@ -512,6 +527,15 @@ class FDFOConfig(TrainingArguments):
                 f"{error}."
             ) from None
 
+    def _num_trained_levels(self) -> int:
+        return max(1, round(self.timestep_fraction * self.num_inference_steps))
+
+    def _own_options(self) -> dict[str, Any]:
+        """The options that are not of `TrainingArguments`, with their types."""
+        classes = [c for c in reversed(type(self).__mro__) if issubclass(c, FDFOConfig)]
+        annotations = {name: kind for c in classes for name, kind in inspect.get_annotations(c).items()}
+        return {name: kind for name, kind in annotations.items() if not name.startswith("_")}
+
     def call_kwargs(self) -> dict[str, Any]:
         """Arguments of the pipeline's call that options set."""
         options = {name: getattr(self, name) for name in _OPTIONS_OF_CALL}
@@ -522,11 +546,11 @@ class FDFOConfig(TrainingArguments):
 
     def result_options(self) -> dict[str, Any]:
         """The options that the result of a run depends on, as JSON values."""
-        names = [name for name in FDFOConfig.__annotations__ if not name.startswith("_")]
-        names = [name for name in (*names, *_RESULT_OPTIONS) if name not in _NO_RESULT_OPTIONS]
+        names = [name for name in (*self._own_options(), *_RESULT_OPTIONS) if name not in _NO_RESULT_OPTIONS]
         if str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)).startswith("constant"):
             names.remove("num_rollouts")
-        return json.loads(json.dumps({name: getattr(self, name) for name in names}, default=str))
+        options = {"algorithm": self.algorithm, **{name: getattr(self, name) for name in names}}
+        return json.loads(json.dumps(options, default=str))
 
     def __getstate__(self) -> dict[str, Any]:
         # Trainer pickles its arguments beside the weights, and a push uploads them: nothing of the machine or its user.
@@ -540,9 +564,8 @@ class FDFOConfig(TrainingArguments):
         """A string from a YAML file, a bool, NaN: named here, before it is compared with anything."""
         # Not from `dataclasses.fields`: HfArgumentParser takes the None out of the types there. Of Trainer's own options
         # the numbers and switches, as it lets all of them pass.
-        annotations = {name: kind for name, kind in FDFOConfig.__annotations__.items() if not name.startswith("_")}
         inherited = {name: kind for name, kind in get_type_hints(TrainingArguments).items() if _is_number(kind)}
-        for name, annotation in {**inherited, **annotations}.items():
+        for name, annotation in {**inherited, **self._own_options()}.items():
             value = getattr(self, name)
             types = () if get_origin(annotation) is list else get_args(annotation)
             if not any(_is(value, t) for t in types or (annotation,)):
@@ -624,6 +647,12 @@ class FDFOConfig(TrainingArguments):
             raise ValueError(f"churn_width={self.churn_width} must be > 0.")
         if self.churn_schedule not in CHURN_SCHEDULES:
             raise ValueError(f"churn_schedule='{self.churn_schedule}' is not one of {', '.join(CHURN_SCHEDULES)}.")
+        if self.direction not in DIRECTIONS:
+            raise ValueError(f"direction='{self.direction}' is not one of {', '.join(DIRECTIONS)}.")
+        if self.direction == "reward_gradient" and not self.whiten_direction:
+            raise ValueError(
+                "whiten_direction=False is for the finite difference: with direction='reward_gradient' leave it out."
+            )
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay} must be in [0, 1), or None for no averaging.")
         if self.pipeline_columns and self.per_device_prompt_batch_size != 1:

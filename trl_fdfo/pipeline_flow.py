@@ -30,7 +30,15 @@ from torch import Tensor
 
 from .pipeline_checks import check_call_kwargs, check_pipeline, check_resolution
 from .sample_axes import concatenate, sample_axes, take
-from .schedulers import ChurnScheduler, RehearsalScheduler, ReplayScheduler, StopPipeline, euler_scheduler
+from .schedulers import (
+    ChurnScheduler,
+    DecodeScheduler,
+    RehearsalScheduler,
+    ReplayScheduler,
+    RolloutScheduler,
+    StopPipeline,
+    euler_scheduler,
+)
 
 
 # Relative rms difference between a replayed and a recorded velocity that kernels which do not repeat to the bit may
@@ -90,6 +98,7 @@ class RolloutBatch:
         endpoints (`Tensor`): Final latents x_0 as the pipeline lays them out, shape [P, G, ...].
         x_t (`dict[int, Tensor]`): Noisy latents before step k, for each recorded k in [0, T), shape [N, ...].
         velocities (`dict[int, Tensor]`): Velocity of step k, for each recorded k, the shape of `x_t[k]`.
+        x_s (`dict[int, Tensor]`): Noisy latents after step k, where the sampler records them, the shape of `x_t[k]`.
         call_kwargs (`dict`): Arguments of the pipeline's call.
         remembered (`dict[str, list]`): Return values of the pipeline's methods that the replay does not repeat.
         outputs (`list`): What the transformer returned at each of its calls, as shapes alone.
@@ -99,6 +108,7 @@ class RolloutBatch:
     endpoints: Tensor
     x_t: dict[int, Tensor]
     velocities: dict[int, Tensor]
+    x_s: dict[int, Tensor]
     call_kwargs: dict[str, Any]
     remembered: dict[str, list]
     outputs: list
@@ -109,6 +119,7 @@ class RolloutBatch:
             self,
             x_t=host_copy(self.x_t),
             velocities=host_copy(self.velocities),
+            x_s=host_copy(self.x_s),
             remembered=host_copy(self.remembered),
         )
 
@@ -122,6 +133,7 @@ class PipelineFlow:
             [`check_pipeline`].
         num_generations (`int`): Branches G per prompt, >= 2.
         num_inference_steps (`int`): Steps T of the sampler.
+        sampler (`type`): The [`RolloutScheduler`] that rollouts are sampled with.
         share_prefix (`bool`): In a rollout, run the transformer once for the branches of a prompt as long as the churn
             leaves them identical.
         **call_kwargs: Other arguments of the pipeline's call, such as `guidance_scale`, `height`, `width` (pixels).
@@ -141,11 +153,13 @@ class PipelineFlow:
         *,
         num_generations: int,
         num_inference_steps: int,
+        sampler: type[RolloutScheduler] = ChurnScheduler,
         share_prefix: bool = False,
         **call_kwargs: Any,
     ):
         self.pipeline = pipeline
         self.num_generations = num_generations
+        self.sampler = sampler
         self.share_prefix = share_prefix
         self.call_kwargs = {"num_inference_steps": num_inference_steps, **call_kwargs}
         check_pipeline(pipeline)
@@ -262,20 +276,22 @@ class PipelineFlow:
     def rollout(
         self,
         prompts: Sequence[str],
-        gammas: Tensor,
+        noise: Tensor,
         seeds: Sequence[int],
         noise_seeds: Sequence[int],
         levels: Collection[int],
         columns: dict[str, Sequence] | None = None,
     ) -> RolloutBatch:
         """
-        Step 1 of FDFO: sample G images of each prompt from the same initial noise, with churn.
+        Sample G images of each prompt, with noise: step 1 of FDFO.
 
         Args:
             prompts (`Sequence[str]`): P prompts.
-            gammas (`Tensor`): Churn of each level, for all prompts, shape [T + 1], or for each, shape [P, T + 1].
-            seeds (`Sequence[int]`): Seed of the initial noise of each prompt, P of them.
-            noise_seeds (`Sequence[int]`): Seed of the churn noise of each branch, N = P x G of them.
+            noise (`Tensor`): How much noise the sampler adds at each level, such as the churn gamma, for all prompts, shape
+                [T + 1], or for each, shape [P, T + 1].
+            seeds (`Sequence[int]`): Seed of the initial noise of each prompt, which its branches share, P of them, or of
+                each branch, N = P x G of them.
+            noise_seeds (`Sequence[int]`): Seed of the noise of each branch that the sampler adds, N of them.
             levels (`Collection[int]`): Steps in [0, T) whose tuples are recorded.
             columns (`dict[str, Sequence]`, *optional*): Further arguments of the call that differ between prompts, such
                 as the image to be edited, P values each. With them, P must be 1.
@@ -284,16 +300,16 @@ class PipelineFlow:
             [`RolloutBatch`]: images, endpoints and recorded tuples.
         """
         branches = self.num_generations
-        scheduler = ChurnScheduler.from_config(self._scheduler.config)
+        scheduler = self.sampler.from_config(self._scheduler.config)
         scheduler.record(
-            gammas.expand(len(prompts), -1).repeat_interleave(branches, dim=0), _generators(noise_seeds), levels
+            noise.expand(len(prompts), -1).repeat_interleave(branches, dim=0), _generators(noise_seeds), levels
         )
         remembered: dict[str, list] = {"encode_prompt": [], "prepare_latents": []}
         remember = _remember(remembered)
         outputs = []
         call_model = self.model
         if self.share_prefix:
-            call_model = self._share_prefix(scheduler, len(prompts), gammas, self.axes(columns))
+            call_model = self._share_prefix(scheduler, len(prompts), noise, self.axes(columns))
 
         def prepare_latents(original, *args, **kwargs):
             prepared = remember["prepare_latents"](original, *args, **kwargs)
@@ -305,8 +321,9 @@ class PipelineFlow:
             return output
 
         encode_prompt = self._encode_from_cache(remember["encode_prompt"], prompts, branches)
-        # Each branch has a generator of its own from the seed of its prompt: their initial noise is the same.
-        call_kwargs = self._arguments(prompts, _generators(repeat_each(seeds, branches)), columns)
+        # Branches have generators of their own from the seed that they share: their initial noise is the same.
+        generators = _generators(repeat_each(seeds, len(prompts) * branches // len(seeds)))
+        call_kwargs = self._arguments(prompts, generators, columns)
         with self._patched(scheduler, model, encode_prompt=encode_prompt, prepare_latents=prepare_latents):
             images = self.pipeline(**call_kwargs)[0]
         return RolloutBatch(
@@ -314,6 +331,7 @@ class PipelineFlow:
             endpoints=scheduler.endpoints.unflatten(0, (len(prompts), branches)),
             x_t=scheduler.x_t,
             velocities=scheduler.velocities,
+            x_s=scheduler.x_s,
             call_kwargs=call_kwargs,
             remembered=remembered,
             outputs=outputs,
@@ -344,6 +362,7 @@ class PipelineFlow:
                     # Copies: a view would keep the whole in memory.
                     x_t={level: part(batch.x_t[level], 0) for level in kept},
                     velocities={level: part(batch.velocities[level], 0) for level in kept},
+                    x_s={level: part(batch.x_s[level], 0) for level in kept if level in batch.x_s},
                     call_kwargs={
                         name: [value[n] for n in samples] if _is_per_sample(name) and isinstance(value, list) else value
                         for name, value in batch.call_kwargs.items()
@@ -370,9 +389,43 @@ class PipelineFlow:
         """
         scheduler = self._replay_scheduler
         scheduler.replay(level)
-        # No copy where they are on the device.
+        # No copy where it is on the device.
+        x_t = batch.x_t[level].to(self.pipeline._execution_device, non_blocking=True)
+        with self._replayed(batch, scheduler, lambda: scheduler.steps_left == 0, x_t):
+            try:
+                self._call_with_grad(self.pipeline, **batch.call_kwargs)
+            except StopPipeline as stop:
+                return stop.value
+        raise ReplayError(
+            f"{type(self.pipeline).__name__} did not call `scheduler.step` in the replay of step {level}."
+        )
+
+    def decode(self, batch: RolloutBatch, endpoints: Tensor) -> Tensor:
+        """
+        Images of final latents as the pipeline decodes them, with gradients where enabled.
+
+        Args:
+            batch ([`RolloutBatch`]): The batch that the latents are of.
+            endpoints (`Tensor`): Final latents, shape [N, ...].
+
+        Returns:
+            `Tensor`: Images, floats in [0, 1], shape [N, 3, H, W]; videos [N, F, 3, H, W].
+        """
+        scheduler = DecodeScheduler.from_config(self._scheduler.config)
+        scheduler.decode(endpoints)
+        with self._replayed(batch, scheduler, lambda: False, endpoints.detach()):
+            return self._call_with_grad(self.pipeline, **batch.call_kwargs)[0].float()
+
+    @contextlib.contextmanager
+    def _replayed(
+        self,
+        batch: RolloutBatch,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        is_computed: Callable[[], bool],
+        latents: Tensor,
+    ) -> Iterator[None]:
+        """The pipeline, to be called on a batch again: from these latents, and with few of the transformer's calls."""
         device = self.pipeline._execution_device
-        x_t = batch.x_t[level].to(device, non_blocking=True)
         remembered = send_to_device(batch.remembered, device, non_blocking=True)
         remembered = {name: iter(values) for name, values in remembered.items()}
         outputs = iter(batch.outputs)
@@ -381,23 +434,17 @@ class PipelineFlow:
             return next(remembered["encode_prompt"])
 
         def prepare_latents(original, *args, **kwargs):
-            return _with_latents(next(remembered["prepare_latents"]), x_t)
+            return _with_latents(next(remembered["prepare_latents"]), latents)
 
         def model(*args, **kwargs):
             output = next(outputs)
-            if scheduler.steps_left == 0:
+            if is_computed():
                 return self.model(*args, **kwargs)
-            # A step before the one that is replayed: what it computes is thrown away, and only its shape matters.
+            # What it computes is thrown away, and only its shape matters.
             return recursively_apply(lambda shape: _zeros(shape, device), output)
 
         with self._patched(scheduler, model, encode_prompt=encode_prompt, prepare_latents=prepare_latents):
-            try:
-                self._call_with_grad(self.pipeline, **batch.call_kwargs)
-            except StopPipeline as stop:
-                return stop.value
-        raise ReplayError(
-            f"{type(self.pipeline).__name__} did not call `scheduler.step` in the replay of step {level}."
-        )
+            yield
 
     @torch.no_grad()
     def generate(
@@ -435,12 +482,12 @@ class PipelineFlow:
         values = iter(known)
         return lambda original, *args, **kwargs: encode(lambda *args, **kwargs: next(values))
 
-    def _share_prefix(self, scheduler: ChurnScheduler, prompts: int, gammas: Tensor, axes: BatchAxes) -> Callable:
-        """The model, called with one branch of each prompt while those of none have had churn."""
+    def _share_prefix(self, scheduler: RolloutScheduler, prompts: int, noise: Tensor, axes: BatchAxes) -> Callable:
+        """The model, called with one branch of each prompt while those of none have had noise of their own."""
         branches = self.num_generations
         total = prompts * branches
-        churned = (torch.atleast_2d(gammas) > 0).any(dim=0).nonzero()
-        shared_steps = int(churned[0]) if len(churned) else gammas.shape[-1]
+        noisy = (torch.atleast_2d(noise) > 0).any(dim=0).nonzero()
+        shared_steps = int(noisy[0]) if len(noisy) else noise.shape[-1]
         calls: dict[int, int] = defaultdict(int)  # of each step
 
         def model(*args, **kwargs):

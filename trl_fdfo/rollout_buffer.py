@@ -7,9 +7,11 @@ it is decided by global numbers, so that a result does not depend on how many pr
 Dimensions: P prompts, G branches, T steps, K trained levels per batch, M optimizer steps per rollout.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 
 from .pipeline_flow import RolloutBatch
@@ -22,15 +24,25 @@ class ScoredBatch:
 
     Attributes:
         sampled ([`RolloutBatch`]): The recorded tuples (x_t, v_old).
-        direction (`Tensor`): Whitened direction d_a of each sample, shape [N, ...].
-        reward_difference (`Tensor`): dR_a of each sample, shape [N].
+        signal (`tuple[Tensor, ...]`): What the loss makes of the rewards, each tensor with N samples in front: for FDFO a
+            [`~trl_fdfo.algorithm.FiniteDifference`].
         levels (`list[int]`): The K trained levels, in the order in which they are dealt.
     """
 
     sampled: RolloutBatch
-    direction: Tensor
-    reward_difference: Tensor
+    signal: tuple[Tensor, ...]
     levels: list[int]
+
+    def on_device(self, device: torch.device, level: int) -> "ScoredBatch":
+        """What the loss needs at one level, on the device: no copies where it is there."""
+        sampled = self.sampled
+        tuples = {
+            name: {level: getattr(sampled, name)[level].to(device, non_blocking=True)}
+            for name in ("x_t", "velocities", "x_s")
+            if level in getattr(sampled, name)
+        }
+        signal = send_to_device(self.signal, device, non_blocking=True)
+        return replace(self, sampled=replace(sampled, **tuples), signal=signal)
 
 
 @dataclass(frozen=True, eq=False)

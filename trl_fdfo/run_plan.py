@@ -21,6 +21,7 @@ from .cost import Cost, Precision, sampling_cost, training_cost
 from .fdfo_config import FDFOConfig
 from .pipeline_flow import PipelineFlow, Rehearsal
 from .prompt_embeddings import text_encoders
+from .schedulers import RolloutScheduler
 
 
 GIB = 2**30
@@ -120,7 +121,7 @@ class RunPlan:
         self.model = model
         self.rewards = rewards
         self.engine = engine
-        self.trajectory_bytes = trajectory_bytes(rehearsal, config)
+        self.trajectory_bytes = trajectory_bytes(rehearsal, config, flow.sampler)
         self.batch_bytes = self.trajectory_bytes // (config.num_rollout_batches * config.num_trained_levels)
         self.failure: Exception | None = None
         # The VAE decodes and the transformer samples batches of this many times the size of the rehearsed one.
@@ -152,7 +153,7 @@ class RunPlan:
         engine = f" by {self.engine.name}" if self.engine.name else ""
         return "\n".join(
             [
-                f"FDFO on {type(self.pipeline).__name__}, {args.world_size} process(es){engine}, {self.engine.device_type}",
+                f"{args.algorithm} on {type(self.pipeline).__name__}, {args.world_size} process(es){engine}, {self.engine.device_type}",
                 f"  trainable parameters  {trained:,} of {total:,} ({100 * trained / total:.2f}%)",
                 f"  rollouts              {args.num_rollouts}, of {args.prompts_per_rollout} prompts x "
                 f"{args.num_generations} images x {args.num_inference_steps} steps = "
@@ -311,19 +312,24 @@ class RunPlan:
         return lines
 
 
-def trajectory_bytes(rehearsal: Rehearsal, config: FDFOConfig) -> int:
+def trajectory_bytes(rehearsal: Rehearsal, config: FDFOConfig, sampler: type[RolloutScheduler]) -> int:
     """
-    Bytes of what a process records of one rollout: of each batch the noisy latents and the velocity at K levels, the
-    direction and reward difference of its samples, and what `encode_prompt` and `prepare_latents` returned.
+    Bytes of what a process records of one rollout: of each batch the noisy latents and the velocity at K levels, what is
+    learnt from the rewards of its samples (for FDFO a direction and a reward difference, for a likelihood where the steps
+    arrived and an advantage), and what `encode_prompt` and `prepare_latents` returned.
     """
     samples = config.per_device_train_batch_size
     # What moves to the host, or out of a larger batch, is copied: of a view the part that is seen.
     copied = config.offload_trajectories or config.per_device_sampling_batch_size > config.per_device_prompt_batch_size
     size = _nbytes if copied else _storage_nbytes
     level = size([rehearsal.latents]) + size([rehearsal.velocity])
-    direction = 4 * rehearsal.latents.numel() + 4 * samples
+    signal = 4 * samples
+    if sampler.records_arrivals:
+        level += size([rehearsal.velocity])  # whose dtype they have
+    else:
+        signal += 4 * rehearsal.latents.numel()
     remembered = size(_tensors([rehearsal.encoded, rehearsal.prepared]))
-    return config.num_rollout_batches * (config.num_trained_levels * level + direction + remembered)
+    return config.num_rollout_batches * (config.num_trained_levels * level + signal + remembered)
 
 
 def _gpu(peak: int) -> str:

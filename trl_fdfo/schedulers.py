@@ -16,7 +16,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from torch import Tensor
 from transformers.utils import logging
 
-from .algorithm import churn_start, churn_step
+from .algorithm import churn_start, churn_step, sde_step
 
 
 logger = logging.get_logger(__name__)
@@ -71,49 +71,79 @@ class RehearsalScheduler(FlowMatchEulerDiscreteScheduler):
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=sample) if return_dict else (sample,)
 
 
-class ChurnScheduler(FlowMatchEulerDiscreteScheduler):
-    """The sampler of step 1: churned Euler steps, with the tuples (x_t, v) of some levels recorded."""
+class RolloutScheduler(FlowMatchEulerDiscreteScheduler):
+    """
+    What images are sampled with in a rollout: the tuples (x_t, v) of some levels are recorded. A subclass says how a step
+    adds noise.
+    """
 
-    def record(self, gammas: Tensor, generators: list[torch.Generator], levels: Sequence[int]) -> None:
-        """Prepare for one call: churn [N, T + 1], one generator per sample and the steps to be recorded."""
-        self.gammas = gammas
+    # Whether what a step has arrived at is recorded too, for a loss that asks how likely that was.
+    records_arrivals = False
+
+    def record(self, noise: Tensor, generators: list[torch.Generator], levels: Sequence[int]) -> None:
+        """Prepare for one call: noise that comes in at each level [N, T + 1], a generator per sample, recorded steps."""
+        self.noise = noise
         self.generators = generators
         self.levels = frozenset(levels)
         self.x_t: dict[int, Tensor] = {}
         self.velocities: dict[int, Tensor] = {}
+        self.x_s: dict[int, Tensor] = {}
         self.endpoints: Tensor | None = None  # latents after the latest step, [N, ...]
         self.steps_done = 0
 
     def start(self, x: Tensor) -> Tensor:
-        """Fresh noise for each branch at t = 1."""
-        gamma = self.gammas[:, 0]
-        return churn_start(x.float(), gamma, self._noise(x, gamma)).to(x.dtype)
+        """The initial noise of each sample, from that of its generator."""
+        return x
+
+    def advance(self, x_t: Tensor, velocity: Tensor, step: int) -> Tensor:
+        """Samples at level `step + 1`, from those at level `step` in fp32."""
+        raise NotImplementedError
 
     def step(self, model_output, timestep, sample, return_dict=True, **kwargs):
         _refuse_noise_levels_per_token(kwargs)
         if self.step_index is None:
             self._init_step_index(timestep)
         step = self.step_index
+        # As in the parent's step: computed in fp32, returned in the dtype of the model.
+        x_s = self.advance(sample.float(), model_output, step).to(model_output.dtype)
         if step in self.levels:
             self.x_t[step] = sample
             self.velocities[step] = model_output
-        gamma = self.gammas[:, step + 1]
-        # As in the parent's step: computed in fp32, returned in the dtype of the model.
-        x_s = churn_step(
-            sample.float(), model_output, self.sigmas[step], self.sigmas[step + 1], gamma, self._noise(sample, gamma)
-        ).to(model_output.dtype)
+            if self.records_arrivals:
+                self.x_s[step] = x_s
         self._step_index += 1
         self.steps_done += 1
         self.endpoints = x_s
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=x_s) if return_dict else (x_s,)
 
-    def _noise(self, x: Tensor, gamma: Tensor) -> Tensor:
-        """Fresh fp32 noise of the shape of `x`; a sample without churn draws none."""
+    def _draw(self, x: Tensor, level: int) -> Tensor:
+        """Fresh fp32 noise of the shape of `x`; a sample to which none is added draws none."""
         noise = torch.zeros(x.shape)
-        for sample, generator, sample_gamma in zip(noise, self.generators, gamma.tolist(), strict=True):
-            if sample_gamma > 0:
+        for sample, generator, amount in zip(noise, self.generators, self.noise[:, level].tolist(), strict=True):
+            if amount > 0:
                 sample.normal_(generator=generator)
         return noise.to(x.device)
+
+
+class ChurnScheduler(RolloutScheduler):
+    """FDFO's sampler: the noise of a level is its churn gamma."""
+
+    def start(self, x: Tensor) -> Tensor:
+        return churn_start(x.float(), self.noise[:, 0], self._draw(x, 0)).to(x.dtype)
+
+    def advance(self, x_t: Tensor, velocity: Tensor, step: int) -> Tensor:
+        t, s = self.sigmas[step], self.sigmas[step + 1]
+        return churn_step(x_t, velocity, t, s, self.noise[:, step + 1], self._draw(x_t, step + 1))
+
+
+class SDEScheduler(RolloutScheduler):
+    """Flow-GRPO's sampler: the noise of a level is the scale a of the SDE's diffusion in the step that arrives there."""
+
+    records_arrivals = True
+
+    def advance(self, x_t: Tensor, velocity: Tensor, step: int) -> Tensor:
+        t, s = self.sigmas[step], self.sigmas[step + 1]
+        return sde_step(x_t, velocity, t, s, self.noise[:, step + 1], self._draw(x_t, step + 1))
 
 
 class ReplayScheduler(FlowMatchEulerDiscreteScheduler):
@@ -133,6 +163,20 @@ class ReplayScheduler(FlowMatchEulerDiscreteScheduler):
             raise StopPipeline(model_output)
         self.steps_left -= 1
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=sample) if return_dict else (sample,)
+
+
+class DecodeScheduler(FlowMatchEulerDiscreteScheduler):
+    """Takes the pipeline through its loop with nothing computed, and gives it final latents to decode at the end."""
+
+    def decode(self, endpoints: Tensor) -> None:
+        """Prepare for one call."""
+        self.endpoints = endpoints
+        self.steps_done = 0
+
+    def step(self, model_output, timestep, sample, return_dict=True, **kwargs):
+        self.steps_done += 1
+        x_s = self.endpoints if self.steps_done == len(self.timesteps) else sample
+        return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=x_s) if return_dict else (x_s,)
 
 
 def _refuse_noise_levels_per_token(kwargs: dict[str, Any]) -> None:

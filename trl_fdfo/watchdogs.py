@@ -96,11 +96,12 @@ class Watchdogs:
                 "leave the trust region. Lower learning_rate, num_iterations or optimizer_steps_per_rollout."
             )
 
-    def check_branches(self, distance: float, shared_noise: float, dtype: torch.dtype) -> None:
+    def check_branches(self, distance: float, shared_noise: float | None, dtype: torch.dtype) -> None:
         """
         Args:
             distance (`float`): `branch_distance` of a rollout over all processes.
-            shared_noise (`float`): prod 1 / (1 + gamma_i), what the churn leaves of the noise that branches have in common.
+            shared_noise (`float`, *optional*): prod 1 / (1 + gamma_i), what the churn leaves of the noise that branches have
+                in common; None where they need not have any.
             dtype (`torch.dtype`): Of the latents.
 
         Raises:
@@ -117,7 +118,7 @@ class Watchdogs:
                 f"The images of a prompt differ by {distance:.2g} of the spread of all images, near the rounding of "
                 f"{dtype}: their difference is noise. Raise `churn`."
             )
-        if shared_noise < MIN_SHARED_NOISE:
+        if shared_noise is not None and shared_noise < MIN_SHARED_NOISE:
             logger.warning(
                 f"The churn leaves {shared_noise:.2g} of the noise that the images of a prompt have in common: they are as "
                 "different as any two of that prompt, and their difference is no direction any more. Lower `churn`."

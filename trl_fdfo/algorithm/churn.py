@@ -38,7 +38,7 @@ def churn_start(x: Tensor, gamma: float | Tensor, noise: Tensor) -> Tensor:
     Returns:
         `Tensor`: Noise of unit variance, the shape of `x`. Its correlation with `x` is 1 / (1 + gamma).
     """
-    gamma = _per_sample(gamma, x)
+    gamma = per_sample(gamma, x)
     return (x + (gamma * (2 + gamma)).sqrt() * noise) / (1 + gamma)
 
 
@@ -59,7 +59,7 @@ def churn_step(
     Returns:
         `Tensor`: Noisy samples at level s, the shape of `x_t`.
     """
-    gamma = _per_sample(gamma, x_t)
+    gamma = per_sample(gamma, x_t)
     r = s / (1 + gamma - gamma * s)
     x_r = x_t + (r - t) * velocity
     # gamma (2 + gamma) is (1 + gamma)^2 - 1 without the cancellation that a small gamma would suffer.
@@ -127,7 +127,7 @@ def prior_churn(sigmas: Tensor, weight: Tensor) -> Tensor:
     return gammas
 
 
-def _per_sample(gamma: float | Tensor, x: Tensor) -> Tensor:
+def per_sample(gamma: float | Tensor, x: Tensor) -> Tensor:
     """`gamma` as a tensor that broadcasts over the samples of `x`: [] or [N, 1, ..., 1]."""
     gamma = torch.as_tensor(gamma, dtype=x.dtype, device=x.device)
     return gamma.view(-1, *[1] * (x.ndim - 1)) if gamma.ndim else gamma

@@ -12,6 +12,7 @@ Dimensions: P prompts, G branches.
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -31,18 +32,41 @@ class FiniteDifference(NamedTuple):
     reward_difference: Tensor
 
 
-def finite_difference(endpoints: Tensor, rewards: Tensor) -> FiniteDifference:
+def finite_difference(endpoints: Tensor, rewards: Tensor, whiten: bool = True) -> FiniteDifference:
     """
     Difference of each branch from the mean of its prompt, in latents and in reward.
 
     Args:
         endpoints (`Tensor`): Final latents x_0, shape [P, G, ...], G >= 2.
         rewards (`Tensor`): Reward of each image, shape [P, G].
+        whiten (`bool`): Else the direction is delta_a itself.
 
     Returns:
         [`FiniteDifference`]: `direction`, shape [P, G, ...], and `reward_difference`, shape [P, G].
     """
     delta = endpoints - endpoints.mean(dim=1, keepdim=True)
-    mean_square = delta.square().flatten(2).mean(dim=-1)
-    direction = delta / (mean_square.view(*mean_square.shape, *[1] * (delta.ndim - 2)) + WHITENING_EPS)
+    direction = delta / (_mean_square(delta) + WHITENING_EPS) if whiten else delta
     return FiniteDifference(direction, rewards - rewards.mean(dim=1, keepdim=True))
+
+
+def reward_gradient(endpoints: Tensor, gradient: Tensor) -> FiniteDifference:
+    """
+    What the finite difference estimates, for a reward that has a gradient: each branch is compared with one that is moved
+    along the gradient by as much as it differs from the mean of its prompt.
+
+    Args:
+        endpoints (`Tensor`): Final latents x_0, shape [P, G, ...], G >= 2.
+        gradient (`Tensor`): dR/dx_0 of each image, the shape of `endpoints`.
+
+    Returns:
+        [`FiniteDifference`]: `direction`, whitened, and the `reward_difference` to first order, which is >= 0.
+    """
+    distance = _mean_square(endpoints - endpoints.mean(dim=1, keepdim=True)).sqrt()
+    length = _mean_square(gradient).sqrt()
+    delta = gradient * (distance / length.clamp(min=torch.finfo(length.dtype).tiny))
+    return FiniteDifference(delta / (_mean_square(delta) + WHITENING_EPS), (gradient * delta).flatten(2).sum(dim=-1))
+
+
+def _mean_square(delta: Tensor) -> Tensor:
+    """Mean over the elements of each branch, [P, G, 1, ..., 1]."""
+    return delta.square().mean(dim=tuple(range(2, delta.ndim)), keepdim=True)

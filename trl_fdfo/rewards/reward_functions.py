@@ -161,6 +161,40 @@ class RewardFunctions:
                 results.append(checked_rewards(name, result, prompts))
         return PendingRewards(results)
 
+    def with_gradients(
+        self,
+        images: Tensor,
+        prompts: Sequence[str],
+        trainer_state: TrainerState,
+        columns: dict[str, Sequence],
+        num_generations: int,
+    ) -> Tensor:
+        """
+        Weighted sum of the rewards with their gradients to the images, shape [N]; arguments as in `submit`.
+
+        Raises:
+            ValueError: A function has no gradient.
+        """
+        arguments = {
+            **columns,
+            "images": images,
+            "prompts": list(prompts),
+            "trainer_state": trainer_state,
+            "num_generations": num_generations,
+        }
+        total = torch.zeros(len(images), device=images.device)
+        for name, function, weight in zip(self.names, self.functions, self.weights.tolist()):
+            # PIL images have none: the tensors are given in their place, and the function may refuse them.
+            result = function(**_arguments(name, function, arguments, lambda: images))
+            if not isinstance(result, Tensor) or not result.requires_grad or result.shape != total.shape:
+                raise ValueError(
+                    f"direction='reward_gradient' needs rewards that are differentiable, and '{name}' returned a "
+                    f"{type(result).__name__} without a gradient to its images: it must return a tensor of shape "
+                    f"[{len(images)}] that is computed from them. Set direction='finite_difference', which needs no gradient."
+                )
+            total = total + weight * result
+        return total
+
     def describe(self) -> dict[str, str]:
         """Of each function its weight, and the settings that it has as public attributes."""
         described = {}

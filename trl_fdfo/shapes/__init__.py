@@ -121,7 +121,7 @@ def coverage(center: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
     s = size[..., None, None]
 
     # Signed distances to the edge, positive inside.
-    circle = _RADIUS * s - (x.square() + y.square()).sqrt()
+    circle = _RADIUS * s - (x.square() + y.square()).clamp(min=1e-12).sqrt()
 
     long, short = _ARM_LENGTH / 2 * s, _ARM_WIDTH / 2 * s
     horizontal = torch.minimum(long - x.abs(), short - y.abs())
@@ -168,7 +168,7 @@ def find_mask(images: torch.Tensor) -> torch.Tensor:
     """
     border = torch.cat([images[..., 0, :], images[..., -1, :], images[..., 0], images[..., -1]], dim=-1)
     background = border.median(dim=-1).values  # [N, 3]
-    contrast = (images - background[..., None, None]).square().sum(dim=1).sqrt()  # [N, H, W]
+    contrast = torch.linalg.vector_norm(images - background[..., None, None], dim=1)  # [N, H, W]
     strongest = contrast.flatten(1).topk(IMAGE_SIZE**2 // 20).values.mean(dim=1)
     # An empty picture has no contrast to speak of; the floor keeps its noise from becoming a mask. The closest true
     # pair of colour and background, green on gray, differs by 0.57.
@@ -182,7 +182,8 @@ def moments(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     area = mask.sum(dim=(1, 2))
     x = (mask.sum(dim=1) * pixels).sum(dim=1)
     y = (mask.sum(dim=2) * pixels).sum(dim=1)
-    return torch.stack([x, y], dim=1) / area.clamp(min=1)[:, None], area.sqrt()
+    # The square root of 0 has no gradient.
+    return torch.stack([x, y], dim=1) / area.clamp(min=1)[:, None], area.clamp(min=1e-12).sqrt()
 
 
 def iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -245,7 +246,7 @@ def reward(images: torch.Tensor, prompts: Sequence[str], **kwargs) -> torch.Tens
     def closeness(palette, index, weight):
         """Half a Gaussian, which tells close from right, half a line, which still tells far from farther."""
         target = torch.tensor(list(palette.values()), device=images.device)[index]
-        distance = (images - target[..., None, None]).square().sum(dim=1).sqrt()  # [N, H, W], in [0, sqrt(3)]
+        distance = torch.linalg.vector_norm(images - target[..., None, None], dim=1)  # [N, H, W], in [0, sqrt(3)]
         return _weighted_mean(0.5 * (-(distance / 0.35).square()).exp() + 0.5 * (1 - distance / 3**0.5), weight)
 
     center, size = moments(mask)
