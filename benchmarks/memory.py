@@ -170,7 +170,7 @@ def recorded_bytes(buffer: RolloutBuffer) -> int:
 
     for batch in {id(batch): batch for step in buffer.steps for batch, _ in step}.values():
         recursively_apply(count, [batch.sampled.x_t, batch.sampled.velocities, batch.sampled.remembered])
-        recursively_apply(count, [batch.direction, batch.reward_difference])
+        recursively_apply(count, [batch.sampled.x_s, batch.signal])
     return sum(storages.values())
 
 

@@ -48,6 +48,8 @@ def to_nf4(pipeline, dtype=torch.float32):
                 linear.in_features, linear.out_features, linear.bias is not None, dtype, quant_type="nf4"
             )
             quantized.bias = linear.bias
+            # On some processors it would take a kernel that computes in bfloat16, for layers of certain sizes alone.
+            quantized.support_avx512bf16_for_cpu = False
             quantized.weight = bitsandbytes.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
             setattr(module, name, quantized.to("cpu"))
     return pipeline
@@ -147,6 +149,12 @@ def test_how_far_the_velocity_of_a_trained_model_moves(quantization, tolerance):
     """On the packaged pipeline, at all noise levels: most at the last one, where what is left of the velocity is small."""
     pipelines = [shapes.load_pipeline() for _ in range(2)]
     if quantization == "nf4":
+        weight = torch.randn(96, 96)
+        unpacked = bitsandbytes.functional.dequantize_4bit(
+            *bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4")
+        )
+        if (unpacked - weight).norm() > 0.15 * weight.norm():  # 0.09 is right
+            pytest.skip("bitsandbytes unpacks rows that are no multiple of 64 wrongly on this processor (AVX-512)")
         to_nf4(pipelines[1])
     else:
         torchao.quantization.quantize_(pipelines[1].transformer, torchao.quantization.Int8WeightOnlyConfig())

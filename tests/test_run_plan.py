@@ -98,7 +98,8 @@ def test_activations_are_what_the_allocator_sees(checkpointing, autocast):
         with torch.no_grad(), precision.autocast_context():
             model(**inputs)
 
-    assert trained.peak == pytest.approx(allocated(train), rel=0.01)
+    # Kernels of some processors take up to 2% more, in bfloat16.
+    assert trained.peak == pytest.approx(allocated(train), rel=0.01 if autocast is None else 0.03)
     assert sampled.peak == pytest.approx(allocated(sample), rel=0.05)  # kernels have buffers of their own
     # Forward, as much again for the gradients of what comes in (of attention 2.5 times as much), and with checkpointing the
     # first once more.
@@ -125,7 +126,7 @@ def recorded_bytes(buffer) -> int:
     total = 0
     for batch in batches:
         sampled = batch.sampled
-        kept = [sampled.x_t, sampled.velocities, sampled.remembered, batch.direction, batch.reward_difference]
+        kept = [sampled.x_t, sampled.velocities, sampled.x_s, sampled.remembered, batch.signal]
         tensors = [leaf for leaf in tree_leaves(kept) if isinstance(leaf, torch.Tensor)]
         total += sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
     return total
