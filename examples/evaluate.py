@@ -11,7 +11,7 @@ of the first prompts. Processes share the prompts, and give the same results as 
 
 A value is averaged over the images of a prompt, which are not independent, before its mean and standard error over prompts are
 taken. All models have the same prompts and seeds: the difference to the base model is taken prompt by prompt, and its
-standard error is much smaller than those of the two means.
+standard error is smaller than those of the two means would give.
 """
 
 import json
@@ -23,6 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
@@ -93,6 +94,8 @@ def main(args: list[str] | None = None) -> None:
     dataset = read_prompts(arguments.prompts or packaged)
     adapters = find_adapters(arguments.adapter)
     options = call_options(arguments, adapters)
+    # Without being told so, Accelerate runs each of several processes on CPUs as if it were the only one.
+    state = PartialState(cpu=not torch.accelerator.is_available())
     output = Path(arguments.output)
     output.mkdir(parents=True, exist_ok=True)
     diversity = load_diversity(arguments.diversity)
@@ -103,7 +106,6 @@ def main(args: list[str] | None = None) -> None:
             raise ValueError(
                 f"reward '{name}' compares the images of a prompt with each other, and says nothing of a model: leave it out."
             )
-    state = PartialState()
     pipeline = open_pipeline(arguments.model, options, adapters, state.device)
     settings = {
         **{name: value for name, value in asdict(arguments).items() if value is not None},

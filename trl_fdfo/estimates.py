@@ -4,7 +4,7 @@ Means over prompts with their standard errors, for tables and files.
 The images of a prompt are alike, so they are no independent samples: average over them first, and give one value per
 prompt. The standard error of the mean of P values is then s / sqrt(P), with s^2 their unbiased variance. Where two models
 have made images of the same prompts from the same seeds, the estimate of the difference of their values, prompt by prompt,
-is much tighter than the two means suggest: what is easy or hard about a prompt cancels.
+is tighter than the two means suggest: what is easy or hard about a prompt cancels.
 """
 
 import math
