@@ -1,5 +1,6 @@
 """Samples by the pipeline's own sampler, and what rewards, control rewards and a measure of diversity say of them."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from transformers.utils import logging
 
 from .alarms import Alarms
 from .diversity import load_diversity
+from .estimates import Estimate
 from .fdfo_config import FDFOConfig
 from .hub_trainer import HubTrainer
 from .pipeline_flow import repeat_each
@@ -300,32 +302,27 @@ def summarize(
     for kind, functions, values in (("reward", rewards, evaluated.rewards), ("control", controls, evaluated.controls)):
         if functions is None:
             continue
+        values = values.double()
         # Each image as a prompt of its own: a reward that does not apply to one of them applies to the others.
-        total = functions.total(values.double().flatten(0, 1)[:, None]).reshape(values.shape[:2])
-        metrics[kind] = _mean(total)
+        total = functions.total(values.flatten(0, 1)[:, None]).reshape(values.shape[:2])
+        metrics[kind], _, _ = _over_prompts(total.nanmean(dim=1))
         for name, value in zip(functions.names, values.unbind(dim=-1)):
-            metrics[f"{kind}s/{name}/mean"] = _mean(value)
+            mean, std, error = _over_prompts(value.nanmean(dim=1))
+            metrics[f"{kind}s/{name}/mean"] = mean
             if kind == "control":
-                metrics[f"controls/{name}/std"], metrics[f"controls/{name}/se"] = _spread(value)
+                metrics |= {f"controls/{name}/std": std, f"controls/{name}/se": error}
     if evaluated.diversity is not None:
-        metrics["diversity"] = _mean(evaluated.diversity[:, None])
-        metrics["diversity_se"] = _spread(evaluated.diversity[:, None])[1]
+        metrics["diversity"], _, metrics["diversity_se"] = _over_prompts(evaluated.diversity)
     return metrics
 
 
-def _mean(values: Tensor) -> float:
-    """Of values [P, S], NaN where there is none."""
-    return values.double().nanmean(dim=1).nanmean().item()
-
-
-def _spread(values: Tensor) -> tuple[float, float]:
-    """Standard deviation over the prompts of values [P, S], and the standard error of their mean; 0 for a single prompt."""
-    means = values.double().nanmean(dim=1)
-    means = means[means.isfinite()]
-    if len(means) < 2:
-        return (0.0, 0.0) if len(means) else (float("nan"), float("nan"))
-    std = means.std().item()
-    return std, std / len(means) ** 0.5
+def _over_prompts(values: Tensor) -> tuple[float, float, float]:
+    """Mean, standard deviation and standard error of the mean of one value per prompt; NaN where there is no value."""
+    estimate = Estimate.of(values.tolist())
+    if estimate.mean is None:
+        return math.nan, math.nan, math.nan
+    error = estimate.standard_error or 0.0
+    return estimate.mean, error * math.sqrt(estimate.num_prompts), error
 
 
 def _scores(functions: RewardFunctions | None) -> list[str]:

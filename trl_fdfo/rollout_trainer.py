@@ -299,7 +299,8 @@ class RolloutTrainer(EvaluatingTrainer):
                 controls = zip(self.control_functions.names, self.control_functions.functions)
                 rewards |= {f"{name} (control)": function for name, function in controls}
             engine = Engine.of(self.accelerator)
-            self._plan = RunPlan(self.args, self.flow, self.model, self._rehearsal, rewards, engine)
+            prompts = len(self.eval_dataset) if self.eval_dataset is not None else 0
+            self._plan = RunPlan(self.args, self.flow, self.model, self._rehearsal, rewards, engine, prompts)
             self._rehearsal = None  # frees its memory
         return self._plan
 
