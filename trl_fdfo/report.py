@@ -93,7 +93,7 @@ def evaluation_curves(log_history: Sequence[dict], path: str | Path) -> None:
         if name.startswith(prefix) and name.endswith(suffix)
     ]
     # Title, metric, and that of its standard error.
-    panels = [("reward, trained on", "eval_reward", None)]
+    panels = [("reward", "eval_reward", None)]
     panels += [
         (f"control {name[len(prefix) : -len(suffix)]}", name, name.removesuffix(suffix) + "/se") for name in controls
     ]
@@ -107,11 +107,12 @@ def evaluation_curves(log_history: Sequence[dict], path: str | Path) -> None:
             axes.axvline(rollout, color="C3", linestyle=":", label="alarm" if number == 0 else None)
         if metric == "eval_reward":
             trained = [log for log in log_history if "reward" in log]
-            label = "training prompts, with churn"
-            axes.plot([_rollout(log) for log in trained], [log["reward"] for log in trained], "C7", lw=1, label=label)
+            axes.plot(
+                [_rollout(log) for log in trained], [log["reward"] for log in trained], "C7", lw=1, label="rollouts"
+            )
         shown = [log for log in logs if metric in log]
         rollouts, values = [_rollout(log) for log in shown], [log[metric] for log in shown]
-        axes.plot(rollouts, values, color, marker="o", markersize=3, label="evaluation" if error is None else None)
+        axes.plot(rollouts, values, color, marker="o", markersize=3, label="evaluations" if error is None else None)
         if error is not None:
             low, high = ([v + sign * 2 * log[error] for v, log in zip(values, shown)] for sign in (-1, 1))
             axes.fill_between(rollouts, low, high, color=color, alpha=0.15, linewidth=0)
