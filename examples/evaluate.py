@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerState
 from trl import TrlParser
 
-from trl_fdfo import shapes
+from trl_fdfo import __version__, shapes
 from trl_fdfo.comparison import FIRST_SEED
 from trl_fdfo.diversity import Diversity, load_diversity
 from trl_fdfo.estimates import Estimate, markdown_table
@@ -52,7 +52,7 @@ from trl_fdfo.rewards.load_reward import RepeatableFlag, load_reward, reward_tab
 from trl_fdfo.rewards.reward_functions import RewardFunctions
 
 
-PACKAGES = ("trl_fdfo", "torch", "diffusers", "transformers", "peft", "accelerate")
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
@@ -114,7 +114,7 @@ def main(args: list[str] | None = None) -> None:
         "reward_settings": rewards.describe(),
         "call_options": options,
         "dtype": str(pipeline.transformer.dtype),
-        "versions": {package: version(package) for package in PACKAGES},
+        "versions": {"trl_fdfo": __version__, **{package: version(package) for package in PACKAGES}},
     }
 
     values, rows = {}, {}

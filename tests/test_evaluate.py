@@ -135,19 +135,23 @@ def test_table_against_a_direct_computation(trained, capsys):
     assert page.width > 3 * 256 and page.height > 15 * 256
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_table_of_one(trained, tmp_path):
     arguments = (*ARGUMENTS, "--reward", "my_rewards_for_evaluate:answered", "--output", "evaluation")
-    evaluate(*arguments)
-    one = {file: Path("evaluation", file).read_bytes() for file in ("results.json", "grid.png")}
-    shutil.rmtree("evaluation")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run([*command, SCRIPT, *arguments], capture_output=True, text=True, timeout=240, env=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
-    # Each had its share: the bar of the first counts three of the five prompts.
-    assert "3/3" in done.stderr and "5/5" not in done.stderr
-    assert done.stdout.count("| redness ") == 1
-    assert {file: Path("evaluation", file).read_bytes() for file in one} == one
+    errors, files = {}, {}
+    for processes in (1, 2):
+        launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes))
+        command = [*launcher, SCRIPT, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert done.stdout.count("| redness ") == 1
+        errors[processes] = done.stderr
+        files[processes] = {file: Path("evaluation", file).read_bytes() for file in ("results.json", "grid.png")}
+        shutil.rmtree("evaluation")
+    # Each of two had its share: the bar of the first counts three of the five prompts.
+    assert "5/5" in errors[1] and "3/3" in errors[2] and "5/5" not in errors[2]
+    assert files[1] == files[2]
 
 
 def test_the_packaged_pipeline_on_its_captions(tmp_path):
@@ -167,6 +171,15 @@ def test_the_packaged_pipeline_on_its_captions(tmp_path):
     found = results(tmp_path / "a" / "b")
     assert found["settings"]["prompts"] == shapes.captions() and found["differences"] == {}
     assert found["estimates"]["base"]["strict"]["num_prompts"] == 54
+
+
+def test_settings_in_a_file(trained):
+    Path("settings.yaml").write_text(
+        "model: model\nprompts: prompts.csv\nreward: my_rewards_for_evaluate:redness\nadapter: both\ndiversity: pixels\n"
+    )
+    evaluate("--config", "settings.yaml", "--images_per_prompt", 2)
+    assert results()["estimates"]["both"].keys() == {"redness", "pixel_distance"}
+    assert results()["settings"]["prompts"] == PROMPTS and results()["settings"]["adapter"] == ["both"]
 
 
 def test_what_is_done_is_written_before_the_next_model(trained, monkeypatch):

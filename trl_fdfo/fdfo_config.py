@@ -176,9 +176,9 @@ class FDFOConfig(TrainingArguments):
             Images S of each prompt in an evaluation, which takes as many times as long. `None`: 4 where `eval_diversity` is
             set, else 1.
         eval_diversity (`str`, *optional*):
-            How an evaluation measures the diversity of the images of a prompt: `"clip"` or `"dreamsim"` (distances of the
-            embeddings of these models, whose weights are loaded before the run), `"pixels"` (no weights, for tiny images), or
-            a `module:callable` of images [P, S, 3, H, W] in [0, 1] to one float per prompt. `None`: it does not.
+            Measure the diversity of the images of a prompt, their mean distance, in an evaluation: `"clip"` or `"dreamsim"`
+            (in the embeddings of these models, whose weights are loaded before the run), `"pixels"` (no weights, for tiny
+            images), or a `module:callable` as [`trl_fdfo.diversity`] describes. `None`: it does not.
         alarm_control_drop (`float`, *optional*, defaults to `0.3`):
             Raise an alarm where a control reward (`eval_reward_fn`) has fallen since before the training by more than this
             many of its standard deviations over the prompts, and by more than noise. `None`: no such alarm. While an alarm

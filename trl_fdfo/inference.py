@@ -44,6 +44,11 @@ class InferenceArguments:
         default=None, metadata={"help": "Further arguments of the pipeline's call, as a JSON string."}
     )
 
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if isinstance(value, str) and self.__dataclass_fields__[name].type in (list[str], list[str] | None):
+                setattr(self, name, [value])  # as a YAML file may have it
+
 
 def read_prompts(prompts: list[str]) -> Dataset:
     """
