@@ -99,6 +99,9 @@ def test_the_message_has_values_meaning_and_advice(check, caplog):
     check(evaluation(judge=10.0, reward=0.5))
     (message,) = warnings_of_the_package(caplog)
     assert "and the reward did not rise (from 1 to 0.5): the model comes apart" in message
+    caplog.clear()
+    check(evaluation(judge=10.0, reward=math.nan))
+    assert "gives no score to compare it with" in caplog.text
 
 
 # In a run -------------------------------------------------------------------------------------------------------------

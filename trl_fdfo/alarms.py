@@ -1,5 +1,6 @@
 """
-What tells that a reward is being gamed: it rises while something that is not trained on falls.
+What tells that a reward is being gamed: it rises while something that is not trained on falls. docs/evaluation.md has the
+reasons of the thresholds.
 
 Watched are the control rewards of an evaluation and its diversity, each against its first evaluation, that of the model
 before training. A fall counts where it is both relevant and more than noise:
@@ -89,7 +90,9 @@ class Alarms(TrainerCallback):
     def _message(self, fall: str, reward_before: float, reward: float, state: TrainerState) -> str:
         rollouts = state.global_step / self._args.steps_per_rollout
         rewards = f"from {reward_before:.3g} to {reward:.3g}"
-        if reward > reward_before:
+        if math.isnan(reward):  # of a judge, which compares images and gives none of them a score
+            meaning = "while it is trained on a reward that gives no score to compare it with"
+        elif reward > reward_before:
             meaning = f"while the reward rose {rewards}: it is bought with what nobody trains on"
         else:
             meaning = f"and the reward did not rise ({rewards}): the model comes apart"
