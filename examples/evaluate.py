@@ -156,7 +156,9 @@ def evaluate(
     done = []
     for n, seeds, scores, distance, pictures in pending:
         scores = scores.result()  # [S, R]
-        labels = [", ".join(f"{r} {x:.3g}" for r, x in zip(rewards.names, image)) for image in scores.tolist()]
+        labels = [
+            ", ".join(f"{r} {x:.3g}" for r, x in zip(rewards.names, image) if x == x) for image in scores.tolist()
+        ]
         row = [Panel(p, f"{name}, seed {seed}\n{label}") for p, seed, label in zip(pictures, seeds, labels)]
         done.append((n, [*scores.double().nanmean(dim=0).tolist(), distance], row))
     rewards.on_rollout_end()

@@ -23,12 +23,15 @@ from trl_fdfo.rewards.clip import CLIPReward
 from trl_fdfo.rewards.reward_functions import to_pil
 
 
+def save_clip(folder) -> None:
+    clip_model().save_pretrained(folder)
+    clip_tokenizer().save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+
+
 @pytest.fixture
 def clip_folder(tmp_path):
-    clip_model().save_pretrained(tmp_path / "clip")
-    clip_tokenizer().save_pretrained(tmp_path / "clip")
-    size = {"height": 32, "width": 32}
-    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=size).save_pretrained(tmp_path / "clip")
+    save_clip(tmp_path / "clip")
     return str(tmp_path / "clip")
 
 

@@ -12,6 +12,7 @@ import tiny_pipelines
 import torch
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
+from test_diversity import save_clip
 
 from trl_fdfo import shapes
 from trl_fdfo.diversity import load_diversity
@@ -137,7 +138,11 @@ def test_table_against_a_direct_computation(trained, capsys):
 
 @pytest.mark.slow
 def test_two_processes_give_the_table_of_one(trained, tmp_path):
-    arguments = (*ARGUMENTS, "--reward", "my_rewards_for_evaluate:answered", "--output", "evaluation")
+    save_clip("clip")
+    arguments = (
+        *(*ARGUMENTS, "--reward", "my_rewards_for_evaluate:answered", "--reward", "clip(model='clip')"),
+        *("--diversity", "clip(model='clip', batch_size=2)", "--output", "evaluation"),
+    )
     environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     errors, files = {}, {}
     for processes in (1, 2):
@@ -152,6 +157,7 @@ def test_two_processes_give_the_table_of_one(trained, tmp_path):
     # Each of two had its share: the bar of the first counts three of the five prompts.
     assert "5/5" in errors[1] and "3/3" in errors[2] and "5/5" not in errors[2]
     assert files[1] == files[2]
+    assert {"answered", "CLIPScore", "clip_distance"} < json.loads(files[2]["results.json"])["estimates"]["both"].keys()
 
 
 def test_the_packaged_pipeline_on_its_captions(tmp_path):
