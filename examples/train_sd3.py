@@ -8,9 +8,11 @@ Post-train Stable Diffusion 3 (or any diffusers flow-matching pipeline) with FDF
 
     python examples/train_sd3.py --config examples/recipes/combined.yaml --plan            # what it would take: no weights
 
-Every option of the recipe can be overridden on the command line; `--help` lists them and the rewards. Writes into
-`output_dir` the adapter, its model card README.md with before_after.png and reward_curve.png, metrics.json, and the
-Trainer's logs and checkpoints.
+Every option of the recipe can be overridden on the command line; `--help` lists them and the rewards. To watch prompts and
+rewards that it is not trained on: `--num_eval_prompts 64 --eval_strategy steps --eval_reward clip --eval_diversity clip`.
+
+Writes into `output_dir` the adapter, its model card README.md with before_after.png, reward_curve.png and evaluation.png,
+metrics.json, and the Trainer's logs and checkpoints.
 """
 
 import json
@@ -44,6 +46,14 @@ class ScriptArguments:
         default_factory=lambda: ["pickscore"],
         metadata={"help": "A reward, listed below, or module:callable. Repeat for several.", "action": RepeatableFlag},
     )
+    eval_reward: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "A control reward: evaluated beside those trained on, never trained on. Named like a reward. Repeat "
+            "for several.",
+            "action": RepeatableFlag,
+        },
+    )
     plan: bool = field(
         default=False,
         metadata={"help": "Print what the run would do and the memory of its GPUs, without loading weights, and exit."},
@@ -68,7 +78,7 @@ def main(args: list[str] | None = None) -> None:
         if getattr(script, name) < 1:
             raise ValueError(f"{name}={getattr(script, name)} must be at least 1.")
     packaged = script.model == "shapes"
-    rewards = [script.reward] if isinstance(script.reward, str) else script.reward
+    rewards, controls = ([given] if isinstance(given, str) else given for given in (script.reward, script.eval_reward))
     if script.plan:
         prompts = load_prompts(config.dataset_name, config.dataset_prompt_column)
         print(plan_without_weights(config, shapes.PIPELINE_FOLDER if packaged else script.model, rewards, prompts))
@@ -80,6 +90,7 @@ def main(args: list[str] | None = None) -> None:
         shapes.load_pipeline() if packaged else script.model,
         [load_reward(spec) for spec in rewards],
         train_dataset=captions,
+        eval_reward_fn=[load_reward(spec) for spec in controls] if controls else None,
     )
 
     comparison = Comparison(trainer, script.num_report_prompts, script.images_per_report_prompt, metrics)

@@ -23,6 +23,10 @@ from trl_fdfo.sharding import trained_parameters, whole_values
 SAMPLING = {"per_device_sampling_batch_size": 4, "cache_prompt_embeds": True}
 
 
+def brightness(images):
+    return images.mean(dim=(1, 2, 3))
+
+
 def build(output_dir: str, make_pipeline=tiny_pipelines.sd3, reward=conftest.redness, **options) -> FDFOTrainer:
     """A trainer whose global settings, and batch per process, do not depend on the number of processes."""
     defaults = {
@@ -45,6 +49,9 @@ def build(output_dir: str, make_pipeline=tiny_pipelines.sd3, reward=conftest.red
         "beta": 0.1,
         "ema_decay": 0.5,
         "lora_r": 4,
+        "eval_strategy": "epoch",
+        "eval_diversity": "pixels",
+        "images_per_eval_prompt": 3,
         "report_to": [],
         "save_strategy": "epoch",
         "use_cpu": True,
@@ -57,6 +64,7 @@ def build(output_dir: str, make_pipeline=tiny_pipelines.sd3, reward=conftest.red
         reward,
         train_dataset=Dataset.from_dict({"prompt": conftest.PROMPTS}),
         eval_dataset=Dataset.from_dict({"prompt": conftest.PROMPTS[:5]}),
+        eval_reward_fn=brightness,
     )
 
 
@@ -76,6 +84,11 @@ def finished(trainer: FDFOTrainer, checkpoint: str | None = None) -> dict:
         "weights": dict(zip(trained, whole_values(trained.values()))),
         "images": trainer.generate(conftest.PROMPTS[:5], range(5)),
         "eval_reward": metrics["eval_reward"],
+        "evaluations": [
+            {name: value for name, value in log.items() if name != "eval_runtime"}
+            for log in trainer.state.log_history
+            if "eval_reward" in log
+        ],
         "rewards": [log["reward"] for log in trainer.state.log_history if "reward" in log],
         "processes": trainer.args.world_size,
         "wrapper": type(trainer.model_wrapped).__name__,

@@ -102,6 +102,7 @@ def on_cpus(folder: Path, make_pipeline: Callable) -> dict:
             reward=interrupted,
             save_on_signal=True,
             save_strategy="no",
+            eval_strategy="no",
             **ENGINE,
         )
     except SystemExit as end:

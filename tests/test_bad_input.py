@@ -352,6 +352,17 @@ TABLE = [
     bad(config(beta=-1.0), "beta=-1.0", "must not be negative"),
     bad(config(beta=0.1, use_peft=False), "beta=0.1", "use_peft=False has no adapter", "Set beta=0 or use_peft=True"),
     bad(config(ema_decay=1.0), "ema_decay=1.0", "must be in [0, 1)", "or None for no averaging"),
+    bad(config(num_eval_prompts=0), "num_eval_prompts=0 must be at least 1", "or None"),
+    bad(config(images_per_eval_prompt=0), "images_per_eval_prompt=0 must be at least 1", "or None"),
+    bad(
+        config(images_per_eval_prompt=1, eval_diversity="clip"),
+        "images_per_eval_prompt=1 has no diversity for eval_diversity='clip' to measure",
+        "set at least 2",
+    ),
+    bad(config(alarm_control_drop=0.0), "alarm_control_drop=0.0 must be > 0", "or None for no such alarm"),
+    bad(config(alarm_diversity_drop=-0.1), "alarm_diversity_drop=-0.1 must be > 0", "or None for no such alarm"),
+    bad(config(alarm_diversity_drop=1.0), "alarm_diversity_drop=1.0 would never raise an alarm", "below 1"),
+    bad(config(stop_on_alarm="yes"), "stop_on_alarm='yes' is a str", "must be bool"),
     bad(config(reward_weights=[0.0]), "reward_weights=[0.0]", "leaves nothing to learn from"),
     bad(config(learning_rate=0.0), "learning_rate=0.0", "must be"),
     bad(config(learning_rate=-1.0), "learning_rate=-1.0", "must be"),
@@ -612,6 +623,39 @@ TABLE = [
         "rename it",
     ),
     bad(trainer(dataset_name="prompts.csv"), "dataset_name='prompts.csv'", "train_dataset"),
+    bad(
+        trainer(num_eval_prompts=2, eval_dataset=prompts()),
+        "num_eval_prompts=2 was given together with an eval_dataset",
+        "leave one of them out",
+    ),
+    *(
+        bad(
+            trainer(num_eval_prompts=number),
+            f"num_eval_prompts={number} leaves none of the {len(PROMPTS)} prompts",
+            "hold out fewer, or give an eval_dataset",
+        )
+        for number in (len(PROMPTS), 100)
+    ),
+    bad(
+        trainer(stop_on_alarm=True, **EVALUATION),
+        "stop_on_alarm=True, and no alarm would be raised",
+        "it takes an eval_strategy, and an eval_reward_fn or eval_diversity",
+    ),
+    bad(
+        trainer(metric_for_best_model="eval_control", **EVALUATION),
+        "metric_for_best_model='eval_control' is none of what `evaluate` gives: reward, rewards/redness/mean",
+    ),
+    bad(
+        trainer(eval_diversity="variety", **EVALUATION),
+        "eval_diversity='variety' does not work here",
+        "clip, dreamsim, pixels",
+        "leaving the option out measures none",
+    ),
+    bad(
+        trainer(eval_diversity="mine:missing", **EVALUATION),
+        "eval_diversity='mine:missing' does not work here",
+        "has no 'missing'",
+    ),
     *(
         bad(trainer(train_dataset=None, dataset_name=name), *words, error=error, gap=gap)
         for name, words, error, gap in [

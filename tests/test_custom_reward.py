@@ -28,7 +28,7 @@ def test_background_applies_where_the_prompt_names_it():
 
 def test_example_runs_and_its_reward_rises(tmp_path, capsys):
     torch.manual_seed(0)  # the first weights of the adapter
-    EXAMPLE["main"](str(tmp_path), num_rollouts=2)
+    EXAMPLE["main"](str(tmp_path), num_rollouts=4)
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("eval_")]
     rewards = {name: (float(before), float(after)) for name, before, _, after in lines}
     assert list(rewards) == ["eval_reward", "eval_rewards/target_color/mean", "eval_rewards/Background/mean"]

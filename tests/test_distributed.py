@@ -52,6 +52,15 @@ def test_two_processes_end_in_the_weights_of_one(runs):
     assert_same(two, one)
 
 
+def test_two_processes_have_the_figures_of_one(runs):
+    _, one, two = runs
+    # Of the same weights, before the training; then of those that differ in the last bits.
+    for number, (expected, found) in enumerate(zip(one["evaluations"], two["evaluations"], strict=True)):
+        assert found == pytest.approx(expected, abs=1e-5 if number else 1e-6)
+    assert [log["step"] for log in two["evaluations"]] == [0, 4, 8, 8]
+    assert {"eval_reward", "eval_control", "eval_diversity", "eval_alarm"} <= two["evaluations"][0].keys()
+
+
 def test_a_run_goes_on_with_another_number_of_processes(runs, tmp_path):
     folder, one, two = runs
     _, fewer = distributed_run.run(str(tmp_path / "fewer"), str(folder / "two.out" / "checkpoint-4"))

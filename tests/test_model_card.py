@@ -12,7 +12,7 @@ from datasets import Dataset
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from trl_fdfo.comparison import Comparison, pixel_distance
+from trl_fdfo.comparison import Comparison
 from trl_fdfo.model_card import PACKAGED_TEMPLATE, check_template, usage_snippet
 from trl_fdfo.pipeline_flow import load_pipeline
 
@@ -70,7 +70,7 @@ def test_results_pictures_and_samples(make_trainer, tmp_path):
         "reward",
         "rewards/redness/mean",
         "rewards/constant/mean",
-        "eval_reward",
+        "control",
         "own",
         "pixel_distance",
     }
@@ -78,7 +78,7 @@ def test_results_pictures_and_samples(make_trainer, tmp_path):
     for name, values in comparison.results.items():
         column = head.index(name) - 1
         assert all(float(rows[metric][column]) == pytest.approx(value, rel=0.01) for metric, value in values.items())
-    assert rows["eval_reward"] == ["2", "2", "2"] and rows["own"] == ["4", "4", "4"]
+    assert rows["control"] == ["2", "2", "2"] and rows["own"] == ["4", "4", "4"]
     assert len({result["reward"] for result in comparison.results.values()}) == 3
     assert float(rows["reward"][2]) == pytest.approx(float(rows["rewards/redness/mean"][2]) + 1, abs=0.01)
     assert "Means over 4 images per column" in card.text and "held out of training" in card.text
@@ -123,13 +123,6 @@ def test_card_without_rewards_where_they_fail(make_trainer, caplog, tmp_path):
     assert "have no rewards in the model card" in caplog.text and "no server" in caplog.text
     text = card_of(tmp_path / "out").text
     assert "before_after.png" in text and "## Results" not in text
-
-
-def test_pixel_distance():
-    images = torch.zeros(2, 3, 3, 4, 4)
-    assert pixel_distance(images) == 0.0
-    images[0, 0] = 1.0  # two of the three pairs of the first prompt differ by 1, of the second none does
-    assert pixel_distance(images) == pytest.approx(2 / 3 / 2)
 
 
 def test_snippet_loads_a_local_base_and_makes_the_same_image(make_trainer, tmp_path, monkeypatch):

@@ -68,8 +68,15 @@ OPTIONS = {
     "eval_strategy": st.sampled_from(["no", "steps", "epoch"]),
     "eval_steps": st.integers(1, 4) | st.just(0.5),
     "eval_on_start": st.booleans(),
+    "num_eval_prompts": st.none() | st.integers(1, 5),
+    "images_per_eval_prompt": st.none() | st.integers(1, 3),
+    "eval_diversity": st.none() | st.just("pixels"),
+    "alarm_diversity_drop": st.none() | st.floats(0.01, 0.9),
+    "stop_on_alarm": st.just(False) | st.booleans(),
     "load_best_model_at_end": st.booleans(),
-    "metric_for_best_model": st.sampled_from([None, "reward", "eval_reward", "rewards/redness/mean"]),
+    "metric_for_best_model": st.sampled_from(
+        [None, "reward", "eval_reward", "rewards/redness/mean", "eval_control", "eval_diversity"]
+    ),
     "logging_strategy": st.sampled_from(["no", "steps", "epoch"]),
     "logging_steps": st.integers(1, 4) | st.just(0.5),
     "logging_first_step": st.booleans(),
@@ -110,6 +117,11 @@ BAD_VALUES = {
     "save_steps": [5],
     "eval_strategy": ["rollout"],
     "metric_for_best_model": ["loss"],
+    "num_eval_prompts": [0, -1, 2.5],
+    "images_per_eval_prompt": [0, "2"],
+    "eval_diversity": ["variety", 3],
+    "alarm_control_drop": [0.0, float("nan")],
+    "alarm_diversity_drop": [-0.1, 1.5],
     "logging_steps": [0, "a"],
     "max_steps": [3],
     "num_train_epochs": [5],
@@ -156,7 +168,8 @@ def outcome(options: dict, has_eval_dataset: bool) -> str:
         before = trained_weights(trainer)
         trainer.train()
         after = trained_weights(trainer)
-    assert trainer.state.global_step == 2 * trainer.args.steps_per_rollout
+    rollouts = 1 if any(log.get("eval_alarm") for log in trainer.state.log_history) else 2
+    assert trainer.state.global_step >= rollouts * trainer.args.steps_per_rollout
     assert all(weight.isfinite().all() for weight in after.values())
     assert any(not torch.equal(after[name], before[name]) for name in before)
     assert all(log["replay_error"] == 0 for log in trainer.state.log_history if "replay_error" in log)
@@ -175,7 +188,7 @@ def frozen_modules():
 @pytest.mark.parametrize("options", ONE_BAD_VALUE, ids=str)
 def test_a_bad_value_is_refused_by_itself(options):
     # Some are only read where there is an evaluation, or where it saves by steps.
-    used = {"eval_strategy": "epoch"} if "metric_for_best_model" in options else {}
+    used = {"eval_strategy": "epoch"} if options.keys() & {"metric_for_best_model", "eval_diversity"} else {}
     used |= {"save_strategy": "steps", "optimizer_steps_per_rollout": 2} if "save_steps" in options else {}
     assert outcome({**used, **options}, has_eval_dataset=True) == "refused"
 

@@ -31,7 +31,7 @@ class Traffic(TrainerCallback):
 
 if __name__ == "__main__":
     traffic = Traffic()
-    trainer = distributed_run.build(sys.argv[1] + ".out", save_strategy="no")
+    trainer = distributed_run.build(sys.argv[1] + ".out", save_strategy="no", eval_strategy="no")
     trainer.add_callback(traffic)
     trainer.train()
     if trainer.is_world_process_zero():

@@ -22,14 +22,20 @@ logger = logging.get_logger(__name__)
 
 class FDFOProgressCallback(ProgressCallback):
     """
-    A bar that counts optimizer steps and shows the latest reward, and below it, while images are sampled, one that
-    counts the prompts of the rollout.
+    A bar that counts optimizer steps and shows the latest reward and the latest evaluation, and below it, while images are
+    sampled, one that counts the prompts of the rollout.
     """
 
     SHOWN = ("reward", "reward_std")
+    SHOWN_OF_EVALUATION = ("eval_reward", "eval_control", "eval_diversity")
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._evaluated: dict[str, str] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
+        self._evaluated = {}
         if self.training_bar is not None:
             self.training_bar.set_description("train")
             self.training_bar.unit = "step"
@@ -40,7 +46,13 @@ class FDFOProgressCallback(ProgressCallback):
         if "reward" in logs:
             shown = {name: f"{logs[name]:.3g}" for name in self.SHOWN if name in logs}
             rollout = round(state.global_step / args.steps_per_rollout)
-            self.training_bar.set_postfix({"rollout": f"{rollout}/{args.num_rollouts}", **shown})
+            self.training_bar.set_postfix({"rollout": f"{rollout}/{args.num_rollouts}", **shown, **self._evaluated})
+        elif "eval_reward" in logs:
+            self._evaluated = {name: f"{logs[name]:.3g}" for name in self.SHOWN_OF_EVALUATION if name in logs}
+            if logs.get("eval_alarm"):
+                self._evaluated["ALARM"] = "see the log"
+            self.training_bar.set_postfix(self._evaluated)
+            super().on_log(args, state, control, logs=logs, **kwargs)
         else:
             super().on_log(args, state, control, logs=logs, **kwargs)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from .diversity import load_diversity
 from .pipeline_flow import repeat_each
 
 
@@ -35,14 +35,17 @@ class Comparison:
         images_per_prompt (`int`): Images S of each; at least 2 for their distance.
         metrics (`Callable`, *optional*): `(images, prompts) -> dict of floats`, reported beside the rewards; images
             [P S, 3, H, W] in [0, 1].
+        diversity (`str` or `Callable`): A name for [`~trl_fdfo.diversity.load_diversity`], such as "clip", or a callable
+            `(images [P, S, ...]) -> Tensor [P]`, reported under its `__name__`.
 
     Attributes:
         prompts (`list[str]`): The P prompts.
         held_out (`bool`): Whether they are those of `eval_dataset`.
+        diversity (`Callable`): What measures diversity.
         images (`dict[str, Tensor]`): What was sampled under each name, on the CPU, [P, S, 3, H, W] in [0, 1]; videos
             [P, S, F, 3, H, W].
-        results (`dict[str, dict[str, float]]`): Means of rewards and metrics under each name, and `pixel_distance`; filled on
-            the main process.
+        results (`dict[str, dict[str, float]]`): Means of rewards, metrics and diversity under each name; filled on the
+            main process.
     """
 
     def __init__(
@@ -51,7 +54,9 @@ class Comparison:
         num_prompts: int = 8,
         images_per_prompt: int = 2,
         metrics: Callable[[Tensor, Sequence[str]], dict[str, float]] | None = None,
+        diversity: str | Callable[[Tensor], Tensor] = "pixels",
     ):
+        self.diversity = load_diversity(diversity) if isinstance(diversity, str) else diversity
         self.held_out = trainer.eval_dataset is not None
         dataset = trainer.eval_dataset if self.held_out else trainer.train_dataset
         self._trainer, self._metrics = trainer, metrics
@@ -115,33 +120,17 @@ class Comparison:
             return
         images, prompts = self.images[name].flatten(0, 1), self._all_prompts
         results = {}
-        kinds = {"": trainer.reward_functions, "eval_": trainer.eval_reward_functions}
-        if trainer.eval_reward_functions is trainer.reward_functions:
-            del kinds["eval_"]
-        for prefix, functions in kinds.items():
+        for kind, functions in (("reward", trainer.reward_functions), ("control", trainer.control_functions)):
+            if functions is None:
+                continue
             rewards = functions(images, prompts, trainer.state, self._columns)
             functions.on_rollout_end()
-            results[f"{prefix}reward"] = functions.total(rewards[:, None]).nanmean().item()
+            results[kind] = functions.total(rewards[:, None]).nanmean().item()
             if len(functions.names) > 1:
                 means = rewards.nanmean(dim=0).tolist()
-                results |= {f"{prefix}rewards/{f}/mean": mean for f, mean in zip(functions.names, means)}
+                results |= {f"{kind}s/{f}/mean": mean for f, mean in zip(functions.names, means)}
         if self._metrics is not None:
             results |= self._metrics(images, prompts)
         if self._images_per_prompt > 1:
-            results["pixel_distance"] = pixel_distance(self.images[name])
+            results[self.diversity.__name__] = self.diversity(self.images[name]).mean().item()
         self.results[name] = results
-
-
-def pixel_distance(images: Tensor) -> float:
-    """
-    A plain figure of diversity: the rms difference, over pixels and channels, of two images of a prompt, averaged over all
-    pairs and prompts.
-
-    Args:
-        images (`Tensor`): Images in [0, 1], shape [P, S, ...], S at least 2.
-
-    Returns:
-        `float`: In [0, 1]; 0 where all images of a prompt are the same.
-    """
-    a, b = torch.combinations(torch.arange(images.shape[1])).unbind(dim=1)
-    return (images[:, a] - images[:, b]).square().flatten(2).mean(dim=-1).sqrt().mean().item()

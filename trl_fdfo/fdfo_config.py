@@ -62,6 +62,8 @@ _NO_RESULT_OPTIONS = (
     *("offload_components", "offload_trajectories", "cache_prompt_embeds", "shared_prefix", "vae_slicing"),
     *("per_device_sampling_batch_size", "attention_backend", "logging_images_steps", "num_prompts_to_log"),
     *("adapter", "model_card_template"),
+    *("images_per_eval_prompt", "eval_diversity", "alarm_control_drop", "alarm_diversity_drop", "stop_on_alarm"),
+    "eval_steps",
 )
 
 
@@ -164,6 +166,28 @@ class FDFOConfig(TrainingArguments):
             Average the trained weights over rollouts with this decay in [0, 1), for `evaluate`, `generate`, `save_model`
             and the diffusers file of each checkpoint. `trainer.pipeline` itself, and PEFT's file of a checkpoint, from
             which a run is resumed, have the trained weights. `None` does not average.
+
+        > Evaluation
+
+        num_eval_prompts (`int`, *optional*):
+            Hold out this many of the training prompts and evaluate on them, where the trainer gets no `eval_dataset`. They
+            are drawn at random, the same for every `seed`; rows with the same prompt are not trained on either.
+        images_per_eval_prompt (`int`, *optional*):
+            Images S of each prompt in an evaluation, which takes as many times as long. `None`: 4 where `eval_diversity` is
+            set, else 1.
+        eval_diversity (`str`, *optional*):
+            Measure the diversity of the images of a prompt, their mean distance, in an evaluation: `"clip"` or `"dreamsim"`
+            (in the embeddings of these models, whose weights are loaded before the run), `"pixels"` (no weights, for tiny
+            images), or a `module:callable` as [`trl_fdfo.diversity`] describes. `None`: it does not.
+        alarm_control_drop (`float`, *optional*, defaults to `0.3`):
+            Raise an alarm where a control reward (`eval_reward_fn`) has fallen since before the training by more than this
+            many of its standard deviations over the prompts, and by more than noise. `None`: no such alarm. While an alarm
+            is on, a run with an `eval_strategy` is evaluated once more, before it starts.
+        alarm_diversity_drop (`float`, *optional*, defaults to `0.3`):
+            Raise an alarm where the diversity has fallen by more than this fraction, and by more than noise. `None`: no
+            such alarm.
+        stop_on_alarm (`bool`, defaults to `False`):
+            End the run at an alarm, as early stopping does, with a checkpoint unless `save_strategy="no"`. Else it warns.
 
         > Memory
 
@@ -317,6 +341,24 @@ class FDFOConfig(TrainingArguments):
         default=None, metadata={"help": "Average the trained weights over rollouts for evaluation and saving."}
     )
 
+    # Evaluation
+    num_eval_prompts: int | None = field(
+        default=None, metadata={"help": "Training prompts to hold out and evaluate on, instead of an eval_dataset."}
+    )
+    images_per_eval_prompt: int | None = field(
+        default=None, metadata={"help": "Images per prompt in an evaluation. Default: 4 with eval_diversity, else 1."}
+    )
+    eval_diversity: str | None = field(
+        default=None, metadata={"help": "Measure of diversity: clip, dreamsim, pixels or module:callable."}
+    )
+    alarm_control_drop: float | None = field(
+        default=0.3, metadata={"help": "Fall of a control reward, in standard deviations over prompts, for an alarm."}
+    )
+    alarm_diversity_drop: float | None = field(
+        default=0.3, metadata={"help": "Fall of the diversity, as a fraction of the base model's, for an alarm."}
+    )
+    stop_on_alarm: bool = field(default=False, metadata={"help": "End the run at an alarm, with a checkpoint."})
+
     # Memory
     offload_components: bool = field(
         default=False, metadata={"help": "Text encoders and VAE in host memory while a rollout is trained on."}
@@ -379,6 +421,10 @@ class FDFOConfig(TrainingArguments):
     logging_steps: float | None = field(
         default=None, metadata={"help": "Optimizer steps between logs. Default: one log per rollout."}
     )
+    eval_steps: float | None = field(
+        default=None,
+        metadata={"help": "Optimizer steps between evaluations, for eval_strategy='steps'. Default: save_steps."},
+    )
     save_steps: float | None = field(
         default=None,
         metadata={
@@ -404,6 +450,10 @@ class FDFOConfig(TrainingArguments):
             self.metric_for_best_model = "eval_reward"
         if self.save_steps is None:
             self.save_steps = 10 * self.steps_per_rollout
+        if self.eval_steps is None:
+            self.eval_steps = self.save_steps
+        if self.images_per_eval_prompt is None:
+            self.images_per_eval_prompt = 1 if self.eval_diversity is None else 4
         if self.logging_images_steps is None:
             self.logging_images_steps = 10 * self.steps_per_rollout
         if self.logging_images_steps % self.steps_per_rollout:
@@ -621,11 +671,32 @@ class FDFOConfig(TrainingArguments):
                 f"beta={self.beta} needs the base model, which is the model with its adapter disabled, but "
                 "use_peft=False has no adapter. Set beta=0 or use_peft=True."
             )
+        self._check_evaluation()
         self._check_memory_and_speed()
         for name, reason in _REFUSED.items():
             value = getattr(self, name, None)
             if value or (name == "neftune_noise_alpha" and value is not None):
                 raise ValueError(f"{name}={getattr(self, name)} does not work with FDFO: {reason}.")
+
+    def _check_evaluation(self):
+        for name in ("num_eval_prompts", "images_per_eval_prompt"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1, or None.")
+        if self.eval_diversity is not None and self.images_per_eval_prompt == 1:
+            raise ValueError(
+                f"images_per_eval_prompt=1 has no diversity for eval_diversity='{self.eval_diversity}' to measure: set at "
+                "least 2, or leave it out for 4."
+            )
+        for name in ("alarm_control_drop", "alarm_diversity_drop"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value} must be > 0, or None for no such alarm.")
+        if self.alarm_diversity_drop is not None and self.alarm_diversity_drop >= 1:
+            raise ValueError(
+                f"alarm_diversity_drop={self.alarm_diversity_drop} would never raise an alarm: it is the fraction of the "
+                "diversity that may be lost, below 1. None says that no alarm is wanted."
+            )
 
     def _check_memory_and_speed(self):
         if self.pipeline_columns and self.cache_prompt_embeds:

@@ -111,6 +111,7 @@ def write_model_card(
     )
     rollouts = round(trainer.state.global_step / args.steps_per_rollout)
     rows = list(dict.fromkeys(name for values in results.values() for name in values))
+    diversity = comparison.diversity.__name__ if comparison is not None else None
     if dataset_name is not None:
         source = f"[{dataset_name}](https://huggingface.co/datasets/{dataset_name})"
     else:
@@ -131,7 +132,7 @@ def write_model_card(
         rows=[(name, [_shown(values.get(name)) for values in results.values()]) for name in rows],
         held_out=comparison is not None and comparison.held_out,
         num_images=len(images["after"].flatten(0, 1)) if images else 0,
-        has_diversity="pixel_distance" in rows,
+        diversity=diversity if diversity in rows else None,
         rollouts=f"{rollouts:,}",
         images=f"{rollouts * args.prompts_per_rollout * args.num_generations:,}",
         duration=None if finished is None else _duration(finished),
@@ -231,9 +232,9 @@ def _save_samples(prompts: list[str], images: Tensor, folder: Path) -> list[dict
 
 def _save_pictures(trainer: FDFOTrainer, images: dict[str, Tensor], folder: Path) -> dict[str, str | None]:
     """Draw the grid and the curve where there is something to draw, and say what they are called."""
-    made: dict[str, str | None] = {"before_after": None, "reward_curve": None}
+    made: dict[str, str | None] = {"before_after": None, "reward_curve": None, "evaluation": None}
     try:
-        from .report import before_after_grid, reward_curve
+        from .report import before_after_grid, evaluation_curves, reward_curve
     except ImportError as error:
         logger.info(f"The model card has no pictures: {error}")
         return made
@@ -248,6 +249,9 @@ def _save_pictures(trainer: FDFOTrainer, images: dict[str, Tensor], folder: Path
     if sum("reward" in log for log in trainer.state.log_history) > 1:
         made["reward_curve"] = "reward_curve.png"
         reward_curve(trainer.state.log_history, folder / made["reward_curve"])
+    if sum("eval_reward" in log for log in trainer.state.log_history) > 1:
+        made["evaluation"] = "evaluation.png"
+        evaluation_curves(trainer.state.log_history, folder / made["evaluation"])
     return made
 
 

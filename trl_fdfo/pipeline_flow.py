@@ -364,7 +364,7 @@ class PipelineFlow:
                     velocities={level: part(batch.velocities[level], 0) for level in kept},
                     x_s={level: part(batch.x_s[level], 0) for level in kept if level in batch.x_s},
                     call_kwargs={
-                        name: [value[n] for n in samples] if _is_per_sample(name) and isinstance(value, list) else value
+                        name: [value[n] for n in samples] if is_per_sample(name) and isinstance(value, list) else value
                         for name, value in batch.call_kwargs.items()
                     },
                     remembered={
@@ -520,7 +520,7 @@ class PipelineFlow:
             varying |= {name: repeat_each(values, branches) for name, values in (columns or {}).items()}
         arguments = {**self.call_kwargs, "generator": generators, "output_type": "pt", "return_dict": False, **varying}
         for name, value in arguments.items():
-            if _is_per_sample(name) and isinstance(value, str):
+            if is_per_sample(name) and isinstance(value, str):
                 # One for all: not every pipeline repeats it itself.
                 arguments[name] = [value] * len(varying["prompt"])
             elif isinstance(value, list):
@@ -658,7 +658,7 @@ def _zeros(shape: Tensor, device: torch.device) -> Tensor:
     return torch.zeros((), dtype=shape.dtype, device=device).expand(shape.shape)
 
 
-def _is_per_sample(name: str) -> bool:
+def is_per_sample(name: str) -> bool:
     """Whether an argument of a pipeline's call, where it is a list, has one item for each sample."""
     return name in ("prompt", "generator") or name.startswith(("prompt_", "negative_prompt"))
 

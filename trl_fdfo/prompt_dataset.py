@@ -85,6 +85,31 @@ def check_prompts(
             raise ValueError(f"{name} has {prompt!r} as the prompt of row {row}: prompts must be non-empty text.")
 
 
+def hold_out(dataset: Dataset, prompt_column: str, num_prompts: int) -> tuple[Dataset, Dataset]:
+    """
+    Split a dataset into prompts to train on and prompts to evaluate on.
+
+    Those to evaluate on are drawn at random, as lists are often sorted; of the same dataset the same ones in every run, more
+    of them with all of fewer. A prompt that is there twice is not trained on when it is held out once.
+
+    Returns:
+        `tuple[Dataset, Dataset]`: For training and for evaluation, `num_prompts` rows.
+
+    Raises:
+        ValueError: Nothing would be left to train on.
+    """
+    held_out = sorted(np.random.default_rng(0).permutation(len(dataset))[:num_prompts].tolist())
+    prompts = dataset[prompt_column]
+    evaluated = {prompts[row] for row in held_out}
+    trained = [row for row, prompt in enumerate(prompts) if prompt not in evaluated]
+    if num_prompts > len(dataset) or not trained:
+        raise ValueError(
+            f"num_eval_prompts={num_prompts} leaves none of the {len(dataset)} prompts of the train_dataset "
+            f"({len(set(prompts))} different ones) to train on: hold out fewer, or give an eval_dataset."
+        )
+    return dataset.select(trained), dataset.select(held_out)
+
+
 def rollout_rows(num_rows: int, prompts_per_rollout: int, rollout: int, seed: int) -> list[int]:
     """
     Rows of the dataset that one rollout samples images of, over all processes.

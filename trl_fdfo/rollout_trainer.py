@@ -7,9 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
-import numpy as np
 import torch
 from accelerate import cpu_offload_with_hook
 from datasets import Dataset
@@ -23,8 +21,8 @@ from transformers.utils import logging
 
 from .algorithm import SurrogateLoss
 from .callbacks import FDFOProgressCallback, FirstRolloutReport, WeightAveraging, peak_memory
+from .evaluation import EvaluatingTrainer, derive_seed
 from .fdfo_config import FDFOConfig
-from .hub_trainer import HubTrainer
 from .lora import add_adapter, continue_adapter, default_lora_config
 from .memory_and_speed import (
     compile_blocks,
@@ -37,7 +35,7 @@ from .memory_and_speed import (
 from .model_card import check_template
 from .pipeline_checks import check_call_kwargs
 from .pipeline_flow import PipelineFlow, RolloutBatch, check_replay, host_copy, load_pipeline, repeat_each
-from .prompt_dataset import check_prompts, load_prompts, rollout_rows
+from .prompt_dataset import check_prompts, hold_out, load_prompts, rollout_rows
 from .prompt_embeddings import PromptEmbeddings, text_encoders
 from .rewards.reward_functions import PendingRewards, RewardFunction, RewardFunctions
 from .rollout_buffer import MicroBatch, RolloutBuffer, ScoredBatch
@@ -52,7 +50,7 @@ from .watchdogs import WatchdogError, Watchdogs
 logger = logging.get_logger(__name__)
 
 
-class RolloutTrainer(HubTrainer):
+class RolloutTrainer(EvaluatingTrainer):
     """
     Online reinforcement learning of a diffusers flow-matching pipeline. A subclass is an algorithm: it says what the
     noise of a rollout is, what is learnt from its rewards, and the loss.
@@ -67,9 +65,9 @@ class RolloutTrainer(HubTrainer):
             `(images, prompts, **columns) -> one float per image`.
         train_dataset (`datasets.Dataset`, *optional*): Prompts in the column `config.dataset_prompt_column`; all
             columns go to the rewards. Default: what `config.dataset_name` names, else the packaged prompts.
-        eval_dataset (`datasets.Dataset`, *optional*): Prompts for `evaluate`.
-        eval_reward_fn (`Callable` or `list[Callable]`, *optional*): Rewards for `evaluate`, summed without weights;
-            default: `reward_fn` with its weights.
+        eval_dataset (`datasets.Dataset`, *optional*): Prompts for `evaluate`; or set `config.num_eval_prompts`.
+        eval_reward_fn (`Callable` or `list[Callable]`, *optional*): Control rewards: `evaluate` reports them beside those
+            of `reward_fn`, and nothing is trained on them.
         callbacks (`list[TrainerCallback]`, *optional*): As in Trainer.
         optimizers (`tuple`): As in Trainer.
         peft_config (`PeftConfig`, *optional*): Adapter in the place of the default LoRA.
@@ -100,9 +98,8 @@ class RolloutTrainer(HubTrainer):
         if config.model_card_template is not None:
             check_template(config.model_card_template)
         self.reward_functions = RewardFunctions(reward_fn, config.reward_weights)
-        self.eval_reward_functions = self.reward_functions
         if eval_reward_fn is not None:
-            self.eval_reward_functions = RewardFunctions(eval_reward_fn, argument="eval_reward_fn")
+            self.control_functions = RewardFunctions(eval_reward_fn, argument="eval_reward_fn")
         if train_dataset is not None and config.dataset_name is not None:
             raise ValueError(
                 f"dataset_name='{config.dataset_name}' was given together with a train_dataset: leave one of them out."
@@ -112,13 +109,14 @@ class RolloutTrainer(HubTrainer):
         pipeline_columns = config.pipeline_columns or []
         check_prompts(train_dataset, config.dataset_prompt_column, pipeline_columns)
         self.reward_functions.check_columns(train_dataset.column_names)
-        if eval_dataset is not None:
-            check_prompts(eval_dataset, config.dataset_prompt_column, pipeline_columns, "eval_dataset")
-            self.eval_reward_functions.check_columns(eval_dataset.column_names, "eval_dataset")
-            self._check_best_metric(config.metric_for_best_model)
-
-        elif config.eval_strategy != "no" or config.eval_on_start:
-            raise ValueError("eval_strategy or eval_on_start is set, and there is no eval_dataset: give one.")
+        if config.num_eval_prompts is not None:
+            if eval_dataset is not None:
+                raise ValueError(
+                    f"num_eval_prompts={config.num_eval_prompts} was given together with an eval_dataset: leave one of them "
+                    "out."
+                )
+            train_dataset, eval_dataset = hold_out(train_dataset, config.dataset_prompt_column, config.num_eval_prompts)
+        self._check_evaluation(config, eval_dataset)
 
         if isinstance(pipeline, (str, os.PathLike)):
             options = {"dtype": torch.bfloat16 if config.bf16 else torch.float32}
@@ -196,6 +194,7 @@ class RolloutTrainer(HubTrainer):
         if config.ema_decay is not None:
             self._averaging = WeightAveraging(self.model, config.ema_decay)
             self.add_callback(self._averaging)
+        self._add_alarms()
         self._pictures = PictureLogger(config, self.callback_handler)
         self.add_callback(self._pictures)
         self.add_callback(MetricsFile())
@@ -296,8 +295,12 @@ class RolloutTrainer(HubTrainer):
         """What the run will do and what it takes, as text by `str`."""
         if self._plan is None:  # before an engine takes the model apart
             rewards = dict(zip(self.reward_functions.names, self.reward_functions.functions))
+            if self.control_functions is not None:
+                controls = zip(self.control_functions.names, self.control_functions.functions)
+                rewards |= {f"{name} (control)": function for name, function in controls}
             engine = Engine.of(self.accelerator)
-            self._plan = RunPlan(self.args, self.flow, self.model, self._rehearsal, rewards, engine)
+            prompts = len(self.eval_dataset) if self.eval_dataset is not None else 0
+            self._plan = RunPlan(self.args, self.flow, self.model, self._rehearsal, rewards, engine, prompts)
             self._rehearsal = None  # frees its memory
         return self._plan
 
@@ -469,119 +472,6 @@ class RolloutTrainer(HubTrainer):
         self._watchdogs.check_loss(loss, velocity, level)
         return (loss, velocity) if return_outputs else loss
 
-    # Evaluation -------------------------------------------------------------------------------------------------------
-
-    def generate(
-        self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        columns: dict[str, Sequence] | None = None,
-        **call_kwargs: Any,
-    ) -> Tensor:
-        """
-        One image per prompt and seed by the pipeline's own sampler, with the averaged weights where there are some.
-
-        The work is shared by the processes, all of which must call it; each gets all images.
-
-        Args:
-            prompts (`Sequence[str]`): N prompts.
-            seeds (`Sequence[int]`): N seeds of the initial noise.
-            columns (`dict[str, Sequence]`, *optional*): Columns of the dataset, N values each; those that
-                `pipeline_columns` names are passed to the pipeline.
-            **call_kwargs: Arguments of the pipeline's call in the place of the configured ones.
-
-        Returns:
-            `Tensor`: Images on the CPU, floats in [0, 1], shape [N, 3, H, W].
-        """
-        if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts) or len(prompts) == 0:
-            raise ValueError(f"generate got prompts={prompts!r}: give a list of at least one prompt, as text.")
-        if len(prompts) != len(seeds):
-            raise ValueError(f"generate got {len(prompts)} prompts and {len(seeds)} seeds: give one seed for each.")
-        images = self._generate_share(prompts, seeds, columns or {}, self._share(len(prompts)), **call_kwargs)
-        return self.accelerator.gather(images).cpu()[: len(prompts)]
-
-    def _check_best_metric(self, metric: str | None) -> None:
-        rewards = self.eval_reward_functions
-        scores = [name for name, f in zip(rewards.names, rewards.functions) if not getattr(f, "pairwise", False)]
-        if metric is not None and not scores:
-            raise ValueError(
-                f"metric_for_best_model='{metric}' needs a score, and in an evaluation, of one image per prompt, "
-                f"{', '.join(rewards.names)} has nothing to compare. Give an eval_reward_fn."
-            )
-        known = ["reward", *(f"rewards/{name}/mean" for name in scores)]
-        if metric is not None and metric.removeprefix("eval_") not in known:
-            raise ValueError(f"metric_for_best_model='{metric}' is none of what `evaluate` gives: {', '.join(known)}.")
-
-    def evaluate(
-        self,
-        eval_dataset: Dataset | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """
-        Rewards of one image per prompt of `eval_dataset`, from fixed seeds.
-
-        Returns:
-            `dict[str, float]`: `eval_reward`, the weighted sum, and `eval_rewards/<name>/mean`.
-        """
-        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
-        if dataset is None:
-            raise ValueError("evaluate needs prompts: give the trainer an `eval_dataset`.")
-        check_prompts(dataset, self.args.dataset_prompt_column, self.args.pipeline_columns or (), "eval_dataset")
-        self.eval_reward_functions.check_columns(dataset.column_names, "eval_dataset")
-        start = time.perf_counter()
-        columns = dataset[:]
-        prompts = columns[self.args.dataset_prompt_column]
-        share = self._share(len(prompts))
-        seeds = [derive_seed(self.args.seed, n, 3) for n in range(len(prompts))]
-        images = self._generate_share(prompts, seeds, columns, share)
-        columns = {name: [values[n] for n in share] for name, values in columns.items()}
-        prompts = [prompts[n] for n in share]
-        functions = self.eval_reward_functions
-        rewards = functions(images, prompts, self.state, columns)
-        functions.on_rollout_end()
-        rewards = self.accelerator.gather(rewards.to(self.args.device))[: len(dataset)]
-        metrics = {f"{metric_key_prefix}_reward": functions.total(rewards[:, None]).nanmean().item()}
-        for name, mean in zip(functions.names, rewards.nanmean(dim=0).tolist()):
-            metrics[f"{metric_key_prefix}_rewards/{name}/mean"] = mean
-        metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
-        self.log(metrics)
-        self._pictures.log_evaluation(self.state, images, prompts, rewards, functions, metric_key_prefix)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def _share(self, total: int) -> list[int]:
-        """This process's numbers out of [0, total): consecutive, as many for each process, wrapped around at the end."""
-        per_process = -(-total // self.args.world_size)
-        first = self.args.process_index * per_process
-        return [number % total for number in range(first, first + per_process)]
-
-    def _generate_share(
-        self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        columns: dict[str, Sequence],
-        share: list[int],
-        **call_kwargs: Any,
-    ) -> Tensor:
-        self.flow.model = self.model_wrapped
-        columns = self._pipeline_columns(columns)
-        batch_size = 1 if columns else self.args.per_device_train_batch_size
-        images = []
-        with self._averaged_weights(), self.compute_loss_context_manager():
-            disable = self.args.disable_tqdm or not self.is_world_process_zero()
-            for start in tqdm(range(0, len(share), batch_size), "sampling", leave=False, disable=disable):
-                prompt, seed, *values = (
-                    [value[n] for n in share[start : start + batch_size]]
-                    for value in (prompts, seeds, *columns.values())
-                )
-                images.append(self.flow.generate(prompt, seed, dict(zip(columns, values)), **call_kwargs))
-        self._offload_components()
-        return torch.cat(images)
-
-    def _pipeline_columns(self, columns: dict[str, Sequence]) -> dict[str, Sequence]:
-        return {name: columns[name] for name in self.args.pipeline_columns or ()}
-
     # Logging ----------------------------------------------------------------------------------------------------------
 
     def _record_rewards(self, rollout: int, rewards: Tensor) -> None:
@@ -657,8 +547,3 @@ class RolloutTrainer(HubTrainer):
         yield
         for seconds in (self._seconds, self._seconds_of_run):
             seconds[name] += time.perf_counter() - start
-
-
-def derive_seed(*numbers: int) -> int:
-    """A 64-bit seed that depends on all of the numbers, so that streams of random numbers do not overlap."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])

@@ -74,17 +74,22 @@ class PictureLogger(TrainerCallback):
     def log_evaluation(
         self,
         state: TrainerState,
-        images: Tensor,
+        images: Sequence[Tensor],
         prompts: Sequence[str],
-        rewards: Tensor,
-        functions: RewardFunctions,
+        rewards: Sequence[tuple[RewardFunctions, Tensor]],
         prefix: str = "eval",
     ) -> None:
-        """Show the first of this process's images [N, ...] of an evaluation, with their rewards [N, ...]."""
+        """
+        Show the first of this process's images of an evaluation, one of each prompt, with their rewards: pairs of functions
+        and what they returned, [N, number of functions], those that are trained on first.
+        """
         if self._is_off(state):
             return
         shown = slice(min(len(images), len(prompts), self._args.num_prompts_to_log))
-        labels = [label for [label] in _labels(rewards[shown, None], functions)]
+        (functions, values), *controls = rewards
+        labels = [label for [label] in _labels(values[shown, None], functions)]
+        for functions, values in controls:
+            labels = ["\n".join([label, *map(_label, functions.names, v)]) for label, v in zip(labels, values.tolist())]
         panels = [
             Panel(picture(image), f"{label}\n{prompt}")
             for image, prompt, label in zip(images[shown], prompts[shown], labels)
@@ -162,11 +167,14 @@ def _labels(rewards: Tensor, functions: RewardFunctions) -> list[list[str]]:
     """Of rewards [P, G, R] the total, and each where there are several, as lines of text."""
     names = ["total", *functions.names] if len(functions.names) > 1 else ["reward"]
     values = [functions.total(rewards), *rewards.unbind(dim=-1)]
-    text = lambda name, value: f"{name} {value:.4g}" if math.isfinite(value) else f"{name} does not apply"
     return [
-        ["\n".join(map(text, names, branch)) for branch in zip(*prompt)]
+        ["\n".join(map(_label, names, branch)) for branch in zip(*prompt)]
         for prompt in zip(*(value.tolist() for value in values))
     ]
+
+
+def _label(name: str, value: float) -> str:
+    return f"{name} {value:.4g}" if math.isfinite(value) else f"{name} does not apply"
 
 
 def _finite(line: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from a rehearsal of one of its batches, and what comes and goes in a forward and
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FunctionType, MethodType, ModuleType
@@ -105,6 +106,7 @@ class RunPlan:
         rehearsal ([`Rehearsal`]): Of one batch of `per_device_prompt_batch_size` prompts with all their branches.
         rewards (`dict[str, Callable | None]`): Rewards by name; None for one that is not loaded.
         engine ([`Engine`]): What it will run on.
+        eval_prompts (`int`): Prompts of an evaluation.
     """
 
     def __init__(
@@ -115,8 +117,10 @@ class RunPlan:
         rehearsal: Rehearsal,
         rewards: dict[str, Callable | None],
         engine: Engine,
+        eval_prompts: int = 0,
     ):
         self.config = config
+        self.eval_prompts = eval_prompts
         self.pipeline = flow.pipeline
         self.model = model
         self.rewards = rewards
@@ -162,10 +166,27 @@ class RunPlan:
                 f"({args.num_trained_levels} of {args.num_inference_steps} noise levels)",
                 f"  micro-batches         {args.gradient_accumulation_steps} per optimizer step and process, of "
                 f"{args.per_device_train_batch_size} samples",
+                *self._evaluation(),
                 *self._compute(),
                 *self._memory(),
             ]
         )
+
+    def _evaluation(self) -> list[str]:
+        args = self.config
+        if args.eval_strategy == "no" or not self.eval_prompts:
+            return []
+        steps = args.steps_per_rollout
+        if args.eval_strategy == "steps":
+            total = args.num_rollouts * steps
+            steps = math.ceil(args.eval_steps * total) if args.eval_steps < 1 else args.eval_steps
+        rollouts = steps / args.steps_per_rollout
+        images = self.eval_prompts * args.images_per_eval_prompt
+        share = images / (rollouts * args.prompts_per_rollout * args.num_generations)
+        return [
+            f"  evaluations           every {rollouts:g} rollouts, of {self.eval_prompts} prompts x {args.images_per_eval_prompt} "
+            f"images: {share:.1%} more to sample"
+        ]
 
     # Compute ----------------------------------------------------------------------------------------------------------
 

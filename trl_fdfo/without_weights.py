@@ -125,7 +125,7 @@ def plan_without_weights(
         rehearsal = flow.rehearse(batch, columns, config.num_generations)
     autocast = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None
     engine = Engine(config.device_type, "DDP" if config.world_size > 1 else "", autocast)
-    return RunPlan(config, flow, model, rehearsal, dict.fromkeys(rewards), engine)
+    return RunPlan(config, flow, model, rehearsal, dict.fromkeys(rewards), engine, config.num_eval_prompts or 0)
 
 
 @contextlib.contextmanager

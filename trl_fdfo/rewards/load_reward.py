@@ -6,6 +6,7 @@ import importlib
 import inspect
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from .aesthetic_score import AestheticScore
@@ -49,23 +50,33 @@ def load_reward(spec: str) -> RewardFunction:
     Raises:
         ValueError: `spec` has another form, names nothing that exists, or has options that it does not take.
     """
+    return load_by_name(spec, REWARDS, "reward")
+
+
+def load_by_name(spec: str, names: dict[str, Callable[..., Any]], kind: str) -> Any:
+    """
+    What a string names, as [`load_reward`] explains; `names` are the packaged ones, and `kind` is what an error calls it.
+
+    Raises:
+        ValueError: `spec` has another form, names nothing that exists, or has options that it does not take.
+    """
     if not isinstance(spec, str):
         raise ValueError(
-            f"reward {spec!r} is a {type(spec).__name__}, not a string with a name or module:callable, and "
-            "options in parentheses: \"pickscore(dtype='bfloat16')\"."
+            f"{kind} {spec!r} is a {type(spec).__name__}, not a string with a name or module:callable, and "
+            f"options in parentheses: \"{next(iter(names))}(dtype='bfloat16')\"."
         )
-    path, options = _parse(spec)
+    path, options = _parse(spec, kind, example=next(iter(names)))
     if ":" not in path:
-        if path not in REWARDS:
+        if path not in names:
             raise ValueError(
-                f"reward '{spec}' is neither one of {', '.join(REWARDS)}, nor of the form module:callable, such as "
-                "my_rewards:sharpness."
+                f"{kind} '{spec}' is neither one of {', '.join(names)}, nor of the form module:callable, such as "
+                f"my_module:my_{kind}."
             )
-        return _construct(spec, REWARDS[path], options or {})
-    found = load_object(path, "reward")
+        return _construct(spec, names[path], options or {}, kind)
+    found = load_object(path, kind)
     if options is None and not inspect.isclass(found):
         return found
-    return _construct(spec, found, options or {})
+    return _construct(spec, found, options or {}, kind)
 
 
 def load_object(path: str, kind: str) -> Any:
@@ -113,7 +124,7 @@ class RepeatableFlag(argparse.Action):
         setattr(namespace, self.dest, values if before is self.default else [*before, *values])
 
 
-def _parse(spec: str) -> tuple[str, dict[str, Any] | None]:
+def _parse(spec: str, kind: str, example: str) -> tuple[str, dict[str, Any] | None]:
     """The path of a spec and its options; None without parentheses."""
     path, parenthesis, rest = spec.strip().partition("(")
     if not parenthesis:
@@ -125,14 +136,14 @@ def _parse(spec: str) -> tuple[str, dict[str, Any] | None]:
         return path.strip(), {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
     except (SyntaxError, ValueError, TypeError) as error:
         raise ValueError(
-            f"reward '{spec}': cannot read its options ({error}). Write them as literals with their names, such as "
-            "pickscore(dtype='bfloat16', batch_size=8)."
+            f"{kind} '{spec}': cannot read its options ({error}). Write them as literals with their names, such as "
+            f"{example}(dtype='bfloat16', batch_size=8)."
         ) from None
 
 
-def _construct(spec: str, function: Any, options: dict[str, Any]) -> RewardFunction:
+def _construct(spec: str, function: Any, options: dict[str, Any], kind: str) -> Any:
     try:
         inspect.signature(function).bind(**options)
     except TypeError as error:
-        raise ValueError(f"reward '{spec}': {error}. It takes {inspect.signature(function)}.") from None
+        raise ValueError(f"{kind} '{spec}': {error}. It takes {inspect.signature(function)}.") from None
     return function(**options)

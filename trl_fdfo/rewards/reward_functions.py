@@ -146,7 +146,7 @@ class RewardFunctions:
             "trainer_state": trainer_state,
             "num_generations": num_generations,
         }
-        pil_images = functools.cache(lambda: _to_pil(images))
+        pil_images = functools.cache(lambda: to_pil(images))
         results = []
         for name, function in zip(self.names, self.functions):
             call = functools.partial(function, **_arguments(name, function, arguments, pil_images))
@@ -360,10 +360,10 @@ def checked_rewards(name: str, result: Any, prompts: Sequence[str], of: str = "i
     return torch.tensor(rewards)
 
 
-def _to_pil(images: Tensor) -> list:
+def to_pil(images: Tensor) -> list:
     """N images, or N lists of the frames of a video."""
     if images.ndim == 5:
-        return [_to_pil(frames) for frames in images]
+        return [to_pil(frames) for frames in images]
     return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(images))
 
 

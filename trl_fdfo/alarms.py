@@ -1,0 +1,133 @@
+"""
+What tells that a reward is being gamed: it rises while something that is not trained on falls. docs/evaluation.md has the
+reasons of the thresholds.
+
+Watched are the control rewards of an evaluation and its diversity, each against its first evaluation, that of the model
+before training. A fall counts where it is both relevant and more than noise:
+
+    control     mean_0 - mean  >  max(alarm_control_drop std_0,        2 sqrt(se_0^2 + se^2))
+    diversity   mean_0 - mean  >  max(alarm_diversity_drop mean_0,     2 sqrt(se_0^2 + se^2))
+
+mean, std and se (standard error of the mean) are over prompts. Prompts and seeds are the same each time, which makes the
+difference steadier than two independent means: two of these errors are a strict bound. All of it is in the logs of the
+evaluations, and so in each checkpoint.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from transformers import TrainerCallback, TrainerState
+from transformers.utils import logging
+
+from .fdfo_config import FDFOConfig
+
+
+logger = logging.get_logger(__name__)
+
+DIVERSITY = "eval_diversity"
+MIN_ERRORS = 2
+
+
+class Alarms(TrainerCallback):
+    """
+    Raises an alarm where an evaluation shows that the reward is being gamed, and ends the run with `stop_on_alarm`.
+
+    Args:
+        args ([`FDFOConfig`]): `alarm_control_drop`, `alarm_diversity_drop` and `stop_on_alarm`.
+        controls (`Sequence[str]`): Names of the control rewards.
+        has_diversity (`bool`): Whether evaluations have `eval_diversity`.
+    """
+
+    def __init__(self, args: FDFOConfig, controls: Sequence[str] = (), has_diversity: bool = False):
+        self._args = args
+        self._evaluate_at_start = args.eval_on_start
+        self._is_to_stop = False
+        # The metrics, and what a message calls them.
+        self._names: dict[str, str] = {}
+        if args.alarm_control_drop is not None:
+            self._names |= {f"eval_controls/{name}/mean": f"the control '{name}'" for name in controls}
+        if args.alarm_diversity_drop is not None and has_diversity:
+            self._names[DIVERSITY] = "the diversity"
+
+    @property
+    def watched(self) -> list[str]:
+        """The metrics whose fall raises an alarm."""
+        return list(self._names)
+
+    def check(self, metrics: Mapping[str, float], state: TrainerState) -> bool:
+        """
+        Whether something has fallen since the first evaluation in `state.log_history`, warning of each.
+
+        Args:
+            metrics (`Mapping[str, float]`): Of an evaluation that is not yet in the history: `eval_reward`, of each control
+                `eval_controls/<name>/mean`, `std` and `se`, and `eval_diversity` and `eval_diversity_se`.
+            state (`TrainerState`): State of the trainer.
+        """
+        messages = []
+        for metric, name in self._names.items():
+            first = _first(state.log_history, metric)
+            if first is None or metric not in metrics:
+                continue
+            if metric == DIVERSITY:
+                error = f"{DIVERSITY}_se"
+                relevant = self._args.alarm_diversity_drop * first[metric]
+                measure = f"alarm_diversity_drop={self._args.alarm_diversity_drop:g} of what it was"
+            else:
+                error = metric.removesuffix("mean") + "se"
+                relevant = self._args.alarm_control_drop * first[metric.removesuffix("mean") + "std"]
+                measure = f"alarm_control_drop={self._args.alarm_control_drop:g} standard deviations over the prompts"
+            noise = MIN_ERRORS * math.hypot(first[error], metrics[error])
+            bound, measure = max((relevant, measure), (noise, f"{MIN_ERRORS} standard errors of the difference"))
+            # NaN, where a control applies to no prompt, is no fall.
+            if first[metric] - metrics[metric] > bound:
+                fall = f"{name} fell from {first[metric]:.3g} to {metrics[metric]:.3g}, by more than {bound:.3g} ({measure})"
+                messages.append(self._message(fall, first["eval_reward"], metrics["eval_reward"], state))
+        if state.is_world_process_zero:
+            for message in messages:
+                logger.warning(message)
+        return bool(messages)
+
+    def _message(self, fall: str, reward_before: float, reward: float, state: TrainerState) -> str:
+        rollouts = state.global_step / self._args.steps_per_rollout
+        rewards = f"from {reward_before:.3g} to {reward:.3g}"
+        if math.isnan(reward):  # of a judge, which compares images and gives none of them a score
+            meaning = "while it is trained on a reward that gives no score to compare it with"
+        elif reward > reward_before:
+            meaning = f"while the reward rose {rewards}: it is bought with what nobody trains on"
+        else:
+            meaning = f"and the reward did not rise ({rewards}): the model comes apart"
+        end = (
+            "The run ends, as stop_on_alarm is set." if self._args.stop_on_alarm else "stop_on_alarm=True would end it."
+        )
+        return (
+            f"Alarm after rollout {rollouts:g}: {fall}, {meaning}. Look at the pictures of the evaluations; then go back to an "
+            f"earlier checkpoint and raise beta, lower epsilon or learning_rate, or train for fewer rollouts. {end}"
+        )
+
+    # Trainer's events -------------------------------------------------------------------------------------------------
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._is_to_stop = False
+        # What is compared with: once per run, not again when it goes on from a checkpoint, whose history has it.
+        needed = self.watched if args.eval_strategy != "no" else []
+        if needed or self._evaluate_at_start:
+            args.eval_on_start = any(_first(state.log_history, m) is None for m in needed or ["eval_reward"])
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        if args.stop_on_alarm and metrics and metrics.get("eval_alarm"):
+            self._is_to_stop = True
+            self._stop(args, state, control)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._is_to_stop:
+            self._stop(args, state, control)
+
+    def _stop(self, args, state, control) -> None:
+        """At the end of a rollout, where a run can be saved and go on."""
+        if state.global_step % args.steps_per_rollout == 0:
+            control.should_training_stop = True
+            control.should_save = control.should_save or args.save_strategy != "no"
+
+
+def _first(log_history: Sequence[Mapping[str, float]], metric: str) -> Mapping[str, float] | None:
+    return next((log for log in log_history if metric in log), None)
