@@ -98,8 +98,9 @@ def test_activations_are_what_the_allocator_sees(checkpointing, autocast):
         with torch.no_grad(), precision.autocast_context():
             model(**inputs)
 
-    assert trained.peak == pytest.approx(allocated(train), rel=0.01)
-    assert sampled.peak == pytest.approx(allocated(sample), rel=0.05)  # kernels have buffers of their own
+    # Kernels have buffers of their own, those for bfloat16 most where the CPU has instructions for it.
+    assert trained.peak == pytest.approx(allocated(train), rel=0.01 if autocast is None else 0.02)
+    assert sampled.peak == pytest.approx(allocated(sample), rel=0.05)
     # Forward, as much again for the gradients of what comes in (of attention 2.5 times as much), and with checkpointing the
     # first once more.
     passes = 3 if checkpointing else 2
