@@ -129,7 +129,7 @@ def launch(config: Path, processes: int, *arguments: str | Path, **environment: 
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(name, marks=[pytest.mark.slow, pytest.mark.xdist_group(name)]) for name in ENGINES],
+    params=[pytest.param(name, marks=pytest.mark.slow) for name in ENGINES],
 )
 def two_processes(request, models, tmp_path_factory):
     """The engine, the folder of a run with it, and what it ended with."""
