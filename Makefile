@@ -11,7 +11,7 @@ quickstart: $(VENV)/installed  ## repair the packaged tiny pipeline with FDFO, a
 		examples/train_sd3.py --config examples/recipes/shapes.yaml
 
 test: $(VENV)/installed  ## the whole test suite
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(CORES) --dist loadfile tests
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(CORES) --dist loadfile --no-loadscope-reorder tests
 
 benchmark: $(VENV)/installed  ## the figures of the README
 	OMP_NUM_THREADS=$(CORES) $(VENV)/bin/python benchmarks/overhead.py

@@ -203,7 +203,9 @@ def machine() -> str:
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        model = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), model)
+        model = next(
+            (line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), model
+        )
     return f"one core of {model}, torch {torch.__version__}"
 
 
@@ -315,7 +317,9 @@ def report(results: list[dict[str, Any]]) -> str:
     lines.append(f"| before | {base['reward'][0]:.3f} | {base['strict'][0]:.2f} | {base['diversity'][0]:.3f} | |")
     for cell, members in sorted(cells.items()):
         columns = [_range([m["end"][name] for m in members if "end" in m]) for name in _ENDS]
-        lines.append(f"| {cell} ({len(members)} seeds) | {' | '.join(columns)} | {shown(seconds.get(cell, math.nan))} |")
+        lines.append(
+            f"| {cell} ({len(members)} seeds) | {' | '.join(columns)} | {shown(seconds.get(cell, math.nan))} |"
+        )
     lines += ["", "Rollouts (CPU seconds) to a reward, median over seeds, and how many times as soon FDFO is:", ""]
     lines += ["| | " + " | ".join(f"{target:.2f}" for target in TARGETS) + " | Flow-GRPO's at the end |"]
     lines += ["|---|" + "---|" * (len(TARGETS) + 1)]
@@ -347,22 +351,39 @@ def report(results: list[dict[str, Any]]) -> str:
             else:
                 ratios.append(f"**{other_cost / own_cost:.1f}**" if not math.isnan(own_cost) else f"{other / own:.1f}")
         lines.append(f"| times as soon | {' | '.join(ratios)} |")
-    lines += ["", "## The grid", "", f"{CELLS[0][0]} steps, a quarter of the tuples, seed {TUNING_SEED}: mean reward over the run,"]
+    lines += [
+        "",
+        "## The grid",
+        "",
+        f"{CELLS[0][0]} steps, a quarter of the tuples, seed {TUNING_SEED}: mean reward over the run,",
+    ]
     lines += ["and at the end. The best mean is what is used above and below.", ""]
     for algorithm, clips in CLIPS.items():
-        lines += [f"| {algorithm} | " + " | ".join(f"clip {clip:g}" for clip in clips) + " |", "|---|" + "---|" * len(clips)]
+        lines += [
+            f"| {algorithm} | " + " | ".join(f"clip {clip:g}" for clip in clips) + " |",
+            "|---|" + "---|" * len(clips),
+        ]
         by_setting = {Run(**r["run"]): r for r in results if r["run"]["seed"] == TUNING_SEED}
         for rate in LEARNING_RATES:
             row = []
             for clip in clips:
                 result = by_setting.get(Run(algorithm, *CELLS[0], rate, clip, TUNING_SEED))
-                text = "" if result is None else "failed" if "failed" in result else f"{area(result):.3f}, {result['reward'][-1]:.3f}"
+                text = (
+                    ""
+                    if result is None
+                    else "failed"
+                    if "failed" in result
+                    else f"{area(result):.3f}, {result['reward'][-1]:.3f}"
+                )
                 chosen = settings[algorithm].learning_rate == rate and settings[algorithm].clip == clip
                 row.append(f"**{text}**" if chosen else text)
             lines.append(f"| learning rate {rate:g} | {' | '.join(row)} |")
         lines.append("")
     lines += [f"## Ablations of FDFO ({CELLS[0][0]} steps, a quarter of the tuples)", ""]
-    lines += ["| | seeds | mean reward over the run | at the end | strict accuracy | distance of images |", "|---|---|---|---|---|---|"]
+    lines += [
+        "| | seeds | mean reward over the run | at the end | strict accuracy | distance of images |",
+        "|---|---|---|---|---|---|",
+    ]
     groups = {"as above": [r for r in cells.get(settings["FDFO"].cell, []) if r["run"]["seed"] in ABLATION_SEEDS]}
     for name in ABLATIONS:
         groups[name] = [r for r in results if r["run"]["ablation"] == name]
@@ -395,7 +416,11 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
 
     settings = best(results)
     seconds = json.loads(COSTS.read_text())["seconds_per_rollout"]
-    rows = [("reward", "reward"), ("strict", "strict accuracy"), ("diversity", "distance of two\nright images of a caption")]
+    rows = [
+        ("reward", "reward"),
+        ("strict", "strict accuracy"),
+        ("diversity", "distance of two\nright images of a caption"),
+    ]
     figure = Figure(figsize=(13, 7.5), dpi=110, layout="constrained")
     axes = figure.subplots(len(rows), 4, sharey="row")
     colors = {"FDFO": "tab:blue", "Flow-GRPO": "tab:orange"}
@@ -417,7 +442,9 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
                             continue
                         x = [rollout * scale(run.cell) for rollout in members[0]["rollouts"]]
                         values = list(zip(*(member[key] for member in members)))
-                        ax.fill_between(x, *zip(*((min(v), max(v)) for v in values)), color=colors[algorithm], alpha=0.15, lw=0)
+                        ax.fill_between(
+                            x, *zip(*((min(v), max(v)) for v in values)), color=colors[algorithm], alpha=0.15, lw=0
+                        )
                         name = f"{algorithm}, {'all tuples' if fraction == 1 else 'a quarter'}"
                         ax.plot(x, [statistics.median(v) for v in values], style, color=colors[algorithm], label=name)
                 if row == 0:

@@ -3,7 +3,7 @@ How FDFO scales: measured on this machine with one process and two, and on paper
 
     python benchmarks/scale.py                # both; --no-measure for the paper alone
 
-**Measured.** Groups of processes live side by side under torchrun and take turns, rollout by rollout, so that a machine whose
+**Measured.** Groups of processes live side by side and take turns, rollout by rollout, so that a machine whose
 speed drifts favours none: one process with all prompts, one with half of them, two with all. Two single processes that run at
 the same time and do not know of each other show what the machine itself loses with two: memory bandwidth, shared
 caches, other people's jobs. The model below, fed with the times of one process, predicts the two; both are printed.
@@ -343,10 +343,10 @@ class CountGradients(TrainerCallback):
 
 
 def work_in_turns(group: str, port: int, rollouts: int, tiny: bool) -> None:
-    """One process of a group, under torchrun."""
+    """One process of a group, of several under torchrun."""
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     processes, share = GROUPS[group]
-    rank = int(os.environ["RANK"])
+    rank = int(os.environ.get("RANK", 0))
     with tempfile.TemporaryDirectory() as folder:
         config = FDFOConfig(
             output_dir=folder,
@@ -363,7 +363,7 @@ def work_in_turns(group: str, port: int, rollouts: int, tiny: bool) -> None:
             report_to=[],
             logging_images_steps=0,
             use_cpu=True,
-            ddp_backend="gloo",
+            ddp_backend="gloo" if processes > 1 else None,
             disable_tqdm=True,
         )
         assert config.world_size == processes
@@ -419,14 +419,9 @@ def measure(rounds: int, tiny: bool) -> dict[str, Any]:
     launched = {}
     try:
         for group, (processes, _) in GROUPS.items():
-            command = [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                "--nproc_per_node",
-                str(processes),
-            ]
+            command = [sys.executable]
+            if processes > 1:
+                command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
             command += [__file__, "--worker", group, "--port", str(store.port), "--rollouts", str(rollouts[group])]
             with open(logs / f"{group}.log", "w") as log:
                 launched[group] = subprocess.Popen(

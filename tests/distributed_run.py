@@ -1,19 +1,25 @@
 """
-Trains a tiny SD3 for two rollouts, or for the second alone from a checkpoint, and writes what test_distributed.py
-compares:
+Trains a tiny SD3 in the ways that test_distributed.py looks at, and writes what it compares:
 
-    torchrun --nproc_per_node 2 tests/distributed_run.py FILE [CHECKPOINT]
+    torchrun --nproc_per_node 2 tests/distributed_run.py FOLDER
+
+FOLDER has what test_distributed.py has made: a pipeline, and the run of one process; it gets the results of process 0. All
+is done in the same two processes, for what takes longest is to start them.
 """
 
 import gc
+import importlib.util
 import os
 import sys
+from math import prod
+from pathlib import Path
 
 import conftest
 import tiny_pipelines
 import torch
 import torch.distributed as dist
 from datasets import Dataset
+from transformers import TrainerCallback
 
 from trl_fdfo import FDFOConfig, FDFOTrainer
 from trl_fdfo.sharding import trained_parameters, whole_values
@@ -103,9 +109,50 @@ def finish() -> None:
         dist.destroy_process_group()
 
 
+class Traffic(TrainerCallback):
+    """Every collective of the backend, whoever calls it, as its name and how many numbers a process gives to it."""
+
+    def __init__(self):
+        self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.profile.start()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.profile.stop()
+
+    def collectives(self) -> list[tuple[str, int]]:
+        events = [event for event in self.profile.events() if event.name.startswith("gloo:")]
+        return [(event.name, sum(prod(shape) for shape in event.input_shapes)) for event in events]
+
+
+def measure_traffic(folder: Path) -> dict:
+    """What passes between the processes in two rollouts, and what one of them has recorded."""
+    traffic = Traffic()
+    trainer = build(str(folder / "traffic"), save_strategy="no")
+    trainer.add_callback(traffic)
+    trainer.train()
+    tuples = [(batch.sampled, level) for step in trainer._buffer.steps for batch, level in step]
+    return {
+        "collectives": traffic.collectives(),
+        "recorded": sum(batch.x_t[level].numel() + batch.velocities[level].numel() for batch, level in tuples),
+        "trained": sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad),
+        "steps": trainer.state.global_step,
+    }
+
+
+def main(folder: Path) -> None:
+    results = {}
+    _, results["two"] = run(str(folder / "two"), **SAMPLING)
+    _, results["more"] = run(str(folder / "more"), str(folder / "one" / "checkpoint-4"), **SAMPLING)
+    results["traffic"] = measure_traffic(folder)
+    if importlib.util.find_spec("torchao"):
+        pipeline = lambda: str(folder / "pipeline")
+        _, results["quantized"] = run(str(folder / "quantized"), make_pipeline=pipeline, quantization="int8")
+    if dist.get_rank() == 0:
+        torch.save(results, folder / "results.pt")
+
+
 if __name__ == "__main__":
-    trainer, result = run(sys.argv[1] + ".out", *sys.argv[2:], **SAMPLING)
-    if trainer.is_world_process_zero():
-        torch.save(result, sys.argv[1])
-    del trainer
+    main(Path(sys.argv[1]))
     finish()

@@ -4,10 +4,12 @@ Trains a tiny SD3 with DeepSpeed or FSDP2 in the ways that test_engines.py looks
     accelerate launch --config_file ... tests/engine_run.py FOLDER
 
 FOLDER has the models that test_engines.py has made, and gets the results of process 0. On GPUs it trains in bfloat16, and
-only once.
+only once. With a Python file instead, and its arguments, it runs that.
 """
 
+import importlib.util
 import os
+import runpy
 import signal
 import sys
 from collections.abc import Callable
@@ -111,5 +113,14 @@ def on_cpus(folder: Path, make_pipeline: Callable) -> dict:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    if not GPU and importlib.util.find_spec("deepspeed"):
+        import deepspeed
+
+        # Else it compiles, for a minute, what is faster than gloo between the processes of one machine.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if sys.argv[1].endswith(".py"):
+        sys.argv = sys.argv[1:]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    else:
+        main(Path(sys.argv[1]))
     distributed_run.finish()

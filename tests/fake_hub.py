@@ -3,8 +3,7 @@ Enough of the Hub's API, over HTTP on loopback, to push to it and to load from i
 
 The name of a repo says how it misbehaves: `create-403` answers 403 when it is to be created, `commit-500` answers 500 to
 every commit but the first, `once-429` to the second at its first try, `away` closes the connection instead of an answer,
-and `slow` answers
-when somebody has asked for `/release`.
+and `slow` answers when somebody has asked for `/release`.
 """
 
 import base64
@@ -167,7 +166,8 @@ class Handler(BaseHTTPRequestHandler):
             is_again = name in self.server.failed
             self.server.failed.add(name)
             if status and not (status.group(1) == "once" and is_again):
-                return self.answer({"error": "as its name says"}, status=int(status.group(2)))
+                # With the shortest pause before the next try that huggingface_hub knows, a second.
+                return self.answer({"error": "as its name says"}, status=int(status.group(2)), Retry_After=0)
             if name.endswith("away"):
                 self.close_connection = True
                 return self.connection.close()

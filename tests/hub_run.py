@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -23,10 +24,12 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "0"  # which conftest would set to 1
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from huggingface_hub import HfApi, ModelCard, snapshot_download  # noqa: E402
 from peft import PeftModel  # noqa: E402
+from test_generate import panels  # noqa: E402
 
 from trl_fdfo import FDFOConfig, FDFOTrainer  # noqa: E402
 from trl_fdfo.pipeline_flow import load_pipeline  # noqa: E402
@@ -133,15 +136,28 @@ def all_checkpoints():
 
 
 def resume():
-    """Another machine goes on from the pushed checkpoint of a run that was stopped after two of three rollouts."""
+    """Another machine goes on from what was pushed: of a run that was stopped after two of three rollouts, or in between."""
     stopped = build("stopped", hub_strategy="checkpoint", num_rollouts=2)
     stopped.train()
-    folder = snapshot_download("me/stopped", allow_patterns="last-checkpoint/*", local_dir=FOLDER / "download")
-    trainer = build("resumed")
-    trainer.train(resume_from_checkpoint=str(Path(folder, "last-checkpoint")))
     whole = load_pipeline(BASE)
     whole.load_lora_weights("me/checkpoint")
-    return {"step": trainer.state.global_step, "equal": torch.equal(image(trainer.pipeline), image(whole))}
+    results = {}
+    for repo, checkpoint in (("me/stopped", "last-checkpoint"), ("me/all-checkpoints", "checkpoint-2")):
+        folder = snapshot_download(repo, allow_patterns=f"{checkpoint}/*", local_dir=FOLDER / "download")
+        trainer = build("resumed", push_to_hub=False)
+        trainer.train(resume_from_checkpoint=str(Path(folder, checkpoint)))
+        results[checkpoint] = [trainer.state.global_step, torch.equal(image(trainer.pipeline), image(whole))]
+    return results
+
+
+def page():
+    """A page of the base and what was pushed, both by their Hub ids."""
+    generate = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "generate.py"))["main"]
+    os.chdir(FOLDER)
+    generate(["--model", BASE, "--adapter", "me/end", "--prompts", "a cat", "--seeds", "1", "--output", "hub.png"])
+    generate(["--model", BASE, "--adapter", str(FOLDER / "end"), "--prompts", "a cat", "--seeds", "1"])
+    pages = [panels(file, rows=2, columns=1) for file in ("hub.png", "grid.png")]
+    return {"equal": bool(np.array_equal(*pages)), "changed": not np.array_equal(*pages[0])}
 
 
 def adapter():
@@ -173,6 +189,16 @@ def full():
     with trainer._averaged_weights():
         expected = image(trainer.pipeline)
     return {"equal": torch.equal(image(load_pipeline("me/full")), expected)}
+
+
+def late():
+    """Pushed once it is trained, without the option and under the name of the folder."""
+    trainer = build("late", push_to_hub=False, hub_model_id=None, num_rollouts=1)
+    trainer.train()
+    trainer.push_to_hub()
+    loaded = load_pipeline(BASE)
+    loaded.load_lora_weights("me/late")
+    return {"equal": torch.equal(image(loaded), image(trainer.pipeline))}
 
 
 def card():
@@ -269,12 +295,14 @@ def unreachable():
     return {"at_start": at_start, "later": warnings.messages[len(at_start) :]}
 
 
-# huggingface_hub tries the patient ones again for half a minute: they run in a process beside the others.
+# huggingface_hub tries the patient ones again and again: they run in a process beside the others.
 SCENARIOS = {
-    "quick": [end, every_save, checkpoint, all_checkpoints, resume, adapter, full, card, slow, unreachable]
+    "quick": [end, every_save, checkpoint, all_checkpoints, resume, adapter, full, late, card, page]
+    + [slow, unreachable]
     + [partial(failing, f"commit-{status}") for status in (401, 403, 409)]
     + [partial(refused, f"create-{status}") for status in (401, 403)],
-    "patient": [partial(failing, "once-429"), partial(failing, "away", save=False), command],
+    "patient": [partial(failing, "once-429"), partial(failing, "away", save=False), command]
+    + [partial(failing, "commit-429", save=False)],
 }
 
 if __name__ == "__main__":

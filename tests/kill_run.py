@@ -129,6 +129,7 @@ def killed_at(runs, phase, times, target, number, delay):
     while times[PHASES.index(target)] < number or PHASES[phase.value] != target:
         if not all(process.is_alive() for process in runs):
             return None
+        time.sleep(0.0005)  # leaves the core to the run
     time.sleep(delay)
     hit = PHASES[phase.value] if all(process.is_alive() for process in runs) else None
     for process in runs:

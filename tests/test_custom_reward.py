@@ -26,6 +26,7 @@ def test_background_applies_where_the_prompt_names_it():
     assert EXAMPLE["Background"]("white", brightness=1.0)(images, PROMPTS) == [None, pytest.approx(-0.4)]
 
 
+@pytest.mark.slow
 def test_example_runs_and_its_reward_rises(tmp_path, capsys):
     torch.manual_seed(0)  # the first weights of the adapter
     EXAMPLE["main"](str(tmp_path), num_rollouts=4)

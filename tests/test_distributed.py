@@ -1,37 +1,33 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import distributed_run
 import pytest
+import tiny_pipelines
 import torch
 
 
-def launch(script: str, file: Path, *arguments: Path) -> dict:
-    """What two processes write."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [Path(__file__).with_name(script), file, *arguments]
-    environment = {**os.environ, "HF_DATASETS_CACHE": str(file.parent / "cache")}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return torch.load(file, weights_only=True)
-
-
-def run_two(file: Path, *arguments: Path) -> dict:
-    """What two processes end with."""
-    result = launch("distributed_run.py", file, *arguments)
-    assert result["processes"] == 2 and result["wrapper"] == "DistributedDataParallel"
-    return result
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The folder of a run of one process and one of two, with what they ended with."""
+    """A folder with the run of one process, what it ended with, and what two end with."""
     folder = tmp_path_factory.mktemp("runs")
+    tiny_pipelines.sd3().save_pretrained(folder / "pipeline")
     _, one = distributed_run.run(str(folder / "one"))
     assert one["processes"] == 1 and one["wrapper"] == "PeftModel"
-    return folder, one, run_two(folder / "two")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "cache")}
+    done = subprocess.run(
+        [*command, distributed_run.__file__, folder], capture_output=True, text=True, timeout=240, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    results = torch.load(folder / "results.pt", weights_only=True)
+    for name in results.keys() - {"traffic"}:
+        assert results[name]["processes"] == 2 and results[name]["wrapper"] == "DistributedDataParallel"
+    return folder, one, results
 
 
 def assert_same(found: dict, expected: dict) -> None:
@@ -48,8 +44,8 @@ def assert_same(found: dict, expected: dict) -> None:
 
 
 def test_two_processes_end_in_the_weights_of_one(runs):
-    _, one, two = runs
-    assert_same(two, one)
+    _, one, results = runs
+    assert_same(results["two"], one)
 
 
 def test_two_processes_have_the_figures_of_one(runs):
@@ -62,14 +58,22 @@ def test_two_processes_have_the_figures_of_one(runs):
 
 
 def test_a_run_goes_on_with_another_number_of_processes(runs, tmp_path):
-    folder, one, two = runs
-    _, fewer = distributed_run.run(str(tmp_path / "fewer"), str(folder / "two.out" / "checkpoint-4"))
-    assert_same(fewer, two)
-    assert_same(run_two(tmp_path / "more", folder / "one" / "checkpoint-4"), one)
+    folder, one, results = runs
+    _, fewer = distributed_run.run(str(tmp_path / "fewer"), str(folder / "two" / "checkpoint-4"))
+    assert_same(fewer, results["two"])
+    assert_same(results["more"], one)
 
 
-def test_gradients_and_metrics_alone_pass_between_processes(tmp_path):
-    result = launch("traffic_run.py", tmp_path / "traffic")
+def test_two_processes_with_quantized_weights_end_in_the_weights_of_one(runs, tmp_path):
+    pytest.importorskip("torchao")
+    folder, _, results = runs
+    pipeline = str(folder / "pipeline")
+    _, one = distributed_run.run(str(tmp_path / "one"), make_pipeline=lambda: pipeline, quantization="int8")
+    assert_same(results["quantized"], one)
+
+
+def test_gradients_and_metrics_alone_pass_between_processes(runs):
+    result = runs[2]["traffic"]
     gradients = [size for name, size in result["collectives"] if (name, size) == ("gloo:all_reduce", result["trained"])]
     # Once per optimizer step, however many micro-batches it has.
     assert len(gradients) == result["steps"] == 8

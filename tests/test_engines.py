@@ -22,7 +22,7 @@ from test_distributed import assert_same
 from test_learned_rewards import clip_model, clip_tokenizer
 from transformers import CLIPImageProcessorPil, CLIPProcessor
 
-from trl_fdfo import FDFOConfig
+from trl_fdfo import FDFOConfig, shapes
 from trl_fdfo.pipeline_flow import load_pipeline
 
 
@@ -127,7 +127,10 @@ def launch(config: Path, processes: int, *arguments: str | Path, **environment: 
     assert done.returncode == 0, done.stderr[-8000:]
 
 
-@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.slow) for name in ENGINES])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.slow) for name in ENGINES],
+)
 def two_processes(request, models, tmp_path_factory):
     """The engine, the folder of a run with it, and what it ended with."""
     engine, arguments = request.param, []
@@ -147,6 +150,28 @@ def two_processes(request, models, tmp_path_factory):
     assert results["run"]["processes"] == 2
     assert results["run"]["wrapper"] == ENGINES[engine]
     return engine, folder, results
+
+
+@needs_deepspeed
+@pytest.mark.slow
+def test_script_runs_with_the_config_as_it_is(tmp_path):
+    """The command of the docs, with a smaller rollout and what two processes on CPUs ask for."""
+    script = [
+        engine_run.__file__,
+        "examples/train_sd3.py",
+        "--config",
+        "examples/recipes/shapes.yaml",
+        "--output_dir",
+        tmp_path,
+    ]
+    script += ["--use_cpu", "false", "--ddp_backend", "gloo", "--num_rollouts", "1", "--prompts_per_rollout", "4"]
+    script += ["--per_device_prompt_batch_size", "1", "--optimizer_steps_per_rollout", "1"]
+    script += ["--num_report_prompts", "2", "--images_per_report_prompt", "1"]
+    launch(CONFIGS / "zero3.yaml", 2, *script, CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
+    report = json.loads((tmp_path / "metrics.json").read_text())
+    assert 0 < abs(report["after"]["reward"] - report["before"]["reward"]) < 0.2
+    shapes.load_pipeline().load_lora_weights(tmp_path)
+    assert (tmp_path / "README.md").is_file() and (tmp_path / "before_after.png").is_file()
 
 
 def test_weights_are_sharded(two_processes, one_process):

@@ -16,6 +16,7 @@ def run(script: str, *arguments: str) -> None:
     runpy.run_path(str(EXAMPLES / script))["main"]([str(argument) for argument in arguments])
 
 
+@pytest.mark.slow
 def test_quickstart_script_writes_what_it_promises(tmp_path, capsys):
     config = EXAMPLES / "recipes" / "shapes.yaml"
     run(

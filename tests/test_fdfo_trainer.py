@@ -10,7 +10,7 @@ from conftest import PROMPTS, redness, trained_weights
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 from trl_fdfo import FDFOTrainer
 from trl_fdfo.fdfo_trainer import derive_seed
@@ -417,14 +417,6 @@ def test_resumed_run_ends_in_the_same_weights(make_trainer, use_peft):
     assert torch.equal(resumed.generate(PROMPTS, range(6)), averaged)
 
 
-def test_checkpoint_inside_a_rollout_is_refused(make_trainer):
-    trainer = make_trainer(num_rollouts=3, optimizer_steps_per_rollout=1, save_strategy="epoch")
-    trainer.train()
-    resumed = make_trainer(num_rollouts=3, optimizer_steps_per_rollout=2, resume_with_changed_options=True)
-    with pytest.raises(ValueError, match=r"checkpoint-1 is from step 1, inside a rollout of 2 steps"):
-        resumed.train(resume_from_checkpoint=f"{trainer.args.output_dir}/checkpoint-1")
-
-
 def test_averaging_can_start_with_a_resumed_run(make_trainer, caplog):
     make_trainer(num_rollouts=1, save_strategy="epoch").train()
     resumed = make_trainer(num_rollouts=2, ema_decay=0.5, resume_with_changed_options=True)
@@ -514,16 +506,6 @@ def test_evaluate_without_prompts(make_trainer):
         make_trainer().evaluate()
 
 
-def test_tensorboard(make_trainer, tmp_path, monkeypatch):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
-    make_trainer(report_to=["tensorboard"]).train()
-    events = EventAccumulator(str(tmp_path / "logs"))
-    events.Reload()
-    assert len(events.Scalars("train/reward")) == 2
-
-
 def test_run_plan(make_trainer, capsys):
     trainer = make_trainer(timestep_fraction=0.5, num_rollouts=1)
     trainer.train()
@@ -566,49 +548,7 @@ def test_dataset_columns_reach_the_reward(make_config):
     assert prompts[0] == prompts[1] != prompts[2] and labels == [{"a": 1, "b": 2}[p] for p in prompts] and step == 0
 
 
-# Refusals, all at construction ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"prompts": []}, "train_dataset is empty"),
-        ({"dataset_prompt_column": "caption"}, "no column 'caption' but prompt"),
-        ({"reward_weights": [1.0, 2.0]}, "reward_weights has 2 values for 1 reward function"),
-        ({"reward_fn": "pickscore"}, "reward_fn='pickscore' is a str"),
-        ({"lora_target_modules": ["to_q", "to_x"]}, r"\['to_x'\] match no layer of SD3Transformer2DModel.*to_q"),
-        ({"peft_config": LoraConfig(target_modules=["to_q"], lora_dropout=0.1)}, "lora_dropout=0.1.*Set it to 0"),
-        ({"peft_config": LoraConfig(target_modules=["to_q"]), "use_peft": False}, "together with use_peft=False"),
-        ({"height": 30}, "height=30 is not a multiple of 4.*28 and 32"),
-        ({"pipeline_kwargs": {"steps": 3}}, "StableDiffusion3Pipeline does not take steps"),
-        ({"pipeline_kwargs": {"max_sequence_length": 1000}}, "max_sequence_length"),
-        ({"eval_dataset": Dataset.from_dict({"text": ["a"]})}, "eval_dataset has no column 'prompt'"),
-        (
-            {"reward_fn": lambda imgs, prompts: 0},
-            "needs the argument 'imgs'.*images, prompts, trainer_state, num_generations, prompt",
-        ),
-        ({"pipeline_kwargs": {"sigmas": [1.0, 0.5]}}, "takes 2 steps, not num_inference_steps=4"),
-        ({"pipeline": int}, "must be a `DiffusionPipeline`.*not int itself"),
-        ({"pipeline_columns": ["image"], "per_device_prompt_batch_size": 1}, "no column 'image'"),
-        (
-            {"eval_dataset": Dataset.from_dict({"prompt": ["a"]}), "metric_for_best_model": "eval_rewad"},
-            "metric_for_best_model='eval_rewad' is none of what `evaluate` gives: reward, rewards/redness/mean",
-        ),
-    ],
-)
-def test_bad_input_is_refused_before_the_first_rollout(make_trainer, options, message):
-    with pytest.raises(ValueError, match=message):
-        make_trainer(**options)
-
-
-def test_config_of_another_kind_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="config is a TrainingArguments, and FDFOTrainer takes a `FDFOConfig`"):
-        FDFOTrainer(TrainingArguments(str(tmp_path), use_cpu=True), tiny_pipelines.sd3(), redness)
-
-
-def test_one_seed_per_image(make_trainer):
-    with pytest.raises(ValueError, match="generate got 2 prompts and 1 seeds"):
-        make_trainer().generate(["a", "b"], [1])
+# Warnings and refusals; those of options and arguments are in test_bad_input.py -----------------------------------------
 
 
 @pytest.mark.parametrize("reward", [lambda images: [None] * len(images), lambda images: [1.0] * len(images)])

@@ -81,13 +81,22 @@ def test_what_each_strategy_pushes(pushed):
 
 
 def test_run_goes_on_from_the_pushed_checkpoint(pushed):
-    assert pushed[1]["resume"] == {"step": 3, "equal": True, "seconds": pushed[1]["resume"]["seconds"]}
+    assert pushed[1]["resume"]["last-checkpoint"] == pushed[1]["resume"]["checkpoint-2"] == [3, True]
+
+
+def test_page_of_what_was_pushed(pushed):
+    page = pushed[1]["page"]
+    assert page["equal"] and page["changed"]
 
 
 def test_pushed_adapter_is_continued_by_its_hub_id(pushed):
     result = pushed[1]["adapter"]
     assert result["me/checkpoint"] and result["me/diffusers-only"]
     assert "adapter='me/nothing' is no folder or file here, and was not found on the Hub" in result["missing"]
+
+
+def test_push_without_the_option(pushed):
+    assert pushed[1]["late"]["equal"]
 
 
 def test_whole_pipeline_is_pushed_without_an_adapter(pushed):
@@ -151,10 +160,11 @@ def test_hub_that_refuses_in_the_middle(pushed, name):
 
 def test_hub_that_goes_away_or_fails_in_the_middle(pushed):
     hub, results = pushed
-    for name in ("away", "command"):
+    for name, reason in (("away", ""), ("command", "500"), ("commit-429", "429")):
         result = results[name]
         assert result["step"] == 3 and result["saved"]
-        assert sum("Training goes on, but a push failed." in warning for warning in result["warnings"]) == 1
+        (failed,) = [warning for warning in result["warnings"] if "Training goes on, but a push failed." in warning]
+        assert reason in failed and "hf upload me/" in failed
     # The command that was printed brings the work to the Hub when it is back.
     assert results["command"]["status"] == 0, results["command"]["said"]
     assert results["command"]["equal"]

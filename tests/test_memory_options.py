@@ -3,7 +3,6 @@
 import warnings
 from types import SimpleNamespace
 
-import distributed_run
 import pytest
 import tiny_pipelines
 import torch
@@ -13,7 +12,6 @@ from datasets import Dataset
 from diffusers import PipelineQuantizationConfig, SD3Transformer2DModel, TorchAoConfig
 from peft import PeftModel
 from test_checkpoints import assert_equal, contents
-from test_distributed import assert_same, launch
 from test_fdfo_trainer import metrics_of
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -38,19 +36,26 @@ def saved(tmp_path_factory):
     return folder
 
 
+class Linear4bit(bitsandbytes.nn.Linear4bit):
+    """Unpacked by PyTorch: bitsandbytes' own kernels for CPUs with AVX512 are right for rows of whole blocks alone (0.50)."""
+
+    def forward(self, x):
+        state, packed = self.weight.quant_state, self.weight.view(-1).int()
+        scales = state.absmax.repeat_interleave(state.blocksize)[: state.shape.numel()]
+        weight = state.code[torch.stack([packed >> 4, packed & 15], dim=-1)].view(-1) * scales
+        return torch.nn.functional.linear(x, weight.view(state.shape).to(x.dtype), self.bias)
+
+
 def to_nf4(pipeline, dtype=torch.float32):
     """The pipeline with bitsandbytes' 4 bits in its transformer, on the CPU too, where diffusers refuses to do it."""
+    options = {"quant_type": "nf4", "compress_statistics": False}
     for module in list(pipeline.transformer.modules()):
         for name, linear in list(module.named_children()):
             if type(linear) is not torch.nn.Linear:
                 continue
-            quantized = bitsandbytes.nn.Linear4bit(
-                linear.in_features, linear.out_features, linear.bias is not None, dtype, quant_type="nf4"
-            )
+            quantized = Linear4bit(linear.in_features, linear.out_features, linear.bias is not None, dtype, **options)
             quantized.bias = linear.bias
-            # On some processors it would take a kernel that computes in bfloat16, for layers of certain sizes alone.
-            quantized.support_avx512bf16_for_cpu = False
-            quantized.weight = bitsandbytes.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
+            quantized.weight = bitsandbytes.nn.Params4bit(linear.weight.data, requires_grad=False, **options)
             setattr(module, name, quantized.to("cpu"))
     return pipeline
 
@@ -149,12 +154,6 @@ def test_how_far_the_velocity_of_a_trained_model_moves(quantization, tolerance):
     """On the packaged pipeline, at all noise levels: most at the last one, where what is left of the velocity is small."""
     pipelines = [shapes.load_pipeline() for _ in range(2)]
     if quantization == "nf4":
-        weight = torch.randn(96, 96)
-        unpacked = bitsandbytes.functional.dequantize_4bit(
-            *bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4")
-        )
-        if (unpacked - weight).norm() > 0.15 * weight.norm():  # 0.09 is right
-            pytest.skip("bitsandbytes unpacks rows that are no multiple of 64 wrongly on this processor (AVX-512)")
         to_nf4(pipelines[1])
     else:
         torchao.quantization.quantize_(pipelines[1].transformer, torchao.quantization.Int8WeightOnlyConfig())
@@ -192,14 +191,6 @@ def test_nf4_is_refused_without_a_gpu(make_trainer, saved):
         pytest.skip("there is one")
     with pytest.raises(ValueError, match=r"quantization='nf4' needs a GPU.*set quantization='int8'"):
         make_trainer(saved, quantization="nf4")
-
-
-@pytest.mark.slow
-def test_two_processes_with_torchao_end_in_the_weights_of_one(saved, tmp_path):
-    _, one = distributed_run.run(str(tmp_path / "one"), make_pipeline=lambda: saved, quantization="int8")
-    two = launch("quantized_run.py", tmp_path / "two", saved)
-    assert two["processes"] == 2 and two["wrapper"] == "DistributedDataParallel"
-    assert_same(two, one)
 
 
 # Host memory and activations ------------------------------------------------------------------------------------------
@@ -270,15 +261,16 @@ def bytes_of(value) -> int:
     return value.numel() * value.element_size()
 
 
-@pytest.mark.parametrize(
-    ("optim", "saving"),
-    [
-        ("adamw_bnb_8bit", 3.0),
-        # PyTorch compiles its step, a minute on the CPU.
-        pytest.param("adamw_torch_8bit", 3.0, marks=pytest.mark.slow),
-    ],
-)
-def test_optimizers_of_8_bits(make_trainer, optim, saving, tmp_path):
+@pytest.fixture
+def eagerly():
+    """Without torch.compile: torchao's optimizers compile their step, which takes a minute and changes nothing but time."""
+    torch.compiler.set_stance("force_eager")
+    yield
+    torch.compiler.set_stance("default")
+
+
+@pytest.mark.parametrize("optim", ["adamw_bnb_8bit", "adamw_torch_8bit"])
+def test_optimizers_of_8_bits(make_trainer, eagerly, optim, tmp_path):
     # On a model whose adapters have matrices of more than 4,096 numbers: smaller ones stay in 32 bits.
     shape = {"height": 32, "width": 32, "pipeline_kwargs": {"max_sequence_length": 0}, "lora_r": 64, "lora_alpha": 128}
     first, weights, sizes = trained_weights(make_trainer(shapes.load_pipeline(), **shape)), {}, {}
@@ -299,7 +291,7 @@ def test_optimizers_of_8_bits(make_trainer, optim, saving, tmp_path):
     moved = flat(weights["adamw_torch"]) - flat(first)
     # Moments in 8 bits, a scale for each block of them: a few hundredths of each step.
     assert (flat(weights[optim]) - flat(weights["adamw_torch"])).norm() < 0.06 * moved.norm()
-    assert sizes[optim] < sizes["adamw_torch"] / saving
+    assert sizes[optim] < sizes["adamw_torch"] / 3
     assert_equal(weights[f"{optim} resumed"], weights[optim])
 
 

@@ -3,7 +3,8 @@ import pytest
 import torch
 from PIL import Image, ImageFont
 
-from trl_fdfo.pictures import GAP, MARGIN, Panel, Section, _font, _lines, picture, rows_of, sheet
+from trl_fdfo.pictures import GAP, MARGIN, Panel, Section, _font, _lines, before_after_grid, picture, rows_of, sheet
+from trl_fdfo.report import reward_curve
 
 
 LONG = "An elderly fisherman with a weathered face, mending a blue net on a stone pier at dawn, 35 mm film grain. " * 9
@@ -67,6 +68,41 @@ def test_nothing_overlaps_and_nothing_is_stretched(height, width, text):
         assert bottom_of_row_above is None or top > bottom_of_row_above + 14
         bottom_of_row_above = bottom
     assert text_is_in(MARGIN, boxes[0][1] - 1, boxes[0][0], boxes[0][0] + 100), "no title"
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (64, 32), (24, 64), (512, 512)])
+@pytest.mark.parametrize("text", ["a cat", LONG, "一只戴草帽的猫" * 30], ids=len)
+def test_before_and_after_stand_below_each_other(height, width, text):
+    colors = torch.tensor(COLORS[:4]).reshape(2, 2, 3, 1, 1) / 255  # of two prompts and two seeds
+    before = colors.expand(2, 2, 3, height, width)
+    page = np.asarray(before_after_grid([text] * 2, before, before * 0.5, titles=("before, guidance 1.5", "after")))
+    shown = [box_of(page, color) for color in COLORS[:4]]
+    shown += [box_of(page, tuple(round(value * 0.5) for value in color)) for color in COLORS[:4]]
+    left, top, shown_width, shown_height = shown[0]
+    assert shown_width / shown_height == pytest.approx(width / height, rel=0.02)
+    # Columns of prompts, rows of seeds, the halves below each other.
+    columns = sorted({box[0] for box in shown})
+    rows = sorted({box[1] for box in shown})
+    assert [(columns.index(x), rows.index(y)) for x, y, *_ in shown] == [
+        *((0, 0), (0, 1), (1, 0), (1, 1)),
+        *((0, 2), (0, 3), (1, 2), (1, 3)),
+    ]
+    assert all(tuple(size) == (shown_width, shown_height) for _, _, *size in shown)
+    # Text above the columns and left of the halves, and a white margin around all.
+    dark = lambda area: (area < 100).all(axis=-1).any()
+    assert all(dark(page[MARGIN:top, x : x + 160]) for x in columns)
+    assert all(dark(page[y : y + 2 * shown_height + GAP, :left]) for y in (rows[0], rows[2]))
+    assert (page[: MARGIN - 2] == 255).all() and (page[-MARGIN + 2 :] == 255).all()
+    assert (page[:, : MARGIN - 2] == 255).all() and (page[:, -MARGIN + 2 :] == 255).all()
+    assert (page[:top, columns[1] - GAP : columns[1]] == 255).all()
+
+
+def test_each_reward_has_an_axis_of_its_own(tmp_path):
+    log = [{"reward": 20 + n, "rewards/a/mean": n, "rewards/b/mean": 60 * n, "epoch": n + 1} for n in range(3)]
+    reward_curve(log, tmp_path / "several.png")
+    reward_curve([{"reward": n, "rewards/a/mean": n, "epoch": n + 1} for n in range(3)], tmp_path / "one.png")
+    several, one = (Image.open(tmp_path / f"{name}.png") for name in ("several", "one"))
+    assert (one.size, several.size) == ((900, 525), (900, 900))
 
 
 def test_wide_rows_are_reduced_to_a_sheet_that_a_screen_can_show():

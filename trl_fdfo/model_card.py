@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from . import __version__
 from .lora import base_model_name, has_diffusers_format
+from .pictures import before_after_grid
 from .prompt_dataset import is_file_name
 
 
@@ -233,11 +234,6 @@ def _save_samples(prompts: list[str], images: Tensor, folder: Path) -> list[dict
 def _save_pictures(trainer: FDFOTrainer, images: dict[str, Tensor], folder: Path) -> dict[str, str | None]:
     """Draw the grid and the curve where there is something to draw, and say what they are called."""
     made: dict[str, str | None] = {"before_after": None, "reward_curve": None, "evaluation": None}
-    try:
-        from .report import before_after_grid, evaluation_curves, reward_curve
-    except ImportError as error:
-        logger.info(f"The model card has no pictures: {error}")
-        return made
     folder.mkdir(parents=True, exist_ok=True)
     if len(images) > 1:
         before = next(iter(images))
@@ -245,7 +241,13 @@ def _save_pictures(trainer: FDFOTrainer, images: dict[str, Tensor], folder: Path
         shown = _spread(len(prompts), 9)
         pair = [_still(images[name])[shown, :3] for name in (before, "after")]
         made["before_after"] = "before_after.png"
-        before_after_grid([prompts[n] for n in shown], *pair, folder / made["before_after"], titles=(before, "after"))
+        grid = before_after_grid([prompts[n] for n in shown], *pair, titles=(before, "after"))
+        grid.save(folder / made["before_after"])
+    try:
+        from .report import evaluation_curves, reward_curve
+    except ImportError as error:
+        logger.info(f"The model card has no curves: {error}")
+        return made
     if sum("reward" in log for log in trainer.state.log_history) > 1:
         made["reward_curve"] = "reward_curve.png"
         reward_curve(trainer.state.log_history, folder / made["reward_curve"])

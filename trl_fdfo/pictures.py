@@ -1,11 +1,13 @@
 """
-Sheets of labelled pictures, drawn with PIL alone: those that are logged during a run, and that of examples/generate.py.
+Sheets of labelled pictures, drawn with PIL alone: those that are logged during a run, that of examples/generate.py, and
+the grid of a model card.
 
 A sheet is a column of sections: a title, and below it rows of panels, each of them a picture with a label under it. Tiny
 images are shown as the pixels that they are and large ones are reduced, so that the text is readable beside both.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -108,6 +110,48 @@ def sheet(sections: Sequence[Section]) -> Image.Image:
         page.paste(image, (x + MARGIN, y))
         if id(image) in frames:  # else a white image would have no edge
             draw.rectangle((x + MARGIN - 1, y - 1, x + MARGIN + image.width, y + image.height), outline="silver")
+    return page
+
+
+def before_after_grid(
+    prompts: Sequence[str], before: Tensor, after: Tensor, titles: tuple[str, str] = ("before", "after")
+) -> Image.Image:
+    """
+    Draw the images of some prompts before training and, below them, from the same seeds, after it.
+
+    Args:
+        prompts (`Sequence[str]`): P prompts, the labels of the columns.
+        before (`Tensor`): Images in [0, 1], shape [P, S, 3, H, W], S seeds per prompt.
+        after (`Tensor`): Images from the same seeds, the shape of `before`.
+        titles (`tuple[str, str]`): Labels of the two halves.
+    """
+    largest = min(max((SHEET_WIDTH - 2 * MARGIN) // len(prompts) - GAP, SMALLEST), LARGEST)
+    halves = [
+        [[_scaled(picture(image), largest) for image in images[:, seed]] for seed in range(images.shape[1])]
+        for images in (before, after)
+    ]
+    width, height = max(halves[0][0][0].width, SMALLEST), halves[0][0][0].height
+    half_height = len(halves[0]) * (height + GAP) - GAP
+    label_size = min(max(width // 12, 14), 22)
+    font, title_font = (_font(set("".join([*prompts, *titles])), size) for size in (label_size, label_size + 6))
+    labels = [_text(prompt, font, width, max_lines=5) for prompt in prompts]
+    # As wide as they are, but for what would be longer than its half.
+    upright = [
+        _text(title, title_font, min(math.ceil(title_font.getlength(title)), half_height), max_lines=2)
+        for title in titles
+    ]
+    left = MARGIN + max(title.height for title in upright) + GAP
+    top = MARGIN + max(label.height for label in labels) + GAP
+    page_width = left + len(prompts) * (width + GAP) - GAP + MARGIN
+    page = Image.new("RGB", (page_width, top + 2 * half_height + 2 * MARGIN), "white")
+    for column, label in enumerate(labels):
+        page.paste(label, (left + column * (width + GAP), top - GAP - label.height))
+    for number, (title, rows) in enumerate(zip(upright, halves)):
+        y = top + number * (half_height + MARGIN)
+        page.paste(title.rotate(90, expand=True), (MARGIN, y + (half_height - title.width) // 2))
+        for row, images in enumerate(rows):
+            for column, image in enumerate(images):
+                page.paste(image, (left + column * (width + GAP), y + row * (height + GAP)))
     return page
 
 
