@@ -8,6 +8,8 @@ Post-train Stable Diffusion 3 (or any diffusers flow-matching pipeline) with FDF
 
     python examples/train_sd3.py --config examples/recipes/combined.yaml --plan            # what it would take: no weights
 
+With `--algorithm flow_grpo` it is Flow-GRPO that trains, the baseline, with the options of `FlowGRPOConfig`.
+
 Every option of the recipe can be overridden on the command line; `--help` lists them and the rewards. To watch prompts and
 rewards that it is not trained on: `--num_eval_prompts 64 --eval_strategy steps --eval_reward clip --eval_diversity clip`.
 
@@ -25,11 +27,18 @@ from pathlib import Path
 from datasets import Dataset
 from trl import TrlParser
 
-from trl_fdfo import FDFOConfig, FDFOTrainer, shapes
+from trl_fdfo import FDFOConfig, FDFOTrainer, FlowGRPOConfig, FlowGRPOTrainer, shapes
 from trl_fdfo.comparison import Comparison
 from trl_fdfo.prompt_dataset import load_prompts
 from trl_fdfo.rewards.load_reward import RepeatableFlag, load_object, load_reward, reward_table
-from trl_fdfo.without_weights import PlannedConfig, plan_without_weights
+from trl_fdfo.without_weights import PlannedConfig, PlannedFlowGRPOConfig, plan_without_weights
+
+
+# Of each algorithm its trainer, the options of a run, and those of one that is only planned.
+ALGORITHMS = {
+    "fdfo": (FDFOTrainer, FDFOConfig, PlannedConfig),
+    "flow_grpo": (FlowGRPOTrainer, FlowGRPOConfig, PlannedFlowGRPOConfig),
+}
 
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
@@ -38,6 +47,7 @@ class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
 
 @dataclass
 class ScriptArguments:
+    algorithm: str = field(default="fdfo", metadata={"help": "What trains.", "choices": list(ALGORITHMS)})
     model: str = field(
         default="stabilityai/stable-diffusion-3.5-medium",
         metadata={"help": "Hub id or path of the pipeline, or `shapes` for the packaged tiny one."},
@@ -71,7 +81,12 @@ class ScriptArguments:
 
 def main(args: list[str] | None = None) -> None:
     args = sys.argv[1:] if args is None else args
-    config_class = PlannedConfig if "--plan" in args else FDFOConfig
+    # Which options there are depends on some of them.
+    script, *_ = TrlParser(ScriptArguments, add_help=False, allow_abbrev=False).parse_args_and_config(
+        args, return_remaining_strings=True
+    )
+    trainer_class, config_class, planned_class = ALGORITHMS[script.algorithm]
+    config_class = planned_class if script.plan else config_class
     parser = TrlParser((ScriptArguments, config_class), epilog=reward_table(), formatter_class=HelpFormatter)
     script, config = parser.parse_args_and_config(args)
     for name in ("num_report_prompts", "images_per_report_prompt"):
@@ -81,11 +96,12 @@ def main(args: list[str] | None = None) -> None:
     rewards, controls = ([given] if isinstance(given, str) else given for given in (script.reward, script.eval_reward))
     if script.plan:
         prompts = load_prompts(config.dataset_name, config.dataset_prompt_column)
-        print(plan_without_weights(config, shapes.PIPELINE_FOLDER if packaged else script.model, rewards, prompts))
+        model = shapes.PIPELINE_FOLDER if packaged else script.model
+        print(plan_without_weights(config, model, rewards, prompts, trainer_class.sampler))
         return
     metrics = load_object(script.metrics, "metrics") if script.metrics is not None else None
     captions = Dataset.from_dict({"prompt": shapes.captions()}) if packaged and config.dataset_name is None else None
-    trainer = FDFOTrainer(
+    trainer = trainer_class(
         config,
         shapes.load_pipeline() if packaged else script.model,
         [load_reward(spec) for spec in rewards],

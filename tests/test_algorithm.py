@@ -9,6 +9,7 @@ from trl_fdfo.algorithm import (
     finite_difference,
     interval_churn,
     prior_churn,
+    reward_gradient,
     surrogate_loss,
 )
 
@@ -167,6 +168,43 @@ def test_swapping_the_branches_swaps_the_updates():
     swapped = finite_difference(endpoints.flip(1), rewards.flip(1))
     assert torch.equal(swapped.direction, difference.direction.flip(1))
     assert torch.equal(swapped.reward_difference, difference.reward_difference.flip(1))
+
+
+def test_direction_without_whitening_is_the_difference_itself():
+    endpoints, rewards = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0)), torch.rand(3, 2)
+    plain, whitened = finite_difference(endpoints, rewards, whiten=False), finite_difference(endpoints, rewards)
+    delta = (endpoints[:, 0] - endpoints[:, 1]) / 2
+    torch.testing.assert_close(plain.direction, torch.stack([delta, -delta], dim=1))
+    cosine = torch.nn.functional.cosine_similarity(plain.direction.flatten(2), whitened.direction.flatten(2), dim=-1)
+    torch.testing.assert_close(cosine, torch.ones(3, 2))
+    assert torch.equal(plain.reward_difference, whitened.reward_difference)
+
+
+def test_finite_differences_average_to_the_reward_gradient():
+    # Of a linear reward, over directions that are drawn at random: both move the image along the gradient, and by one
+    # reward difference per unit of distance.
+    generator = torch.Generator().manual_seed(0)
+    gradient = torch.randn(16, generator=generator, dtype=torch.float64)
+    endpoints = torch.randn(20_000, 2, 16, generator=generator, dtype=torch.float64)
+    difference = finite_difference(endpoints, endpoints @ gradient)
+    estimate = (difference.direction * difference.reward_difference[..., None]).mean(dim=(0, 1))
+    torch.testing.assert_close(estimate, gradient, rtol=0, atol=0.1)
+    true = reward_gradient(endpoints, gradient.expand_as(endpoints))
+    update = true.direction * true.reward_difference[..., None]
+    torch.testing.assert_close(update, 16 * gradient.expand_as(update), rtol=1e-4, atol=0)
+    # As far as the branches are apart, and what a step of that length gains.
+    distance = (endpoints[:, 0] - endpoints[:, 1]).square().mean(dim=-1).sqrt() / 2
+    torch.testing.assert_close(
+        true.direction.square().mean(dim=-1).rsqrt(), distance[:, None].expand(-1, 2), rtol=1e-3, atol=0
+    )
+    gained = distance * 16**0.5 * gradient.norm()
+    torch.testing.assert_close(true.reward_difference, gained[:, None].expand(-1, 2), rtol=1e-6, atol=0)
+
+
+def test_no_gradient_of_the_reward_gives_no_update():
+    endpoints = torch.randn(2, 2, 3)
+    direction, reward_difference = reward_gradient(endpoints, torch.zeros_like(endpoints))
+    assert not direction.any() and not reward_difference.any()
 
 
 # Step 4 ---------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from trl_fdfo.fdfo_trainer import derive_seed
 from trl_fdfo.pipeline_flow import ReplayError, load_pipeline
 from trl_fdfo.prompt_dataset import rollout_rows
 from trl_fdfo.rewards import PairwiseJudge
+from trl_fdfo.watchdogs import WatchdogError
 
 
 class Gradients(TrainerCallback):
@@ -170,6 +171,46 @@ def test_prompts_to_which_no_reward_applies_teach_nothing(make_trainer):
         assert torch.equal(weights[0][name], weights[1][name])
 
 
+def test_reward_gradient_is_that_of_the_decoded_images(make_trainer):
+    trainer = make_trainer(direction="reward_gradient", num_rollouts=1)
+    seen = []
+    original = trainer._reward_gradient
+
+    def keep(sampled, columns):
+        seen.append((sampled, original(sampled, columns)))
+        return seen[-1][1]
+
+    trainer._reward_gradient = keep
+    before = trained_weights(trainer)
+    trainer.train()
+    assert metrics_of(trainer, "replay_error") == [0.0]
+    assert any(not torch.equal(w, before[n]) for n, w in trained_weights(trainer).items())
+    vae = trainer.pipeline.vae
+    for sampled, gradient in seen:
+        latents = sampled.endpoints.flatten(0, 1).detach().requires_grad_()
+        # What StableDiffusion3Pipeline does at its end.
+        decoded = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]
+        redness((decoded / 2 + 0.5).clamp(0, 1), None).sum().backward()
+        assert gradient.any()
+        torch.testing.assert_close(gradient, latents.grad.unflatten(0, (2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (lambda images: images.mean(dim=(1, 2, 3)).tolist(), "returned a list without a gradient"),
+        (lambda images: images.detach().mean(dim=(1, 2, 3)), "returned a Tensor without a gradient"),
+        (
+            lambda images: images.square().sum(dim=(1, 2, 3)).mul(0).sqrt(),
+            "gradient of the reward has values that are not",
+        ),
+    ],
+)
+def test_reward_gradient_needs_one(make_trainer, reward, message):
+    with pytest.raises((ValueError, WatchdogError), match=message):
+        make_trainer(reward_fn=reward, direction="reward_gradient").train()
+
+
 @pytest.mark.parametrize("schedule", ["interval", "prior"])
 def test_churn_schedules_train(make_trainer, schedule):
     trainer = make_trainer(churn_schedule=schedule, churn_spread=0.3)
@@ -190,6 +231,7 @@ def test_churn_schedules_train(make_trainer, schedule):
         {"gradient_checkpointing": True},
         {"bf16": True},
         {"num_generations": 4},
+        {"whiten_direction": False},
     ],
     ids=lambda options: next(iter(options)),
 )

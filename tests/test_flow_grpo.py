@@ -44,20 +44,21 @@ def test_without_noise_it_is_the_euler_step_of_diffusers_to_the_bit():
 @pytest.mark.parametrize("data_std", [1.0, 0.3])
 def test_variance_is_kept_on_a_gaussian_flow(data_std):
     # A step maps x to c x + std n, so that the variance follows without sampling. What is left is the error of
-    # discretisation, which halves with the length of the steps.
+    # discretisation, which halves with the length of the steps. sigma_t diverges at t = 1: steps are equal in log(1 - t).
+    variance_at = lambda t: (1 - t) ** 2 * data_std**2 + t**2
+
     def error(steps: int) -> float:
-        sigmas = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-        variance, worst = torch.ones((), dtype=torch.float64), 0.0
+        sigmas = 1 - torch.logspace(-3, 0, steps + 1, dtype=torch.float64)
+        variance, worst = variance_at(sigmas[0]), 0.0
         for t, s in zip(sigmas[:-1], sigmas[1:-1]):
-            true = (1 - t) ** 2 * data_std**2 + t**2
-            velocity = (t - (1 - t) * data_std**2) / true  # E[eps - x_0 | x_t] / x_t
+            velocity = (t - (1 - t) * data_std**2) / variance_at(t)  # E[eps - x_0 | x_t] / x_t
             mean, std = sde_distribution(torch.ones(1, 1, dtype=torch.float64), velocity.expand(1, 1), t, s, 0.7)
             variance = mean.squeeze() ** 2 * variance + std.squeeze() ** 2
-            worst = max(worst, abs(variance / ((1 - s) ** 2 * data_std**2 + s**2) - 1).item())
+            worst = max(worst, abs(variance / variance_at(s) - 1).item())
         return worst
 
-    coarse, fine = error(1000), error(2000)
-    assert fine < 0.01 and fine < 0.65 * coarse
+    coarse, fine = error(2000), error(4000)
+    assert fine < 0.01 and fine < 0.55 * coarse
 
 
 def test_first_step_is_finite():
@@ -154,7 +155,9 @@ def test_training_replays_exactly_and_raises_the_reward(make_grpo, build):
     trainer = make_grpo(build(), num_rollouts=8, learning_rate=3e-3, prompts_per_rollout=12, epsilon=1e-2)
     before = trained_weights(trainer)
     trainer.train()
-    assert all(not torch.equal(weight, before[name]) for name, weight in trained_weights(trainer).items())
+    still = [name for name, weight in trained_weights(trainer).items() if torch.equal(weight, before[name])]
+    # Of the text stream in SD3's last block the queries reach nothing.
+    assert still == [name for name in before if "blocks.1.attn.add_q_proj.lora_B" in name]
     assert logged(trainer, "replay_error") == [0.0] * 8 == logged(trainer, "first_ratio_error")
     rewards = logged(trainer, "reward")
     assert sum(rewards[-3:]) > sum(rewards[:3])
@@ -234,7 +237,7 @@ def test_run_goes_on_to_the_bit_and_not_with_another_algorithm(make_grpo, make_t
     for name, weight in trained_weights(going_on).items():
         assert torch.equal(weight, trained_weights(whole)[name])
     other = make_trainer(num_rollouts=4)
-    with pytest.raises(ValueError, match="algorithm: Flow-GRPO"):
+    with pytest.raises(ValueError, match="algorithm: 'Flow-GRPO' -> 'FDFO'"):
         other.train(resume_from_checkpoint=True)
 
 

@@ -6,7 +6,7 @@ import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
 import torch
 from accelerate.utils import get_int_from_env
@@ -268,7 +268,9 @@ class FDFOConfig(TrainingArguments):
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "pipeline_kwargs"]
 
+    # Its name, and the options below that it has no use for.
     algorithm = "FDFO"
+    unused: ClassVar[tuple[str, ...]] = ()
 
     # Data
     dataset_name: str | None = field(
@@ -534,7 +536,7 @@ class FDFOConfig(TrainingArguments):
         """The options that are not of `TrainingArguments`, with their types."""
         classes = [c for c in reversed(type(self).__mro__) if issubclass(c, FDFOConfig)]
         annotations = {name: kind for c in classes for name, kind in inspect.get_annotations(c).items()}
-        return {name: kind for name, kind in annotations.items() if not name.startswith("_")}
+        return {name: kind for name, kind in annotations.items() if name in self.__dataclass_fields__}
 
     def call_kwargs(self) -> dict[str, Any]:
         """Arguments of the pipeline's call that options set."""
@@ -546,7 +548,9 @@ class FDFOConfig(TrainingArguments):
 
     def result_options(self) -> dict[str, Any]:
         """The options that the result of a run depends on, as JSON values."""
-        names = [name for name in (*self._own_options(), *_RESULT_OPTIONS) if name not in _NO_RESULT_OPTIONS]
+        names = [
+            name for name in (*self._own_options(), *_RESULT_OPTIONS) if name not in (*_NO_RESULT_OPTIONS, *self.unused)
+        ]
         if str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)).startswith("constant"):
             names.remove("num_rollouts")
         options = {"algorithm": self.algorithm, **{name: getattr(self, name) for name in names}}

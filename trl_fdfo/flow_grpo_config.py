@@ -5,11 +5,6 @@ from dataclasses import dataclass, field
 from .fdfo_config import FDFOConfig
 
 
-# Of FDFO's sampler and direction.
-_REFUSED = ("churn", "churn_schedule", "churn_location", "churn_location_std", "churn_width", "churn_spread")
-_REFUSED += ("shared_prefix", "direction", "whiten_direction")
-
-
 @dataclass
 class FlowGRPOConfig(FDFOConfig):
     r"""
@@ -33,6 +28,11 @@ class FlowGRPOConfig(FDFOConfig):
     """
 
     algorithm = "Flow-GRPO"
+    # Of FDFO's sampler and direction.
+    unused = (
+        *("churn", "churn_schedule", "churn_location", "churn_location_std", "churn_width", "churn_spread"),
+        *("shared_prefix", "direction", "whiten_direction"),
+    )
 
     noise_level: float = field(default=0.7, metadata={"help": "Scale of the SDE's diffusion."})
     num_noisy_steps: int | None = field(
@@ -50,7 +50,7 @@ class FlowGRPOConfig(FDFOConfig):
 
     def _validate(self):
         super()._validate()
-        for name in _REFUSED:
+        for name in self.unused:
             value = getattr(self, name)
             if value != FDFOConfig.__dataclass_fields__[name].default:
                 raise ValueError(f"{name}={value!r} is an option of FDFO that Flow-GRPO has no use for: leave it out.")

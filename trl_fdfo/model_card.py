@@ -33,12 +33,20 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 PACKAGED_TEMPLATE = Path(__file__).with_suffix(".md")
-TAGS = ("text-to-image", "diffusers", "trl", "fdfo")
+TAGS = ("text-to-image", "diffusers", "trl")
 
 _FRAMEWORKS = ("trl", "transformers", "diffusers", "peft", "accelerate", "datasets")
 _HYPERPARAMETERS = (
-    *("prompts_per_rollout", "num_generations", "churn_schedule", "churn", "timestep_fraction"),
-    *("optimizer_steps_per_rollout", "num_iterations", "epsilon", "beta", "learning_rate", "lr_scheduler_type"),
+    *("prompts_per_rollout", "num_generations", "churn_schedule", "churn", "noise_level", "num_noisy_steps"),
+    *(
+        "timestep_fraction",
+        "optimizer_steps_per_rollout",
+        "num_iterations",
+        "epsilon",
+        "beta",
+        "learning_rate",
+        "lr_scheduler_type",
+    ),
     *("weight_decay", "max_grad_norm", "ema_decay", "seed"),
 )
 
@@ -102,7 +110,7 @@ def write_model_card(
         base_model=base_model,
         base_model_relation=(("adapter" if args.use_peft else "finetune") if base_model is not None else None),
         pipeline_tag=task,
-        tags=[task, *TAGS[1:], *(["lora"] if args.use_peft else []), *own_tags],
+        tags=[task, *TAGS[1:], args.algorithm.lower(), *(["lora"] if args.use_peft else []), *own_tags],
         datasets=dataset_name,
         widget=widget or None,
         **({"license": license} if license is not None else _license(base_model)),
@@ -122,6 +130,7 @@ def write_model_card(
         data,
         template_path=str(args.model_card_template or PACKAGED_TEMPLATE),
         model_name=model_name or repo_id.rpartition("/")[2],
+        algorithm=args.algorithm,
         pipeline=type(pipeline).__name__,
         is_adapter=args.use_peft,
         has_widget=bool(widget),
@@ -195,7 +204,7 @@ def _sampling(trainer: FDFOTrainer) -> dict[str, str]:
 
 def _hyperparameters(trainer: FDFOTrainer) -> list[tuple[str, Any]]:
     args = trainer.args
-    found = {name: getattr(args, name) for name in _HYPERPARAMETERS}
+    found = {name: getattr(args, name, None) for name in _HYPERPARAMETERS if name not in args.unused}
     if args.use_peft:
         adapter = trainer.model.peft_config["default"]
         found |= {"lora_r": getattr(adapter, "r", None), "lora_alpha": getattr(adapter, "lora_alpha", None)}

@@ -22,15 +22,17 @@ from torch.utils._pytree import tree_map_only
 from transformers.utils import is_torch_bf16_gpu_available
 
 from .fdfo_config import FDFOConfig
+from .flow_grpo_config import FlowGRPOConfig
 from .lora import add_adapter, default_lora_config
 from .pipeline_flow import PipelineFlow
 from .run_plan import Engine, RunPlan
+from .schedulers import ChurnScheduler, RolloutScheduler
 
 
 @dataclass
-class PlannedConfig(FDFOConfig):
+class Planned:
     """
-    The config of a run that is planned and not started: on a GPU, or several, that need not be here.
+    Of a config: that of a run which is planned and not started, on a GPU, or several, that need not be here.
 
     Parameters:
         plan_processes (`int`, defaults to `1`):
@@ -57,6 +59,16 @@ class PlannedConfig(FDFOConfig):
     @property
     def world_size(self) -> int:
         return self.plan_processes
+
+
+@dataclass
+class PlannedConfig(Planned, FDFOConfig):
+    """A run of FDFO that is planned."""
+
+
+@dataclass
+class PlannedFlowGRPOConfig(Planned, FlowGRPOConfig):
+    """A run of Flow-GRPO that is planned."""
 
 
 def load_without_weights(name_or_path: str | os.PathLike, dtype: torch.dtype) -> DiffusionPipeline:
@@ -93,16 +105,21 @@ def load_without_weights(name_or_path: str | os.PathLike, dtype: torch.dtype) ->
 
 
 def plan_without_weights(
-    config: PlannedConfig, name_or_path: str | os.PathLike, rewards: Sequence[str], prompts: Dataset
+    config: PlannedConfig | PlannedFlowGRPOConfig,
+    name_or_path: str | os.PathLike,
+    rewards: Sequence[str],
+    prompts: Dataset,
+    sampler: type[RolloutScheduler] = ChurnScheduler,
 ) -> RunPlan:
     """
     The plan of a run of which nothing is loaded but configs and tokenizers.
 
     Args:
-        config ([`PlannedConfig`]): Options of the run.
+        config ([`PlannedConfig`] or [`PlannedFlowGRPOConfig`]): Options of the run.
         name_or_path (`str` or `Path`): Of the pipeline, as for [`load_without_weights`].
         rewards (`Sequence[str]`): Names of the rewards, whose weights are not counted.
         prompts (`datasets.Dataset`): What it is trained on.
+        sampler (`type`): That of the trainer.
 
     Raises:
         OSError: There are no configs.
@@ -113,7 +130,7 @@ def plan_without_weights(
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):
             component.requires_grad_(False)
-    flow = PipelineFlow(pipeline, num_generations=config.num_generations, **config.call_kwargs())
+    flow = PipelineFlow(pipeline, num_generations=config.num_generations, sampler=sampler, **config.call_kwargs())
     if config.use_peft:
         model = add_adapter(pipeline, default_lora_config(config, pipeline.transformer))
     else:
