@@ -32,7 +32,7 @@ class PairwiseJudge:
     """
     Which of the images of a prompt is better, by a judge that compares two.
 
-    In evaluation, with one image per prompt, there is nothing to compare: it applies to no image.
+    In evaluation, which looks at each image by itself, there is nothing to compare: it applies to no image.
 
     Args:
         compare (`Callable`): `(first, second, prompts, **columns) -> log odds that the first is better`, one for each of
@@ -44,7 +44,7 @@ class PairwiseJudge:
         ValueError: `compare` takes other arguments. In a call: `compare` did not return one finite number (or None) per pair.
     """
 
-    pairwise = True  # in an evaluation, of one image per prompt, it says nothing
+    pairwise = True  # in an evaluation, of each image by itself, it says nothing
 
     def __init__(self, compare: Callable[..., Any]):
         self.compare = compare
