@@ -53,6 +53,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "the same, 4 sampled at a time": {"per_device_prompt_batch_size": 1, "per_device_sampling_batch_size": 4},
     "timestep_fraction: 0.5, 1 update": {"timestep_fraction": 0.5, "optimizer_steps_per_rollout": 1},
     "quantization: int8": {"quantization": "int8"},
+    "the same, gradient_checkpointing": {"quantization": "int8", "gradient_checkpointing": True},
     "vae_slicing": {"vae_slicing": True},
     "vae_tiling": {"vae_tiling": True},
     "use_peft: false": WHOLE,

@@ -135,6 +135,16 @@ def velocity_input(transformer) -> dict[str, torch.Tensor]:
     }
 
 
+def test_plan_counts_quantized_weights_as_they_are_stored(make_trainer, saved):
+    plain, quantized = (
+        next(part for part in make_trainer(saved, quantization=option).run_plan().parts() if "frozen" in part.name)
+        for option in (None, "int8")
+    )
+    # Linear layers in 8 of 32 bits; the others, and the scales, are as they were.
+    assert 0.25 * plain.training < quantized.training < 0.5 * plain.training
+    assert quantized.note == "int8, float32" and plain.note == "float32"
+
+
 @EACH_QUANTIZED
 def test_a_quantized_run_goes_on_to_the_bit(make_trainer, saved, quantized, tmp_path):
     folders = []

@@ -16,6 +16,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from .cost import Cost, Precision, sampling_cost, training_cost
@@ -369,7 +371,15 @@ def _tensors(data: Any) -> list[Tensor]:
 
 def _nbytes(tensors: Sequence[Tensor]) -> int:
     """Each of them once; what is quantised as it is stored."""
-    return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors}.values())
+    once = {id(tensor): tensor for tensor in tensors}.values()
+    return sum(part.nbytes for tensor in once for part in _stored(tensor))
+
+
+def _stored(tensor: Tensor) -> list[Tensor]:
+    """The tensors that one consists of: torchao's have the size and dtype of what they stand for."""
+    if isinstance(tensor, DTensor) or not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    return [part for name in tensor.__tensor_flatten__()[0] for part in _stored(getattr(tensor, name))]
 
 
 def _storage_nbytes(tensors: Sequence[Tensor]) -> int:
@@ -380,8 +390,8 @@ def _storage_nbytes(tensors: Sequence[Tensor]) -> int:
 
 def _dtypes(tensors: Sequence[Tensor]) -> str:
     sizes: dict[torch.dtype, int] = {}
-    for tensor in tensors:
-        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
+    for part in (part for tensor in tensors for part in _stored(tensor)):
+        sizes[part.dtype] = sizes.get(part.dtype, 0) + part.nbytes
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in sorted(sizes, key=sizes.get, reverse=True))
 
 
