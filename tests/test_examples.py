@@ -55,6 +55,33 @@ def test_script_on_a_pipeline_by_path_with_a_reward_of_ones_own(tmp_path, monkey
     assert report["before"] == report["after"] == {"reward": 2.0}
 
 
+@pytest.mark.parametrize("given", ["command line", "file"])
+def test_script_trains_with_the_baseline(tmp_path, capsys, given):
+    options = ("--model", "shapes", "--reward", "trl_fdfo.shapes:reward", "--height", 32, "--width", 32)
+    options += ("--num_rollouts", 1, "--prompts_per_rollout", 2, "--num_generations", 2, "--num_inference_steps", 3)
+    options += (
+        "--optimizer_steps_per_rollout",
+        1,
+        "--pipeline_kwargs",
+        '{"max_sequence_length": 0}',
+        "--use_cpu",
+        "true",
+    )
+    options += ("--num_report_prompts", 1, "--images_per_report_prompt", 1, "--report_to", "none")
+    options += ("--output_dir", tmp_path / "out")
+    algorithm = ("--algorithm", "flow_grpo", "--noise_level", 0.5)
+    if given == "file":
+        (tmp_path / "recipe.yaml").write_text("algorithm: flow_grpo\nnoise_level: 0.5\n")
+        algorithm = ("--config", tmp_path / "recipe.yaml")
+    run("train_sd3.py", *options, *algorithm, "--plan")
+    assert capsys.readouterr().out.startswith("Flow-GRPO on StableDiffusion3Pipeline")
+    run("train_sd3.py", *options, *algorithm)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "arxiv.org/abs/2505.05470" in card and "2603.12893" not in card and "- flow-grpo" in card
+    assert "| `noise_level` | 0.5 |" in card and "churn" not in card
+    assert "```bibtex\n@misc{liu2025flowgrpo" in card and card.endswith("}\n```\n")
+
+
 @pytest.mark.slow
 def test_pretraining_script_builds_a_pipeline_that_loads(tmp_path, capsys):
     run("shapes/pretrain.py", "--output", tmp_path, "--vae-steps", 5, "--flow-steps", 5, "--dataset-size", 500)
