@@ -10,11 +10,12 @@ from datasets import Dataset
 from PIL import Image
 from transformers import EarlyStoppingCallback
 
-from trl_fdfo.evaluation import EVALUATION, Evaluated, derive_seed, summarize
+from trl_fdfo.evaluation import Evaluated, summarize
 from trl_fdfo.prompt_dataset import hold_out
 from trl_fdfo.report import evaluation_curves
 from trl_fdfo.rewards import PairwiseJudge
 from trl_fdfo.rewards.reward_functions import RewardFunctions
+from trl_fdfo.seeds import EVALUATION, derive_seed
 
 
 EVALUATED = Dataset.from_dict({"prompt": PROMPTS[:5], "bonus": [1.0, 2.0, 3.0, 4.0, 5.0]})

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from trl_fdfo import FDFOTrainer
-from trl_fdfo.fdfo_trainer import derive_seed
 from trl_fdfo.pipeline_flow import ReplayError, load_pipeline
 from trl_fdfo.prompt_dataset import rollout_rows
 from trl_fdfo.rewards import PairwiseJudge
+from trl_fdfo.seeds import derive_seed
 from trl_fdfo.watchdogs import WatchdogError
 
 

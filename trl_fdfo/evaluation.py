@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -22,12 +21,10 @@ from .pipeline_flow import repeat_each
 from .prompt_dataset import check_prompts
 from .rewards.reward_functions import RewardFunctions
 from .run_logging import PictureLogger
+from .seeds import EVALUATION, derive_seed
 
 
 logger = logging.get_logger(__name__)
-
-# The last number of the seeds of an evaluation; the rollouts have others there.
-EVALUATION = 3
 
 
 @dataclass(frozen=True)
@@ -330,8 +327,3 @@ def _scores(functions: RewardFunctions | None) -> list[str]:
     if functions is None:
         return []
     return [name for name, f in zip(functions.names, functions.functions) if not getattr(f, "pairwise", False)]
-
-
-def derive_seed(*numbers: int) -> int:
-    """A 64-bit seed that depends on all of the numbers, so that streams of random numbers do not overlap."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])

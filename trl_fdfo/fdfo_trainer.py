@@ -19,8 +19,9 @@ from .algorithm import (
 from .fdfo_config import FDFOConfig
 from .pipeline_flow import RolloutBatch, repeat_each
 from .rollout_buffer import ScoredBatch, trained_levels
-from .rollout_trainer import RolloutTrainer, derive_seed
+from .rollout_trainer import RolloutTrainer
 from .schedulers import ChurnScheduler
+from .seeds import CHURN, INITIAL_NOISE, derive_seed
 from .watchdogs import WatchdogError
 
 
@@ -41,15 +42,14 @@ class FDFOTrainer(RolloutTrainer):
     # Step 1: paired rollouts ------------------------------------------------------------------------------------------
 
     def _seeds(self, rollout: int, numbers: Sequence[int]) -> list[int]:
-        return [derive_seed(self.args.seed, rollout, n, 0) for n in numbers]
+        return [derive_seed(self.args.seed, rollout, n, INITIAL_NOISE) for n in numbers]
 
     def _noise(self, rollout: int, numbers: Sequence[int]) -> Tensor:
         args = self.args
         if args.churn_schedule == "constant":
             return constant_churn(self._sigmas, args.churn)
-        draws = torch.tensor(
-            [np.random.default_rng([args.seed, rollout, n, 2]).standard_normal() for n in numbers], dtype=torch.float32
-        )
+        draws = [np.random.default_rng([args.seed, rollout, n, CHURN]).standard_normal() for n in numbers]
+        draws = torch.tensor(draws, dtype=torch.float32)
         if args.churn_schedule == "interval":
             location = args.churn_location + args.churn_location_std * draws
             return interval_churn(self._sigmas, args.churn, location, args.churn_width)

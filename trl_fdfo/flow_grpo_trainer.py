@@ -14,8 +14,9 @@ from .algorithm.flow_grpo import Gaussian
 from .flow_grpo_config import FlowGRPOConfig
 from .pipeline_flow import RolloutBatch
 from .rollout_buffer import ScoredBatch, trained_levels
-from .rollout_trainer import RolloutTrainer, derive_seed
+from .rollout_trainer import RolloutTrainer
 from .schedulers import SDEScheduler
+from .seeds import INITIAL_NOISE, NOISY_STEPS, derive_seed
 
 
 class FlowGRPOTrainer(RolloutTrainer):
@@ -33,8 +34,8 @@ class FlowGRPOTrainer(RolloutTrainer):
     sampler = SDEScheduler
 
     def _seeds(self, rollout: int, numbers: Sequence[int]) -> list[int]:
-        branches = self.args.num_generations
-        return [derive_seed(self.args.seed, rollout, n * branches + a, 0) for n in numbers for a in range(branches)]
+        seed, branches = self.args.seed, self.args.num_generations
+        return [derive_seed(seed, rollout, n * branches + a, INITIAL_NOISE) for n in numbers for a in range(branches)]
 
     def _noise(self, rollout: int, numbers: Sequence[int]) -> Tensor:
         scales = torch.zeros(len(numbers), self.args.num_inference_steps + 1)
@@ -49,7 +50,8 @@ class FlowGRPOTrainer(RolloutTrainer):
         steps = args.num_inference_steps - 1
         if args.num_noisy_steps is None:
             return range(steps)
-        first = int(np.random.default_rng([args.seed, rollout, batch, 3]).integers(steps - args.num_noisy_steps + 1))
+        rng = np.random.default_rng([args.seed, rollout, batch, NOISY_STEPS])
+        first = int(rng.integers(steps - args.num_noisy_steps + 1))
         return range(first, first + args.num_noisy_steps)
 
     def _shared_noise(self, rollout: int) -> None:

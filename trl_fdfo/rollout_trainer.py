@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from .algorithm import SurrogateLoss
 from .callbacks import FDFOProgressCallback, FirstRolloutReport, WeightAveraging, peak_memory
-from .evaluation import EvaluatingTrainer, derive_seed
+from .evaluation import EvaluatingTrainer
 from .fdfo_config import FDFOConfig
 from .lora import add_adapter, continue_adapter, default_lora_config
 from .memory_and_speed import (
@@ -43,6 +43,7 @@ from .run_description import describe_run
 from .run_logging import MetricsFile, PictureLogger
 from .run_plan import Engine, RunPlan
 from .schedulers import RolloutScheduler
+from .seeds import SAMPLER_NOISE, derive_seed
 from .trainer_compat import adapt_to_trainer, prepare_for_engine
 from .watchdogs import WatchdogError, Watchdogs
 
@@ -399,7 +400,9 @@ class RolloutTrainer(EvaluatingTrainer):
                 noise=self._noise(rollout, numbers),
                 seeds=self._seeds(rollout, numbers),
                 noise_seeds=[
-                    derive_seed(args.seed, rollout, n * branches + a, 1) for n in numbers for a in range(branches)
+                    derive_seed(args.seed, rollout, n * branches + a, SAMPLER_NOISE)
+                    for n in numbers
+                    for a in range(branches)
                 ],
                 levels={level for one in levels for level in one},
                 columns=self._pipeline_columns(columns),
