@@ -20,6 +20,7 @@ benchmark: $(VENV)/installed  ## the figures of the README
 	$(VENV)/bin/python benchmarks/memory.py
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/scale.py
 	$(VENV)/bin/python benchmarks/gpu_sd35.py
+	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/convergence.py
 
 lint: $(VENV)/installed
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt ruff
