@@ -208,9 +208,9 @@ class FDFOConfig(TrainingArguments):
             smaller batch is computed in another order than the replay's.
         quantization (`str`, *optional*):
             `"nf4"` (bitsandbytes, on a GPU) or `"int8"` (torchao): the linear layers of the frozen transformer in 4 or 8
-            bits while LoRA trains beside them, for a pipeline that is given by its name; `int8` saves memory in an update
-            together with `gradient_checkpointing` alone. Unpacking them costs time in each pass, and what is sampled and trained is no longer quite the model that was given. A pipeline that you
-            quantised yourself needs no option.
+            bits while LoRA trains beside them, for a pipeline that is given by its name; in an update `int8` saves memory
+            only together with `gradient_checkpointing`. Unpacking them costs time in each pass, and what is sampled and
+            trained is no longer quite the model that was given. A pipeline that you quantised yourself needs no option.
         vae_slicing (`bool`, defaults to `False`):
             The VAE decodes one image at a time, in as little memory as one takes. Costs nearly nothing.
         vae_tiling (`bool`, defaults to `False`):
