@@ -25,7 +25,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -222,16 +222,21 @@ def grid() -> list[Run]:
     ]
 
 
-def area(result: dict[str, Any]) -> float:
+def final(result: dict[str, Any]) -> float:
+    """Reward at the end of a run's budget: the mean of its last two evaluations."""
+    return -math.inf if "failed" in result else statistics.fmean(result["reward"][-2:])
+
+
+def over_run(result: dict[str, Any]) -> float:
     """Mean reward over the course of a run: high where it rises soon and stays."""
-    return -math.inf if "failed" in result else statistics.fmean(result["reward"])
+    return statistics.fmean(result["reward"])
 
 
 def best(results: list[dict[str, Any]]) -> dict[str, Run]:
-    """The setting of each algorithm with the highest mean reward on the grid."""
+    """The setting of each algorithm with the highest reward at the end, on the grid."""
     on_grid = [result for result in results if result["run"]["seed"] == TUNING_SEED]
     return {
-        algorithm: Run(**max((r for r in on_grid if r["run"]["algorithm"] == algorithm), key=area)["run"])
+        algorithm: Run(**max((r for r in on_grid if r["run"]["algorithm"] == algorithm), key=final)["run"])
         for algorithm in CLIPS
     }
 
@@ -286,128 +291,147 @@ def reached(result: dict[str, Any], target: float) -> float:
     """Rollouts until the reward reaches a target, between evaluations on a line; infinite where it does not."""
     points = list(zip(result["rollouts"], result["reward"]))
     for (before, low), (after, high) in zip(points, points[1:]):
-        if high >= target:
-            return before + (after - before) * max(0.0, (target - low) / (high - low)) if low < target else before
+        if low < target <= high:
+            return before + (after - before) * (target - low) / (high - low)
     return math.inf
 
 
-def shown(value: float, digits: int = 3) -> str:
-    return "never" if math.isinf(value) else "" if math.isnan(value) else f"{value:.{digits}g}"
+def of_setting(results: list[dict[str, Any]], setting: Run, seeds: Sequence[int] = SEEDS) -> list[dict[str, Any]]:
+    """The runs of a setting with these seeds, whatever the setting's own seed is."""
+    wanted = {replace(setting, seed=seed) for seed in seeds}
+    return [result for result in results if Run(**result["run"]) in wanted]
 
 
 def report(results: list[dict[str, Any]]) -> str:
     settings = best(results)
-    costs = json.loads(COSTS.read_text()) if COSTS.is_file() else None
-    seconds = costs["seconds_per_rollout"] if costs else {}
-    lines = [
-        "# FDFO and Flow-GRPO on the packaged pipeline",
-        "",
-        f"{ROLLOUTS} rollouts of {IMAGES} images. Medians over seeds {SEEDS[0]} to {SEEDS[-1]}, with the range; what is not "
-        "run yet is left out.",
-        "",
-        "| | reward at the end | strict accuracy | distance of images | CPU s per rollout |",
-        "|---|---|---|---|---|",
+    costs = json.loads(COSTS.read_text())
+    cells = [
+        {algorithm: replace(setting, steps=steps, fraction=fraction) for algorithm, setting in settings.items()}
+        for steps, fraction in CELLS
     ]
-    cells: dict[str, list[dict[str, Any]]] = {}
-    for result in results:
-        run = Run(**result["run"])
-        if run.seed in SEEDS and not run.ablation and run == replace(settings[run.algorithm], **_cell(run)):
-            cells.setdefault(run.cell, []).append(result)
-    base = next(iter(results))
-    lines.append(f"| before | {base['reward'][0]:.3f} | {base['strict'][0]:.2f} | {base['diversity'][0]:.3f} | |")
-    for cell, members in sorted(cells.items()):
-        columns = [_range([m["end"][name] for m in members if "end" in m]) for name in _ENDS]
-        lines.append(
-            f"| {cell} ({len(members)} seeds) | {' | '.join(columns)} | {shown(seconds.get(cell, math.nan))} |"
-        )
-    lines += ["", "Rollouts (CPU seconds) to a reward, median over seeds, and how many times as soon FDFO is:", ""]
-    lines += ["| | " + " | ".join(f"{target:.2f}" for target in TARGETS) + " | Flow-GRPO's at the end |"]
-    lines += ["|---|" + "---|" * (len(TARGETS) + 1)]
-    for steps, fraction in CELLS:
-        names = {a: replace(setting, steps=steps, fraction=fraction).cell for a, setting in settings.items()}
-        if not all(name in cells for name in names.values()):
-            continue
-        end = statistics.median(member["reward"][-1] for member in cells[names["Flow-GRPO"]])
-        times = {}
-        for algorithm, name in names.items():
-            cost = seconds.get(name, math.nan)
-            row = []
-            for target in (*TARGETS, end):
-                rollouts = statistics.median(reached(member, target) for member in cells[name])
-                if algorithm == "Flow-GRPO" and target == end:
-                    rollouts = ROLLOUTS
-                times[algorithm, target] = (rollouts, rollouts * cost)
-                row.append(f"{shown(rollouts)} ({shown(rollouts * cost)})" if math.isfinite(rollouts) else "never")
-            row[-1] += f": {end:.3f}" if algorithm == "Flow-GRPO" else ""
-            lines.append(f"| {name} | {' | '.join(row)} |")
-        ratios = []
-        for target in (*TARGETS, end):
-            (own, own_cost), (other, other_cost) = times["FDFO", target], times["Flow-GRPO", target]
-            if math.isinf(own):
-                ratios.append("")
-            elif math.isinf(other):
-                budget = ROLLOUTS * seconds.get(names["Flow-GRPO"], math.nan)
-                ratios.append(f"> {budget / own_cost:.1f}" if not math.isnan(budget) else f"> {ROLLOUTS / own:.1f}")
-            else:
-                ratios.append(f"**{other_cost / own_cost:.1f}**" if not math.isnan(own_cost) else f"{other / own:.1f}")
-        lines.append(f"| times as soon | {' | '.join(ratios)} |")
-    lines += [
-        "",
-        "## The grid",
-        "",
-        f"{CELLS[0][0]} steps, a quarter of the tuples, seed {TUNING_SEED}: mean reward over the run,",
-    ]
-    lines += ["and at the end. The best mean is what is used above and below.", ""]
-    for algorithm, clips in CLIPS.items():
-        lines += [
-            f"| {algorithm} | " + " | ".join(f"clip {clip:g}" for clip in clips) + " |",
-            "|---|" + "---|" * len(clips),
+    cells = [cell for cell in cells if all(of_setting(results, setting) for setting in cell.values())]
+    return "\n".join(
+        [
+            "# FDFO and Flow-GRPO on the packaged pipeline",
+            "",
+            f"{ROLLOUTS} rollouts of {IMAGES} images, of each prompt 2 for FDFO and 8 for Flow-GRPO. Medians over seeds, and the "
+            "range in parentheses.",
+            "",
+            *end_table(results, cells, costs["seconds_per_rollout"]),
+            "",
+            "## How soon",
+            "",
+            "Rollouts to a reward, median over seeds, and CPU seconds; the ratio is of CPU seconds. The last column is the reward "
+            "that Flow-GRPO has at the end of its budget (median over seeds of its last two evaluations), and its time the whole "
+            "of it; the ratio's range is over the seeds of FDFO.",
+            "",
+            *speed_table(results, cells, costs["seconds_per_rollout"]),
+            "",
+            "## The grid",
+            "",
+            f"{CELLS[0][0]} steps, a quarter of the tuples, seed {TUNING_SEED}: reward at the end (mean of the last two "
+            "evaluations; in bold the highest, whose setting is used elsewhere), and mean over the run.",
+            "",
+            *grid_tables(results, settings),
+            f"## Ablations of FDFO: {CELLS[0][0]} steps, a quarter of the tuples",
+            "",
+            *ablation_table(results, settings),
+            "",
+            f"Costs were measured on {costs['machine']}; `{RUNS.name}` has every run.",
+            "",
         ]
-        by_setting = {Run(**r["run"]): r for r in results if r["run"]["seed"] == TUNING_SEED}
+    )
+
+
+def end_table(results: list[dict[str, Any]], cells: list[dict[str, Run]], seconds: dict[str, float]) -> list[str]:
+    base = results[0]
+    rows = [["before", *(f"{base[name][0]:.3f}" for name in ("reward", "strict", "diversity")), "", ""]]
+    for setting in (setting for cell in cells for setting in cell.values()):
+        rows.append([setting.cell, *columns_of(of_setting(results, setting)), f"{seconds[setting.cell]:.2f}"])
+    return table(["", *MEASURES, "runs", "CPU s per rollout"], rows)
+
+
+def speed_table(results: list[dict[str, Any]], cells: list[dict[str, Run]], seconds: dict[str, float]) -> list[str]:
+    rows = []
+    for cell in cells:
+        members = {algorithm: of_setting(results, setting) for algorithm, setting in cell.items()}
+        cost = {algorithm: seconds[setting.cell] for algorithm, setting in cell.items()}
+        budget = ROLLOUTS * cost["Flow-GRPO"]
+        end = statistics.median(map(final, members["Flow-GRPO"]))
+        times = {
+            (algorithm, target): statistics.median(reached(member, target) for member in runs)
+            for algorithm, runs in members.items()
+            for target in TARGETS
+        }
+        for algorithm in cell:
+            row = [duration(times[algorithm, target], cost[algorithm]) for target in TARGETS]
+            if algorithm == "Flow-GRPO":
+                row.append(f"{end:.3f}: {duration(ROLLOUTS, cost[algorithm])}")
+            else:
+                row.append(duration(statistics.median(reached(m, end) for m in members[algorithm]), cost[algorithm]))
+            rows.append([cell[algorithm].cell, *row])
+        ratios = []
+        for target in TARGETS:
+            own, other = (times[algorithm, target] * cost[algorithm] for algorithm in cell)
+            reaches = math.isfinite(other)
+            ratios.append("" if math.isinf(own) else f"{'' if reaches else '> '}{min(other, budget) / own:.1f}")
+        each = [budget / (reached(member, end) * cost["FDFO"]) for member in members["FDFO"]]
+        ratios.append(f"**{statistics.median(each):.1f}** ({min(each):.1f} to {max(each):.1f})")
+        rows.append(["times as soon", *ratios])
+    return table(["", *(f"{target:.2f}" for target in TARGETS), "at the end of Flow-GRPO"], rows)
+
+
+def grid_tables(results: list[dict[str, Any]], settings: dict[str, Run]) -> list[str]:
+    lines = []
+    for algorithm, setting in settings.items():
+        rows = []
         for rate in LEARNING_RATES:
             row = []
-            for clip in clips:
-                result = by_setting.get(Run(algorithm, *CELLS[0], rate, clip, TUNING_SEED))
-                text = (
-                    ""
-                    if result is None
-                    else "failed"
-                    if "failed" in result
-                    else f"{area(result):.3f}, {result['reward'][-1]:.3f}"
+            for clip in CLIPS[algorithm]:
+                run = replace(setting, learning_rate=rate, clip=clip)
+                (result,) = of_setting(results, run, [TUNING_SEED])
+                values = f"{final(result):.3f}, {over_run(result):.3f}"
+                row.append(
+                    "ended by a watchdog" if "failed" in result else f"**{values}**" if run == setting else values
                 )
-                chosen = settings[algorithm].learning_rate == rate and settings[algorithm].clip == clip
-                row.append(f"**{text}**" if chosen else text)
-            lines.append(f"| learning rate {rate:g} | {' | '.join(row)} |")
-        lines.append("")
-    lines += [f"## Ablations of FDFO ({CELLS[0][0]} steps, a quarter of the tuples)", ""]
-    lines += [
-        "| | seeds | mean reward over the run | at the end | strict accuracy | distance of images |",
-        "|---|---|---|---|---|---|",
-    ]
-    groups = {"as above": [r for r in cells.get(settings["FDFO"].cell, []) if r["run"]["seed"] in ABLATION_SEEDS]}
-    for name in ABLATIONS:
-        groups[name] = [r for r in results if r["run"]["ablation"] == name]
-    for name, members in groups.items():
-        if members:
-            failed = sum("failed" in member for member in members)
-            whole = [member for member in members if "failed" not in member]
-            columns = [_range([area(member) for member in whole])]
-            columns += [_range([m["end"][end] for m in whole]) for end in _ENDS]
-            lines.append(f"| {name} | {len(members)}{f', {failed} failed' if failed else ''} | {' | '.join(columns)} |")
-    lines += ["", f"Costs: {costs['machine']}." if costs else "Costs are not measured yet.", ""]
-    return "\n".join(lines)
+            rows.append([f"learning rate {rate:g}", *row])
+        lines += [*table([algorithm, *(f"clip {clip:g}" for clip in CLIPS[algorithm])], rows), ""]
+    return lines
 
 
-_ENDS = ("reward", "strict_accuracy", "diversity/pixels")
+def ablation_table(results: list[dict[str, Any]], settings: dict[str, Run]) -> list[str]:
+    setting = settings["FDFO"]
+    groups = {"as above": of_setting(results, setting, ABLATION_SEEDS)}
+    groups |= {name: of_setting(results, replace(setting, ablation=name), ABLATION_SEEDS) for name in ABLATIONS}
+    rows = [[name, spread(map(over_run, runs)), *columns_of(runs)] for name, runs in groups.items() if runs]
+    return table(["", "mean reward over the run", *MEASURES, "runs"], rows)
 
 
-def _cell(run: Run) -> dict[str, Any]:
-    return {"steps": run.steps, "fraction": run.fraction, "seed": run.seed}
+# At the end of a run, and what a table calls it.
+MEASURES = {
+    "reward at the end": "reward",
+    "strict accuracy": "strict_accuracy",
+    "distance of two right images": "diversity/pixels",
+}
 
 
-def _range(values: list[float]) -> str:
+def columns_of(runs: list[dict[str, Any]]) -> list[str]:
+    failed = sum("failed" in run for run in runs)
+    ended = f"{len(runs)}, {failed} of them ended by a watchdog" if failed else str(len(runs))
+    return [*(spread(run["end"][name] for run in runs if "end" in run) for name in MEASURES.values()), ended]
+
+
+def spread(values: Iterable[float]) -> str:
     values = [value for value in values if not math.isnan(value)]
     return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})" if values else ""
+
+
+def duration(rollouts: float, cost: float) -> str:
+    return f"{rollouts:.3g} ({rollouts * cost:.0f} s)" if math.isfinite(rollouts) else "never"
+
+
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
@@ -431,14 +455,8 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
                 for algorithm, setting in settings.items():
                     for fraction, style in ((0.25, "-"), (1.0, "--")):
                         run = replace(setting, steps=steps, fraction=fraction)
-                        members = [
-                            r
-                            for r in results
-                            if r["run"]["seed"] in SEEDS
-                            and "failed" not in r
-                            and Run(**r["run"]) == replace(run, seed=r["run"]["seed"])
-                        ]
-                        if not members or scale(run.cell) is None:
+                        members = [member for member in of_setting(results, run) if "failed" not in member]
+                        if not members:
                             continue
                         x = [rollout * scale(run.cell) for rollout in members[0]["rollouts"]]
                         values = list(zip(*(member[key] for member in members)))
@@ -480,8 +498,7 @@ def main() -> None:
     text = report(load())
     REPORT.write_text(text)
     print(text)
-    if COSTS.is_file():
-        draw(load(), PICTURE)
+    draw(load(), PICTURE)
 
 
 if __name__ == "__main__":
