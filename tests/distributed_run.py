@@ -129,7 +129,7 @@ class Traffic(TrainerCallback):
 def measure_traffic(folder: Path) -> dict:
     """What passes between the processes in two rollouts, and what one of them has recorded."""
     traffic = Traffic()
-    trainer = build(str(folder / "traffic"), save_strategy="no")
+    trainer = build(str(folder / "traffic"), save_strategy="no", eval_strategy="no")
     trainer.add_callback(traffic)
     trainer.train()
     tuples = [(batch.sampled, level) for step in trainer._buffer.steps for batch, level in step]

@@ -49,7 +49,8 @@ def test_two_processes_end_in_the_weights_of_one(runs):
 
 
 def test_two_processes_have_the_figures_of_one(runs):
-    _, one, two = runs
+    _, one, results = runs
+    two = results["two"]
     # Of the same weights, before the training; then of those that differ in the last bits.
     for number, (expected, found) in enumerate(zip(one["evaluations"], two["evaluations"], strict=True)):
         assert found == pytest.approx(expected, abs=1e-5 if number else 1e-6)

@@ -6,7 +6,7 @@ import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from accelerate.utils import get_int_from_env
@@ -270,7 +270,7 @@ class FDFOConfig(TrainingArguments):
 
     # Its name, and the options below that it has no use for.
     algorithm = "FDFO"
-    unused: ClassVar[tuple[str, ...]] = ()
+    unused = ()
 
     # Data
     dataset_name: str | None = field(
