@@ -31,6 +31,7 @@ from trl_fdfo import FDFOConfig, FDFOTrainer, FlowGRPOConfig, FlowGRPOTrainer, s
 from trl_fdfo.comparison import Comparison
 from trl_fdfo.prompt_dataset import load_prompts
 from trl_fdfo.rewards.load_reward import RepeatableFlag, load_object, load_reward, reward_table
+from trl_fdfo.run_logging import finite
 from trl_fdfo.without_weights import PlannedConfig, PlannedFlowGRPOConfig, plan_without_weights
 
 
@@ -126,7 +127,8 @@ def main(args: list[str] | None = None) -> None:
 
     if trainer.is_world_process_zero():
         output_dir, report = Path(config.output_dir), comparison.results
-        (output_dir / "metrics.json").write_text(json.dumps({"train_seconds": seconds, **report}, indent=2) + "\n")
+        figures = {name: finite(values) for name, values in report.items()}
+        (output_dir / "metrics.json").write_text(json.dumps({"train_seconds": seconds, **figures}, indent=2) + "\n")
         width = max(map(len, report["after"]))
         print(" " * width, *(f"{name:>22}" for name in report))
         for metric in report["after"]:

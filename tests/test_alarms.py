@@ -58,10 +58,17 @@ def check(make_config):
         ({"diversity": 0.34, "diversity_se": 0.1}, False),
         # A control that applies to no prompt.
         ({"judge": math.nan, "judge_se": math.nan}, False),
+        ({"judge": 10.0, "judge_se": math.nan}, False),  # of one prompt
     ],
 )
 def test_a_fall_counts_where_it_is_relevant_and_more_than_noise(check, changes, is_alarm):
     assert check(evaluation(**changes)) is is_alarm
+
+
+def test_rounding_is_no_fall_of_a_control_that_does_not_vary(check):
+    first = {**FIRST, "eval_controls/judge/std": 0.0, "eval_controls/judge/se": 0.0}
+    assert not check(evaluation(judge=19.99, judge_se=0.0), [first])
+    assert check(evaluation(judge=19.9, judge_se=0.0), [first])
 
 
 def test_thresholds_are_options(check):

@@ -492,10 +492,10 @@ TABLE = [
     # FDFOTrainer: the config
     bad(
         lambda user: FDFOTrainer(TrainingArguments("out", use_cpu=True), tiny_pipelines.sd3(), redness),
-        "config is a TrainingArguments",
+        "config is of TrainingArguments",
         "FDFOTrainer takes a `FDFOConfig`",
     ),
-    bad(trainer(config={"num_rollouts": 3}), "config is a dict", "FDFOTrainer takes a `FDFOConfig`"),
+    bad(trainer(config={"num_rollouts": 3}), "config is of dict", "FDFOTrainer takes a `FDFOConfig`"),
     bad(trainer(output_dir="prompts.csv"), "prompts.csv", "File exists", error=FileExistsError),
     # FDFOTrainer: the pipeline
     bad(trainer(pipeline=int), "not int itself", "must be a `DiffusionPipeline`, or the Hub id or path of one"),
@@ -643,7 +643,7 @@ TABLE = [
     ),
     bad(
         trainer(metric_for_best_model="eval_control", **EVALUATION),
-        "metric_for_best_model='eval_control' is none of what `evaluate` gives: reward, rewards/redness/mean",
+        "metric_for_best_model='eval_control' is none of what `evaluate` gives here: eval_reward, eval_rewards/redness/mean",
     ),
     bad(
         trainer(eval_diversity="variety", **EVALUATION),

@@ -244,7 +244,7 @@ def test_every_figure_can_choose_the_best_checkpoint(make_trainer, metric):
 )
 def test_a_figure_that_no_evaluation_gives_is_refused(make_trainer, metric, options):
     with pytest.raises(
-        ValueError, match=f"metric_for_best_model='{metric}' is none of what `evaluate` gives: reward, "
+        ValueError, match=f"metric_for_best_model='{metric}' is none of what `evaluate` gives here: eval_reward, "
     ):
         make_trainer(eval_dataset=EVALUATED, eval_strategy="epoch", metric_for_best_model=metric, **options)
 
@@ -372,5 +372,5 @@ def test_the_script(tmp_path, caplog):
     script["main"](["--config", str(recipe), *arguments])
     assert (tmp_path / "out" / "evaluation.png").is_file()
     report = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert {"reward", "control"} <= report["after"].keys()
+    assert {"reward", "controls/strict/mean"} <= report["after"].keys()
     assert not warnings_of_the_package(caplog)

@@ -3,7 +3,7 @@ import math
 import pytest
 import tiny_pipelines
 import torch
-from conftest import PROMPTS, redness, trained_weights
+from conftest import PROMPTS, redness, trained_weights, warnings_of_the_package
 from datasets import Dataset
 from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -244,13 +244,12 @@ def test_run_goes_on_to_the_bit_and_not_with_another_algorithm(make_grpo, make_t
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"churn": 0.1}, "churn=0.1 is an option of FDFO that Flow-GRPO has no use for"),
-        ({"direction": "reward_gradient"}, "direction='reward_gradient' is an option of FDFO"),
+        ({"num_generations": 1}, "num_generations=1, but Flow-GRPO learns from the difference"),
         ({"noise_level": 0.0}, "noise_level=0.0 must be > 0"),
         ({"noise_level": "a"}, "noise_level='a' is a str"),
         ({"num_noisy_steps": 4}, r"num_noisy_steps=4 must be in \[1, 3\]"),
         ({"num_inference_steps": 1}, "num_inference_steps=1: the last step has no noise"),
-        ({"trainer_class": FDFOTrainer}, "config is a FlowGRPOConfig, and FDFOTrainer takes a `FDFOConfig`"),
+        ({"trainer_class": FDFOTrainer}, "config is of FlowGRPOConfig, and FDFOTrainer takes a `FDFOConfig`"),
     ],
 )
 def test_wrong_options_are_refused(make_grpo, options, message):
@@ -258,6 +257,17 @@ def test_wrong_options_are_refused(make_grpo, options, message):
         make_grpo(**options)
 
 
+def test_options_of_fdfo_are_set_back_with_a_warning(make_grpo, caplog):
+    trainer = make_grpo(
+        churn=0.1, direction="reward_gradient", shared_prefix=True, churn_schedule="interval", epsilon=0.2
+    )
+    args = trainer.args
+    assert args.churn == 0.0025 and args.direction == "finite_difference" and not args.shared_prefix
+    told = " ".join(warnings_of_the_package(caplog))
+    assert "Flow-GRPO has no use for churn=0.1, churn_schedule='interval', shared_prefix=True, direction=" in told
+    assert "epsilon=0.2 clips nothing" in told
+
+
 def test_fdfo_config_is_refused(make_config):
-    with pytest.raises(ValueError, match="config is a FDFOConfig, and FlowGRPOTrainer takes a `FlowGRPOConfig`"):
+    with pytest.raises(ValueError, match="config is of FDFOConfig, and FlowGRPOTrainer takes a `FlowGRPOConfig`"):
         FlowGRPOTrainer(make_config(), tiny_pipelines.sd3(), redness)

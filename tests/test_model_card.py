@@ -70,7 +70,7 @@ def test_results_pictures_and_samples(make_trainer, tmp_path):
         "reward",
         "rewards/redness/mean",
         "rewards/constant/mean",
-        "control",
+        "controls/constant/mean",
         "own",
         "pixel_distance",
     }
@@ -78,7 +78,7 @@ def test_results_pictures_and_samples(make_trainer, tmp_path):
     for name, values in comparison.results.items():
         column = head.index(name) - 1
         assert all(float(rows[metric][column]) == pytest.approx(value, rel=0.01) for metric, value in values.items())
-    assert rows["control"] == ["2", "2", "2"] and rows["own"] == ["4", "4", "4"]
+    assert rows["controls/constant/mean"] == ["2", "2", "2"] and rows["own"] == ["4", "4", "4"]
     assert len({result["reward"] for result in comparison.results.values()}) == 3
     assert float(rows["reward"][2]) == pytest.approx(float(rows["rewards/redness/mean"][2]) + 1, abs=0.01)
     assert "Means over 4 images per column" in card.text and "held out of training" in card.text

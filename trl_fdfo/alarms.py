@@ -8,7 +8,7 @@ before training. A fall counts where it is both relevant and more than noise:
     control     mean_0 - mean  >  max(alarm_control_drop std_0,        2 sqrt(se_0^2 + se^2))
     diversity   mean_0 - mean  >  max(alarm_diversity_drop mean_0,     2 sqrt(se_0^2 + se^2))
 
-mean, std and se (standard error of the mean) are over prompts. Prompts and seeds are the same each time, which makes the
+and more than a thousandth of what it was; an evaluation of one prompt raises none. mean, std and se (standard error of the mean) are over prompts. Prompts and seeds are the same each time, which makes the
 difference steadier than two independent means: two of these errors are a strict bound. All of it is in the logs of the
 evaluations, and so in each checkpoint.
 """
@@ -26,6 +26,7 @@ logger = logging.get_logger(__name__)
 
 DIVERSITY = "eval_diversity"
 MIN_ERRORS = 2
+MIN_FALL = 1e-3  # of the value itself: rounding is no fall, where a control is the same for all prompts
 
 
 class Alarms(TrainerCallback):
@@ -77,7 +78,10 @@ class Alarms(TrainerCallback):
                 relevant = self._args.alarm_control_drop * first[metric.removesuffix("mean") + "std"]
                 measure = f"alarm_control_drop={self._args.alarm_control_drop:g} standard deviations over the prompts"
             noise = MIN_ERRORS * math.hypot(first[error], metrics[error])
-            bound, measure = max((relevant, measure), (noise, f"{MIN_ERRORS} standard errors of the difference"))
+            bounds = [(relevant, measure), (noise, f"{MIN_ERRORS} standard errors of the difference")]
+            bounds.append((MIN_FALL * abs(first[metric]), f"{MIN_FALL:g} of what it was"))
+            # Of one prompt alone the error is not known.
+            bound, measure = max(bounds) if math.isfinite(noise) else (math.inf, "")
             # NaN, where a control applies to no prompt, is no fall.
             if first[metric] - metrics[metric] > bound:
                 fall = f"{name} fell from {first[metric]:.3g} to {metrics[metric]:.3g}, by more than {bound:.3g} ({measure})"

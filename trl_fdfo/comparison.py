@@ -125,8 +125,9 @@ class Comparison:
                 continue
             rewards = functions(images, prompts, trainer.state, self._columns)
             functions.on_rollout_end()
-            results[kind] = functions.total(rewards[:, None]).nanmean().item()
-            if len(functions.names) > 1:
+            if kind == "reward" or len(functions.names) > 1:
+                results[kind] = functions.total(rewards[:, None]).nanmean().item()
+            if kind == "control" or len(functions.names) > 1:
                 means = rewards.nanmean(dim=0).tolist()
                 results |= {f"{kind}s/{f}/mean": mean for f, mean in zip(functions.names, means)}
         if self._metrics is not None:

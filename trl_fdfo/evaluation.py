@@ -142,7 +142,16 @@ class EvaluatingTrainer(HubTrainer):
         if eval_dataset is not None:
             self._check_eval_dataset(config, eval_dataset)
             self._check_best_metric(config)
-        has_control = self.control_functions is not None and config.alarm_control_drop is not None
+        if not is_evaluated:
+            options = {
+                "num_eval_prompts": config.num_eval_prompts,
+                "eval_diversity": config.eval_diversity,
+                "eval_reward_fn": self.control_functions and self.control_functions.names,
+            }
+            given = ", ".join(name for name, value in options.items() if value is not None)
+            if given:
+                logger.warning(f"{given}: nothing is evaluated during training without an eval_strategy.")
+        has_control = bool(_scores(self.control_functions)) and config.alarm_control_drop is not None
         has_diversity = config.eval_diversity is not None and config.alarm_diversity_drop is not None
         if config.stop_on_alarm and (config.eval_strategy == "no" or not (has_control or has_diversity)):
             raise ValueError(
@@ -189,7 +198,9 @@ class EvaluatingTrainer(HubTrainer):
                 "metric_for_best_model='eval_control'."
             )
         if name not in known:
-            raise ValueError(f"metric_for_best_model='{metric}' is none of what `evaluate` gives: {', '.join(known)}.")
+            raise ValueError(
+                f"metric_for_best_model='{metric}' is none of what `evaluate` gives here: eval_{', eval_'.join(known)}."
+            )
 
     def _load_diversity(self) -> None:
         """
@@ -318,7 +329,8 @@ def _over_prompts(values: Tensor) -> tuple[float, float, float]:
     estimate = Estimate.of(values.tolist())
     if estimate.mean is None:
         return math.nan, math.nan, math.nan
-    error = estimate.standard_error or 0.0
+    # Of one prompt it is not known.
+    error = math.nan if estimate.standard_error is None else estimate.standard_error
     return estimate.mean, error * math.sqrt(estimate.num_prompts), error
 
 

@@ -628,8 +628,8 @@ class FDFOConfig(TrainingArguments):
             )
         if self.num_generations < 2:
             raise ValueError(
-                f"num_generations={self.num_generations}, but FDFO learns from the difference between the images of a "
-                "prompt: it takes at least 2 (the paper's setting)."
+                f"num_generations={self.num_generations}, but {self.algorithm} learns from the difference between the images "
+                "of a prompt: it takes at least 2."
             )
         if not 0 < self.timestep_fraction <= 1:
             raise ValueError(f"timestep_fraction={self.timestep_fraction} must be in (0, 1]: 1 trains on all levels.")

@@ -2,14 +2,22 @@
 
 from dataclasses import dataclass, field
 
+from transformers.utils import logging
+
 from .fdfo_config import FDFOConfig
+
+
+logger = logging.get_logger(__name__)
+
+# A log-likelihood that is a mean over a latent does not change by as much in a rollout.
+MAX_EPSILON = 0.05
 
 
 @dataclass
 class FlowGRPOConfig(FDFOConfig):
     r"""
-    Configuration of [`FlowGRPOTrainer`] (Flow-GRPO, arXiv 2505.05470): the options of [`FDFOConfig`] but for its churn and
-    direction, which are refused, and those below. Of the ones that have another meaning here:
+    Configuration of [`FlowGRPOTrainer`] (Flow-GRPO, arXiv 2505.05470): the options of [`FDFOConfig`], and those below, of
+    which some have another meaning here. FDFO's churn and direction have none: they are set back, with a warning.
 
     Parameters:
         noise_level (`float`, defaults to `0.7`):
@@ -50,10 +58,19 @@ class FlowGRPOConfig(FDFOConfig):
 
     def _validate(self):
         super()._validate()
+        set_back = []
         for name in self.unused:
-            value = getattr(self, name)
-            if value != FDFOConfig.__dataclass_fields__[name].default:
-                raise ValueError(f"{name}={value!r} is an option of FDFO that Flow-GRPO has no use for: leave it out.")
+            value, default = getattr(self, name), FDFOConfig.__dataclass_fields__[name].default
+            if value != default:
+                set_back.append(f"{name}={value!r}")
+                setattr(self, name, default)
+        if set_back:
+            logger.warning(f"Flow-GRPO has no use for {', '.join(set_back)}: options of FDFO.")
+        if self.epsilon > MAX_EPSILON:
+            logger.warning(
+                f"epsilon={self.epsilon} clips nothing: the logarithm of Flow-GRPO's ratio is a mean over the latent elements, "
+                "for which 1e-5 to 1e-3 are common."
+            )
         if not self.noise_level > 0:
             raise ValueError(
                 f"noise_level={self.noise_level} must be > 0: without noise a step has no likelihood to learn from."

@@ -94,7 +94,7 @@ class RolloutTrainer(EvaluatingTrainer):
     ):
         if not isinstance(config, self.config_class) or config.algorithm != self.config_class.algorithm:
             raise ValueError(
-                f"config is a {type(config).__name__}, and {type(self).__name__} takes a `{self.config_class.__name__}`."
+                f"config is of {type(config).__name__}, and {type(self).__name__} takes a `{self.config_class.__name__}`."
             )
         if config.model_card_template is not None:
             check_template(config.model_card_template)
@@ -411,7 +411,7 @@ class RolloutTrainer(EvaluatingTrainer):
         if not sampled.endpoints.isfinite().all():
             raise WatchdogError(
                 f"{type(self.pipeline).__name__} has sampled latents that are not finite, in {sampled.endpoints.dtype}. Does "
-                "it sample well by itself, in this dtype and at this size? If so, lower `churn` or the learning rate."
+                "it sample well by itself, in this dtype and at this size? If so, lower the sampler's noise (`churn`, or `noise_level`) or the learning rate."
             )
 
         repeated = {name: repeat_each(values, branches) for name, values in columns.items()}

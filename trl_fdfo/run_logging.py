@@ -158,7 +158,7 @@ class MetricsFile(TrainerCallback):
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with open(self._path, mode) as file:
-                file.writelines(json.dumps(_finite(line), default=str) + "\n" for line in lines)
+                file.writelines(json.dumps(finite(line), default=str) + "\n" for line in lines)
         except OSError as error:
             logger.warning(f"{self._path} could not be written: {error}.")
 
@@ -177,5 +177,6 @@ def _label(name: str, value: float) -> str:
     return f"{name} {value:.4g}" if math.isfinite(value) else f"{name} does not apply"
 
 
-def _finite(line: dict[str, Any]) -> dict[str, Any]:
+def finite(line: dict[str, Any]) -> dict[str, Any]:
+    """With None, which JSON has, in the place of NaN, which it has not."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}

@@ -183,11 +183,13 @@ class RunPlan:
             total = args.num_rollouts * steps
             steps = math.ceil(args.eval_steps * total) if args.eval_steps < 1 else args.eval_steps
         rollouts = steps / args.steps_per_rollout
-        images = self.eval_prompts * args.images_per_eval_prompt
-        share = images / (rollouts * args.prompts_per_rollout * args.num_generations)
+        # And one before the run, to compare with, where an alarm is on.
+        number = args.num_rollouts * args.steps_per_rollout // steps + args.eval_on_start
+        images = number * self.eval_prompts * args.images_per_eval_prompt
+        share = images / (args.num_rollouts * args.prompts_per_rollout * args.num_generations)
         return [
-            f"  evaluations           every {rollouts:g} rollouts, of {self.eval_prompts} prompts x {args.images_per_eval_prompt} "
-            f"images: {share:.1%} more to sample"
+            f"  evaluations           {number:g}, every {rollouts:g} rollouts, of {self.eval_prompts} prompts x "
+            f"{args.images_per_eval_prompt} images: {share:.1%} more to sample"
         ]
 
     # Compute ----------------------------------------------------------------------------------------------------------
