@@ -466,7 +466,7 @@ TABLE = [
     bad(
         trainer(lr_scheduler_type="reduce_lr_on_plateau", **EVALUATION),
         "metric_for_best_model='loss' is none of what `evaluate` gives",
-        "reward, rewards/redness/mean",
+        "eval_reward, eval_rewards/redness/mean",
     ),
     # FDFOConfig: evaluation
     bad(trainer(save_strategy="best"), "metric_for_best_model", "must be provided when using 'best' save_strategy"),
@@ -481,7 +481,7 @@ TABLE = [
         trainer(eval_dataset=prompts(), metric_for_best_model="eval_rewad"),
         "metric_for_best_model='eval_rewad'",
         "is none of what `evaluate` gives",
-        "reward, rewards/redness/mean",
+        "eval_reward, eval_rewards/redness/mean",
     ),
     bad(
         train(callbacks=[EarlyStoppingCallback()]),
