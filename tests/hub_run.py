@@ -223,10 +223,10 @@ def card():
     return results
 
 
-def failing(name, save=True):
+def failing(name, save=True, **options):
     """The Hub fails in the middle: what the run does, what the user is told, and what is on the disk."""
     warnings.messages.clear()
-    trainer = build(name, hub_strategy="checkpoint", hub_always_push=False)
+    trainer = build(name, **{"hub_strategy": "checkpoint", "hub_always_push": False, **options})
     trainer.train()
     result = {"step": trainer.state.global_step}
     if save:
@@ -299,7 +299,7 @@ def unreachable():
 SCENARIOS = {
     "quick": [end, every_save, checkpoint, all_checkpoints, resume, adapter, full, late, card, page]
     + [slow, unreachable]
-    + [partial(failing, f"commit-{status}") for status in (401, 403, 409)]
+    + [partial(failing, f"commit-{status}", hub_always_push=True) for status in (401, 403, 409)]
     + [partial(refused, f"create-{status}") for status in (401, 403)],
     "patient": [partial(failing, "once-429"), partial(failing, "away", save=False), command]
     + [partial(failing, "commit-429", save=False)],

@@ -99,7 +99,7 @@ def test_activations_are_what_the_allocator_sees(checkpointing, autocast):
             model(**inputs)
 
     # Kernels have buffers of their own, those for bfloat16 most where the CPU has instructions for it.
-    assert trained.peak == pytest.approx(allocated(train), rel=0.01 if autocast is None else 0.03)
+    assert trained.peak == pytest.approx(allocated(train), rel=0.01 if autocast is None else 0.02)
     assert sampled.peak == pytest.approx(allocated(sample), rel=0.05)
     # Forward, as much again for the gradients of what comes in (of attention 2.5 times as much), and with checkpointing the
     # first once more.
@@ -262,6 +262,14 @@ def test_a_model_that_cannot_be_counted_is_trained_all_the_same(make_trainer, ca
     assert "activations are missing: DataDependentOutputException" in printed
     assert "without gradient checkpointing" not in printed and "FLOP" not in printed
     assert "After rollout 1" in printed
+
+
+def test_plan_counts_the_evaluations(make_trainer):
+    options = {"eval_dataset": Dataset.from_dict({"prompt": ["a cat"] * 3}), "eval_strategy": "epoch"}
+    # 2 rollouts of 4 prompts x 2 images, and 2 evaluations of 3 x 2.
+    line = "  evaluations           2, every 1 rollouts, of 3 prompts x 2 images: 75.0% more to sample"
+    assert line in str(make_trainer(images_per_eval_prompt=2, **options).run_plan())
+    assert "evaluations  " not in str(make_trainer().run_plan())
 
 
 def test_what_the_first_rollout_took(make_trainer, capsys):

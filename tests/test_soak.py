@@ -12,7 +12,7 @@ import pytest
 from transformers import TrainerCallback
 
 
-ROLLOUTS, EVERY = 120, 20
+ROLLOUTS, EVERY = 200, 20
 
 
 class Usage(TrainerCallback):
@@ -37,7 +37,7 @@ class Usage(TrainerCallback):
 
 
 def soak(output_dir: str) -> None:
-    """120 rollouts, with an async reward and checkpoints of which two are kept; writes `usage.json`."""
+    """200 rollouts, with an async reward and checkpoints of which two are kept; writes `usage.json`."""
     import conftest
     import tiny_pipelines
     from datasets import Dataset

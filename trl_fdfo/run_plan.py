@@ -183,7 +183,7 @@ class RunPlan:
             total = args.num_rollouts * steps
             steps = math.ceil(args.eval_steps * total) if args.eval_steps < 1 else args.eval_steps
         rollouts = steps / args.steps_per_rollout
-        # And one before the run, to compare with, where an alarm is on.
+        # The one before the run that an alarm adds, to compare with, is not counted.
         number = args.num_rollouts * args.steps_per_rollout // steps + args.eval_on_start
         images = number * self.eval_prompts * args.images_per_eval_prompt
         share = images / (args.num_rollouts * args.prompts_per_rollout * args.num_generations)
