@@ -4,9 +4,9 @@ How soon FDFO and Flow-GRPO reach a reward on the packaged pipeline, from equall
     python benchmarks/convergence.py             # the runs that benchmarks/results/convergence.jsonl lacks, then the report
     python benchmarks/convergence.py --report    # the report alone: results/convergence.md, docs/convergence.png
 
-About three hours on two cores from nothing; a run that is there is not repeated. In order: the grid (one seed that is used
-nowhere else), five seeds with each algorithm's best setting in four cells (10 and 20 steps; a quarter of the tuples and all),
-what a rollout of each cell costs, and ablations of FDFO with three seeds.
+Some hours on two cores from nothing; a run that is there is not repeated. In order: the grid (one seed that is used
+nowhere else), five seeds with each algorithm's best setting in three of four cells (10 and 20 steps; a quarter of the tuples and
+all), ablations of FDFO with three seeds, the dearest cell, and what a rollout of each cell costs.
 
 A run is what its settings and seed say, to the bit on one machine, however busy that is. So CPU seconds are not taken from
 the runs, which share their processor with others, but are rollouts times the cost of a rollout, and the costs of all cells

@@ -61,19 +61,19 @@ class FDFOTrainer(RolloutTrainer):
 
     # Step 3: finite difference ----------------------------------------------------------------------------------------
 
-    def _signal(self, sampled: RolloutBatch, rewards: Tensor, columns: dict[str, Sequence]) -> FiniteDifference:
+    def _signal(self, sampled: RolloutBatch, rewards: Tensor, rows: list[int]) -> FiniteDifference:
         endpoints = sampled.endpoints.float()
         if self.args.direction == "reward_gradient":
-            direction, reward_difference = reward_gradient(endpoints, self._reward_gradient(sampled, columns))
+            direction, reward_difference = reward_gradient(endpoints, self._reward_gradient(sampled, rows))
         else:
             direction, reward_difference = finite_difference(endpoints, rewards, self.args.whiten_direction)
         # A prompt to which no reward applies teaches nothing.
         return FiniteDifference(direction.flatten(0, 1), reward_difference.flatten().nan_to_num(nan=0.0))
 
-    def _reward_gradient(self, sampled: RolloutBatch, columns: dict[str, Sequence]) -> Tensor:
+    def _reward_gradient(self, sampled: RolloutBatch, rows: list[int]) -> Tensor:
         """dR/dx_0 through the decoder and the rewards, the shape of the endpoints, [P, G, ...]."""
         prompts, branches = sampled.endpoints.shape[:2]
-        columns = {name: repeat_each(values, branches) for name, values in columns.items()}
+        columns = {name: repeat_each(values, branches) for name, values in self.train_dataset[rows].items()}
         with torch.enable_grad():
             endpoints = sampled.endpoints.flatten(0, 1).detach().requires_grad_()
             images = self.flow.decode(sampled, endpoints)

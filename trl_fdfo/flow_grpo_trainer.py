@@ -65,7 +65,7 @@ class FlowGRPOTrainer(RolloutTrainer):
         )
         return [steps[level] for level in levels]
 
-    def _signal(self, sampled: RolloutBatch, rewards: Tensor, columns: dict[str, Sequence]) -> tuple[Tensor]:
+    def _signal(self, sampled: RolloutBatch, rewards: Tensor, rows: list[int]) -> tuple[Tensor]:
         return (group_advantages(rewards).flatten().nan_to_num(nan=0.0),)
 
     def _arrival(self, velocity: Tensor, batch: ScoredBatch, level: int) -> Gaussian:

@@ -264,10 +264,10 @@ class RolloutTrainer(EvaluatingTrainer):
         """The K noise levels that a rollout batch, by its global number, is trained on, in the order of training."""
         raise NotImplementedError
 
-    def _signal(self, sampled: RolloutBatch, rewards: Tensor, columns: dict[str, Sequence]) -> tuple[Tensor, ...]:
+    def _signal(self, sampled: RolloutBatch, rewards: Tensor, rows: list[int]) -> tuple[Tensor, ...]:
         """
         What the loss needs of a batch's total rewards [P, G], NaN where none applies: tensors with N samples in front.
-        `columns` are those of the dataset, P values each.
+        `rows` are those of its P prompts in the training dataset.
         """
         raise NotImplementedError
 
@@ -411,7 +411,8 @@ class RolloutTrainer(EvaluatingTrainer):
         if not sampled.endpoints.isfinite().all():
             raise WatchdogError(
                 f"{type(self.pipeline).__name__} has sampled latents that are not finite, in {sampled.endpoints.dtype}. Does "
-                "it sample well by itself, in this dtype and at this size? If so, lower the sampler's noise (`churn`, or `noise_level`) or the learning rate."
+                "it sample well by itself, in this dtype and at this size? If so, lower the sampler's noise (`churn`, or "
+                "`noise_level`) or the learning rate."
             )
 
         repeated = {name: repeat_each(values, branches) for name, values in columns.items()}
@@ -428,7 +429,7 @@ class RolloutTrainer(EvaluatingTrainer):
     def _score_batch(self, levels: list[int], sampled: RolloutBatch, rewards: Tensor, rows: list[int]) -> ScoredBatch:
         """A batch with what is to be learnt from its rewards, shape [P, G, number of rewards]."""
         total = self.reward_functions.total(rewards).to(sampled.endpoints.device)
-        signal = self._signal(sampled, total, self.train_dataset[rows])
+        signal = self._signal(sampled, total, rows)
         return ScoredBatch(
             sampled=replace(sampled, endpoints=None),
             signal=host_copy(signal) if self.args.offload_trajectories else signal,

@@ -139,13 +139,7 @@ class RewardFunctions:
             ValueError: A function returned something else than one finite number (or None) per image.
         """
         prompts = list(prompts)
-        arguments = {
-            **columns,
-            "images": images,
-            "prompts": prompts,
-            "trainer_state": trainer_state,
-            "num_generations": num_generations,
-        }
+        arguments = columns | dict(zip(ARGUMENTS, (images, prompts, trainer_state, num_generations)))
         pil_images = functools.cache(lambda: to_pil(images))
         results = []
         for name, function in zip(self.names, self.functions):
@@ -175,13 +169,7 @@ class RewardFunctions:
         Raises:
             ValueError: A function has no gradient.
         """
-        arguments = {
-            **columns,
-            "images": images,
-            "prompts": list(prompts),
-            "trainer_state": trainer_state,
-            "num_generations": num_generations,
-        }
+        arguments = columns | dict(zip(ARGUMENTS, (images, list(prompts), trainer_state, num_generations)))
         total = torch.zeros(len(images), device=images.device)
         for name, function, weight in zip(self.names, self.functions, self.weights.tolist()):
             # PIL images have none: the tensors are given in their place, and the function may refuse them.
