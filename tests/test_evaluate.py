@@ -223,7 +223,7 @@ def test_options_of_rewards_are_not_written_down(trained):
         (("--first_seed", "-1"), r"first_seed=-1 must be at least 0"),
         (("--batch_size", "0"), r"batch_size=0 must be at least 1"),
         (("--prompts", " "), r"has ' ' as the prompt of row 0"),
-        (("--prompts", "away.txt"), r"away.txt'?: there is no such file"),
+        (("--prompts", "away.txt"), r"^prompts='away.txt': there is no such file"),
         (("--adapter", "empty"), r"adapter='empty' has neither pytorch_lora_weights"),
         (("--adapter", "one", "--adapter", "one"), r"adapter='one' was given more than once"),
         (("--adapter", "base"), r"adapter='base' is what the model without an adapter is called: .*\./base"),

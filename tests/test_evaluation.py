@@ -53,16 +53,21 @@ def test_figures_of_known_rewards():
     expected = {
         "reward": ((1 + 5 + 3) / 2 + 6) / 2,
         "rewards/bonus/mean": 4.0,
+        # Of the means 2 and 6.
+        "rewards/bonus/std": 8**0.5,
+        "rewards/bonus/se": 2.0,
+        # Of one prompt they are not known.
         "rewards/redness/mean": 10.0,
+        "rewards/redness/std": nan,
+        "rewards/redness/se": nan,
         "control": 4.0,
         "controls/greenness/mean": 4.0,
-        # Of the means 2 and 6.
         "controls/greenness/std": 8**0.5,
         "controls/greenness/se": 2.0,
         "diversity": 0.4,
         "diversity_se": 0.2,
     }
-    assert metrics == pytest.approx(expected) and list(metrics) == list(expected)
+    assert metrics == pytest.approx(expected, nan_ok=True) and list(metrics) == list(expected)
 
 
 def test_rewards_and_controls_are_reported_side_by_side(make_trainer):
@@ -70,7 +75,7 @@ def test_rewards_and_controls_are_reported_side_by_side(make_trainer):
     metrics = figures(trainer.evaluate())
     assert metrics.keys() == {
         "eval_reward",
-        "eval_rewards/redness/mean",
+        *(f"eval_rewards/redness/{figure}" for figure in ("mean", "std", "se")),
         "eval_control",
         *(f"eval_controls/{name}/{figure}" for name in ("greenness", "bonus") for figure in ("mean", "std", "se")),
         "eval_alarm",

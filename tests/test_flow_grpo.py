@@ -268,6 +268,11 @@ def test_options_of_fdfo_are_set_back_with_a_warning(make_grpo, caplog):
     assert "epsilon=0.2 clips nothing" in told
 
 
+def test_options_of_fdfo_that_it_would_refuse_are_set_back_too(tmp_path):
+    args = FlowGRPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[], churn=0, whiten_direction=False)
+    assert args.churn == 0.0025 and args.whiten_direction
+
+
 def test_fdfo_config_is_refused(make_config):
     with pytest.raises(ValueError, match="config is of FDFOConfig, and FlowGRPOTrainer takes a `FlowGRPOConfig`"):
         FlowGRPOTrainer(make_config(), tiny_pipelines.sd3(), redness)

@@ -97,7 +97,7 @@ def test_the_packaged_pipeline_needs_no_settings(tmp_path):
     ("arguments", "message"),
     [
         (("--prompts", " "), r"has ' ' as the prompt of row 0"),
-        (("--prompts", "away.txt"), r"away.txt'?: there is no such file"),
+        (("--prompts", "away.txt"), r"^prompts='away.txt': there is no such file"),
         (("--prompts", "a", "--seeds", "0"), r"seeds=0 must be at least 1"),
         (("--prompts", "a", "--output", "grid.doc"), r"output='grid.doc' does not end in a format of pictures"),
         (("--prompts", "a", "--adapter", "empty"), r"adapter='empty' has neither pytorch_lora_weights"),

@@ -106,9 +106,9 @@ class EvaluatingTrainer(HubTrainer):
         from the same seeds each time.
 
         Returns:
-            `dict[str, float]`: Means over the prompts: `eval_reward`, the weighted sum, and `eval_rewards/<name>/mean`; with
-            `eval_reward_fn` `eval_control`, the plain sum, and `eval_controls/<name>/mean`, with `std` over the prompts and
-            `se`, the standard error of the mean; with `eval_diversity` that and `eval_diversity_se`; `eval_alarm`, 0 or
+            `dict[str, float]`: Means over the prompts: `eval_reward`, the weighted sum, and `eval_rewards/<name>/mean`, with `std`
+            over the prompts and `se`, the standard error of the mean; with `eval_reward_fn` `eval_control`, the plain sum,
+            and `eval_controls/<name>/mean`, `std` and `se`; with `eval_diversity` that and `eval_diversity_se`; `eval_alarm`, 0 or
             1, where an alarm is on and the prompts are those of the trainer; `eval_runtime` in seconds.
         """
         own = eval_dataset is None
@@ -316,9 +316,7 @@ def summarize(
         metrics[kind], _, _ = _over_prompts(total.nanmean(dim=1))
         for name, value in zip(functions.names, values.unbind(dim=-1)):
             mean, std, error = _over_prompts(value.nanmean(dim=1))
-            metrics[f"{kind}s/{name}/mean"] = mean
-            if kind == "control":
-                metrics |= {f"controls/{name}/std": std, f"controls/{name}/se": error}
+            metrics |= {f"{kind}s/{name}/mean": mean, f"{kind}s/{name}/std": std, f"{kind}s/{name}/se": error}
     if evaluated.diversity is not None:
         metrics["diversity"], _, metrics["diversity_se"] = _over_prompts(evaluated.diversity)
     return metrics

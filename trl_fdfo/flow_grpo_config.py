@@ -57,7 +57,6 @@ class FlowGRPOConfig(FDFOConfig):
     learning_rate: float = field(default=3e-4, metadata={"help": "Initial learning rate of AdamW."})
 
     def _validate(self):
-        super()._validate()
         set_back = []
         for name in self.unused:
             value, default = getattr(self, name), FDFOConfig.__dataclass_fields__[name].default
@@ -66,6 +65,7 @@ class FlowGRPOConfig(FDFOConfig):
                 setattr(self, name, default)
         if set_back:
             logger.warning(f"Flow-GRPO has no use for {', '.join(set_back)}: options of FDFO.")
+        super()._validate()
         if self.epsilon > MAX_EPSILON:
             logger.warning(
                 f"epsilon={self.epsilon} clips nothing: the logarithm of Flow-GRPO's ratio is a mean over the latent elements, "

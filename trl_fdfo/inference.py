@@ -58,7 +58,7 @@ def read_prompts(prompts: list[str]) -> Dataset:
         FileNotFoundError, ValueError: There are none, or one is no text.
     """
     is_file = len(prompts) == 1 and Path(prompts[0]).suffix in (".txt", ".json", ".jsonl", ".csv", ".parquet")
-    dataset = load_prompts(prompts[0]) if is_file else Dataset.from_dict({"prompt": prompts})
+    dataset = load_prompts(prompts[0], name="prompts") if is_file else Dataset.from_dict({"prompt": prompts})
     check_prompts(dataset, "prompt", name=f"prompts={prompts}")
     return dataset
 

@@ -13,12 +13,15 @@ PACKAGED_PROMPTS = Path(__file__).with_name("prompts.txt")
 _BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-def load_prompts(dataset_name: str | None = None, prompt_column: str = "prompt") -> Dataset:
+def load_prompts(
+    dataset_name: str | None = None, prompt_column: str = "prompt", name: str = "dataset_name"
+) -> Dataset:
     """
     Args:
         dataset_name (`str`, *optional*): A Hub id (its split `train` is taken) or a local .txt (one prompt per line),
             .json, .jsonl, .csv or .parquet file. `None` takes the packaged list of prompts.
         prompt_column (`str`): Name that the lines of a .txt file get as a column.
+        name (`str`): What errors call `dataset_name`.
 
     Returns:
         `datasets.Dataset`: The dataset with all of its columns.
@@ -33,17 +36,17 @@ def load_prompts(dataset_name: str | None = None, prompt_column: str = "prompt")
         return Dataset.from_dict({prompt_column: [line.strip() for line in lines if line.strip()]})
     if path.suffix in _BUILDERS:
         if not path.is_file():
-            raise FileNotFoundError(f"dataset_name='{dataset_name}': there is no such file.")
+            raise FileNotFoundError(f"{name}='{dataset_name}': there is no such file.")
         try:
             return load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train")
         except Exception as error:  # of pandas, pyarrow or datasets, without the name of the file
             raise ValueError(
-                f"dataset_name='{dataset_name}' cannot be read as {path.suffix[1:]} with at least one row "
+                f"{name}='{dataset_name}' cannot be read as {path.suffix[1:]} with at least one row "
                 f"({type(error).__name__}: {error})."
             ) from error
     if path.is_file():
         raise ValueError(
-            f"dataset_name='{dataset_name}' is a file of another kind than {', '.join(_BUILDERS)}: save it as one of them."
+            f"{name}='{dataset_name}' is a file of another kind than {', '.join(_BUILDERS)}: save it as one of them."
         )
     return load_dataset(dataset_name, split="train")
 
