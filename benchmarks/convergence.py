@@ -4,9 +4,9 @@ How soon FDFO and Flow-GRPO reach a reward on the packaged pipeline, from equall
     python benchmarks/convergence.py             # the runs that benchmarks/results/convergence.jsonl lacks, then the report
     python benchmarks/convergence.py --report    # the report alone: results/convergence.md, docs/convergence.png
 
-Some hours on two cores from nothing; a run that is there is not repeated. In order: the grid (one seed that is used
-nowhere else), five seeds with each algorithm's best setting in three of four cells (10 and 20 steps; a quarter of the tuples and
-all), ablations of FDFO with three seeds, the dearest cell, and what a rollout of each cell costs.
+Some hours on two cores from nothing; a run that is there is not repeated. In order: the grid, for a quarter of the tuples and for
+all (one seed that is used nowhere else), five seeds with each algorithm's best setting in three of four cells (10 and 20 steps;
+a quarter and all), ablations of FDFO with three seeds, the dearest cell, and what a rollout of each cell costs.
 
 A run is what its settings and seed say, to the bit on one machine, however busy that is. So CPU seconds are not taken from
 the runs, which share their processor with others, but are rollouts times the cost of a rollout, and the costs of all cells
@@ -43,8 +43,9 @@ TUNING_SEED, SEEDS, ABLATION_SEEDS = 100, (1, 2, 3, 4, 5), (1, 2, 3)
 LEARNING_RATES = (3e-4, 6e-4, 1.2e-3, 2.4e-3)
 # Ratios of different things: FDFO's moves by 0.05 in a step where Flow-GRPO's, of a mean log-likelihood, moves by 0.0003. The
 # same multiples of what is usual for each.
-CLIPS = {"FDFO": (0.05, 0.2, 0.8), "Flow-GRPO": (2.5e-4, 1e-3, 4e-3)}
+CLIPS = {"FDFO": (0.0125, 0.05, 0.2, 0.8), "Flow-GRPO": (6.25e-5, 2.5e-4, 1e-3, 4e-3)}
 CELLS = [(10, 0.25), (10, 1.0), (20, 0.25), (20, 1.0)]  # steps T, fraction of the tuples
+TUNED_STEPS, FRACTIONS = 10, (0.25, 1.0)  # what is tuned: 20 steps take the settings of 10
 TARGETS = (0.65, 0.70, 0.75, 0.80)
 
 FDFO_CHURN = {"churn_schedule": "prior", "churn": 0.26}
@@ -213,12 +214,12 @@ def machine() -> str:
 
 
 def grid() -> list[Run]:
-    steps, fraction = CELLS[0]
     return [
-        Run(algorithm, steps, fraction, rate, clip, TUNING_SEED)
+        Run(algorithm, TUNED_STEPS, fraction, rate, clip, TUNING_SEED)
+        for fraction in FRACTIONS
         for algorithm, clips in CLIPS.items()
         for rate in LEARNING_RATES
-        for clip in clips
+        for clip in clips[fraction == 1 :]  # the smallest, the worst on a quarter, is not tried on all
     ]
 
 
@@ -232,27 +233,27 @@ def over_run(result: dict[str, Any]) -> float:
     return statistics.fmean(result["reward"])
 
 
-def best(results: list[dict[str, Any]]) -> dict[str, Run]:
-    """The setting of each algorithm with the highest reward at the end, on the grid."""
-    on_grid = [result for result in results if result["run"]["seed"] == TUNING_SEED]
-    return {
-        algorithm: Run(**max((r for r in on_grid if r["run"]["algorithm"] == algorithm), key=final)["run"])
-        for algorithm in CLIPS
-    }
+def tuning(results: list[dict[str, Any]], algorithm: str, fraction: float) -> list[dict[str, Any]]:
+    """The runs on the grid of an algorithm that trains on this fraction of the tuples."""
+    wanted = {run for run in grid() if (run.algorithm, run.fraction) == (algorithm, fraction)}
+    return [result for result in results if Run(**result["run"]) in wanted]
+
+
+def best(results: list[dict[str, Any]], algorithm: str, steps: int, fraction: float) -> Run:
+    """The setting with the highest reward at the end, on the grid of that fraction."""
+    run = Run(**max(tuning(results, algorithm, fraction), key=final)["run"])
+    return replace(run, steps=steps)
 
 
 def soonest(results: list[dict[str, Any]]) -> Run:
-    """The setting of FDFO with the highest mean reward over the run, on the grid."""
-    on_grid = [r for r in results if r["run"]["seed"] == TUNING_SEED and r["run"]["algorithm"] == "FDFO"]
-    return Run(**max((r for r in on_grid if "failed" not in r), key=over_run)["run"])
+    """The setting of FDFO on a quarter with the highest mean reward over the run, on the grid."""
+    runs = [result for result in tuning(results, "FDFO", 0.25) if "failed" not in result]
+    return Run(**max(runs, key=over_run)["run"])
 
 
-def comparison(settings: dict[str, Run]) -> list[Run]:
+def comparison(results: list[dict[str, Any]]) -> list[Run]:
     return [
-        replace(setting, steps=steps, fraction=fraction, seed=seed)
-        for steps, fraction in CELLS
-        for seed in SEEDS
-        for setting in settings.values()
+        replace(best(results, algorithm, *cell), seed=seed) for cell in CELLS for seed in SEEDS for algorithm in CLIPS
     ]
 
 
@@ -309,12 +310,8 @@ def of_setting(results: list[dict[str, Any]], setting: Run, seeds: Sequence[int]
 
 
 def report(results: list[dict[str, Any]]) -> str:
-    settings = best(results)
     costs = json.loads(COSTS.read_text())
-    cells = [
-        {algorithm: replace(setting, steps=steps, fraction=fraction) for algorithm, setting in settings.items()}
-        for steps, fraction in CELLS
-    ]
+    cells = [{algorithm: best(results, algorithm, *cell) for algorithm in CLIPS} for cell in CELLS]
     # Tuned for something else, in the first cell: to be soon.
     cells.insert(1, {**cells[0], "FDFO": soonest(results)})
     cells = [cell for cell in cells if all(of_setting(results, setting) for setting in cell.values())]
@@ -335,18 +332,18 @@ def report(results: list[dict[str, Any]]) -> str:
             "",
             *speed_table(results, cells, costs["seconds_per_rollout"]),
             "",
-            *across(results, settings, costs["seconds_per_rollout"]),
+            *across(results, costs["seconds_per_rollout"]),
             "",
             "## The grid",
             "",
-            f"{CELLS[0][0]} steps, a quarter of the tuples, seed {TUNING_SEED}: reward at the end (mean of the last two "
-            "evaluations; in bold the highest, whose setting is used elsewhere), and mean over the run, by which FDFO is soonest with "
-            f"learning rate {soonest(results).learning_rate:g}: that setting is compared too.",
+            f"{TUNED_STEPS} steps, seed {TUNING_SEED}: reward at the end (mean of the last two evaluations; in bold the highest, whose "
+            "setting is used elsewhere, at 20 steps too), and mean over the run, by which FDFO on a quarter is soonest with learning "
+            f"rate {soonest(results).learning_rate:g}: that setting is compared too.",
             "",
-            *grid_tables(results, settings),
+            *grid_tables(results),
             f"## Ablations of FDFO: {CELLS[0][0]} steps, a quarter of the tuples",
             "",
-            *ablation_table(results, settings),
+            *ablation_table(results),
             "",
             f"Costs were measured on {costs['machine']}; `{RUNS.name}` has every run.",
             "",
@@ -393,12 +390,11 @@ def speed_table(results: list[dict[str, Any]], cells: list[dict[str, Run]], seco
     return table(["", *(f"{target:.2f}" for target in TARGETS), "at the end of Flow-GRPO"], rows)
 
 
-def across(results: list[dict[str, Any]], settings: dict[str, Run], seconds: dict[str, float]) -> list[str]:
+def across(results: list[dict[str, Any]], seconds: dict[str, float]) -> list[str]:
     """FDFO on a quarter of the tuples, which serves it best, against Flow-GRPO on all, which serves that best."""
     lines = []
     for steps in sorted({steps for steps, _ in CELLS}):
-        own = replace(settings["FDFO"], steps=steps, fraction=0.25)
-        other = replace(settings["Flow-GRPO"], steps=steps, fraction=1.0)
+        own, other = best(results, "FDFO", steps, 0.25), best(results, "Flow-GRPO", steps, 1.0)
         if not of_setting(results, own) or not of_setting(results, other):
             continue
         end = statistics.median(map(final, of_setting(results, other)))
@@ -411,26 +407,31 @@ def across(results: list[dict[str, Any]], settings: dict[str, Run], seconds: dic
     return lines
 
 
-def grid_tables(results: list[dict[str, Any]], settings: dict[str, Run]) -> list[str]:
+def grid_tables(results: list[dict[str, Any]]) -> list[str]:
     lines = []
-    for algorithm, setting in settings.items():
-        rows = []
-        for rate in LEARNING_RATES:
-            row = []
-            for clip in CLIPS[algorithm]:
-                run = replace(setting, learning_rate=rate, clip=clip)
-                (result,) = of_setting(results, run, [TUNING_SEED])
-                values = f"{final(result):.3f}, {over_run(result):.3f}"
-                row.append(
-                    "ended by a watchdog" if "failed" in result else f"**{values}**" if run == setting else values
-                )
-            rows.append([f"learning rate {rate:g}", *row])
-        lines += [*table([algorithm, *(f"clip {clip:g}" for clip in CLIPS[algorithm])], rows), ""]
+    for fraction in FRACTIONS:
+        for algorithm in CLIPS:
+            values = {Run(**result["run"]): tuned(result) for result in tuning(results, algorithm, fraction)}
+            setting = best(results, algorithm, TUNED_STEPS, fraction)
+            values[setting] = f"**{values[setting]}**"
+            clips = sorted({run.clip for run in values})
+            rows = [
+                [
+                    f"learning rate {rate:g}",
+                    *(values.get(replace(setting, learning_rate=rate, clip=clip), "") for clip in clips),
+                ]
+                for rate in LEARNING_RATES
+            ]
+            lines += [*table([setting.cell, *(f"clip {clip:g}" for clip in clips)], rows), ""]
     return lines
 
 
-def ablation_table(results: list[dict[str, Any]], settings: dict[str, Run]) -> list[str]:
-    setting = settings["FDFO"]
+def tuned(result: dict[str, Any]) -> str:
+    return "ended by a watchdog" if "failed" in result else f"{final(result):.3f}, {over_run(result):.3f}"
+
+
+def ablation_table(results: list[dict[str, Any]]) -> list[str]:
+    setting = best(results, "FDFO", *CELLS[0])
     groups = {"as above": of_setting(results, setting, ABLATION_SEEDS)}
     groups |= {name: of_setting(results, replace(setting, ablation=name), ABLATION_SEEDS) for name in ABLATIONS}
     rows = [[name, spread(map(over_run, runs)), *columns_of(runs)] for name, runs in groups.items() if runs]
@@ -446,12 +447,8 @@ MEASURES = {
 
 
 def label(setting: Run, results: list[dict[str, Any]]) -> str:
-    is_best = replace(best(results)[setting.algorithm], **_cell(setting)) == setting
+    is_best = setting == best(results, setting.algorithm, setting.steps, setting.fraction)
     return setting.cell + ("" if is_best else f", learning rate {setting.learning_rate:g}")
-
-
-def _cell(run: Run) -> dict[str, Any]:
-    return {"steps": run.steps, "fraction": run.fraction, "seed": run.seed}
 
 
 def columns_of(runs: list[dict[str, Any]]) -> list[str]:
@@ -477,7 +474,6 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     """Reward, strict accuracy and diversity against images and CPU seconds: medians over seeds, and their range."""
     from matplotlib.figure import Figure
 
-    settings = best(results)
     seconds = json.loads(COSTS.read_text())["seconds_per_rollout"]
     measures = {
         "reward": "reward",
@@ -489,9 +485,9 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     axes = figure.subplots(len(measures), len(columns), sharey="row", squeeze=False)
     for column, (scale, steps) in enumerate(columns):
         curves = [
-            (replace(setting, steps=steps, fraction=fraction), color, style)
-            for setting, color in zip(settings.values(), ("tab:blue", "tab:orange"))
-            for fraction, style in ((0.25, "-"), (1.0, "--"))
+            (best(results, algorithm, steps, fraction), color, style)
+            for algorithm, color in zip(CLIPS, ("tab:blue", "tab:orange"))
+            for fraction, style in zip(FRACTIONS, ("-", "--"))
         ]
         curves += [(soonest(results), "tab:cyan", "-")] if steps == CELLS[0][0] else []
         for setting, color, style in curves:
@@ -525,12 +521,11 @@ def main() -> None:
     deadline = time.time() + 60 * args.minutes
     if not args.report:
         run_missing(grid(), args.workers, deadline)
-    settings = best(load())
-    if not args.report:
-        runs = [*comparison(settings), *(replace(soonest(load()), seed=seed) for seed in SEEDS)]
+        results = load()
+        runs = [*comparison(results), *(replace(soonest(results), seed=seed) for seed in SEEDS)]
         first = [run for run in runs if (run.steps, run.fraction) != CELLS[-1]]
         # The dearest cell last.
-        for part in (first, ablations(settings["FDFO"]), runs):
+        for part in (first, ablations(best(results, "FDFO", *CELLS[0])), runs):
             run_missing(part, args.workers, deadline)
         if not COSTS.is_file():
             cells = {run.cell: run for run in runs}

@@ -61,16 +61,21 @@ def test_report_of_made_up_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(convergence, "COSTS", tmp_path / "costs.json")
     grid = [made(replace(run), [0.5] * 3, 0.5) for run in convergence.grid()]
     best = {"FDFO": Run("FDFO", 10, 0.25, 3e-4, 0.8, 100), "Flow-GRPO": Run("Flow-GRPO", 10, 0.25, 1.2e-3, 1e-3, 100)}
-    results = [result for result in grid if Run(**result["run"]) not in best.values()]
-    results += [made(run, [0.5, 0.6, 0.7], 0.7) for run in best.values()]
+    bold = Run("Flow-GRPO", 10, 1.0, 2.4e-3, 4e-3, 100)
+    results = [result for result in grid if Run(**result["run"]) not in {*best.values(), bold}]
+    results += [made(run, [0.5, 0.6, 0.7], 0.7) for run in [*best.values(), bold]]
     results.append(made(replace(best["FDFO"], seed=1, ablation="G = 3"), [0.5, 0.5]))
     for seed in convergence.SEEDS:
         results.append(made(replace(best["FDFO"], seed=seed), [0.5, 0.6 + seed / 500, 0.9, 0.9], 0.9))
         results.append(made(replace(best["Flow-GRPO"], seed=seed), [0.5, 0.5, 0.6, 0.6], 0.6))
-    assert convergence.best(results) == best
+    for name, run in best.items():
+        assert convergence.best(results, name, 10, 0.25) == run
+        assert convergence.best(results, name, 20, 0.25) == replace(run, steps=20)
+    # Each fraction has its own tuning.
+    assert convergence.best(results, "Flow-GRPO", 20, 1.0) == replace(bold, steps=20)
     text = convergence.report(results)
     assert "| before | 0.500 | 0.500 | 0.500 |  |  |" in text
-    assert "| FDFO, 10 steps, a quarter | 0.900 (0.900 to 0.900) |" in text and "20 steps" not in text
+    assert "| FDFO, 10 steps, a quarter | 0.900 (0.900 to 0.900) |" in text and "O, 20 steps" not in text
     # Flow-GRPO ends at 0.6, after 30 rollouts of 1 s; FDFO with seed 3 is there after 3 x 0.1 / 0.106 rollouts of 2 s.
     soonest = 3 * 0.1 / 0.11
     line = next(line for line in text.splitlines() if line.startswith("| times as soon"))
@@ -80,6 +85,6 @@ def test_report_of_made_up_runs(tmp_path, monkeypatch):
     # To 0.65, which Flow-GRPO never reaches, at least as many times.
     assert cells[1] == f"> {30 / (2 * (3 + 3 * 0.044 / 0.294)):.1f}"
     assert "| G = 3 |" in text and "1, 1 of them ended by a watchdog" in text
-    assert "| learning rate 0.0003 | 0.500, 0.500 | 0.500, 0.500 | **0.650, 0.600** |" in text
+    assert "| learning rate 0.0003 | 0.500, 0.500 | 0.500, 0.500 | 0.500, 0.500 | **0.650, 0.600** |" in text
     convergence.draw(results, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
