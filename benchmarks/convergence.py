@@ -17,6 +17,7 @@ the end, from seeds that training does not see.
 """
 
 import argparse
+import itertools
 import json
 import math
 import multiprocessing
@@ -44,6 +45,11 @@ LEARNING_RATES = (3e-4, 6e-4, 1.2e-3, 2.4e-3)
 # Ratios of different things: FDFO's moves by 0.05 in a step where Flow-GRPO's, of a mean log-likelihood, moves by 0.0003. The
 # same multiples of what is usual for each.
 CLIPS = {"FDFO": (0.0125, 0.05, 0.2, 0.8), "Flow-GRPO": (6.25e-5, 2.5e-4, 1e-3, 4e-3)}
+# Beyond the grid, on all tuples, where the best was at its edge.
+BEYOND = {
+    "FDFO": [(3e-4, 3.2), (6e-4, 3.2), (1.2e-3, 3.2)],
+    "Flow-GRPO": [(2.4e-3, 1.6e-2), (4.8e-3, 1e-3), (4.8e-3, 4e-3), (4.8e-3, 1.6e-2)],
+}
 CELLS = [(10, 0.25), (10, 1.0), (20, 0.25), (20, 1.0)]  # steps T, fraction of the tuples
 TUNED_STEPS, FRACTIONS = 10, (0.25, 1.0)  # what is tuned: 20 steps take the settings of 10
 TARGETS = (0.65, 0.70, 0.75, 0.80)
@@ -214,13 +220,14 @@ def machine() -> str:
 
 
 def grid() -> list[Run]:
-    return [
-        Run(algorithm, TUNED_STEPS, fraction, rate, clip, TUNING_SEED)
-        for fraction in FRACTIONS
-        for algorithm, clips in CLIPS.items()
-        for rate in LEARNING_RATES
-        for clip in clips[fraction == 1 :]  # the smallest, the worst on a quarter, is not tried on all
-    ]
+    runs = []
+    for fraction in FRACTIONS:
+        for algorithm, clips in CLIPS.items():
+            # The smallest clip, the worst on a quarter, is not tried on all.
+            clips, beyond = (clips[1:], BEYOND[algorithm]) if fraction == 1 else (clips, [])
+            settings = [*itertools.product(LEARNING_RATES, clips), *beyond]
+            runs += [Run(algorithm, TUNED_STEPS, fraction, rate, clip, TUNING_SEED) for rate, clip in settings]
+    return runs
 
 
 def final(result: dict[str, Any]) -> float:
@@ -414,13 +421,13 @@ def grid_tables(results: list[dict[str, Any]]) -> list[str]:
             values = {Run(**result["run"]): tuned(result) for result in tuning(results, algorithm, fraction)}
             setting = best(results, algorithm, TUNED_STEPS, fraction)
             values[setting] = f"**{values[setting]}**"
-            clips = sorted({run.clip for run in values})
+            rates, clips = (sorted({getattr(run, name) for run in values}) for name in ("learning_rate", "clip"))
             rows = [
                 [
                     f"learning rate {rate:g}",
                     *(values.get(replace(setting, learning_rate=rate, clip=clip), "") for clip in clips),
                 ]
-                for rate in LEARNING_RATES
+                for rate in rates
             ]
             lines += [*table([setting.cell, *(f"clip {clip:g}" for clip in clips)], rows), ""]
     return lines
