@@ -402,14 +402,24 @@ def across(results: list[dict[str, Any]], seconds: dict[str, float]) -> list[str
     lines = []
     for steps in sorted({steps for steps, _ in CELLS}):
         own, other = best(results, "FDFO", steps, 0.25), best(results, "Flow-GRPO", steps, 1.0)
-        if not of_setting(results, own) or not of_setting(results, other):
+        members, others = of_setting(results, own), of_setting(results, other)
+        if not members or not others:
             continue
-        end = statistics.median(map(final, of_setting(results, other)))
+        end = statistics.median(map(final, others))
         budget = ROLLOUTS * seconds[other.cell]
-        each = [budget / (reached(member, end) * seconds[own.cell]) for member in of_setting(results, own)]
+        each = [budget / (reached(member, end) * seconds[own.cell]) for member in members]
+        to_targets = []
+        for target in TARGETS:
+            times = [
+                statistics.median(reached(run, target) for run in runs) * seconds[cell]
+                for runs, cell in ((members, own.cell), (others, other.cell))
+            ]
+            if all(map(math.isfinite, times)):
+                to_targets.append(f"; {target:.2f}, {times[1] / times[0]:.1f} times")
         lines.append(
             f"- FDFO on a quarter of the tuples reaches what Flow-GRPO on all of them ends with, {end:.3f} at {steps} steps, "
-            f"**{statistics.median(each):.1f}** times as soon ({min(each):.1f} to {max(each):.1f})."
+            f"**{statistics.median(each):.1f}** times as soon ({min(each):.1f} to {max(each):.1f})"
+            f"{''.join(to_targets)}."
         )
     return lines
 
