@@ -13,9 +13,7 @@ PACKAGED_PROMPTS = Path(__file__).with_name("prompts.txt")
 _BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-def load_prompts(
-    dataset_name: str | None = None, prompt_column: str = "prompt", name: str = "dataset_name"
-) -> Dataset:
+def load_prompts(dataset_name: str | None = None, prompt_column: str = "prompt", name: str = "dataset_name") -> Dataset:
     """
     Args:
         dataset_name (`str`, *optional*): A Hub id (its split `train` is taken) or a local .txt (one prompt per line),
