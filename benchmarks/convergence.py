@@ -321,6 +321,11 @@ def report(results: list[dict[str, Any]]) -> str:
     cells = [{algorithm: best(results, algorithm, *cell) for algorithm in CLIPS} for cell in CELLS]
     # Tuned for something else, in the first cell: to be soon.
     cells.insert(1, {**cells[0], "FDFO": soonest(results)})
+    # What serves each best: FDFO on a quarter of the tuples, Flow-GRPO on all.
+    cells += [
+        {"FDFO": best(results, "FDFO", steps, 0.25), "Flow-GRPO": best(results, "Flow-GRPO", steps, 1.0)}
+        for steps in sorted({steps for steps, _ in CELLS})
+    ]
     cells = [cell for cell in cells if all(of_setting(results, setting) for setting in cell.values())]
     return "\n".join(
         [
@@ -338,8 +343,6 @@ def report(results: list[dict[str, Any]]) -> str:
             "of it; the ratio's range is over the seeds of FDFO.",
             "",
             *speed_table(results, cells, costs["seconds_per_rollout"]),
-            "",
-            *across(results, costs["seconds_per_rollout"]),
             "",
             "## The grid",
             "",
@@ -397,38 +400,11 @@ def speed_table(results: list[dict[str, Any]], cells: list[dict[str, Run]], seco
     return table(["", *(f"{target:.2f}" for target in TARGETS), "at the end of Flow-GRPO"], rows)
 
 
-def across(results: list[dict[str, Any]], seconds: dict[str, float]) -> list[str]:
-    """FDFO on a quarter of the tuples, which serves it best, against Flow-GRPO on all, which serves that best."""
-    lines = []
-    for steps in sorted({steps for steps, _ in CELLS}):
-        own, other = best(results, "FDFO", steps, 0.25), best(results, "Flow-GRPO", steps, 1.0)
-        members, others = of_setting(results, own), of_setting(results, other)
-        if not members or not others:
-            continue
-        end = statistics.median(map(final, others))
-        budget = ROLLOUTS * seconds[other.cell]
-        each = [budget / (reached(member, end) * seconds[own.cell]) for member in members]
-        to_targets = []
-        for target in TARGETS:
-            times = [
-                statistics.median(reached(run, target) for run in runs) * seconds[cell]
-                for runs, cell in ((members, own.cell), (others, other.cell))
-            ]
-            if all(map(math.isfinite, times)):
-                to_targets.append(f"; {target:.2f}, {times[1] / times[0]:.1f} times")
-        lines.append(
-            f"- FDFO on a quarter of the tuples reaches what Flow-GRPO on all of them ends with, {end:.3f} at {steps} steps, "
-            f"**{statistics.median(each):.1f}** times as soon ({min(each):.1f} to {max(each):.1f})"
-            f"{''.join(to_targets)}."
-        )
-    return lines
-
-
 def grid_tables(results: list[dict[str, Any]]) -> list[str]:
     lines = []
     for fraction in FRACTIONS:
         for algorithm in CLIPS:
-            values = {Run(**result["run"]): tuned(result) for result in tuning(results, algorithm, fraction)}
+            values = {Run(**result["run"]): grid_cell(result) for result in tuning(results, algorithm, fraction)}
             setting = best(results, algorithm, TUNED_STEPS, fraction)
             values[setting] = f"**{values[setting]}**"
             rates, clips = (sorted({getattr(run, name) for run in values}) for name in ("learning_rate", "clip"))
@@ -443,7 +419,8 @@ def grid_tables(results: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def tuned(result: dict[str, Any]) -> str:
+def grid_cell(result: dict[str, Any]) -> str:
+    """Reward at the end of a run, and its mean over it."""
     return "ended by a watchdog" if "failed" in result else f"{final(result):.3f}, {over_run(result):.3f}"
 
 

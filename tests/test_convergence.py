@@ -56,7 +56,7 @@ def test_when_a_reward_is_reached():
 
 
 def test_report_of_made_up_runs(tmp_path, monkeypatch):
-    seconds = {"FDFO, 10 steps, a quarter": 2.0, "Flow-GRPO, 10 steps, a quarter": 1.0}
+    seconds = {"FDFO, 10 steps, a quarter": 2.0, "Flow-GRPO, 10 steps, a quarter": 1.0, "Flow-GRPO, 10 steps, all": 3.0}
     (tmp_path / "costs.json").write_text(json.dumps({"machine": "a machine", "seconds_per_rollout": seconds}))
     monkeypatch.setattr(convergence, "COSTS", tmp_path / "costs.json")
     grid = [made(replace(run), [0.5] * 3, 0.5) for run in convergence.grid()]
@@ -68,6 +68,7 @@ def test_report_of_made_up_runs(tmp_path, monkeypatch):
     for seed in convergence.SEEDS:
         results.append(made(replace(best["FDFO"], seed=seed), [0.5, 0.6 + seed / 500, 0.9, 0.9], 0.9))
         results.append(made(replace(best["Flow-GRPO"], seed=seed), [0.5, 0.5, 0.6, 0.6], 0.6))
+        results.append(made(replace(bold, seed=seed), [0.5, 0.6, 0.8, 0.8], 0.8))
     for name, run in best.items():
         assert convergence.best(results, name, 10, 0.25) == run
         assert convergence.best(results, name, 20, 0.25) == replace(run, steps=20)
@@ -78,12 +79,14 @@ def test_report_of_made_up_runs(tmp_path, monkeypatch):
     assert "| FDFO, 10 steps, a quarter | 0.900 (0.900 to 0.900) |" in text and "O, 20 steps" not in text
     # Flow-GRPO ends at 0.6, after 30 rollouts of 1 s; FDFO with seed 3 is there after 3 x 0.1 / 0.106 rollouts of 2 s.
     soonest = 3 * 0.1 / 0.11
-    line = next(line for line in text.splitlines() if line.startswith("| times as soon"))
+    line, *_, across = (line for line in text.splitlines() if line.startswith("| times as soon"))
     cells = [cell.strip() for cell in line.split("|")[1:-1]]
     median = 30 / (2 * 3 * 0.1 / 0.106)
     assert cells[-1] == f"**{median:.1f}** ({30 / (2 * 3 * 0.1 / 0.102):.1f} to {30 / (2 * soonest):.1f})"
     # To 0.65, which Flow-GRPO never reaches, at least as many times.
     assert cells[1] == f"> {30 / (2 * (3 + 3 * 0.044 / 0.294)):.1f}"
+    # Flow-GRPO on all ends at 0.8, after 30 rollouts of 3 s; FDFO on a quarter with seed 3 is there after 3 + 3 x 0.194 / 0.294.
+    assert f"**{30 * 3 / (2 * (3 + 3 * 0.194 / 0.294)):.1f}**" in across
     assert "| G = 3 |" in text and "1, 1 of them ended by a watchdog" in text
     assert "| learning rate 0.0003 | 0.500, 0.500 | 0.500, 0.500 | 0.500, 0.500 | **0.650, 0.600** |" in text
     convergence.draw(results, tmp_path / "picture.png")

@@ -106,10 +106,10 @@ class EvaluatingTrainer(HubTrainer):
         from the same seeds each time.
 
         Returns:
-            `dict[str, float]`: Means over the prompts: `eval_reward`, the weighted sum, and `eval_rewards/<name>/mean`, with `std`
-            over the prompts and `se`, the standard error of the mean; with `eval_reward_fn` `eval_control`, the plain sum,
-            and `eval_controls/<name>/mean`, `std` and `se`; with `eval_diversity` that and `eval_diversity_se`; `eval_alarm`, 0 or
-            1, where an alarm is on and the prompts are those of the trainer; `eval_runtime` in seconds.
+            `dict[str, float]`: Means over the prompts: `eval_reward`, the weighted sum, and `eval_rewards/<name>/mean`, with
+            `std` over the prompts and `se`, the standard error of the mean; with `eval_reward_fn` `eval_control`, the plain
+            sum, and `eval_controls/<name>/mean`, `std` and `se`; with `eval_diversity` that and `eval_diversity_se`;
+            `eval_alarm`, 0 or 1, where an alarm is on and the prompts are those of the trainer; `eval_runtime` in seconds.
         """
         own = eval_dataset is None
         dataset = self.eval_dataset if own else eval_dataset
