@@ -1,19 +1,21 @@
 """
-How soon FDFO and Flow-GRPO reach a reward on the packaged pipeline, from equally many images, each tuned over the same grid.
+Measures how soon FDFO and Flow-GRPO reach a reward on the packaged pipeline. Both get equally many images and are tuned
+over the same grid.
 
-    python benchmarks/convergence.py             # the runs that benchmarks/results/convergence.jsonl lacks, then the report
+    python benchmarks/convergence.py             # the runs that results/convergence.jsonl lacks, then the report
     python benchmarks/convergence.py --report    # the report alone: results/convergence.md, docs/convergence.png
 
-Some hours on two cores from nothing; a run that is there is not repeated. In order: the grid, for a quarter of the tuples and for
-all (one seed that is used nowhere else), five seeds with each algorithm's best setting in three of four cells (10 and 20 steps;
-a quarter and all), ablations of FDFO with three seeds, the dearest cell, and what a rollout of each cell costs.
+All runs take some hours on two cores; a run that has a result is not repeated. They come in this order: the grid, on a
+quarter of the tuples and on all, with a seed that is used nowhere else; five seeds with each algorithm's best setting
+in three of the four cells (10 and 20 steps, a quarter and all); ablations of FDFO with three seeds; the most expensive
+cell; the cost of a rollout in each cell.
 
-A run is what its settings and seed say, to the bit on one machine, however busy that is. So CPU seconds are not taken from
-the runs, which share their processor with others, but are rollouts times the cost of a rollout, and the costs of all cells
-are measured in turn in one process.
+On one machine a run's settings and seed decide its result to the bit, however busy the machine is. Its CPU seconds
+would not repeat, because runs share a processor. So the costs of a rollout are measured in turn in one process, and the
+CPU seconds of a run are its rollouts times that cost.
 
-Every run is scored on the same images, by the pipeline's own sampler: of each of the 54 captions 2 every third rollout, and 8 at
-the end, from seeds that training does not see.
+Every run is scored on the same images of the pipeline's own sampler, from seeds that training does not see: 2 of each
+of the 54 captions every third rollout, and 8 of each at the end.
 """
 
 import argparse
@@ -42,16 +44,16 @@ PICTURE = Path(__file__).parents[1] / "docs" / "convergence.png"
 ROLLOUTS, IMAGES, EVALUATE_EVERY = 30, 144, 3
 TUNING_SEED, SEEDS, ABLATION_SEEDS = 100, (1, 2, 3, 4, 5), (1, 2, 3)
 LEARNING_RATES = (3e-4, 6e-4, 1.2e-3, 2.4e-3)
-# Ratios of different things: FDFO's moves by 0.05 in a step where Flow-GRPO's, of a mean log-likelihood, moves by 0.0003. The
-# same multiples of what is usual for each.
+# The algorithms clip different ratios: in a step FDFO's moves by 0.05, and Flow-GRPO's, of a mean log-likelihood, by
+# 0.0003. Both grids are the same multiples of each algorithm's usual clip.
 CLIPS = {"FDFO": (0.0125, 0.05, 0.2, 0.8), "Flow-GRPO": (6.25e-5, 2.5e-4, 1e-3, 4e-3)}
-# Beyond the grid, on all tuples, where the best was at its edge.
+# Settings beyond the grid, on all tuples, because the best setting was at the grid's edge.
 BEYOND = {
     "FDFO": [(3e-4, 3.2), (6e-4, 3.2), (1.2e-3, 3.2)],
     "Flow-GRPO": [(2.4e-3, 1.6e-2), (4.8e-3, 1e-3), (4.8e-3, 4e-3), (4.8e-3, 1.6e-2)],
 }
 CELLS = [(10, 0.25), (10, 1.0), (20, 0.25), (20, 1.0)]  # steps T, fraction of the tuples
-TUNED_STEPS, FRACTIONS = 10, (0.25, 1.0)  # what is tuned: 20 steps take the settings of 10
+TUNED_STEPS, FRACTIONS = 10, (0.25, 1.0)  # 10 steps are tuned; 20 steps take their settings
 TARGETS = (0.65, 0.70, 0.75, 0.80)
 
 FDFO_CHURN = {"churn_schedule": "prior", "churn": 0.26}
@@ -66,13 +68,13 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "beta 0.025": {"beta": 0.025},
     "no whitening": {"whiten_direction": False},
     "reward gradient": {"direction": "reward_gradient"},
-    "first level alone": {},  # where `prior` has its churn; see `FirstLevel`
+    "first level alone": {},  # the level of `prior`'s churn; see `FirstLevel`
 }
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run is: an algorithm, a cell, its setting, a seed, and the name of an ablation."""
+    """The description of a run: its algorithm, cell, setting and seed, and the name of an ablation."""
 
     algorithm: str
     steps: int
@@ -90,10 +92,11 @@ class Run:
 def make_trainer(run: Run, rollouts: int = ROLLOUTS):
     from datasets import Dataset
 
+    from benchmarks.common import PACKAGED
     from trl_fdfo import FDFOConfig, FDFOTrainer, FlowGRPOConfig, FlowGRPOTrainer, shapes
 
     class FirstLevel(FDFOTrainer):
-        """Updates of the level alone whose noise differs."""
+        """Trains on the first level alone, whose noise differs between the branches."""
 
         def _trained_levels(self, rollout, batch):
             return [0] * self.args.num_trained_levels
@@ -117,14 +120,7 @@ def make_trainer(run: Run, rollouts: int = ROLLOUTS):
         learning_rate=run.learning_rate,
         epsilon=run.clip,
         seed=run.seed,
-        height=32,
-        width=32,
-        pipeline_kwargs={"max_sequence_length": 0},
-        logging_images_steps=0,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
+        **PACKAGED,
         **options,
     )
     captions = Dataset.from_dict({"prompt": shapes.captions()})
@@ -132,7 +128,7 @@ def make_trainer(run: Run, rollouts: int = ROLLOUTS):
 
 
 def train(run: Run) -> dict[str, Any]:
-    """Scores of a run before it, after every third rollout, and more closely at the end."""
+    """Trains one run, and scores it before the first rollout, after every third, and on more images at the end."""
     import torch
     from transformers import PrinterCallback, TrainerCallback
 
@@ -168,13 +164,13 @@ def train(run: Run) -> dict[str, Any]:
     try:
         trainer.train()
         result["end"] = {name: round(value, 5) for name, value in score(8).items()}
-    except RuntimeError as error:  # a watchdog: the setting is too bold
+    except RuntimeError as error:  # a watchdog ended a setting that is too bold
         result["failed"] = f"{type(error).__name__}: {error}"
     return result
 
 
 def measure_costs(settings: dict[str, Run], rounds: int = 4) -> dict[str, Any]:
-    """CPU seconds of a rollout and its updates in each cell, the median of `rounds` in turn, on one thread."""
+    """CPU seconds of a rollout and its updates in each cell on one thread, the median of `rounds`; cells take turns."""
     import torch
     from transformers import PrinterCallback, TrainerCallback
 
@@ -216,14 +212,14 @@ def machine() -> str:
     return f"one core of {model}, torch {torch.__version__}"
 
 
-# What is run -----------------------------------------------------------------------------------------------------------
+# The runs -------------------------------------------------------------------------------------------------------------
 
 
 def grid() -> list[Run]:
     runs = []
     for fraction in FRACTIONS:
         for algorithm, clips in CLIPS.items():
-            # The smallest clip, the worst on a quarter, is not tried on all.
+            # All tuples leave out the smallest clip, which was the worst on a quarter.
             clips, beyond = (clips[1:], BEYOND[algorithm]) if fraction == 1 else (clips, [])
             settings = [*itertools.product(LEARNING_RATES, clips), *beyond]
             runs += [Run(algorithm, TUNED_STEPS, fraction, rate, clip, TUNING_SEED) for rate, clip in settings]
@@ -236,24 +232,24 @@ def final(result: dict[str, Any]) -> float:
 
 
 def over_run(result: dict[str, Any]) -> float:
-    """Mean reward over the course of a run: high where it rises soon and stays."""
+    """Mean reward over a run's course, which is high if the reward rises soon and stays."""
     return statistics.fmean(result["reward"])
 
 
 def tuning(results: list[dict[str, Any]], algorithm: str, fraction: float) -> list[dict[str, Any]]:
-    """The runs on the grid of an algorithm that trains on this fraction of the tuples."""
+    """The grid runs of an algorithm on this fraction of the tuples."""
     wanted = {run for run in grid() if (run.algorithm, run.fraction) == (algorithm, fraction)}
     return [result for result in results if Run(**result["run"]) in wanted]
 
 
 def best(results: list[dict[str, Any]], algorithm: str, steps: int, fraction: float) -> Run:
-    """The setting with the highest reward at the end, on the grid of that fraction."""
+    """The setting with the highest reward at the end on the grid of this fraction."""
     run = Run(**max(tuning(results, algorithm, fraction), key=final)["run"])
     return replace(run, steps=steps)
 
 
 def soonest(results: list[dict[str, Any]]) -> Run:
-    """The setting of FDFO on a quarter with the highest mean reward over the run, on the grid."""
+    """FDFO's setting on a quarter of the tuples with the highest mean reward over the run."""
     runs = [result for result in tuning(results, "FDFO", 0.25) if "failed" not in result]
     return Run(**max(runs, key=over_run)["run"])
 
@@ -298,11 +294,11 @@ def run_missing(runs: list[Run], workers: int, deadline: float) -> None:
                 futures[pool.submit(train, following)] = following
 
 
-# The report ------------------------------------------------------------------------------------------------------------
+# The report -----------------------------------------------------------------------------------------------------------
 
 
 def reached(result: dict[str, Any], target: float) -> float:
-    """Rollouts until the reward reaches a target, between evaluations on a line; infinite where it does not."""
+    """Rollouts until the reward reaches a target, interpolated between evaluations; infinite if it never does."""
     points = list(zip(result["rollouts"], result["reward"]))
     for (before, low), (after, high) in zip(points, points[1:]):
         if low < target <= high:
@@ -311,7 +307,7 @@ def reached(result: dict[str, Any], target: float) -> float:
 
 
 def of_setting(results: list[dict[str, Any]], setting: Run, seeds: Sequence[int] = SEEDS) -> list[dict[str, Any]]:
-    """The runs of a setting with these seeds, whatever the setting's own seed is."""
+    """The runs of a setting with these seeds. The setting's own seed does not matter."""
     wanted = {replace(setting, seed=seed) for seed in seeds}
     return [result for result in results if Run(**result["run"]) in wanted]
 
@@ -319,9 +315,9 @@ def of_setting(results: list[dict[str, Any]], setting: Run, seeds: Sequence[int]
 def report(results: list[dict[str, Any]]) -> str:
     costs = json.loads(COSTS.read_text())
     cells = [{algorithm: best(results, algorithm, *cell) for algorithm in CLIPS} for cell in CELLS]
-    # Tuned for something else, in the first cell: to be soon.
+    # The first cell again, with FDFO tuned to be soon.
     cells.insert(1, {**cells[0], "FDFO": soonest(results)})
-    # What serves each best: FDFO on a quarter of the tuples, Flow-GRPO on all.
+    # Each algorithm with its best fraction: FDFO on a quarter of the tuples, Flow-GRPO on all.
     cells += [
         {"FDFO": best(results, "FDFO", steps, 0.25), "Flow-GRPO": best(results, "Flow-GRPO", steps, 1.0)}
         for steps in sorted({steps for steps, _ in CELLS})
@@ -331,24 +327,24 @@ def report(results: list[dict[str, Any]]) -> str:
         [
             "# FDFO and Flow-GRPO on the packaged pipeline",
             "",
-            f"{ROLLOUTS} rollouts of {IMAGES} images, of each prompt 2 for FDFO and 8 for Flow-GRPO. Medians over seeds, and the "
-            "range in parentheses.",
+            f"{ROLLOUTS} rollouts of {IMAGES} images, of each prompt 2 for FDFO and 8 for Flow-GRPO. Medians over "
+            "seeds, and the range in parentheses.",
             "",
             *end_table(results, cells, costs["seconds_per_rollout"]),
             "",
             "## How soon",
             "",
-            "Rollouts to a reward, median over seeds, and CPU seconds; the ratio is of CPU seconds. The last column is the reward "
-            "that Flow-GRPO has at the end of its budget (median over seeds of its last two evaluations), and its time the whole "
-            "of it; the ratio's range is over the seeds of FDFO.",
+            "Rollouts to a reward, median over seeds, and CPU seconds; the ratio is of CPU seconds. The last column is "
+            "the reward that Flow-GRPO has at the end of its budget (median over seeds of its last two evaluations), "
+            "and its time the whole of it; the ratio's range is over the seeds of FDFO.",
             "",
             *speed_table(results, cells, costs["seconds_per_rollout"]),
             "",
             "## The grid",
             "",
-            f"{TUNED_STEPS} steps, seed {TUNING_SEED}: reward at the end (mean of the last two evaluations; in bold the highest, whose "
-            "setting is used elsewhere, at 20 steps too), and mean over the run, by which FDFO on a quarter is soonest with learning "
-            f"rate {soonest(results).learning_rate:g}: that setting is compared too.",
+            f"{TUNED_STEPS} steps, seed {TUNING_SEED}: reward at the end (mean of the last two evaluations; in bold "
+            "the highest, whose setting is used elsewhere, at 20 steps too), and mean over the run, by which FDFO on a "
+            f"quarter is soonest with learning rate {soonest(results).learning_rate:g}: that setting is compared too.",
             "",
             *grid_tables(results),
             f"## Ablations of FDFO: {CELLS[0][0]} steps, a quarter of the tuples",
@@ -420,7 +416,7 @@ def grid_tables(results: list[dict[str, Any]]) -> list[str]:
 
 
 def grid_cell(result: dict[str, Any]) -> str:
-    """Reward at the end of a run, and its mean over it."""
+    """Reward at the end of a run, and mean reward over the run."""
     return "ended by a watchdog" if "failed" in result else f"{final(result):.3f}, {over_run(result):.3f}"
 
 
@@ -432,7 +428,7 @@ def ablation_table(results: list[dict[str, Any]]) -> list[str]:
     return table(["", "mean reward over the run", *MEASURES, "runs"], rows)
 
 
-# At the end of a run, and what a table calls it.
+# Names of the scores at the end of a run, by their titles in tables.
 MEASURES = {
     "reward at the end": "reward",
     "strict accuracy": "strict_accuracy",
@@ -465,7 +461,7 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
-    """Reward, strict accuracy and diversity against images and CPU seconds: medians over seeds, and their range."""
+    """Draws reward, strict accuracy and diversity against images and CPU seconds: medians over seeds, with ranges."""
     from matplotlib.figure import Figure
 
     seconds = json.loads(COSTS.read_text())["seconds_per_rollout"]
@@ -501,14 +497,14 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         ax.set_ylabel(title)
     for ax in axes.flat:
         ax.grid(alpha=0.3)
-    # Outside: in the panels it would hide a curve.
+    # Inside a panel the legend would hide a curve.
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False)
     figure.savefig(path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--report", action="store_true", help="Run nothing.")
+    parser.add_argument("--report", action="store_true", help="Only report; run nothing.")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="Runs at a time, a core each.")
     parser.add_argument("--minutes", type=float, default=math.inf, help="Begin no run after this time.")
     args = parser.parse_args()
@@ -518,7 +514,7 @@ def main() -> None:
         results = load()
         runs = [*comparison(results), *(replace(soonest(results), seed=seed) for seed in SEEDS)]
         first = [run for run in runs if (run.steps, run.fraction) != CELLS[-1]]
-        # The dearest cell last.
+        # The most expensive cell comes last.
         for part in (first, ablations(best(results, "FDFO", *CELLS[0])), runs):
             run_missing(part, args.workers, deadline)
         if not COSTS.is_file():

@@ -1,21 +1,20 @@
 """
-FDFO on Stable Diffusion 3.5 Medium on one CUDA GPU: what each option costs and saves.
+Measures what each option costs and saves in FDFO on Stable Diffusion 3.5 Medium on one CUDA GPU.
 
     python benchmarks/gpu_sd35.py              # a few minutes on an H100 or H200
-    python benchmarks/gpu_sd35.py --tiny       # the same on a tiny model, also on a CPU: a rehearsal, no measurement
+    python benchmarks/gpu_sd35.py --tiny       # a rehearsal on a tiny model, also on a CPU: measures nothing
 
-The architecture is the real one, built from the numbers of its published configuration with random weights, in
-bfloat16, at 512 x 512 pixels. The prompt's embedding has the real shape, 77 CLIP and 128 T5 tokens, but comes from
-encoders of one thin layer, which cost next to nothing; those of the real size are in the rows "text encoders". The
-reward is free. All else is `FDFOTrainer`.
+The pipeline has the published architecture with random weights in bfloat16, at 512 x 512 pixels. A prompt's embedding
+has the real shape, 77 CLIP and 128 T5 tokens, but comes from encoders of one thin layer, which cost next to nothing.
+The rows "text encoders" have encoders of the real size. The reward is free. The trainer is `FDFOTrainer`.
 
-A row is one run with some options changed. Its first rollout warms up; the others are timed. It fails by itself: "out of
-memory" is a result. Printed, and written to `benchmarks/results/gpu_sd35-<name of the GPU>.json`:
+A row is one run with some options changed. Its first rollout warms up; the others are timed. A row that fails ends no
+other: "out of memory" is a result. Prints and writes to `benchmarks/results/gpu_sd35-<name of the GPU>.json`:
 
 - images/s sampled, with the decoding; tuples/s trained (forward, backward, optimizer);
 - GiB: peak of allocated memory while sampling and while training;
-- MFU: model FLOPs (counted on a twin without memory; what gradient checkpointing computes twice counts once) over the rate of a
-  bfloat16 matrix product measured in the same run.
+- MFU: model FLOPs over the rate of a bfloat16 matrix product measured in the same run. FLOPs are counted on a twin
+  without memory, and a forward pass that gradient checkpointing repeats counts once.
 """
 
 import argparse
@@ -28,38 +27,26 @@ import json
 import os
 import re
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import tiny_pipelines
 import torch
 import torch._dynamo
-from datasets import Dataset
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.utils import logging as diffusers_logging
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModelWithProjection,
-    PrinterCallback,
-    T5Config,
-    T5EncoderModel,
-    TrainerCallback,
-)
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel, TrainerCallback
 
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-import tiny_pipelines
-
-from trl_fdfo import FDFOConfig, FDFOTrainer
-from trl_fdfo.lora import default_lora_config
-from trl_fdfo.rollout_buffer import RolloutBuffer
+from benchmarks.common import QUIET, TimedTrainer, median_seconds, sd3_vae, timed_trainer
+from trl_fdfo import FDFOConfig
+from trl_fdfo.pipeline.lora import default_lora_config
 
 
 DTYPE = torch.bfloat16
@@ -67,7 +54,7 @@ DTYPE = torch.bfloat16
 
 @dataclass(frozen=True)
 class Size:
-    """A model by the numbers of its configuration; `clip_tokens` and `t5_tokens` are those of a prompt's embedding."""
+    """A pipeline by the numbers of its configs. A prompt's embedding has `clip_tokens` and `t5_tokens`."""
 
     pixels: int
     transformer: dict[str, Any]
@@ -76,7 +63,7 @@ class Size:
     t5: dict[str, Any]
     clip_tokens: int
     t5_tokens: int
-    product: int  # rows and columns of the matrices of the ceiling
+    product: int  # rows and columns of the matrices whose product measures the ceiling
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -88,7 +75,7 @@ class Size:
         return self.clip_tokens + self.t5_tokens, self.transformer["joint_attention_dim"]
 
 
-# transformer/, vae/ and text_encoder*/config.json of stabilityai/stable-diffusion-3.5-medium.
+# From config.json of transformer/, vae/ and text_encoder*/ in stabilityai/stable-diffusion-3.5-medium.
 MEDIUM = Size(
     pixels=512,
     transformer={
@@ -145,7 +132,7 @@ TINY = Size(
 
 @dataclass(frozen=True)
 class Row:
-    """Options of `FDFOConfig` that differ from those of `make_config`; with encoders of the real size, where they matter."""
+    """One run: its options, which replace options of `make_config`, and whether its text encoders have the real size."""
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
@@ -153,8 +140,8 @@ class Row:
 
 
 BASELINE = Row("2 prompts at a time")
-# The most telling first: a run that has no time left ends without the last ones. Without `attention_backend`, which the
-# attention of SD 3.5 does not ask for, and `vae_tiling`, which leaves 512 pixels whole.
+# The most telling rows come first, because a run that is out of time leaves out the last. Two options are missing: the
+# attention of SD 3.5 ignores `attention_backend`, and `vae_tiling` leaves 512 pixels whole.
 ROWS = [
     BASELINE,
     Row("1 prompt", {"per_device_prompt_batch_size": 1}),
@@ -185,14 +172,14 @@ ROWS = [
         },
         text_encoders=True,
     ),
-    # What the first row gives now: how far the machine has drifted meanwhile.
+    # The first row again shows how far the machine has drifted.
     Row("2 prompts at a time, again"),
 ]
 
 
 @contextlib.contextmanager
 def building(device: torch.device) -> Iterator[None]:
-    """Weights are drawn where and in what they stay: an encoder of 5 billion is not first made in float32 on the CPU."""
+    """Draws weights on their device and in bfloat16, where an encoder of 5 billion need not pass through the CPU."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(DTYPE)
     try:
@@ -204,26 +191,17 @@ def building(device: torch.device) -> Iterator[None]:
 
 def build_transformer(size: Size, device: torch.device) -> SD3Transformer2DModel:
     with building(device):
-        # Its table of positions is made elsewhere, in float32.
+        # The table of positions is made on the CPU in float32, and then moved.
         return SD3Transformer2DModel(**size.transformer).to(device, DTYPE)
 
 
 def build_vae(size: Size, device: torch.device) -> AutoencoderKL:
-    blocks = len(size.vae["block_out_channels"])
     with building(device):
-        return AutoencoderKL(
-            down_block_types=["DownEncoderBlock2D"] * blocks,
-            up_block_types=["UpDecoderBlock2D"] * blocks,
-            shift_factor=0.0609,
-            scaling_factor=1.5305,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-            **size.vae,
-        ).to(device, DTYPE)
+        return sd3_vae(**size.vae, shift_factor=0.0609, scaling_factor=1.5305).to(device, DTYPE)
 
 
 def build_text_encoders(size: Size, device: torch.device, real: bool) -> dict[str, Any]:
-    """Of the real size or of one thin layer; what their small tokenizers make of a prompt changes nothing about the time."""
+    """Text encoders of the real size, or of one thin layer. Their small tokenizers do not change the time."""
     tokenizers = [tiny_pipelines.clip_tokenizer(), tiny_pipelines.clip_tokenizer(), tiny_pipelines.t5_tokenizer()]
     thin_clip = {} if real else {"num_hidden_layers": 1, "intermediate_size": 64}
     thin_t5 = {} if real else {"num_layers": 1, "d_ff": 64, "num_heads": 1, "vocab_size": 64}
@@ -267,26 +245,23 @@ def make_config(size: Size, steps: int, rounds: int, folder: str, device: torch.
         "height": size.pixels,
         "width": size.pixels,
         "pipeline_kwargs": {"max_sequence_length": size.t5_tokens},
-        # In bfloat16, and with random weights, the paper's churn may be lost in the rounding.
+        # In bfloat16 and with random weights, rounding may hide the paper's churn.
         "churn": 0.05,
-        "save_strategy": "no",
-        "report_to": [],
-        "logging_images_steps": 0,
         "bf16": True,
         "use_cpu": device.type == "cpu",
-        "disable_tqdm": True,
+        **QUIET,
     }
     return FDFOConfig(**{**defaults, **options})
 
 
-# What a run costs --------------------------------------------------------------------------------------------------
+# Counting ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Work:
     """
-    FLOPs of the model for one image: a forward pass, a trained tuple (forward and backward), and the decoding; and how
-    many kernels the first two launch, of however many images.
+    FLOPs of the model for one image in a forward pass, in a trained tuple (forward and backward) and in the decoding;
+    and the kernels of a forward pass and of a trained tuple, whose number does not depend on the batch.
     """
 
     forward: int
@@ -301,7 +276,7 @@ class Work:
 
 
 class KernelCounter(TorchDispatchMode):
-    """Operations that are more than a view."""
+    """Counts the operations that are not views."""
 
     count = 0
 
@@ -310,15 +285,21 @@ class KernelCounter(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def build_adapted_transformer(size: Size, device: torch.device) -> PeftModel:
+    """The transformer with the adapter of a run with default options."""
+    transformer = build_transformer(size, device).requires_grad_(False)
+    config = make_config(size, 1, 1, tempfile.gettempdir(), torch.device("cpu"))
+    lora = default_lora_config(config.lora_r, config.lora_alpha, config.lora_target_modules, transformer)
+    return get_peft_model(transformer, lora)
+
+
 def count_work(size: Size) -> Work:
     """
-    FLOPs counted on models without memory. There attention runs as matrix products, which are what the fused kernels
-    compute, and backward twice that: what the kernels compute again in the backward pass is not counted.
+    Counts FLOPs on models without memory. Attention runs there as matrix products, the ones that a fused kernel
+    computes. A fused kernel computes some of them again in the backward pass; these are not counted.
     """
     meta, images = torch.device("meta"), 2
-    transformer = build_transformer(size, meta).requires_grad_(False)
-    config = make_config(size, 1, 1, tempfile.gettempdir(), torch.device("cpu"))
-    model = get_peft_model(transformer, default_lora_config(config, transformer))
+    model = build_adapted_transformer(size, meta)
     with building(meta):
         inputs = transformer_inputs(size, images)
         with FlopCounterMode(display=False) as flops, KernelCounter() as kernels:
@@ -339,7 +320,7 @@ def count_work(size: Size) -> Work:
 
 
 def transformer_inputs(size: Size, images: int) -> dict[str, torch.Tensor]:
-    """On the default device, in the default dtype."""
+    """Arguments of a call of the transformer, on the default device and in the default dtype."""
     return {
         "hidden_states": torch.randn(images, *size.latent_shape),
         "encoder_hidden_states": torch.randn(images, *size.embedding_shape),
@@ -352,24 +333,8 @@ def transformer_inputs(size: Size, images: int) -> dict[str, torch.Tensor]:
 # Measuring ---------------------------------------------------------------------------------------------------------
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def median_seconds(function: Callable, device: torch.device, repeats: int = 10, warm_up: int = 3) -> float:
-    seconds = []
-    for _ in range(warm_up + repeats):
-        synchronize(device)
-        start = time.perf_counter()
-        function()
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[warm_up:])
-
-
 def product_rate(size: Size, device: torch.device) -> float:
-    """FLOP/s of a large matrix product of random numbers (of zeros it would be faster): the ceiling."""
+    """FLOP/s of a large matrix product, the ceiling. Its numbers are random: zeros would be faster."""
     n = size.product
     a, b = (torch.randn(n, n, device=device, dtype=DTYPE) for _ in range(2))
     return 2 * n**3 / median_seconds(lambda: a @ b, device)
@@ -377,7 +342,7 @@ def product_rate(size: Size, device: torch.device) -> float:
 
 @torch.no_grad()
 def measure_bare(size: Size, work: Work, ceiling: float, device: torch.device) -> list[dict]:
-    """The transformer and the VAE alone, without adapter and trainer: what FDFO could reach at most."""
+    """Times the transformer and the VAE alone, without adapter and trainer: the limit of what FDFO can reach."""
     transformer, vae = build_transformer(size, device), build_vae(size, device)
     results = []
     for images in (2, 4, 8, 16):
@@ -398,73 +363,19 @@ def measure_bare(size: Size, work: Work, ceiling: float, device: torch.device) -
     return results
 
 
-class Phases(TrainerCallback):
-    """Seconds of sampling and of training of each rollout, and the peak of allocated bytes in each."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.sampling: list[float] = []
-        self.training: list[float] = []
-        self.sampling_peak = self.training_peak = 0
-
-    def begin(self) -> None:
-        synchronize(self.device)
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        self.start = time.perf_counter()
-
-    def end(self) -> tuple[float, int]:
-        synchronize(self.device)
-        peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
-        return time.perf_counter() - self.start, peak
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        seconds, peak = self.end()
-        self.training.append(seconds)
-        self.training_peak = max(self.training_peak, peak)
-
-
-class TimedTrainer(FDFOTrainer):
-    phases: Phases
-
-    def run_plan(self) -> str:
-        self._rehearsal = None  # which the plan frees
-        return "Not worked out: that takes seconds, in each row."
-
-    def _roll_out(self, rollout: int) -> RolloutBuffer:
-        self.phases.begin()
-        buffer = super()._roll_out(rollout)
-        seconds, peak = self.phases.end()
-        self.phases.sampling.append(seconds)
-        self.phases.sampling_peak = max(self.phases.sampling_peak, peak)
-        self.phases.begin()  # of the training, which the end of the epoch ends
-        return buffer
-
-
-def brightness(images):
-    return images.mean(dim=(1, 2, 3))
-
-
-PROMPTS = Dataset.from_dict({"prompt": [f"cliff {n}" for n in range(16)]})
-
-
 def make_trainer(row: Row, size: Size, config: FDFOConfig, device: torch.device) -> TimedTrainer:
     pipeline = build_pipeline(size, device, row.text_encoders)
     if "quantization" in row.options:
-        # Weights are quantized as they are loaded.
+        # A pipeline is quantised while it is loaded.
         pipeline.save_pretrained(config.output_dir)
         pipeline = config.output_dir
-    trainer = TimedTrainer(config, pipeline, brightness, PROMPTS)
-    trainer.pop_callback(PrinterCallback)
-    trainer.phases = Phases(device)
-    trainer.add_callback(trainer.phases)
-    return trainer
+    return timed_trainer(config, pipeline, device)
 
 
 def measure(
     row: Row, size: Size, work: Work, ceiling: float, steps: int, rounds: int, device: torch.device
 ) -> dict[str, Any]:
-    """One run with a row's options."""
+    """Figures of one run with a row's options."""
     with tempfile.TemporaryDirectory() as folder:
         config = make_config(size, steps, rounds, folder, device, **row.options)
         trainer = make_trainer(row, size, config, device)
@@ -490,10 +401,10 @@ def measure(
 
 def clean_slate(device: torch.device, environment: dict[str, str]) -> int:
     """
-    Undo what a row leaves in the process: `torch_compile` is an environment variable, which the next row would read.
+    Undo a row's changes to the process: `torch_compile` sets an environment variable, which the next row would read.
 
     Returns:
-        Bytes that are still allocated: 0, or what follows would be measured too high.
+        `int`: Bytes that are still allocated. They would be counted in the next row too.
     """
     os.environ.clear()
     os.environ.update(environment)
@@ -507,7 +418,7 @@ def clean_slate(device: torch.device, environment: dict[str, str]) -> int:
 
 
 def measure_or_fail(row: Row, device: torch.device, **settings: Any) -> dict[str, Any]:
-    """What `measure` returns, or the error that ended it: one row does not end the others."""
+    """The figures of `measure`, or its error: a row that fails ends no other."""
     result = {"name": row.name, "options": row.options, "text_encoders": row.text_encoders}
     known = {option.name for option in dataclasses.fields(FDFOConfig)}
     environment = dict(os.environ)
@@ -524,7 +435,7 @@ def measure_or_fail(row: Row, device: torch.device, **settings: Any) -> dict[str
 
 
 def profile(size: Size, steps: int, device: torch.device) -> str:
-    """Where the time of the first row goes: kernels by their time, of the sampling and training of one rollout."""
+    """The kernels of the first row by their time, in sampling and training of one rollout."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -569,7 +480,10 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     return machine
 
 
-HEADER = f"{'':36} {'images/s':>9} {'tuples/s':>9} {'GiB: sampling':>13} {'training':>9} {'MFU: sampling':>13} {'training':>9}"
+HEADER = (
+    f"{'':36} {'images/s':>9} {'tuples/s':>9} {'GiB: sampling':>13} {'training':>9} {'MFU: sampling':>13} "
+    f"{'training':>9}"
+)
 
 
 def line(row: dict[str, Any]) -> str:
@@ -586,12 +500,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a tiny model, on a GPU or a CPU: a rehearsal")
     parser.add_argument(
-        "--steps", type=int, default=10, help="of the sampler: 10 is the paper's fast setting, 40 its own"
+        "--steps", type=int, default=10, help="steps of the sampler; 40 is the paper's setting, 10 its fast one"
     )
     parser.add_argument("--rounds", type=int, default=2, help="timed rollouts of each row")
-    parser.add_argument("--minutes", type=float, default=8.0, help="no row is begun after them")
-    parser.add_argument("--rows", nargs="+", metavar="NAME", help="these rows alone")
-    parser.add_argument("--profile", action="store_true", help="and the kernels of the first row by their time")
+    parser.add_argument("--minutes", type=float, default=8.0, help="begin no row after this time")
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these rows")
+    parser.add_argument("--profile", action="store_true", help="also print the kernels of the first row by time")
     parser.add_argument("--output", type=Path, help="file of the results; default: see above")
     args = parser.parse_args(arguments)
     unknown = set(args.rows or ()) - {row.name for row in ROWS}
@@ -644,7 +558,7 @@ def main(arguments: list[str] | None = None) -> None:
             )
         results["rows"].append(result)
         print(line(result), flush=True)
-        output.write_text(json.dumps(results, indent=1) + "\n")  # each time: what is measured is not lost
+        output.write_text(json.dumps(results, indent=1) + "\n")  # after each row: an interrupted run keeps the others
     print(f"{time.perf_counter() - begin:.0f} s; written to {output}")
     if args.profile:
         print(profile(size, args.steps, device))

@@ -1,12 +1,13 @@
 """
-Peak memory by option, one run each, on a mid-size model; and what a rollout leaves behind per process on 1 to 4 processes.
+Measures the peak memory of a mid-size model by option, and the bytes that a rollout keeps per process on 1 to 4
+processes.
 
     python benchmarks/memory.py            # about ten minutes on two cores
 
-An SD3 pipeline with a transformer of 93 M parameters, text encoders of 43 M and a VAE that decodes 256 px images, with
-random weights in float32. On a GPU the figures are of its memory, on a CPU of the whole process, less what it has once
-everything is imported: where options move parts to the host's memory there is nothing to see there, and their rows are left out.
-Each run is a process of its own with one rollout and its updates.
+The model is an SD3 pipeline with random weights in float32: a transformer of 93 M parameters, text encoders of 43 M and
+a VAE that decodes 256 px images. On a GPU the figures are the GPU's memory. On a CPU they are the memory of the whole
+process above its imports, and options that move parts to the host's memory are left out, because they change nothing
+there. Each run is a process of its own with one rollout and its updates.
 """
 
 import argparse
@@ -19,19 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import tiny_pipelines
 import torch
 import torch.distributed as dist
 from accelerate.utils import recursively_apply
-from datasets import Dataset
-from diffusers import AutoencoderKL, SD3Transformer2DModel
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PrinterCallback
 
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-import tiny_pipelines
-
+from benchmarks.common import PROMPTS, QUIET, brightness, sd3_transformer, sd3_vae
 from trl_fdfo import FDFOConfig, FDFOTrainer
-from trl_fdfo.rollout_buffer import RolloutBuffer
+from trl_fdfo.training.buffer import RolloutBuffer
 
 
 BASELINE = {
@@ -43,7 +40,7 @@ BASELINE = {
     "width": 256,
     "pipeline_kwargs": {"max_sequence_length": 16},
     "churn": 0.1,
-    "logging_images_steps": 0,
+    **QUIET,
 }
 WHOLE = {"use_peft": False, "learning_rate": 1e-5}
 ROWS: dict[str, dict[str, Any]] = {
@@ -59,7 +56,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "use_peft: false": WHOLE,
     "use_peft: false, adamw_bnb_8bit": {**WHOLE, "optim": "adamw_bnb_8bit"},
 }
-# Of a GPU's memory alone.
+# These options move parts from a GPU's memory to the host's.
 MOVED = {
     "quantization: nf4": {"quantization": "nf4"},
     "offload_components": {"offload_components": True},
@@ -72,43 +69,23 @@ PHASES = ("loaded", "sampling", "training")
 def save_pipeline(folder: str) -> None:
     torch.manual_seed(0)
     pipeline = tiny_pipelines.sd3()
-    transformer = SD3Transformer2DModel(
-        sample_size=32,
-        patch_size=2,
-        in_channels=4,
-        num_layers=10,
-        attention_head_dim=64,
-        num_attention_heads=8,
-        joint_attention_dim=768,
-        caption_projection_dim=512,
-        pooled_projection_dim=2 * 768,
-        out_channels=4,
-        pos_embed_max_size=32,
-        qk_norm="rms_norm",
+    transformer = sd3_transformer(
+        num_layers=10, num_attention_heads=8, joint_attention_dim=768, pooled_projection_dim=2 * 768
     )
     config = pipeline.text_encoder.config.to_dict()
     config |= {"hidden_size": 384, "intermediate_size": 1536, "projection_dim": 768, "num_hidden_layers": 12}
     config |= {"num_attention_heads": 6}
-    # As wide as the transformer asks for, both together.
+    # Together they are as wide as the transformer's inputs.
     encoders = [CLIPTextModelWithProjection(CLIPTextConfig(**config)) for _ in range(2)]
-    vae = AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4,
-        block_out_channels=(32, 64, 64, 64),
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=128,
-        shift_factor=0.1,
-        scaling_factor=1.5,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
+    vae = sd3_vae(
+        (32, 64, 64, 64), latent_channels=4, norm_num_groups=8, sample_size=128, shift_factor=0.1, scaling_factor=1.5
     )
     pipeline.register_modules(transformer=transformer, text_encoder=encoders[0], text_encoder_2=encoders[1], vae=vae)
     pipeline.save_pretrained(folder)
 
 
 class PeakMemory:
-    """Peak of the GPU's memory, or of the process's, in GiB, since `reset`."""
+    """Peak memory since `reset` in GiB: of the GPU, or of the process on a CPU."""
 
     def __init__(self):
         self.cuda = torch.cuda.is_available()
@@ -129,7 +106,7 @@ class PeakMemory:
 
 
 def measure(folder: str, options: dict[str, Any]) -> dict[str, float]:
-    """Peaks of a run in this process."""
+    """Peaks of each phase of a run in this process, in GiB."""
     memory = PeakMemory()
     peaks = {}
 
@@ -147,13 +124,9 @@ def measure(folder: str, options: dict[str, Any]) -> dict[str, float]:
         **{**BASELINE, **options},
         num_rollouts=1,
         bf16=False,
-        save_strategy="no",
-        report_to=[],
         use_cpu=not memory.cuda,
-        disable_tqdm=True,
     )
-    prompts = Dataset.from_dict({"prompt": ["a cat", "two dogs", "the sea", "an old man"]})
-    trainer = Measured(config, folder, lambda images: images.mean(dim=(1, 2, 3)), prompts)
+    trainer = Measured(config, folder, brightness, PROMPTS)
     trainer.pop_callback(PrinterCallback)
     memory.reset()  # the rehearsal is over
     trainer.train()
@@ -161,7 +134,7 @@ def measure(folder: str, options: dict[str, Any]) -> dict[str, float]:
 
 
 def recorded_bytes(buffer: RolloutBuffer) -> int:
-    """What a rollout leaves behind on this process."""
+    """Bytes that a rollout keeps in this process."""
     storages = {}
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
@@ -171,12 +144,12 @@ def recorded_bytes(buffer: RolloutBuffer) -> int:
 
     for batch in {id(batch): batch for step in buffer.steps for batch, _ in step}.values():
         recursively_apply(count, [batch.sampled.x_t, batch.sampled.velocities, batch.sampled.remembered])
-        recursively_apply(count, [batch.sampled.x_s, batch.signal])
+        recursively_apply(count, [batch.sampled.x_s, batch.targets])
     return sum(storages.values())
 
 
 def measure_trajectories() -> None:
-    """One of several processes; prints the largest of all."""
+    """Runs as one of several processes, and prints the most bytes that a process keeps."""
     config = FDFOConfig(
         output_dir=tempfile.mkdtemp(),
         num_rollouts=1,
@@ -187,15 +160,11 @@ def measure_trajectories() -> None:
         width=16,
         pipeline_kwargs={"max_sequence_length": 8},
         churn=0.1,
-        logging_images_steps=0,
-        save_strategy="no",
-        report_to=[],
         use_cpu=True,
         ddp_backend="gloo",
-        disable_tqdm=True,
+        **QUIET,
     )
-    prompts = Dataset.from_dict({"prompt": ["a cat", "two dogs", "the sea"]})
-    trainer = FDFOTrainer(config, tiny_pipelines.sd3(), lambda images: images.mean(dim=(1, 2, 3)), prompts)
+    trainer = FDFOTrainer(config, tiny_pipelines.sd3(), brightness, PROMPTS)
     trainer.train()
     sizes = [None] * trainer.args.world_size
     dist.all_gather_object(sizes, recorded_bytes(trainer._buffer))
@@ -207,8 +176,8 @@ def measure_trajectories() -> None:
 
 
 def run(command: list[str]) -> Any:
-    """The JSON on the last line of what a command prints; its last words where it fails."""
-    # Memory that is freed goes back to the system at once.
+    """The JSON in the last line of a command's output; the last line of its errors if it fails."""
+    # The allocator returns freed memory to the system at once.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
     if done.returncode:
@@ -218,7 +187,7 @@ def run(command: list[str]) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--row", help=argparse.SUPPRESS)  # one run: its name and the folder of the pipeline
+    parser.add_argument("--row", help=argparse.SUPPRESS)  # the name of the one run
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--trajectories", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -1,29 +1,23 @@
 """
-What FDFO costs beyond the transformer: one rollout and its updates against the pure cost of the same number of
-transformer forwards and forward-backwards, alternating in one run.
+Measures what FDFO costs beyond the transformer: one rollout and its updates against as many forwards and
+forward-backwards of the transformer alone, in turn in one run.
 
     python benchmarks/overhead.py
 
-The transformer has tens of millions of parameters; the VAE and the text encoders are tiny, as they are beside a real
-transformer. The reward is free. Prints the ratio of each round and their median.
+The transformer has tens of millions of parameters. The VAE and the text encoders are tiny, as they are beside a real
+transformer, and the reward is free. Prints the ratio of each round and their median.
 """
 
 import argparse
 import os
 import statistics
-import sys
 import time
-from pathlib import Path
 
+import tiny_pipelines
 import torch
-from datasets import Dataset
-from diffusers import SD3Transformer2DModel
 from transformers import PrinterCallback, TrainerCallback
 
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-import tiny_pipelines
-
+from benchmarks.common import PROMPTS, QUIET, brightness, sd3_transformer
 from trl_fdfo import FDFOConfig, FDFOTrainer
 
 
@@ -31,22 +25,8 @@ def build_pipeline():
     """A tiny SD3 with a transformer of 31 M parameters on 256 image tokens."""
     pipeline = tiny_pipelines.sd3()
     torch.manual_seed(0)
-    pipeline.register_modules(
-        transformer=SD3Transformer2DModel(
-            sample_size=32,
-            patch_size=2,
-            in_channels=4,
-            num_layers=6,
-            attention_head_dim=64,
-            num_attention_heads=6,
-            joint_attention_dim=32,
-            caption_projection_dim=384,
-            pooled_projection_dim=32,
-            out_channels=4,
-            pos_embed_max_size=32,
-            qk_norm="rms_norm",
-        )
-    )
+    transformer = sd3_transformer(num_layers=6, num_attention_heads=6, joint_attention_dim=32, pooled_projection_dim=32)
+    pipeline.register_modules(transformer=transformer)
     return pipeline
 
 
@@ -65,20 +45,17 @@ def main() -> None:
         height=64,
         width=64,
         pipeline_kwargs={"max_sequence_length": 8},
-        save_strategy="no",
-        report_to=[],
         use_cpu=True,
-        disable_tqdm=True,
+        **QUIET,
     )
-    prompts = Dataset.from_dict({"prompt": ["a cat", "two dogs", "the sea", "an old man"]})
-    trainer = FDFOTrainer(config, build_pipeline(), lambda images: images.mean(dim=(1, 2, 3)), train_dataset=prompts)
+    trainer = FDFOTrainer(config, build_pipeline(), brightness, PROMPTS)
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     print(f"{parameters / 1e6:.0f} M parameters, torch {torch.__version__}, {torch.get_num_threads()} threads")
 
-    # What the pipeline passes to the transformer, so that both sides compute the same.
+    # Both sides compute the same: the transformer alone gets the inputs that the pipeline passes to it.
     model, inputs = trainer.model, {}
     hook = model.register_forward_pre_hook(lambda module, args, kwargs: inputs.update(kwargs), with_kwargs=True)
-    trainer.generate(prompts["prompt"], range(len(prompts)))
+    trainer.generate(PROMPTS["prompt"][:4], range(4))
     hook.remove()
     assert inputs["hidden_states"].shape == (config.per_device_train_batch_size, 4, 32, 32)
 
@@ -86,7 +63,7 @@ def main() -> None:
     trained = config.steps_per_rollout * config.gradient_accumulation_steps
 
     def transformer_alone() -> tuple[float, float]:
-        """Seconds of the forwards of a rollout, and of the forward-backwards of its updates."""
+        """Seconds of a rollout's forwards, and of its updates' forward-backwards."""
         start = time.perf_counter()
         with torch.no_grad():
             for _ in range(forwards):
@@ -100,8 +77,8 @@ def main() -> None:
 
     class Alternate(TrainerCallback):
         """
-        The transformer alone before each rollout, FDFO, the transformer alone, and so on. A round of FDFO is compared
-        with the mean of its two neighbours, so that a machine whose speed drifts favours neither.
+        Runs the transformer alone before each rollout and once at the end. A round of FDFO is compared with the mean of
+        its two neighbours, so that a machine whose speed drifts favours neither side.
         """
 
         def __init__(self):

@@ -1,10 +1,11 @@
 """
-What a slow remote reward costs: wall time of a rollout with a reward that takes 0.5 s per batch, over that of one with an
-instant reward. The `async` reward is awaited while the next batch is sampled; the blocking one is what that saves.
+Measures what a slow remote reward costs: the wall time of a rollout with a reward that takes 0.5 s per batch, over the
+time with an instant reward. The trainer awaits the `async` reward while it samples the next batch; the blocking reward
+shows what that saves.
 
     python benchmarks/remote_reward.py
 
-Runs the packaged pipeline, in rollouts of 20 batches, the three in turn; prints the median ratios.
+The three take turns on the packaged pipeline, in rollouts of 20 batches. Prints the median ratios.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import time
 
 from datasets import Dataset
 
+from benchmarks.common import PACKAGED
 from trl_fdfo import FDFOConfig, FDFOTrainer, shapes
 
 
@@ -41,13 +43,8 @@ def main(batches: int = 20, rounds: int = 5) -> None:
             per_device_prompt_batch_size=36,
             num_inference_steps=8,
             timestep_fraction=0.25,
-            height=32,
-            width=32,
-            pipeline_kwargs={"max_sequence_length": 0},
             churn=0.05,
-            use_cpu=True,
-            disable_tqdm=True,
-            report_to=[],
+            **PACKAGED,
         )
         prompts = Dataset.from_dict({"prompt": shapes.captions()})
         trainers[name] = FDFOTrainer(config, shapes.load_pipeline(), reward, prompts)
@@ -56,7 +53,7 @@ def main(batches: int = 20, rounds: int = 5) -> None:
         for name, trainer in trainers.items():
             start = time.perf_counter()
             trainer._roll_out(rollout)
-            if rollout:  # the first warms up
+            if rollout:  # the first one warms up
                 seconds[name].append(time.perf_counter() - start)
     print(f"{batches} batches per rollout, {statistics.median(seconds['instant']):.1f} s with an instant reward")
     for name in ("remote", "blocking"):

@@ -1,19 +1,19 @@
 """
-How FDFO scales: measured on this machine with one process and two, and on paper up to 1,024 GPUs.
+Measures how FDFO scales from one process to two on this machine, and predicts it on paper up to 1,024 GPUs.
 
     python benchmarks/scale.py                # both; --no-measure for the paper alone
 
-**Measured.** Groups of processes live side by side and take turns, rollout by rollout, so that a machine whose
-speed drifts favours none: one process with all prompts, one with half of them, two with all. Two single processes that run at
-the same time and do not know of each other show what the machine itself loses with two: memory bandwidth, shared
-caches, other people's jobs. The model below, fed with the times of one process, predicts the two; both are printed.
+**Measured.** Groups of processes live side by side and take turns, rollout by rollout, so that a machine whose speed
+drifts favours none: one process with all prompts, one with half of them, two with all. Two single processes that run at
+the same time without each other show what the machine itself loses with two: memory bandwidth, shared caches, other
+people's jobs. The model below predicts the time of two processes from the time of one. Both times are printed.
 
-**On paper.** Time of a rollout and its updates = sampling, waiting for rewards, training, adding up gradients, each from
-the numbers of the table that is printed first. Strong scaling: the paper's 432 prompts (864 images) on ever more GPUs; weak: as many
-prompts per GPU as the 432 are on 8. The times of SD 3.5 Medium on a GPU come from a results file of gpu_sd35.py
-where there is one, else from its counted FLOPs at an assumed rate.
+**On paper.** A rollout and its updates take the sum of sampling, waiting for rewards, training and adding up gradients.
+The numbers behind each are printed first. Strong scaling: the paper's 432 prompts (864 images) on ever more GPUs. Weak
+scaling: 54 prompts per GPU, as the 432 on 8 GPUs. The times of SD 3.5 Medium on a GPU come from a results file of
+gpu_sd35.py if there is one, otherwise from its counted FLOPs at an assumed rate.
 
-Not in it: GPUs that are slower than others, saving, and whether a larger rollout teaches more.
+Not modelled: GPUs that are slower than others, saving, and whether a larger rollout teaches more.
 """
 
 import argparse
@@ -30,15 +30,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import gpu_sd35
-import overhead
 import tiny_pipelines
 import torch
 import torch.distributed as dist
-from datasets import Dataset
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from transformers import PrinterCallback, TrainerCallback
+from transformers import TrainerCallback
 
+from benchmarks import gpu_sd35, overhead
+from benchmarks.common import QUIET, Phases, TimedTrainer, median_seconds, timed_trainer
 from trl_fdfo import FDFOConfig
 
 
@@ -48,13 +47,14 @@ from trl_fdfo import FDFOConfig
 @dataclass(frozen=True)
 class Parts:
     """
-    What a rollout is made of, in seconds on one GPU.
+    Seconds of the parts of a rollout on one GPU.
 
     Attributes:
-        sample: Of sampling a batch of so many images, decoded.
-        train: Of a micro-batch of so many: one noise level, forward and backward.
-        all_reduce: Of adding up the gradients of so many GPUs.
-        score (`float`): Of scoring an image, over all reward servers; 0: nothing to wait for.
+        sample (`Callable`): Seconds to sample and decode a batch, by its number of images.
+        train (`Callable`): Seconds to train a micro-batch, forward and backward at one noise level, by its number of
+            images.
+        all_reduce (`Callable`): Seconds to add up gradients, by the number of GPUs.
+        score (`float`): Seconds to score an image, over all reward servers. 0: rewards take no time.
     """
 
     sample: Callable[[int], float]
@@ -65,13 +65,13 @@ class Parts:
 
 @dataclass(frozen=True)
 class Setting:
-    """The paper's, but for the fraction of trained levels and the batch sizes, which the paper does not ask for."""
+    """The paper's setting. The paper leaves the number of trained levels and the batch sizes open."""
 
     branches: int = 2
     trained_levels: int = 40
     optimizer_steps: int = 4
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8)  # prompts at a time that a GPU may take
-    growth: float = 1.25  # how many times the prompts there may be, so that batches come out even
+    growth: float = 1.25  # factor by which the prompts may grow to fill whole batches
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Prediction:
     batch_size: int
     images: int
     sampling: float
-    rewards: float  # waiting for them once sampling is over
+    rewards: float  # wait for them after sampling
     training: float
     gradients: float
 
@@ -101,9 +101,9 @@ class Prediction:
 
 def predict(parts: Parts, setting: Setting, gpus: int, prompts: int) -> Prediction:
     """
-    The split that the trainer accepts and that gives the most images/s. Each GPU takes whole batches of whole prompts, for
-    it compares the images of a prompt: there are as many prompts as come out even, the next number of those asked for, where
-    that is not more than `growth` of them. One prompt per GPU there must be.
+    The split with the most images/s that the trainer accepts. A GPU compares the images of a prompt, so it takes whole
+    batches of whole prompts, at least one. The prompts are rounded up to fill the batches, to at most `growth` times as
+    many except at the smallest batch size.
     """
     options = []
     for batch_size in setting.batch_sizes:
@@ -115,8 +115,8 @@ def predict(parts: Parts, setting: Setting, gpus: int, prompts: int) -> Predicti
             continue
         images = batch_size * setting.branches
         sampling = batches * parts.sample(images)
-        # Rewards are computed while the next batch is sampled: from the end of the first batch on, and those of the last one
-        # after it.
+        # Servers score a batch while the next one is sampled. Scoring begins after the first batch, and the last batch
+        # is scored after sampling.
         total = rounded * setting.branches
         scored = max(parts.sample(images) + total * parts.score, sampling + gpus * images * parts.score)
         options.append(
@@ -143,7 +143,7 @@ CAUSES = {
 
 
 def main_loss(first: Prediction, many: Prediction) -> str:
-    """What makes an image cost more GPU time on many GPUs than on the first."""
+    """The part of a rollout whose GPU time per image has grown most from the first prediction to the other."""
     return max(CAUSES, key=lambda part: many.gpu_seconds_per_image(part) - first.gpu_seconds_per_image(part))
 
 
@@ -153,16 +153,16 @@ class Cluster:
     Assumptions, each with its source.
 
     Attributes:
-        flops (`float`): Sustained FLOP/s of a GPU, in bfloat16. 400e12 is half of what a matrix product reaches on an H100 or
-            H200 (gpu_sd35.py measures it): an assumption until a results file replaces it.
-        launch (`float`): Seconds of the host per kernel. 5 microseconds, the usual order of an operation of eager PyTorch:
-            an assumption too. A forward pass takes at least its kernels times this, however small the batch.
-        gpus_per_node (`int`): 8, as in a DGX H100.
-        nvlink (`float`): Bytes/s in each direction between the GPUs of a node; 450e9 by the H100's data sheet.
-        network (`float`): Bytes/s of a node to others. 50e9 is one network card of 400 Gb/s; a DGX H100 has eight.
-        latency (`float`): Seconds of a message between nodes; 20 microseconds, a cautious guess for NCCL.
-        reward_gpus (`int`): GPUs that score, beside those that train.
-        reward_rate (`float`): Images/s of one of them: [`vlm_rate`] of the same `flops`.
+        flops (`float`): Sustained FLOP/s of a GPU in bfloat16. 400e12 is half of the rate of a matrix product on an
+            H100 or H200, which gpu_sd35.py measures: an assumption until a results file replaces it.
+        launch (`float`): Seconds of the host per kernel. 5 microseconds is the usual order for eager PyTorch: an
+            assumption too. A forward pass takes at least this for each of its kernels, however small the batch.
+        gpus_per_node (`int`): GPUs of a node. A DGX H100 has 8.
+        nvlink (`float`): Bytes/s in each direction between the GPUs of a node. The H100's data sheet says 450e9.
+        network (`float`): Bytes/s from a node to others. 50e9 is one network card of 400 Gb/s; a DGX H100 has eight.
+        latency (`float`): Seconds of a message between nodes. 20 microseconds is a cautious guess for NCCL.
+        reward_gpus (`int`): GPUs that score, beside the GPUs that train.
+        reward_rate (`float`): Images/s of one of these GPUs: [`vlm_rate`] of the same `flops`.
     """
 
     flops: float = 400e12
@@ -177,17 +177,18 @@ class Cluster:
 
 def vlm_rate(flops: float) -> float:
     """
-    Images/s of Qwen2.5-VL-7B on one GPU, one Yes or No each, from FLOPs = 2 x parameters x tokens at the same sustained rate
-    as the transformer's: language model of 7.6 billion on 324 image tokens (512 pixels / 28, squared) and 50 of the
-    question, vision tower of 0.68 billion on 1,296 patches of 14 pixels. From its published configuration.
+    Images/s of Qwen2.5-VL-7B on one GPU, with one Yes or No for each, from FLOPs = 2 x parameters x tokens at the
+    sustained rate of the transformer. By its published config the language model of 7.6 billion parameters reads 324
+    image tokens (512 pixels / 28, squared) and 50 tokens of the question, and the vision tower of 0.68 billion 1,296
+    patches of 14 pixels.
     """
     return flops / (2 * 7.6e9 * (324 + 50) + 2 * 0.68e9 * 1296)
 
 
 def ring_seconds(cluster: Cluster, size: int, gpus: int) -> float:
     """
-    An all-reduce of `size` bytes: each GPU sends and receives 2 (W - 1) / W of them in a ring; within a node over NVLink,
-    between nodes over the network, with a tree's 2 log2(nodes) messages before and after.
+    Seconds of an all-reduce of `size` bytes. In a ring of W GPUs each sends and receives 2 (W - 1) / W of them, over
+    NVLink in a node and over the network between nodes; there the latency is a tree's 2 log2(nodes) messages.
     """
     nodes = math.ceil(gpus / cluster.gpus_per_node)
     bandwidth = cluster.nvlink if nodes == 1 else cluster.network
@@ -195,7 +196,7 @@ def ring_seconds(cluster: Cluster, size: int, gpus: int) -> float:
 
 
 def parts_from_work(cluster: Cluster, work: gpu_sd35.Work, steps: int) -> Parts:
-    """From counted FLOPs and kernels."""
+    """Predicts the parts from counted FLOPs and kernels."""
 
     def forward(images: int) -> float:
         return max(images * work.forward / cluster.flops, work.forward_kernels * cluster.launch)
@@ -209,17 +210,17 @@ def parts_from_work(cluster: Cluster, work: gpu_sd35.Work, steps: int) -> Parts:
 
 
 def measured_batches(results: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """Rows of a file of gpu_sd35.py that differ in the number of prompts at a time alone, by that number."""
+    """Rows of a results file of gpu_sd35.py that change the prompts at a time and no other option, by their number."""
     rows = [row for row in results["rows"] if "error" not in row and not row.get("text_encoders")]
     plain = [row for row in rows if row["options"].keys() <= {"per_device_prompt_batch_size"}]
-    # The default is 2; the first of such rows counts.
+    # The default is 2. Of equal rows the first counts.
     return {row["options"].get("per_device_prompt_batch_size", 2): row for row in reversed(plain)}
 
 
 def parts_from_results(
     cluster: Cluster, work: gpu_sd35.Work, results: dict[str, Any], steps: int, branches: int
 ) -> Parts:
-    """From the rows that `measured_batches` finds. Of another number of steps than was measured: in proportion to FLOPs."""
+    """The parts as [`measured_batches`] has them. Sampling with another number of steps scales with its FLOPs."""
     rows = measured_batches(results)
     longer = work.of_image(steps) / work.of_image(results["steps"])
     return replace(
@@ -230,8 +231,8 @@ def parts_from_results(
 
 
 def table(parts: Parts, setting: Setting, prompts: Callable[[int], int], gpus: list[int]) -> list[str]:
-    """Predictions as lines, and the sentence on where it stops."""
-    # Alone, a GPU does not wait for servers that many were meant for.
+    """Predictions as lines, and a sentence that says where the efficiency falls below 80% and why."""
+    # A single GPU does not wait for servers that are sized for many.
     first = predict(replace(parts, score=0.0), setting, 1, prompts(1))
     lines = [
         f"{'GPUs':>5} {'images':>7} {'batch':>5} {'sampling':>9} {'rewards':>8} {'training':>9} {'gradients':>9} "
@@ -245,8 +246,9 @@ def table(parts: Parts, setting: Setting, prompts: Callable[[int], int], gpus: l
         if stops is None and efficiency < 0.8:
             stops = f"Below 80% from {number} GPUs on: {CAUSES[cause]}."
         lines.append(
-            f"{number:5d} {row.images:7d} {row.batch_size:5d} {row.sampling:9.2f} {row.rewards:8.2f} {row.training:9.2f} "
-            f"{row.gradients:9.3f} {row.seconds:8.1f} {row.images_per_second:9.1f} {100 * efficiency:9.0f}%  {cause}"
+            f"{number:5d} {row.images:7d} {row.batch_size:5d} {row.sampling:9.2f} {row.rewards:8.2f} "
+            f"{row.training:9.2f} {row.gradients:9.3f} {row.seconds:8.1f} {row.images_per_second:9.1f} "
+            f"{100 * efficiency:9.0f}%  {cause}"
         )
     return [*lines, stops or f"Not below 80% up to {gpus[-1]} GPUs."]
 
@@ -291,12 +293,12 @@ def paper(args: argparse.Namespace) -> None:
     print("\n".join(table(replace(parts, score=0.0), setting, lambda number: 432, gpus)))
     print("\nWeak scaling: 54 prompts per GPU, and reward GPUs in proportion")
     for number in gpus:
-        # As many as keep up with the sampling of all, whatever their number.
+        # Enough reward GPUs to keep up with the sampling.
         row = predict(replace(parts, score=0.0), setting, number, 54 * number)
         needed = math.ceil(row.images / row.sampling / cluster.reward_rate)
         print(
-            f"{number:5d} GPUs {row.images:7d} images {row.seconds:8.1f} s {row.images_per_second:9.1f} images/s, gradients "
-            f"{100 * row.gradients / row.seconds:.2f}% of the time, {needed} reward GPUs"
+            f"{number:5d} GPUs {row.images:7d} images {row.seconds:8.1f} s {row.images_per_second:9.1f} images/s, "
+            f"gradients {100 * row.gradients / row.seconds:.2f}% of the time, {needed} reward GPUs"
         )
 
 
@@ -305,16 +307,16 @@ def paper(args: argparse.Namespace) -> None:
 BATCH = 2  # prompts at a time
 STEPS, OPTIMIZER_STEPS = 4, 2
 PROMPTS = {"all": 8, "half": 4}
-# Group: its processes, and its share of the prompts.
+# Processes of each group, and its share of the prompts.
 GROUPS = {"one": (1, "all"), "one, half": (1, "half"), "another, half": (1, "half"), "two": (2, "all")}
-# Who runs at the same time. All come once per round.
+# Groups that run at the same time. A round has each turn once.
 TURNS = (("one",), ("two",), ("one, half",), ("one, half", "another, half"))
 
 
 class TakeTurns(TrainerCallback):
-    """Waits for the turn before each rollout, and reports the seconds after it."""
+    """Waits for the group's turn before each rollout, and reports the seconds after it."""
 
-    def __init__(self, store: dist.TCPStore, group: str, rank: int, phases: gpu_sd35.Phases):
+    def __init__(self, store: dist.TCPStore, group: str, rank: int, phases: Phases):
         self.store, self.group, self.rank, self.phases = store, group, rank, phases
         self.rollout = 0
 
@@ -328,9 +330,9 @@ class TakeTurns(TrainerCallback):
 
 
 class CountGradients(TrainerCallback):
-    """Numbers of each all-reduce of DDP, over all rollouts."""
+    """Notes how many numbers each all-reduce of DDP adds up, over all rollouts."""
 
-    def __init__(self, trainer: gpu_sd35.TimedTrainer):
+    def __init__(self, trainer: TimedTrainer):
         self.trainer = trainer
         self.sizes: list[int] = []
 
@@ -343,7 +345,7 @@ class CountGradients(TrainerCallback):
 
 
 def work_in_turns(group: str, port: int, rollouts: int, tiny: bool) -> None:
-    """One process of a group, of several under torchrun."""
+    """Runs as one process of a group, which torchrun starts if there are several."""
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     processes, share = GROUPS[group]
     rank = int(os.environ.get("RANK", 0))
@@ -359,20 +361,13 @@ def work_in_turns(group: str, port: int, rollouts: int, tiny: bool) -> None:
             width=16 if tiny else 64,
             pipeline_kwargs={"max_sequence_length": 8},
             churn=0.1,
-            save_strategy="no",
-            report_to=[],
-            logging_images_steps=0,
             use_cpu=True,
             ddp_backend="gloo" if processes > 1 else None,
-            disable_tqdm=True,
+            **QUIET,
         )
         assert config.world_size == processes
         pipeline = tiny_pipelines.sd3() if tiny else overhead.build_pipeline()
-        prompts = Dataset.from_dict({"prompt": [f"{n} cats" for n in range(16)]})
-        trainer = gpu_sd35.TimedTrainer(config, pipeline, gpu_sd35.brightness, prompts)
-        trainer.pop_callback(PrinterCallback)
-        trainer.phases = gpu_sd35.Phases(torch.device("cpu"))
-        trainer.add_callback(trainer.phases)
+        trainer = timed_trainer(config, pipeline, torch.device("cpu"))
         trainer.add_callback(TakeTurns(store, group, rank, trainer.phases))
         gradients = CountGradients(trainer)
         if processes > 1:
@@ -382,7 +377,7 @@ def work_in_turns(group: str, port: int, rollouts: int, tiny: bool) -> None:
             trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
             numbers = torch.zeros(trained)
             dist.barrier()
-            seconds = gpu_sd35.median_seconds(lambda: dist.all_reduce(numbers), torch.device("cpu"), repeats=20)
+            seconds = median_seconds(lambda: dist.all_reduce(numbers), torch.device("cpu"), repeats=20)
             report = {"trained": trained, "all_reduce": seconds, "sizes": gradients.sizes, "rollouts": rollouts}
             if rank == 0:
                 store.set("traffic", json.dumps(report))
@@ -392,8 +387,8 @@ def work_in_turns(group: str, port: int, rollouts: int, tiny: bool) -> None:
 
 def measure(rounds: int, tiny: bool) -> dict[str, Any]:
     """
-    Seconds of each turn: `{turn: [{"sampling": s, "training": s, "seconds": s}, one per round]}`, where a turn of several
-    processes takes as long as the slowest; and the traffic of the group of two.
+    Seconds of each turn, `{turn: [{"sampling": s, "training": s, "seconds": s}, one per round]}`, and the traffic of
+    the group of two. A turn of several processes takes as long as the slowest of them.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     done = dict.fromkeys(GROUPS, 0)  # rollouts
@@ -431,10 +426,10 @@ def measure(rounds: int, tiny: bool) -> dict[str, Any]:
                     env={**os.environ, "OMP_NUM_THREADS": "1"},
                 )
         for group in GROUPS:
-            take_turn((group,))  # warms up
+            take_turn((group,))  # to warm up
         seconds = {turn: [] for turn in TURNS}
         for number in range(rounds):
-            # Forth and back: what comes first in one round comes last in the next.
+            # The order is reversed in every other round.
             for turn in TURNS if number % 2 == 0 else TURNS[::-1]:
                 seconds[turn].append(take_turn(turn))
         store.wait(["traffic"])
@@ -444,7 +439,7 @@ def measure(rounds: int, tiny: bool) -> dict[str, Any]:
         return {"turns": seconds, "traffic": traffic}
     finally:
         for process in launched.values():
-            process.terminate()  # nothing where it has ended
+            process.terminate()  # does nothing to a process that has ended
 
 
 def report(measured: dict[str, Any]) -> None:
@@ -467,7 +462,7 @@ def report(measured: dict[str, Any]) -> None:
         f"{OPTIMIZER_STEPS} optimizer steps); one of all takes {1e3 * traffic['all_reduce']:.1f} ms"
     )
     strong, weak, machine = ratio(one, two), ratio(half, two), ratio(half, halves)
-    # The model, fed with what one process with half of the prompts takes.
+    # The model predicts two processes from the times of one process with half of the prompts.
     batches = PROMPTS["half"] // BATCH
     setting = Setting(trained_levels=STEPS, optimizer_steps=OPTIMIZER_STEPS, batch_sizes=(BATCH,))
     parts = Parts(
@@ -477,19 +472,22 @@ def report(measured: dict[str, Any]) -> None:
     )
     alone, together = (predict(parts, setting, processes, PROMPTS["all"]).seconds for processes in (1, 2))
     print(f"  two strangers at once run at {machine:.2f} of the speed of one alone: what the machine loses")
+    expected = alone / together
     print(
-        f"  strong scaling, all prompts:      {strong:.2f}x with two; predicted {alone / together:.2f}x, x {machine:.2f} = {alone / together * machine:.2f}x"
+        f"  strong scaling, all prompts:      {strong:.2f}x with two; predicted {expected:.2f}x, x {machine:.2f} = "
+        f"{expected * machine:.2f}x"
     )
     expected = median(half, "seconds") / together
     print(
-        f"  weak scaling, half for each:      {weak:.2f}; predicted {expected:.2f}, x {machine:.2f} = {expected * machine:.2f}"
+        f"  weak scaling, half for each:      {weak:.2f}; predicted {expected:.2f}, x {machine:.2f} = "
+        f"{expected * machine:.2f}"
     )
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--tiny", action="store_true", help="measure a tiny model: a rehearsal")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model: a rehearsal")
     parser.add_argument("--no-measure", action="store_true", help="the model on paper alone")
     parser.add_argument(
         "--results", type=Path, help="file of gpu_sd35.py; default: the only one in benchmarks/results/"

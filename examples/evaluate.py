@@ -33,10 +33,10 @@ from transformers import TrainerState
 from trl import TrlParser
 
 from trl_fdfo import __version__, shapes
-from trl_fdfo.comparison import FIRST_SEED
-from trl_fdfo.diversity import Diversity, load_diversity
-from trl_fdfo.estimates import Estimate, markdown_table
-from trl_fdfo.inference import (
+from trl_fdfo.evaluation.before_after import FIRST_SEED
+from trl_fdfo.evaluation.diversity import Diversity, load_diversity
+from trl_fdfo.evaluation.estimates import Estimate, markdown_table
+from trl_fdfo.cli.models import (
     BASE,
     InferenceArguments,
     call_options,
@@ -46,9 +46,9 @@ from trl_fdfo.inference import (
     read_prompts,
     sample,
 )
-from trl_fdfo.pictures import Panel, Section, picture, sheet
-from trl_fdfo.prompt_dataset import PACKAGED_PROMPTS
-from trl_fdfo.rewards.load_reward import RepeatableFlag, load_reward, reward_table
+from trl_fdfo.reporting.sheets import Panel, Section, picture, sheet
+from trl_fdfo.training.prompts import PACKAGED_PROMPTS
+from trl_fdfo.rewards.by_name import RepeatableFlag, load_reward, reward_table
 from trl_fdfo.rewards.reward_functions import RewardFunctions
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 from trl import TrlParser
 
-from trl_fdfo.inference import (
+from trl_fdfo.cli.models import (
     InferenceArguments,
     call_options,
     each_model,
@@ -27,7 +27,7 @@ from trl_fdfo.inference import (
     read_prompts,
     sample,
 )
-from trl_fdfo.pictures import Panel, Section, picture, sheet
+from trl_fdfo.reporting.sheets import Panel, Section, picture, sheet
 
 
 @dataclass

@@ -28,11 +28,11 @@ from datasets import Dataset
 from trl import TrlParser
 
 from trl_fdfo import FDFOConfig, FDFOTrainer, FlowGRPOConfig, FlowGRPOTrainer, shapes
-from trl_fdfo.comparison import Comparison
-from trl_fdfo.prompt_dataset import load_prompts
-from trl_fdfo.rewards.load_reward import RepeatableFlag, load_object, load_reward, reward_table
-from trl_fdfo.run_logging import finite
-from trl_fdfo.without_weights import PlannedConfig, PlannedFlowGRPOConfig, plan_without_weights
+from trl_fdfo.evaluation.before_after import Comparison
+from trl_fdfo.training.prompts import load_prompts
+from trl_fdfo.rewards.by_name import RepeatableFlag, load_object, load_reward, reward_table
+from trl_fdfo.reporting.logs import finite
+from trl_fdfo.planning.without_weights import PlannedConfig, PlannedFlowGRPOConfig, plan_without_weights
 
 
 # Of each algorithm its trainer, the options of a run, and those of one that is only planned.

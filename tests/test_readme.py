@@ -1,3 +1,5 @@
+"""README and docs: the first example runs, and links, files and imports exist."""
+
 import re
 from pathlib import Path
 
@@ -5,7 +7,8 @@ import pytest
 
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = PAGES[0].read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
@@ -18,15 +21,38 @@ def test_first_example_runs_as_printed_and_raises_its_reward(tmp_path, monkeypat
     assert rewards[-1] > rewards[0] + 0.02
 
 
-def test_links_and_files_exist():
-    for link in re.findall(r"\]\(((?!http)[^)]+)\)", README):
-        assert (ROOT / link).exists(), link
-    tree = re.search(r"## Files\n\n```\n(.*?)```", README, flags=re.DOTALL).group(1)
-    folders = {}
+def anchors(page: Path) -> set[str]:
+    """GitHub's anchors of the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(((?!http)[^)]+)\)", page.read_text(encoding="utf-8")):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_readme_lists_every_page_and_every_folder():
+    for page in PAGES[1:]:
+        assert f"]({page.relative_to(ROOT).as_posix()})" in README, page
+    tree = re.search(r"## Layout\n\n```\n(.*?)```", README, flags=re.DOTALL).group(1)
+    shown = {line.split()[0].rstrip("/") for line in tree.splitlines() if line.startswith("  ")}
+    assert shown == {path.parent.name for path in (ROOT / "trl_fdfo").glob("*/__init__.py")}
     for line in tree.splitlines():
-        indent = len(line) - len(line.lstrip())
-        name = line.split()[0]
-        folders[indent] = name
-        path = ROOT / "".join(folders[i] for i in sorted(folders) if i < indent and folders[i].endswith("/")) / name
-        folders = {i: folder for i, folder in folders.items() if i <= indent}
-        assert path.exists(), path
+        assert (ROOT / ("trl_fdfo" if line.startswith("  ") else "") / line.split()[0]).exists(), line
+
+
+def test_imports_of_the_examples_work():
+    lines = [
+        line
+        for page in PAGES
+        for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        for line in re.findall(r"^from trl_fdfo.*$", block, flags=re.MULTILINE)
+    ]
+    assert len(lines) > 5
+    for line in lines:
+        exec(line, {})

@@ -8,16 +8,16 @@ __version__ = "0.1.0"
 __all__ = ["FDFOConfig", "FDFOTrainer", "FlowGRPOConfig", "FlowGRPOTrainer"]
 
 if TYPE_CHECKING:
-    from .fdfo_config import FDFOConfig
-    from .fdfo_trainer import FDFOTrainer
-    from .flow_grpo_config import FlowGRPOConfig
-    from .flow_grpo_trainer import FlowGRPOTrainer
+    from .fdfo.config import FDFOConfig
+    from .fdfo.trainer import FDFOTrainer
+    from .flow_grpo.config import FlowGRPOConfig
+    from .flow_grpo.trainer import FlowGRPOTrainer
 
 _MODULES = {
-    "FDFOConfig": "fdfo_config",
-    "FDFOTrainer": "fdfo_trainer",
-    "FlowGRPOConfig": "flow_grpo_config",
-    "FlowGRPOTrainer": "flow_grpo_trainer",
+    "FDFOConfig": "fdfo.config",
+    "FDFOTrainer": "fdfo.trainer",
+    "FlowGRPOConfig": "flow_grpo.config",
+    "FlowGRPOTrainer": "flow_grpo.trainer",
 }
 
 

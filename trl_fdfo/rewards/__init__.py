@@ -1,29 +1,31 @@
 """
 Rewards: callables `(images, prompts, **columns) -> one float per image`.
 
-A reward takes its arguments by keyword and gets those that its signature names (all of them with `**kwargs`):
+A reward is called by keyword with the arguments that its signature names, or with all of them if it has `**kwargs`:
 
-- `images`: floats in [0, 1], shape [N, 3, H, W]; or N PIL images where the reward has `image_type = "pil"`. Videos:
-  [N, F, 3, H, W], or N lists of PIL frames. The images of a prompt stand next to each other.
+- `images`: floats in [0, 1], shape [N, 3, H, W]; videos [N, F, 3, H, W]. The images of a prompt are adjacent.
 - `prompts`: N prompts.
 - `trainer_state`: the trainer's [`~transformers.TrainerState`].
 - `num_generations`: images per prompt; 1 in an evaluation.
 - every column of the dataset, N values each.
 
-It returns N finite floats on any scale, or a tensor of shape [N]. None in the place of a float says that the reward does
-not apply to that image.
+It returns N finite floats on any scale, or a tensor of shape [N]. None instead of a float says that the reward does not
+apply to that image.
 
-`async` rewards run in the background while the next images are sampled, all at the same time; so do ordinary ones with
-`background = True`, one call of each at a time, in a thread. A reward with a method `on_rollout_end` has it called when
-the images of a rollout or an evaluation are scored.
+`async` rewards run in the background, concurrently, while the next images are sampled. A reward can have attributes:
+
+- `image_type = "pil"`: `images` are N PIL images; videos are N lists of F PIL frames.
+- `background = True`: an ordinary function runs in the background too, in a thread, one call at a time.
+- `pairwise = True`: the reward compares the images of a prompt, so it has no score in an evaluation of single images.
+- `on_rollout_end()`: a method that is called when all images of a rollout or an evaluation are scored.
 """
 
 from .aesthetic_score import AestheticScore
+from .by_name import load_reward
 from .clip_score import CLIPScore
 from .hpsv2 import HPSv2
 from .image_reward import ImageReward
 from .jpeg_compressibility import JPEGCompressibility, JPEGIncompressibility
-from .load_reward import load_reward
 from .pairwise_judge import PairwiseJudge, vlm_judge
 from .pickscore import PickScore
 from .reward_functions import RewardFunctions

@@ -1,4 +1,4 @@
-"""What the rewards that embed with CLIP share."""
+"""The base class of rewards that embed with CLIP."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,18 +17,19 @@ class CLIPReward(LearnedReward):
     """
     A reward that embeds images, and prompts up to CLIP's 77 tokens, with a [`~transformers.CLIPModel`].
 
-    Images are prepared with PIL, whether torchvision is installed or not, as the two do not resize alike. What is not
-    square is cropped to the square in its middle.
+    Images are resized with PIL even if torchvision is installed, because the two resize differently. An image that is
+    not square is cropped to its central square.
 
     Args:
-        model (`str`): The model: an id of the Hub or a folder.
-        processor (`str`, *optional*): Where its image processor and tokenizer are. Default: where the model is.
-        dtype (`str` or `torch.dtype`): Type of the model. Embeddings are compared in float32, whatever it is.
-        options: The others of [`LearnedReward`].
+        model (`str`): Hub id or folder of the model.
+        processor (`str`, *optional*): Hub id or folder of its image processor and tokenizer. Default: `model`.
+        dtype (`str` or `torch.dtype`): Type of the model, such as `"bfloat16"`. The images of a prompt differ little,
+            and float32 tells them apart best. Embeddings are always compared in float32.
+        options: `device`, `batch_size` and `offload` of [`LearnedReward`].
 
     Raises:
-        OSError: There is no such model or processor.
-        ValueError: The tokenizer is not that of the model.
+        OSError: The model or the processor does not exist.
+        ValueError: The tokenizer does not belong to the model.
     """
 
     def __init__(
@@ -39,13 +40,13 @@ class CLIPReward(LearnedReward):
         self.image_processor = load_pretrained(CLIPImageProcessorPil, processor)
         self.tokenizer = load_pretrained(CLIPTokenizer, processor)
         clip = load_pretrained(CLIPModel, model, dtype=torch.float32)
-        # A folder without a tokenizer gives one that knows no words, without an error.
+        # transformers makes an empty tokenizer, without an error, of a folder that has none.
         if len(self.tokenizer) != clip.config.text_config.vocab_size:
             raise ValueError(
                 f"The tokenizer of '{processor}' has {len(self.tokenizer)} tokens, but the model '{model}' has "
                 f"{clip.config.text_config.vocab_size}: give `processor`, where the tokenizer of the model is."
             )
-        # Taken before the cast, as bfloat16 would make 98.9 of a scale of 100.
+        # Read the scale before the cast: bfloat16 would turn 100 into 98.9.
         self.logit_scale = clip.logit_scale.exp().item()
         super().__init__(clip.to(dtype), **options)
 

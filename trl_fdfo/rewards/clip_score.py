@@ -1,4 +1,4 @@
-"""CLIPScore (arXiv 2104.08718): how near an image is to its prompt, by CLIP as it was published."""
+"""CLIPScore (arXiv 2104.08718): the agreement of an image with its prompt, by OpenAI's CLIP."""
 
 from collections.abc import Sequence
 
@@ -13,18 +13,13 @@ class CLIPScore(CLIPReward):
     """
     CLIPScore (arXiv 2104.08718), agreement with the prompt: about 15 to 35, higher is better.
 
-    It is 100 times the cosine of image and prompt by CLIP ViT-L/14. Papers on text-to-image models print this number, or
-    the cosine itself, such as 0.28; which CLIP they take differs, and so do the numbers. The paper on CLIPScore, which
-    rates captions, has 2.5 times the cosine by ViT-B/32, negative ones as 0, with "A photo depicts" before the caption.
+    The score is 100 times the cosine of image and prompt by CLIP ViT-L/14. Papers on text-to-image models print this
+    number, or the cosine itself, such as 0.28; their numbers differ because their CLIP models do. The CLIPScore paper
+    rates captions by max(0, 2.5 cosine) with ViT-B/32, and puts "A photo depicts" before the caption.
 
     Args:
-        model (`str`): The [`~transformers.CLIPModel`]: an id of the Hub or a folder.
-        processor (`str`, *optional*): Where its image processor and tokenizer are. Default: where the model is.
-        dtype (`str` or `torch.dtype`): Type of the model, such as `"bfloat16"`. The images of a prompt differ by little:
-            float32 tells them apart best.
-        device (`str` or `torch.device`, *optional*): Where it scores. Default: the device of this process.
-        batch_size (`int`): Images scored at a time.
-        offload (`bool`): Keep the model on the CPU while the rollout is trained on.
+        model (`str`): Hub id or folder of the [`~transformers.CLIPModel`].
+        processor, dtype, device, batch_size, offload: As in [`CLIPReward`].
     """
 
     def __init__(

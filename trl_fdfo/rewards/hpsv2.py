@@ -1,4 +1,4 @@
-"""HPSv2 (arXiv 2306.09341): what people prefer, by a CLIP-H that was trained on ranked images of one prompt."""
+"""HPSv2 (arXiv 2306.09341): human preference, by a CLIP-H that was trained on ranked images of one prompt."""
 
 from collections.abc import Sequence
 
@@ -13,18 +13,12 @@ class HPSv2(CLIPReward):
     """
     Human Preference Score v2 (arXiv 2306.09341): about 20 to 30, higher is better.
 
-    It is 100 times the cosine of image and prompt, as papers print it. The weights are the published ones as a
-    [`~transformers.CLIPModel`]. Images that are not square are cropped; the code of the paper pads them.
+    The score is 100 times the cosine of image and prompt, as in papers. The default is a conversion of the published
+    weights to a [`~transformers.CLIPModel`]. Images that are not square are cropped; the paper's code pads them.
 
     Args:
-        model (`str`): The model: an id of the Hub or a folder.
-        processor (`str`, *optional*): Where its image processor and tokenizer are, those of any CLIP. Default: where the
-            model is.
-        dtype (`str` or `torch.dtype`): Type of the model, such as `"bfloat16"`. The images of a prompt differ by little:
-            float32 tells them apart best.
-        device (`str` or `torch.device`, *optional*): Where it scores. Default: the device of this process.
-        batch_size (`int`): Images scored at a time.
-        offload (`bool`): Keep the model on the CPU while the rollout is trained on.
+        model (`str`): Hub id or folder of the [`~transformers.CLIPModel`].
+        processor, dtype, device, batch_size, offload: As in [`CLIPReward`].
     """
 
     def __init__(

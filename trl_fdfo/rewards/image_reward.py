@@ -1,4 +1,4 @@
-"""ImageReward (arXiv 2304.05977): what people prefer, by a BLIP that reads the prompt while it looks at the image."""
+"""ImageReward (arXiv 2304.05977): human preference, by a BLIP that reads the prompt while it looks at the image."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -20,13 +20,13 @@ from .learned_reward import LearnedReward, load_pretrained
 from .weights import linear_layers, load_weights, torch_dtype
 
 
-# Published with the model: they make the mean of its scores 0 and their standard deviation 1.
+# Published with the model: they standardize its scores to mean 0 and standard deviation 1.
 MEAN = 0.16717362830052426
 STD = 1.0333394966054072
 
 MAX_LENGTH = 35  # tokens of a prompt
 
-# From the names in the checkpoint, those of BLIP's own code, to those of `transformers`; in this order.
+# Names in the checkpoint, which come from BLIP's own code, and their names in `transformers`; replaced in this order.
 NAMES = {
     "blip.text_encoder.": "text.",
     "blip.visual_encoder.norm.": "vision.post_layernorm.",
@@ -40,7 +40,7 @@ NAMES = {
     ".norm1.": ".layer_norm1.",
     ".norm2.": ".layer_norm2.",
 }
-# Projections of the training that the score has no use for, and 0, 1, 2, ...
+# The score needs neither the projections of the training nor the indices 0, 1, 2, ... of the positions.
 UNUSED = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
 
 
@@ -48,25 +48,22 @@ class ImageReward(LearnedReward):
     """
     ImageReward (arXiv 2304.05977), human preference: about -2 to 2 around 0, higher is better.
 
-    BLIP's text encoder reads the prompt, up to 35 tokens, with cross-attention to the image; linear layers make a number
-    of its first token.
+    BLIP's text encoder reads the prompt, up to 35 tokens, with cross-attention to the image. Linear layers map its
+    first token to a number.
 
     Args:
-        model (`str`): The published checkpoint: an `ImageReward.pt`, or a folder or an id of the Hub that has one.
-        processor (`str`): Where the tokenizer is, that of BERT in small letters: an id of the Hub or a folder.
-        dtype (`str` or `torch.dtype`): Type of the two encoders, such as `"bfloat16"`. The images of a prompt differ by
-            little: float32 tells them apart best.
-        device (`str` or `torch.device`, *optional*): Where it scores. Default: the device of this process.
-        batch_size (`int`): Images scored at a time.
-        offload (`bool`): Keep the model on the CPU while the rollout is trained on.
+        model (`str`): The published checkpoint: a file `ImageReward.pt`, or a Hub id or folder with this file.
+        processor (`str`): Hub id or folder of the tokenizer of BERT (uncased).
+        dtype (`str` or `torch.dtype`): Type of the two encoders, such as `"bfloat16"`. The images of a prompt differ
+            little, and float32 tells them apart best.
+        device, batch_size, offload: As in [`LearnedReward`].
 
     Raises:
-        OSError: There is no such checkpoint or tokenizer.
-        ValueError: The checkpoint does not have all the weights of ImageReward or has others, or the tokenizer is not
-            that of BERT.
+        OSError: The checkpoint or the tokenizer does not exist.
+        ValueError: The weights in the checkpoint are not exactly those of ImageReward, or the tokenizer is not BERT's.
     """
 
-    # ViT-L/16 and BERT-base with cross-attention. The checkpoint tells neither the heads nor the eps.
+    # ViT-L/16 and BERT-base with cross-attention. The checkpoint lacks the number of heads and the eps.
     vision_config: ClassVar[dict[str, Any]] = {
         "hidden_size": 1024,
         "intermediate_size": 4096,
@@ -77,7 +74,7 @@ class ImageReward(LearnedReward):
         "layer_norm_eps": 1e-6,
     }
     text_config: ClassVar[dict[str, Any]] = {
-        "vocab_size": 30524,  # BERT's 30,522, then BLIP's [DEC] and [ENC], which a score has no use for
+        "vocab_size": 30524,  # BERT's 30,522, then BLIP's [DEC] and [ENC], which a score does not use
         "hidden_size": 768,
         "encoder_hidden_size": 1024,
         "intermediate_size": 3072,
@@ -102,7 +99,7 @@ class ImageReward(LearnedReward):
             size={"shortest_edge": size}, crop_size={"height": size, "width": size}
         )
         self.tokenizer = load_pretrained(BertTokenizer, processor)
-        # A folder without a tokenizer gives one that knows no words, without an error.
+        # transformers makes an empty tokenizer, without an error, of a folder that has none.
         missing = self.text_config["vocab_size"] - len(self.tokenizer)
         if not 0 <= missing <= 2:
             raise ValueError(
@@ -126,14 +123,14 @@ class ImageReward(LearnedReward):
         return (self.model["head"](hidden[:, 0].float()).squeeze(-1) - MEAN) / STD
 
     def _load(self, model: str, dtype: torch.dtype) -> nn.ModuleDict:
-        """The two encoders, and the layers behind them in float32."""
+        """Load the two encoders in `dtype`, and the layers behind them in float32."""
         weights = load_weights(model, "ImageReward.pt")
         head = linear_layers(
             {name: weights.pop(name) for name in list(weights) if name.startswith("mlp.")},
             self.text_config["hidden_size"],
             model,
         )
-        # Neither memory nor the run's random numbers for weights that are about to be replaced.
+        # The initial weights are replaced: they take neither memory nor random numbers of the run.
         with torch.random.fork_rng(devices=[]), init_empty_weights():
             blip = nn.ModuleDict(
                 {

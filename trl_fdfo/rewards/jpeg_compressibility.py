@@ -1,9 +1,11 @@
-"""JPEG compressibility and its opposite: rewards of DDPO (arXiv 2305.13301) that need no model, for trying a run out."""
+"""JPEG compressibility and its opposite: rewards of DDPO (arXiv 2305.13301) that need no model, for a first run."""
 
 import io
 from collections.abc import Sequence
 
 from PIL import Image
+
+from ..media import mean_over_frames, split_frames
 
 
 class JPEGCompressibility:
@@ -11,16 +13,16 @@ class JPEGCompressibility:
     Minus the size of each image as a JPEG file: higher is smaller, which makes pictures plain.
 
     Args:
-        quality (`int`): Quality of the JPEG files, from 1 to 100. The default is that of DDPO (arXiv 2305.13301).
+        quality (`int`): Quality of the JPEG files, from 1 to 100. DDPO (arXiv 2305.13301) uses the default.
 
     Raises:
-        ValueError: `quality` is none of 1 to 100.
+        ValueError: `quality` is not a whole number from 1 to 100.
     """
 
     image_type = "pil"
 
     def __init__(self, quality: int = 95):
-        # Pillow takes 0 for "the default" and cuts off what is larger, without a word.
+        # Pillow silently replaces 0 by its default and caps larger values.
         if not isinstance(quality, int) or isinstance(quality, bool) or not 1 <= quality <= 100:
             raise ValueError(f"quality={quality!r} of {type(self).__name__} must be a whole number from 1 to 100.")
         self.quality = quality
@@ -28,17 +30,16 @@ class JPEGCompressibility:
     def __call__(self, images: Sequence[Image.Image]) -> list[float]:
         """
         Args:
-            images (`Sequence[PIL.Image.Image]`): N images, or N videos as lists of frames, each scored by the mean over
+            images (`Sequence[PIL.Image.Image]`): N images, or N videos as lists of frames. A video scores the mean over
                 its frames.
 
         Returns:
             `list[float]`: N sizes in kilobytes (1000 bytes), negative.
         """
-        return [-self._kilobytes(image) for image in images]
+        counts, frames = split_frames(images)
+        return mean_over_frames([-self._kilobytes(frame) for frame in frames], counts)
 
-    def _kilobytes(self, image: Image.Image | Sequence[Image.Image]) -> float:
-        if isinstance(image, (list, tuple)):
-            return sum(self._kilobytes(frame) for frame in image) / len(image)
+    def _kilobytes(self, image: Image.Image) -> float:
         buffer = io.BytesIO()
         image.convert("RGB").save(buffer, format="JPEG", quality=self.quality)
         return buffer.tell() / 1000
@@ -48,19 +49,15 @@ class JPEGIncompressibility(JPEGCompressibility):
     """
     The size of each image as a JPEG file: higher is larger, which makes pictures busy, or noisy.
 
-    Args:
-        quality (`int`): Quality of the JPEG files, from 1 to 100.
-
-    Raises:
-        ValueError: `quality` is none of 1 to 100.
+    The argument and the error are as in [`JPEGCompressibility`].
     """
 
     def __call__(self, images: Sequence[Image.Image]) -> list[float]:
         """
         Args:
-            images (`Sequence[PIL.Image.Image]`): As for [`JPEGCompressibility`].
+            images (`Sequence[PIL.Image.Image]`): As in [`JPEGCompressibility`].
 
         Returns:
             `list[float]`: N sizes in kilobytes (1000 bytes).
         """
-        return [self._kilobytes(image) for image in images]
+        return [-size for size in super().__call__(images)]

@@ -1,4 +1,4 @@
-"""What the rewards that are models of `transformers` share: loading, the device, batches, videos."""
+"""The base class of rewards that are models of `transformers`: loading, device, batches, videos."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +9,8 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..media import mean_over_frames, split_frames
+
 
 class LearnedReward:
     """
@@ -16,9 +18,9 @@ class LearnedReward:
 
     Args:
         model (`nn.Module`): The model, on the CPU.
-        device (`str` or `torch.device`, *optional*): Where it scores. Default: the device of this process.
+        device (`str` or `torch.device`, *optional*): Device of the model. Default: the device of this process.
         batch_size (`int`): Images scored at a time.
-        offload (`bool`): Keep the model on the CPU while the rollout is trained on.
+        offload (`bool`): Keep the model on the CPU while the policy is trained.
 
     Raises:
         ValueError: `batch_size` is less than 1.
@@ -43,29 +45,25 @@ class LearnedReward:
 
     @property
     def device(self) -> torch.device:
-        # Asked for when the first images come: by then the launcher or the trainer has given this process its device.
+        # PartialState is asked at the first images, when the launcher or the trainer has assigned the device.
         return torch.device(self._device) if self._device is not None else PartialState().device
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         """
         Args:
-            images (`Sequence[PIL.Image.Image]`): N images, or N videos as lists of frames, each scored by the mean over
+            images (`Sequence[PIL.Image.Image]`): N images, or N videos as lists of frames. A video scores the mean over
                 its frames.
             prompts (`Sequence[str]`): N prompts.
 
         Returns:
             `Tensor`: N scores, float32 on the CPU.
         """
-        if isinstance(images[0], (list, tuple)):
-            frames = [len(video) for video in images]
-            prompts = [prompt for prompt, count in zip(prompts, frames) for _ in range(count)]
-            scores = self([frame for video in images for frame in video], prompts)
-            return torch.stack([video.mean() for video in scores.split(frames)])
+        counts, frames, prompts = split_frames(images, prompts)
         self.model.to(self.device)
-        batches = range(0, len(images), self.batch_size)
-        scores = [self.score(images[i : i + self.batch_size], prompts[i : i + self.batch_size]) for i in batches]
-        return torch.cat(scores).float().cpu()
+        batches = range(0, len(frames), self.batch_size)
+        scores = [self.score(frames[i : i + self.batch_size], prompts[i : i + self.batch_size]) for i in batches]
+        return mean_over_frames(torch.cat(scores).float().cpu(), counts)
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         """Scores of a batch, shape [batch], on any device."""
@@ -81,12 +79,12 @@ def load_pretrained(model_class: type, name_or_path: str, **kwargs: Any) -> PreT
     `model_class.from_pretrained`, without remote code.
 
     Raises:
-        OSError: There is no such folder or model.
+        OSError: The folder or model does not exist.
     """
     try:
         return model_class.from_pretrained(name_or_path, trust_remote_code=False, **kwargs)
     except OSError as error:
-        # Not every message of the Hub names what it was asked for.
+        # Some messages of the Hub do not name the model.
         raise OSError(
             f"Cannot load a {model_class.__name__} from '{name_or_path}', which must be a folder or a model of the Hub: "
             f"{error}"

@@ -1,12 +1,12 @@
 """
-Judges that compare the images of a prompt with each other: FDFO needs no more of a reward than its differences.
+Judges that compare the images of a prompt. Training needs only differences of rewards within a prompt.
 
-A judge sees two images and says which is better, as log odds: log p(first is better) - log p(second is better). It is
-asked in both orders, c(a, b) and c(b, a), because judges prefer a place as well as an image. Half the difference,
+A judge sees two images and gives the log odds c(a, b) = log p(a is better) - log p(b is better). Judges prefer a place
+as well as an image, so it is asked in both orders. Half the difference,
 
     p(a, b) = (c(a, b) - c(b, a)) / 2 = -p(b, a),
 
-has no preference for a place left. Over the G branches of a prompt the rewards are the means
+is free of the preference for a place. The rewards of the G branches of a prompt are the means
 
     R_a = (1 / G) sum_b p(a, b),
 
@@ -30,30 +30,31 @@ from .vlm_server import VLMServer
 
 class PairwiseJudge:
     """
-    Which of the images of a prompt is better, by a judge that compares two.
+    A reward that ranks the images of a prompt by a judge that compares two.
 
-    In evaluation, which looks at each image by itself, there is nothing to compare: it applies to no image.
+    An evaluation scores single images, so the reward applies to none of them.
 
     Args:
-        compare (`Callable`): `(first, second, prompts, **columns) -> log odds that the first is better`, one for each of
-            M pairs of images (tensors [M, 3, H, W] in [0, 1], or PIL where it has `image_type = "pil"`) and their M
-            prompts. Sync or `async`. None where it has no opinion. The `compare` of [`VLMScore`] and [`VLMServer`]
-            asks a VLM.
+        compare (`Callable`): `(first, second, prompts, **columns) -> log odds that the first is better`, for M pairs of
+            images and their M prompts: M numbers, or None for a pair without an opinion. The images are tensors
+            [M, 3, H, W] in [0, 1], or PIL if `compare` has `image_type = "pil"`. Sync or `async`. The method `compare`
+            of [`VLMScore`] and [`VLMServer`] asks a VLM.
 
     Raises:
-        ValueError: `compare` takes other arguments. In a call: `compare` did not return one finite number (or None) per pair.
+        ValueError: `compare` takes other arguments. In a call: `compare` did not return one finite number (or None) per
+            pair.
     """
 
-    pairwise = True  # in an evaluation, of each image by itself, it says nothing
+    pairwise = True
 
     def __init__(self, compare: Callable[..., Any]):
         self.compare = compare
-        owner = getattr(compare, "__self__", compare)  # it may be a method
+        owner = getattr(compare, "__self__", compare)  # the object, if `compare` is a method
         self.__name__ = getattr(owner, "__name__", type(owner).__name__)
         self.image_type = getattr(compare, "image_type", "pt")
         self.background = getattr(compare, "background", False)
         own = ("images", "prompts", "num_generations")
-        # A reward gets what its signature names, and is told when a rollout ends.
+        # A reward is called with the arguments that its signature names.
         parameters = list(inspect.signature(compare).parameters.values())
         positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         columns = parameters[3:]
@@ -65,7 +66,7 @@ class PairwiseJudge:
         taken = [column.name for column in columns if column.name in own]
         if taken:
             raise ValueError(
-                f"{self.__name__} has an argument '{taken[0]}', which a judge gets something else by: rename it."
+                f"{self.__name__} has an argument '{taken[0]}', which a judge gets for another purpose: rename it."
             )
         self.__signature__ = inspect.Signature(
             [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in own]
@@ -76,14 +77,14 @@ class PairwiseJudge:
     def __call__(self, images: Any, prompts: Sequence[str], num_generations: int, **columns: Any) -> Any:
         """
         Args:
-            images: N images, tensors or PIL, those of a prompt next to each other.
+            images: N images, tensors or PIL. The images of a prompt are adjacent.
             prompts (`Sequence[str]`): N prompts.
-            num_generations (`int`): Images per prompt G.
-            **columns: What else `compare` takes, N values each.
+            num_generations (`int`): G images per prompt.
+            **columns: Further arguments of `compare`, N values each.
 
         Returns:
-            `list[float | None]`: N rewards, which sum to 0 over each prompt, in units of log odds; an awaitable where
-            `compare` is one.
+            `list[float | None]`: N rewards in log odds, which sum to 0 over each prompt; an awaitable if `compare` is
+            `async`.
         """
         if num_generations < 2:
             return [None] * len(prompts)
@@ -93,7 +94,7 @@ class PairwiseJudge:
             for a, b in itertools.combinations(range(num_generations), 2)
         ]
         first, second = map(list, zip(*pairs))
-        # Two calls of the same shape: exchanging the images exchanges the answers, to the bit.
+        # Two calls of the same shape, so that swapping the images swaps the answers to the bit.
         answers = [
             self.compare(
                 _take(images, one),
@@ -128,8 +129,8 @@ def vlm_judge(url: str | list[str] | None = None, question: str = "comparison", 
     Log odds by which a VLM prefers one image of a prompt to the other, asked in both orders.
 
     Args:
-        url (`str` or `list[str]`, *optional*): A server to ask, as in [`VLMServer`]; without it, [`VLMScore`] is asked.
-        question (`str`): Preset or template, whose target says that the first image is better.
+        url (`str` or `list[str]`, *optional*): Server(s), as in [`VLMServer`]. Default: [`VLMScore`] in this process.
+        question (`str`): Preset or template. Its target says that the first image is better.
         **options: Further arguments of [`VLMServer`] or [`VLMScore`].
     """
     vlm = VLMScore(question=question, **options) if url is None else VLMServer(url, question=question, **options)

@@ -1,4 +1,4 @@
-"""PickScore (arXiv 2305.01569): what people choose, by a CLIP-H that was trained on pairs of images of one prompt."""
+"""PickScore (arXiv 2305.01569): human preference, by a CLIP-H that was trained on pairs of images of one prompt."""
 
 from collections.abc import Sequence
 
@@ -13,17 +13,13 @@ class PickScore(CLIPReward):
     """
     PickScore (arXiv 2305.01569), human preference: about 20 to 23, higher is better.
 
-    It is the cosine of image and prompt times the model's `exp(logit_scale)`, about 100. A difference of d between two
-    images says that the better one is chosen with probability sigmoid(d).
+    The score is the cosine of image and prompt times the model's `exp(logit_scale)`, about 100. If two images of a
+    prompt differ by d, people choose the better one with probability sigmoid(d).
 
     Args:
-        model (`str`): The [`~transformers.CLIPModel`]: an id of the Hub or a folder.
-        processor (`str`): Where its image processor and tokenizer are; the published model has none of its own.
-        dtype (`str` or `torch.dtype`): Type of the model, such as `"bfloat16"`. The images of a prompt differ by little:
-            float32 tells them apart best.
-        device (`str` or `torch.device`, *optional*): Where it scores. Default: the device of this process.
-        batch_size (`int`): Images scored at a time.
-        offload (`bool`): Keep the model on the CPU while the rollout is trained on.
+        model (`str`): Hub id or folder of the [`~transformers.CLIPModel`].
+        processor (`str`, *optional*): As in [`CLIPReward`]. The published model has no processor of its own.
+        dtype, device, batch_size, offload: As in [`CLIPReward`].
     """
 
     def __init__(

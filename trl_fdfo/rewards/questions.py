@@ -1,4 +1,4 @@
-"""What a VLM is asked about images: the questions, and the two words whose probabilities are its answer."""
+"""Questions to a VLM about images, with the two words whose probabilities are its answer."""
 
 import re
 from dataclasses import dataclass, replace
@@ -7,16 +7,16 @@ from dataclasses import dataclass, replace
 @dataclass(frozen=True)
 class Question:
     """
-    A question that is answered by one of two words.
+    A question with two possible answers.
 
     Args:
-        template (`str`): The question; `{prompt}` in it, if any, stands for the prompt of the image.
-        target (`str`): The word that speaks for the image.
-        contrast (`str`): The word that speaks against it.
-        images (`int`, *optional*): Images that it is about, where that is known: 1, or 2 that are compared.
+        template (`str`): The question. `{prompt}` is replaced by the prompt of the image.
+        target (`str`): The word that speaks for the image, or for the first of two.
+        contrast (`str`): The word that speaks against the image, or for the second of two.
+        images (`int`, *optional*): Number of images in the question: 1, or 2 that are compared. None: unknown.
 
     Raises:
-        ValueError: The template is empty or has other braces than `{prompt}`, or the words are the same.
+        ValueError: The template is empty or has braces other than `{prompt}`, or the words are the same.
     """
 
     template: str
@@ -43,8 +43,8 @@ class Question:
         return self.template.replace("{prompt}", prompt)
 
 
-# The first is that of FDFO (arXiv 2603.12893). Letters are one token in the vocabularies of byte-level BPE and of
-# SentencePiece; digits are not in that of Llama.
+# The first question is from arXiv 2603.12893. The comparison is answered by letters, which are one token in
+# vocabularies of byte-level BPE and SentencePiece; Llama's vocabulary splits digits.
 QUESTIONS = {
     "alignment": Question('Does this image match the caption "{prompt}"? Answer Yes or No.', images=1),
     "quality": Question(
@@ -68,15 +68,15 @@ QUESTIONS = {
 
 def get_question(question: str, target: str | None = None, contrast: str | None = None) -> Question:
     """
-    A preset or a question of one's own.
+    A preset, or a question of the user's own.
 
     Args:
         question (`str`): Name of a preset of `QUESTIONS`, or a template.
-        target (`str`, *optional*): The word that speaks for the image. Default: that of the preset, or `"Yes"`.
-        contrast (`str`, *optional*): The word that speaks against it. Default: that of the preset, or `"No"`.
+        target (`str`, *optional*): The word that speaks for the image. Default: the preset's word, or `"Yes"`.
+        contrast (`str`, *optional*): The word that speaks against the image. Default: the preset's word, or `"No"`.
 
     Raises:
-        ValueError: As [`Question`]; or `question` is a single word, and no preset has that name.
+        ValueError: [`Question`] refuses the arguments, or `question` is a single word but names no preset.
     """
     if question not in QUESTIONS and re.fullmatch(r"\w+", question, re.ASCII):
         raise ValueError(
@@ -92,8 +92,10 @@ def get_question(question: str, target: str | None = None, contrast: str | None 
 
 def check_images(question: Question, images: int) -> None:
     """
+    Check that a question fits the number of images, 1 or 2, that it is asked about.
+
     Raises:
-        ValueError: The question is about one image and is asked about two, or the other way round.
+        ValueError: The question is about one image and is asked about two, or vice versa.
     """
     if question.images == 2 and images == 1:
         raise ValueError(

@@ -11,14 +11,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
-from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 from transformers import TrainerState
+
+from ..media import to_pil
 
 
 RewardFunction = Callable[..., Any]
 
-# What every reward can have, beside the columns of the dataset.
+# Every reward can take these arguments, and the columns of the dataset.
 ARGUMENTS = ("images", "prompts", "trainer_state", "num_generations")
 
 
@@ -28,12 +29,12 @@ class RewardFunctions:
 
     Args:
         functions (`Callable` or `list[Callable]`): Rewards as described in [`trl_fdfo.rewards`].
-        weights (`list[float]`, *optional*): Weight of each in the sum; 1 each by default.
-        argument (`str`): What a message calls the functions.
+        weights (`list[float]`, *optional*): Weight of each reward in the sum. Default: 1 each.
+        argument (`str`): Name of the argument `functions` in error messages.
 
     Raises:
-        ValueError: No reward, something that is not callable or whose arguments cannot be known, an unknown `image_type`,
-            or another number of weights than of rewards.
+        ValueError: There is no reward, a reward is not callable, has an unknown `image_type` or hides its arguments, or
+            the number of weights differs from the number of rewards.
     """
 
     def __init__(
@@ -70,18 +71,25 @@ class RewardFunctions:
             if image_type not in ("pt", "pil"):
                 raise ValueError(f"Reward '{name}' has image_type={image_type!r}; it must be 'pt' or 'pil'.")
             _parameters(name, function)
-        # One thread each: a reward need not be safe to call from several.
+        # Each reward has a single thread, so it need not be thread-safe.
         self._workers = {
             name: ThreadPoolExecutor(max_workers=1)
             for name, function in zip(self.names, self.functions)
             if _attribute(function, "background", False)
         }
 
+    @property
+    def scores(self) -> list[str]:
+        """Names of the functions that score an image by itself: those without `pairwise = True`."""
+        return [name for name, f in zip(self.names, self.functions) if not _attribute(f, "pairwise", False)]
+
     def check_columns(self, columns: Sequence[str], dataset: str = "train_dataset") -> None:
         """
+        Check that the dataset has every column that a reward needs.
+
         Raises:
-            ValueError: A reward needs an argument that no column of the dataset has, or a column has the name of an
-                argument that every reward gets.
+            ValueError: A reward needs an argument that is no column, takes an argument by position only, or a column
+                has one of the names in `ARGUMENTS`.
         """
         taken = [column for column in columns if column in ARGUMENTS]
         if taken:
@@ -93,8 +101,8 @@ class RewardFunctions:
             for parameter in _parameters(name, function):
                 if parameter.kind is parameter.POSITIONAL_ONLY:
                     raise ValueError(
-                        f"Reward '{name}' takes '{parameter.name}' by position alone: rewards are called by keyword. Wrap "
-                        f"it: `def {name}(images, prompts): ...`."
+                        f"Reward '{name}' takes '{parameter.name}' by position only, but rewards are called by "
+                        f"keyword. Wrap it: `def {name}(images, prompts): ...`."
                     )
                 variable = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
                 if not variable and parameter.default is parameter.empty and parameter.name not in known:
@@ -111,7 +119,7 @@ class RewardFunctions:
         columns: dict[str, Sequence],
         num_generations: int = 1,
     ) -> Tensor:
-        """`submit` and its result."""
+        """Call `submit` and wait for the result."""
         return self.submit(images, prompts, trainer_state, columns, num_generations).result()
 
     def submit(
@@ -123,20 +131,17 @@ class RewardFunctions:
         num_generations: int = 1,
     ) -> "PendingRewards":
         """
-        Have each image scored by each function: by the `async` ones, and those with `background = True`, in the background.
+        Score each image with each function. `async` functions and those with `background = True` run in the background.
 
         Args:
             images (`Tensor`): Floats in [0, 1], shape [N, 3, H, W]; videos [N, F, 3, H, W].
             prompts (`Sequence[str]`): N prompts.
             trainer_state (`TrainerState`): State of the trainer.
             columns (`dict[str, Sequence]`): Columns of the dataset, N values each.
-            num_generations (`int`): Images per prompt; those of a prompt stand next to each other.
-
-        Returns:
-            [`PendingRewards`]
+            num_generations (`int`): Images per prompt. The images of a prompt are adjacent.
 
         Raises:
-            ValueError: A function returned something else than one finite number (or None) per image.
+            ValueError: A function did not return one finite number (or None) per image.
         """
         prompts = list(prompts)
         arguments = columns | dict(zip(ARGUMENTS, (images, prompts, trainer_state, num_generations)))
@@ -164,15 +169,15 @@ class RewardFunctions:
         num_generations: int,
     ) -> Tensor:
         """
-        Weighted sum of the rewards with their gradients to the images, shape [N]; arguments as in `submit`.
+        Weighted sum of the rewards, differentiable in the images, shape [N]. The arguments are as in `submit`.
 
         Raises:
-            ValueError: A function has no gradient.
+            ValueError: The result of a function has no gradient.
         """
         arguments = columns | dict(zip(ARGUMENTS, (images, list(prompts), trainer_state, num_generations)))
         total = torch.zeros(len(images), device=images.device)
         for name, function, weight in zip(self.names, self.functions, self.weights.tolist()):
-            # PIL images have none: the tensors are given in their place, and the function may refuse them.
+            # PIL images carry no gradient, so every function receives tensors, and may refuse them.
             result = function(**_arguments(name, function, arguments, lambda: images))
             if not isinstance(result, Tensor) or not result.requires_grad or result.shape != total.shape:
                 raise ValueError(
@@ -184,7 +189,7 @@ class RewardFunctions:
         return total
 
     def describe(self) -> dict[str, str]:
-        """Of each function its weight, and the settings that it has as public attributes."""
+        """The weight of each function, with its public attributes as settings."""
         described = {}
         for name, function, weight in zip(self.names, self.functions, self.weights.tolist()):
             kinds = (str, int, float, bool, type(None))
@@ -194,7 +199,7 @@ class RewardFunctions:
         return described
 
     def on_rollout_end(self) -> None:
-        """Tell the functions that have a method of this name that the images of a rollout (or evaluation) are scored."""
+        """Call the method of this name of each function that has one: a rollout (or evaluation) is scored."""
         for function in self.functions:
             hook = _attribute(function, "on_rollout_end", None)
             if hook is not None:
@@ -205,12 +210,12 @@ class RewardFunctions:
         Weighted sum over the functions.
 
         Args:
-            rewards (`Tensor`): Rewards of P prompts x G branches by each of R functions, shape [P, G, R], NaN where a
-                function does not apply.
+            rewards (`Tensor`): Rewards of P prompts x G branches by R functions, shape [P, G, R]; NaN where a function
+                does not apply.
 
         Returns:
-            `Tensor`: Shape [P, G]. A function that does not apply to every branch of a prompt is left out there; where
-            none applies all branches are NaN.
+            `Tensor`: Shape [P, G]. A function counts for a prompt only if it applies to all its branches; without such
+            a function the branches are NaN.
         """
         applies = rewards.isfinite().all(dim=1, keepdim=True)
         total = (rewards * self.weights.to(rewards)).where(applies, 0).sum(dim=-1)
@@ -219,34 +224,34 @@ class RewardFunctions:
 
 class PendingRewards:
     """
-    Rewards of one batch of images, some of which may still be computed.
+    Rewards of one batch of images. Some may still be computed in the background.
 
     Args:
-        results (`list[Tensor | Future]`): Of each function its N rewards.
+        results (`list[Tensor | Future]`): The N rewards of each function.
     """
 
     def __init__(self, results: list[Tensor | Future]):
         self._results = results
 
     def done(self) -> bool:
-        """Whether no function is at work any more."""
+        """True if every function has finished."""
         return all(result.done() for result in self._results if isinstance(result, Future))
 
     def raise_errors(self) -> None:
-        """Raise what a function that has ended has raised, without waiting for the others."""
+        """Raise the error of a function that has failed, without waiting for the others."""
         for result in self._results:
             if isinstance(result, Future) and result.done():
                 result.result()
 
     def result(self) -> Tensor:
-        """Rewards on the CPU, shape [N, number of functions]; NaN where a function does not apply. Waits for them."""
+        """Wait for the rewards: on the CPU, shape [N, R] for R functions; NaN where a function does not apply."""
         return torch.stack([r.result() if isinstance(r, Future) else r for r in self._results], dim=1)
 
 
 def _arguments(
     name: str, function: RewardFunction, arguments: dict[str, Any], pil_images: Callable[[], list]
 ) -> dict[str, Any]:
-    """Those of the arguments that the function's signature names."""
+    """Select the arguments that the function's signature names."""
     if _attribute(function, "image_type", "pt") == "pil":
         arguments = {**arguments, "images": pil_images()}
     parameters = _parameters(name, function)
@@ -268,7 +273,7 @@ async def _awaited(name: str, result: Awaitable, prompts: list[str]) -> Tensor:
 
 @contextlib.contextmanager
 def _blamed(name: str, prompts: list[str]) -> Iterator[None]:
-    """Add to what is raised which reward it came from."""
+    """Add the name of the reward to any error raised."""
     try:
         yield
     except Exception as error:
@@ -281,14 +286,14 @@ def _blamed(name: str, prompts: list[str]) -> Iterator[None]:
 
 @functools.cache
 def _background_loop() -> asyncio.AbstractEventLoop:
-    """An event loop in a thread of its own: this thread has the GPU to feed, and in a notebook a loop of its own."""
+    """An event loop in its own thread: the main thread feeds the GPU, and in a notebook already runs a loop."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="async rewards", daemon=True).start()
     return loop
 
 
 def _attribute(function: RewardFunction, name: str, default: Any) -> Any:
-    """An attribute of a callable, or of what `functools.partial` or a decorator has wrapped."""
+    """An attribute of a callable, or of the function that a `functools.partial` or a decorator wraps."""
     while function is not None:
         if hasattr(function, name):
             return getattr(function, name)
@@ -307,10 +312,10 @@ def _parameters(name: str, function: RewardFunction) -> list[inspect.Parameter]:
 
 def checked_rewards(name: str, result: Any, prompts: Sequence[str], of: str = "images") -> Tensor:
     """
-    What a reward returned, as float32 on the CPU, NaN for None, shape [N].
+    The result of a reward as float32 on the CPU, shape [N], with NaN for None. `of` names the N samples in errors.
 
     Raises:
-        ValueError: It is not one finite number or None for each of the N prompts.
+        ValueError: The result is not one finite number or None for each of the N prompts.
     """
     should = f"it must return one float per {of[:-1]}"
     if isinstance(result, Tensor) and result.ndim > 1:
@@ -348,13 +353,6 @@ def checked_rewards(name: str, result: Any, prompts: Sequence[str], of: str = "i
     return torch.tensor(rewards)
 
 
-def to_pil(images: Tensor) -> list:
-    """N images, or N lists of the frames of a video."""
-    if images.ndim == 5:
-        return [to_pil(frames) for frames in images]
-    return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(images))
-
-
 def _unique(names: list[str]) -> list[str]:
-    """The names, numbered where one occurs again (two lambdas, two instances of a class)."""
+    """Number the names that occur again (two lambdas, two instances of a class)."""
     return [name if names.index(name) == i else f"{name}_{names[: i + 1].count(name)}" for i, name in enumerate(names)]

@@ -1,4 +1,4 @@
-"""Text rendering: how well an image shows the text that was asked for, read by OCR as in Flow-GRPO (arXiv 2505.05470)."""
+"""Text rendering: the agreement of the text in an image with the requested text, by OCR, as in arXiv 2505.05470."""
 
 import re
 import unicodedata
@@ -7,26 +7,27 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from ..media import mean_over_frames, split_frames
+
 
 class TextRendering:
     """
-    How well an image shows the text that was asked for, in [0, 1], read by OCR on the CPU.
+    Agreement of the text in an image with the requested text, in [0, 1], read by OCR on the CPU.
 
-    1 - edit distance / length of the text, as in Flow-GRPO (arXiv 2505.05470). The text is what the prompt has in double
-    quotes, straight or typographic (several parts are joined), as in `A shop window with the words "open late"`; where
-    the dataset has a column `text`, it is what stands there. A row of that column which is None, or only repeats the
-    prompt, leaves it to the quotes. Without a text to show, the reward does not apply (None).
+    The reward is 1 - edit distance / length of the text (arXiv 2505.05470). The requested text stands in the prompt in
+    double quotes, straight or typographic, as in `A shop window with the words "open late"`; several quotes are joined.
+    A dataset column `text` takes precedence, except in rows where it is None or only repeats the prompt. Without a
+    requested text the reward does not apply (None).
 
     - Letters, digits and punctuation are compared, in reading order. Case and whitespace do not count, so the text may
       be broken into lines anywhere.
-    - A missing, a wrong and an additional character cost 1 / length each. Unlike in the paper, other text in a text box
-      of its own costs nothing: else a poster behind it would make a well-written sign as bad as none. Gibberish gains
-      little by that: about 0.2 for ten words of random letters.
-    - The OCR's best guess counts however unsure it is, so that there is a slope from scribble to letters.
+    - A missing, a wrong and an additional character cost 1 / length each. Unlike in the paper, unrelated text boxes are
+      free: otherwise a poster in the background would make a well-written sign worth nothing. Gibberish gains little by
+      that: about 0.2 for ten words of random letters.
+    - The OCR's best guess counts at any confidence, so that there is a slope from scribble to letters.
 
-    The OCR is PP-OCRv6 (small), part of the package `rapidocr` (`pip install 'trl_fdfo[ocr]'`): nothing is downloaded. It
-    reads Latin and Greek letters, Chinese and Japanese, and malformed letters with goodwill: let another reward see to
-    the looks.
+    The OCR is PP-OCRv6 (small), part of the package `rapidocr` (`pip install 'trl_fdfo[ocr]'`): nothing is downloaded.
+    It reads Latin, Greek, Chinese and Japanese, also in malformed letters: combine it with a reward for quality.
 
     Raises:
         ImportError: `rapidocr` or `onnxruntime` is missing.
@@ -37,22 +38,22 @@ class TextRendering:
 
     def __init__(self):
         try:
-            import onnxruntime  # noqa: F401  # rapidocr would look for it as late as at the first image
+            import onnxruntime  # noqa: F401  # rapidocr itself imports it only at the first image
             from rapidocr import RapidOCR
         except ImportError as error:
             raise ImportError("TextRendering needs rapidocr and onnxruntime: pip install 'trl_fdfo[ocr]'.") from error
         self._ocr = RapidOCR(
             params={
-                # Not a line of log per model, nor a warning per image without text.
+                # Log neither a line per model nor a warning per image without text.
                 "Global.log_level": "error",
-                # Text that stands on its head is no text.
+                # Do not read text that is upside down.
                 "Global.use_cls": False,
                 "Global.text_score": 0.0,
-                # Detects in at most 736 x 736 pixels; letters are read at full size. By default, smaller images are
-                # enlarged to that, at twice the cost, and the small print of large ones is missed.
+                # Shrink larger images to 736 pixels to detect text; letters are read at full size. By default, smaller
+                # images are enlarged to 736 pixels, at twice the cost, and the small print of large images is missed.
                 "Det.limit_type": "max",
                 "Det.limit_side_len": 736,
-                # More threads make these small models no faster, and every process of a node would have as many.
+                # More threads make these small models no faster, and each process of a node would start as many.
                 "EngineConfig.onnxruntime.intra_op_num_threads": 1,
             }
         )
@@ -62,23 +63,23 @@ class TextRendering:
     ) -> list[float | None]:
         """
         Args:
-            images (`Sequence[PIL.Image.Image]`): N images, or N videos as lists of frames, each scored by the mean over
+            images (`Sequence[PIL.Image.Image]`): N images, or N videos as lists of frames. A video scores the mean over
                 its frames.
             prompts (`Sequence[str]`): N prompts.
-            text (`Sequence[str]`, *optional*): N texts to show, a column of the dataset.
+            text (`Sequence[str | None]`, *optional*): N requested texts, a column of the dataset.
 
         Returns:
-            `list[float]`: N rewards in [0, 1]; None where there is no text to show.
+            `list[float | None]`: N rewards in [0, 1]; None if no text is requested.
 
         Raises:
-            ValueError: A text to show is not a string.
+            ValueError: A requested text is not a string.
         """
         targets = map(_target, prompts, text if text is not None else [None] * len(prompts))
-        return [self._score(image, target) if target else None for image, target in zip(images, targets)]
+        counts, frames, targets = split_frames(images, targets)
+        scores = [self._score(frame, target) if target else None for frame, target in zip(frames, targets)]
+        return mean_over_frames(scores, counts)
 
-    def _score(self, image: Image.Image | Sequence[Image.Image], target: str) -> float:
-        if isinstance(image, (list, tuple)):
-            return sum(self._score(frame, target) for frame in image) / len(image)
+    def _score(self, image: Image.Image, target: str) -> float:
         return 1 - _edit_distance([_normalized(box) for box in self._read(image)], target) / len(target)
 
     def _read(self, image: Image.Image) -> list[str]:
@@ -88,6 +89,7 @@ class TextRendering:
 
 
 def _target(prompt: str, text: str | None) -> str:
+    """The requested text, normalized; "" if there is none."""
     if text is None or text == prompt:
         text = " ".join(re.findall(f"(?<!\\d){_QUOTE}(.*?){_QUOTE}", prompt, re.DOTALL))
     elif not isinstance(text, str):
@@ -98,22 +100,23 @@ def _target(prompt: str, text: str | None) -> str:
     return _normalized(text)
 
 
-# An opening quote does not follow a digit: there it says inches.
+# An opening quote does not follow a digit: behind a digit, the sign means inches.
 _QUOTE = '["“”„«»]'
 
-# What OCR hardly tells apart.
+# OCR hardly tells these characters apart.
 _LOOKALIKES = str.maketrans("‘’“”„–—", '\'\'"""--')
 
 
 def _normalized(text: str) -> str:
-    """Without case and whitespace, and with one form for characters that Unicode has in several widths and styles."""
+    """Remove case and whitespace, and the widths and styles that Unicode has of the same character."""
     text = unicodedata.normalize("NFKC", text.translate(_LOOKALIKES))
     return "".join(text.casefold().split())
 
 
 def _reading_order(boxes: np.ndarray) -> list[int]:
     """
-    Line by line from the top, each from the left. Boxes are on one line where the middle of one lies beside the other.
+    Sort boxes line by line from the top, each line from the left. Boxes share a line if their middles are closer than
+    half the larger height.
 
     Args:
         boxes (`np.ndarray`): Corners (x, y) of N boxes in pixels, shape [N, 4, 2].
@@ -132,8 +135,8 @@ def _reading_order(boxes: np.ndarray) -> list[int]:
 
 
 def _edit_distance(boxes: Sequence[str], target: str) -> int:
-    """Levenshtein distance of `target` to those of the boxes, in their order, that together come closest to it."""
-    # row[i]: the distance of the first i characters of the target to what has been read so far.
+    """Levenshtein distance of `target` to the closest text that a subset of the boxes forms in their order."""
+    # row[i] is the distance of the first i characters of the target to the boxes so far.
     row = list(range(len(target) + 1))
     for box in boxes:
         without = row

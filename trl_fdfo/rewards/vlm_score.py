@@ -1,7 +1,6 @@
 """
-A vision-language model (VLM) as a reward: how much likelier one word is than another as its answer to a question about
-the image, such as "Yes" than "No" to "Does this image match the caption?". The paper of FDFO (arXiv 2603.12893) trains
-on this score,
+A vision-language model (VLM) as a reward: it answers a question about the image, such as "Does this image match the
+caption?", by one of two words, such as "Yes" or "No". The score (arXiv 2603.12893) is
 
     100 sigmoid(log odds),    log odds = logit(target) - logit(contrast) of the first token of the answer.
 """
@@ -30,33 +29,32 @@ class VLMScore(LearnedReward):
     """
     The answer of a VLM to a question about each image: 0 to 100, higher is better.
 
-    100 sigmoid(logit(target) - logit(contrast)) of the first token of its answer (arXiv 2603.12893). The image(s) come before the question, in the model's own chat
-    template.
+    The score is 100 sigmoid(logit(target) - logit(contrast)) of the first token of the answer (arXiv 2603.12893). The
+    image(s) come before the question, in the model's own chat template.
 
-    The logits are the model's own: nothing of its `generation_config`, such as a repetition penalty, is applied. Those of
-    the two words are computed in float32, whatever the `dtype` of the model: bfloat16 rounds logits between 16 and 32 to
+    The logits are the model's own: its `generation_config`, such as a repetition penalty, is ignored. The logits of the
+    two words are computed in float32 for every `dtype` of the model: bfloat16 rounds logits between 16 and 32 to
     multiples of 1/8, which is 3 points of the score, and the two images of a pair would often tie.
 
     The presets of `question` are `"alignment"`, `"quality"` and `"photorealism"`, answered by Yes or No, and
     `"comparison"`, which is for [`~VLMScore.compare`].
 
-    torchvision is not needed. Where it is installed it resizes the images, in the place of Pillow, with the same filter.
+    torchvision is not needed. If it is installed, it resizes the images instead of Pillow, with the same filter.
 
     Args:
-        model (`str`): Repository or folder of a model that [`~transformers.AutoModelForImageTextToText`] loads, with a
-            chat template.
-        question (`str`): Name of a preset, or a question, in which `{prompt}` stands for the prompt of the image.
-        target (`str`, *optional*): The word that speaks for the image, one token: `" Yes"` where the chat template ends
-            in a colon and the model goes on with a space. Default: that of the preset, or `"Yes"`.
-        contrast (`str`, *optional*): The word that speaks against it, one token. Default: that of the preset, or `"No"`.
-        dtype (`str` or `torch.dtype`): Data type of the weights; `"auto"` is the one that they are published in.
-        device (`str` or `torch.device`, *optional*): Where it scores. Default: the device of this process.
+        model (`str`): Hub id or folder of a model with a chat template, for
+            [`~transformers.AutoModelForImageTextToText`].
+        question (`str`): Name of a preset, or a question. `{prompt}` is replaced by the prompt of the image.
+        target (`str`, *optional*): The word that speaks for the image, one token. Use `" Yes"` if the chat template
+            ends in a colon and the model continues with a space. Default: the preset's word, or `"Yes"`.
+        contrast (`str`, *optional*): The word that speaks against the image, one token. Default: the preset's word, or
+            `"No"`.
+        dtype (`str` or `torch.dtype`): Data type of the weights. `"auto"`: the published type.
         batch_size (`int`): Questions asked at a time.
-        offload (`bool`): Keep the model on the CPU while the rollout is trained on.
+        device, offload: As in [`LearnedReward`].
 
     Raises:
-        ValueError: A question that cannot be asked (see [`get_question`]), a word that is not one token, or a model
-            without a chat template.
+        ValueError: [`get_question`] refuses the question, a word is not one token, or the model has no chat template.
     """
 
     def __init__(
@@ -73,7 +71,7 @@ class VLMScore(LearnedReward):
     ):
         self.question = get_question(question, target, contrast)
         self.__name__ = f"{type(self).__name__}_{question}" if question in QUESTIONS else type(self).__name__
-        # Before the weights: what can be wrong is said in seconds.
+        # Check the words before the weights are loaded: errors appear in seconds.
         self.processor = _load_processor(model)
         tokenizer = self.processor.tokenizer
         tokenizer.padding_side = "left"
@@ -103,7 +101,7 @@ class VLMScore(LearnedReward):
             pad_token_id=tokenizer.pad_token_id,
         )
         head = self.model.get_output_embeddings()
-        if type(head) is torch.nn.Linear:  # and no quantized one
+        if type(head) is torch.nn.Linear:  # a subclass may be quantized
             head.register_forward_hook(self._words_in_float32)
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
@@ -117,8 +115,8 @@ class VLMScore(LearnedReward):
         Ask the question about two images at once. Judges prefer a place as well as an image: ask in both orders.
 
         Args:
-            first (`Sequence[PIL.Image.Image]`): N images, of which the target speaks in favour.
-            second (`Sequence[PIL.Image.Image]`): N images, of which the contrast speaks in favour.
+            first (`Sequence[PIL.Image.Image]`): N images that the target favours.
+            second (`Sequence[PIL.Image.Image]`): N images that the contrast favours.
             prompts (`Sequence[str]`): N prompts.
 
         Returns:
@@ -132,8 +130,10 @@ class VLMScore(LearnedReward):
     @torch.no_grad()
     def log_odds(self, images: Sequence[Sequence[Image.Image]], questions: Sequence[str]) -> Tensor:
         """
+        The log odds of the answers to N questions.
+
         Args:
-            images (`Sequence[Sequence[PIL.Image.Image]]`): The images that each of N questions is about.
+            images (`Sequence[Sequence[PIL.Image.Image]]`): The image(s) of each question.
             questions (`Sequence[str]`): N questions.
 
         Returns:
@@ -165,8 +165,8 @@ class VLMScore(LearnedReward):
             return_tensors="pt",
             processor_kwargs={"padding": True},
         ).to(self.device, self.model.dtype)
-        # `generate` gives each architecture the positions that left padding asks for, and computes the logits of the
-        # last one only. Not synchronized: processes may have different numbers of questions.
+        # `generate` corrects the positions for left padding in each architecture, and computes only the last logits.
+        # It is not synchronized, because processes may have different numbers of questions.
         target, contrast = self.model.generate(**inputs, synced_gpus=False).logits[0][:, self.words].float().T
         return target - contrast
 
@@ -178,7 +178,7 @@ class VLMScore(LearnedReward):
 
 
 def _load_processor(name_or_path: str) -> ProcessorMixin:
-    """The processor of a model; without its part for videos where that cannot be loaded, because it needs torchvision."""
+    """Load the processor of a model; without torchvision, leave out its part for videos."""
     try:
         processor = load_pretrained(AutoProcessor, name_or_path)
     except ImportError as error:
@@ -194,18 +194,23 @@ def _load_processor(name_or_path: str) -> ProcessorMixin:
 
         try:
             processor = load_pretrained(ImageTextProcessor, name_or_path)
-        except TypeError:  # it insists on its part for videos
+        except TypeError:  # the processor cannot do without its part for videos
             raise error from None
     if getattr(processor, "chat_template", None) is None:
         raise ValueError(
-            f"model={name_or_path!r} has no chat template, in which VLMScore asks its question: take an "
+            f"model={name_or_path!r} has no chat template, in which VLMScore asks its question: use an "
             "instruction-tuned VLM."
         )
     return processor
 
 
 def _token(tokenizer: PreTrainedTokenizerBase, argument: str, word: str, model: str) -> int:
-    """The one token that a word is; `argument` is the name it was given by."""
+    """
+    The id of a word that is one token. `argument` is the name of the word's argument, for the error.
+
+    Raises:
+        ValueError: The word is not one token.
+    """
     tokens = tokenizer.encode(word, add_special_tokens=False)
     if _is_token(tokenizer, word):
         return tokens[0]

@@ -1,4 +1,4 @@
-"""A vision-language model (VLM) on a server as a reward: [`VLMScore`] by HTTP, from vLLM, SGLang or what speaks as they do."""
+"""A vision-language model (VLM) on a server as a reward: [`VLMScore`] by HTTP, from vLLM, SGLang or alike."""
 
 import asyncio
 import base64
@@ -17,10 +17,11 @@ from huggingface_hub import get_async_session
 from PIL import Image
 from torch import Tensor
 
+from ..media import mean_over_frames, split_frames
 from .questions import QUESTIONS, check_images, get_question
 
 
-# Log odds at which the score is within 0.01 of 0 or 100.
+# At these log odds the score is within 0.01 of 0 or 100.
 _SETTLED = math.log(100 / 0.01 - 1)
 
 
@@ -28,7 +29,7 @@ class VLMServer:
     """
     The answer of a VLM on a server to a question about each image: 0 to 100, higher is better.
 
-    The score of [`VLMScore`], from the log probabilities that the server gives of the first token of the answer.
+    This is the score of [`VLMScore`], from the server's log probabilities of the first token of the answer.
 
     Start a server by
 
@@ -37,36 +38,33 @@ class VLMServer:
     python -m sglang.launch_server --model-path Qwen/Qwen2.5-VL-7B-Instruct --port 8000
     ```
 
-    where the limit of two images is for [`~VLMServer.compare`], and `url="http://host:8000/v1"`. The log probabilities
-    are of float32, but of logits in the data type of the server: bfloat16 rounds those between 16 and 32 to multiples of
-    1/8, so two images that are much alike can tie where those of [`VLMScore`] do not.
+    and pass `url="http://host:8000/v1"`. The limit of two images is for [`~VLMServer.compare`]. The log probabilities
+    are float32, but their logits have the data type of the server: bfloat16 rounds logits between 16 and 32 to
+    multiples of 1/8, so two similar images can tie here that [`VLMScore`] tells apart.
 
-    A request that fails for a reason that can pass (no connection, no answer in time, an error of the server, an answer
-    without the words) is sent again, to the next URL, after a wait that doubles each time.
+    A request is retried, at the next URL and after a wait that doubles each time, if its failure can be temporary: no
+    connection, no answer in time, an error of the server, or an answer without the words.
 
-    A word is looked for as the text that the server shows for it. Where several tokens read the same, as with and without
-    the space before in SentencePiece, the likeliest counts. The servers list the 20 likeliest tokens: a word that is not
-    among them is taken to be as likely as the last of them where that settles the score to 0.01; otherwise the answer
-    counts as one without the word.
+    A word is matched by the text that the server shows. If several tokens read the same, as SentencePiece's with and
+    without a leading space, the likeliest counts. Servers list the 20 likeliest tokens. A word that is missing there is
+    taken to be as likely as the last of them if that settles the score to 0.01; otherwise the answer lacks the word.
 
     Args:
-        url (`str` or `list[str]`): Base URL(s) of servers of the same model; requests are dealt out in turn. Without a
-            path, it is `/v1`.
-        model (`str`): The name that the model is served by.
-        question (`str`): As for [`VLMScore`].
-        target (`str`, *optional*): As for [`VLMScore`].
-        contrast (`str`, *optional*): As for [`VLMScore`].
+        url (`str` or `list[str]`): Base URL(s) of servers of the same model, which take turns. A URL without a path
+            gets `/v1`.
+        model (`str`): The name under which the model is served.
+        question, target, contrast: As in [`VLMScore`].
         max_concurrency (`int`): Requests in flight at a time, at most 100, over all calls on an event loop.
         timeout (`float`): Seconds to wait for an answer to a request.
-        max_retries (`int`): How many more times a request is sent.
-        backoff (`float`): Seconds to wait before a request is sent again, twice as long each time, up to a minute.
+        max_retries (`int`): Number of retries of a request.
+        backoff (`float`): Seconds before the first retry. The wait doubles with each retry, up to a minute.
         api_key (`str`, *optional*): Key of the server. Default: the environment variable `OPENAI_API_KEY`.
         extra_body (`dict[str, Any]`, *optional*): More fields of the request, such as `{"chat_template_kwargs":
-            {"enable_thinking": False}}`. None leaves a field out: servers that are neither vLLM nor SGLang may need
+            {"enable_thinking": False}}`. None removes a field: servers other than vLLM and SGLang may need
             `{"top_k": None, "repetition_penalty": None}`.
 
     Raises:
-        ValueError: A question that cannot be asked (see [`get_question`]), or an argument out of range.
+        ValueError: [`get_question`] refuses the question, or an argument is out of range.
         VLMServerError: In a call: the server refused a request, or did not answer in `max_retries + 1` attempts.
     """
 
@@ -110,13 +108,13 @@ class VLMServer:
         self._api_key = (os.environ.get("OPENAI_API_KEY", "") if api_key is None else api_key).strip()
         self._turns = itertools.count()
         self._semaphores: dict[asyncio.AbstractEventLoop, asyncio.Semaphore] = {}
-        # Not the module's own generator, which a training run has seeded.
+        # A separate generator, which is not seeded by the training run.
         self._random = random.Random()
 
     async def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         """
         Args:
-            images (`Sequence[PIL.Image.Image]`): N images, or N videos as lists of frames, each scored by the mean over
+            images (`Sequence[PIL.Image.Image]`): N images, or N videos as lists of frames. A video scores the mean over
                 its frames.
             prompts (`Sequence[str]`): N prompts.
 
@@ -127,10 +125,9 @@ class VLMServer:
             VLMServerError: The server refused a request, or did not answer.
         """
         check_images(self.question, 1)
-        videos = [image if isinstance(image, (list, tuple)) else [image] for image in images]
-        questions = [self.question.ask(prompt) for prompt, video in zip(prompts, videos) for _ in video]
-        scores = 100 * (await self.log_odds([[frame] for video in videos for frame in video], questions)).sigmoid()
-        return torch.stack([video.mean() for video in scores.split([len(video) for video in videos])])
+        counts, frames, questions = split_frames(images, map(self.question.ask, prompts))
+        odds = await self.log_odds([[frame] for frame in frames], questions)
+        return mean_over_frames(100 * odds.sigmoid(), counts)
 
     async def compare(
         self, first: Sequence[Image.Image], second: Sequence[Image.Image], prompts: Sequence[str]
@@ -139,8 +136,8 @@ class VLMServer:
         Ask the question about two images at once. Judges prefer a place as well as an image: ask in both orders.
 
         Args:
-            first (`Sequence[PIL.Image.Image]`): N images, of which the target speaks in favour.
-            second (`Sequence[PIL.Image.Image]`): N images, of which the contrast speaks in favour.
+            first (`Sequence[PIL.Image.Image]`): N images that the target favours.
+            second (`Sequence[PIL.Image.Image]`): N images that the contrast favours.
             prompts (`Sequence[str]`): N prompts.
 
         Returns:
@@ -156,8 +153,10 @@ class VLMServer:
 
     async def log_odds(self, images: Sequence[Sequence[Image.Image]], questions: Sequence[str]) -> Tensor:
         """
+        The log odds of the answers to N questions.
+
         Args:
-            images (`Sequence[Sequence[PIL.Image.Image]]`): The images that each of N questions is about.
+            images (`Sequence[Sequence[PIL.Image.Image]]`): The image(s) of each question.
             questions (`Sequence[str]`): N questions.
 
         Returns:
@@ -166,21 +165,21 @@ class VLMServer:
         Raises:
             VLMServerError: The server refused a request, or did not answer.
         """
-        # A client of the Hub, for its HTTP library (httpx or httpx2, by its version), but without its hooks: they forbid
-        # requests where HF_HUB_OFFLINE is set, as on nodes that reach a server of their own and no Hub.
+        # The Hub's client brings its HTTP library (httpx or httpx2, by its version). Its hooks are removed: they forbid
+        # requests if HF_HUB_OFFLINE is set, as on nodes that reach their own server but not the Hub.
         client = get_async_session()
         client.event_hooks = {}
         async with client:
             tasks = [asyncio.ensure_future(self._ask(client, *each)) for each in zip(images, questions)]
             try:
                 return torch.tensor(await asyncio.gather(*tasks))
-            finally:  # one has failed, or the call was cancelled: no request outlives its client
+            finally:  # after a failure or a cancellation, no request outlives its client
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _ask(self, client: Any, images: Sequence[Image.Image], question: str) -> float:
-        """The log odds of one question, asked until it is answered."""
+        """The log odds of one question, which is asked until it is answered."""
         turn = next(self._turns)
         start = asyncio.get_running_loop().time()
         body = None
@@ -218,7 +217,7 @@ class VLMServer:
             response = await asyncio.wait_for(request, self.timeout)
         except asyncio.TimeoutError:
             raise _RequestFailed(f"no answer within {self.timeout:g} s") from None
-        except Exception as error:  # the classes of the HTTP library, whichever it is
+        except Exception as error:  # the classes depend on the HTTP library
             raise _RequestFailed(self._redacted(f"{type(error).__name__}: {error}")) from None
         answer = f"HTTP {response.status_code}: {self._redacted(response.text)[:300]}"
         if response.status_code in (408, 429) or response.status_code >= 500:
@@ -242,8 +241,8 @@ class VLMServer:
             "max_tokens": 1,
             "logprobs": True,
             "top_logprobs": 20,
-            # The distribution of the model itself: some servers give the log probabilities after these are applied, and
-            # take those that are not named from the model's generation_config.
+            # Some servers apply these options to the log probabilities, with defaults from the model's
+            # generation_config. These values leave the distribution of the model itself.
             "temperature": 1.0,
             "top_p": 1.0,
             "top_k": -1,
@@ -268,11 +267,11 @@ class VLMServerError(RuntimeError):
 
 
 class _RequestFailed(Exception):
-    """For a reason that can pass."""
+    """A request failed for a reason that can be temporary."""
 
 
 class _WordMissing(_RequestFailed):
-    """A word is not among the listed tokens, and could be too likely to be left out."""
+    """A word is not among the listed tokens, and its likelihood could matter."""
 
 
 def _log_odds(answer: Any, target: str, contrast: str) -> float:
@@ -280,19 +279,19 @@ def _log_odds(answer: Any, target: str, contrast: str) -> float:
     log p(target) - log p(contrast) of a chat completion.
 
     Raises:
-        _WordMissing: See there.
-        ValueError, LookupError, TypeError: It is no chat completion with log probabilities.
+        _WordMissing: A word is not among the listed tokens, and its likelihood could matter.
+        ValueError, LookupError, TypeError: The answer is not a chat completion with log probabilities.
     """
     token = answer["choices"][0]["logprobs"]["content"][0]
     listed = [(each["token"], float(each["logprob"])) for each in token["top_logprobs"]]
     sampled = (token["token"], float(token["logprob"]))
-    # Likeliest last, which is the one that a dict keeps.
+    # Sort the likeliest last: a dict keeps the last of equal keys.
     logprobs = dict(sorted([*listed, sampled], key=lambda each: each[1]))
-    # What is not listed is less likely than the listed ones, but for the sampled token: vLLM lists it in any case.
+    # A token that is not listed is less likely than all listed ones but the sampled token, which vLLM always lists.
     bound = min((logprob for text, logprob in listed if (text, logprob) != sampled), default=math.inf)
     odds = logprobs.get(target, bound) - logprobs.get(contrast, bound)
     missing = [word for word in (target, contrast) if word not in logprobs]
-    # Without the target these are the highest log odds that there can be, without the contrast the lowest.
+    # If the target is missing, these are the highest possible log odds; if the contrast is missing, the lowest.
     settled = odds <= -_SETTLED if missing == [target] else odds >= _SETTLED
     if missing and (len(missing) == 2 or not settled):
         likeliest = {text: round(logprob, 2) for text, logprob in list(reversed(logprobs.items()))[:10]}

@@ -1,4 +1,4 @@
-"""Published weights that are a file of tensors, not a model of `transformers`."""
+"""Loads published weights that are a file of tensors, not a model of `transformers`."""
 
 import os
 import pickle
@@ -13,15 +13,15 @@ from transformers.utils import cached_file
 
 def load_weights(name_or_path: str, filename: str) -> dict[str, Tensor]:
     """
-    The tensors of a file, by name, on the CPU.
+    Load the named tensors of a file to the CPU.
 
     Args:
-        name_or_path (`str`): A .pth, .pt or .safetensors file, or a folder or a repository of the Hub that has `filename`.
-        filename (`str`): Name of the file in there.
+        name_or_path (`str`): A .pth, .pt or .safetensors file, or a Hub id or folder with a file `filename`.
+        filename (`str`): Name of the file in that repository or folder.
 
     Raises:
-        OSError: There is no such file.
-        ValueError: The file has something else than named tensors.
+        OSError: The file does not exist.
+        ValueError: The file is not a dict of tensors.
     """
     try:
         path = name_or_path if os.path.isfile(name_or_path) else cached_file(name_or_path, filename)
@@ -44,18 +44,18 @@ def load_weights(name_or_path: str, filename: str) -> dict[str, Tensor]:
 
 def linear_layers(weights: dict[str, Tensor], width: int, source: str) -> nn.Sequential:
     """
-    Linear layers in a row, in float32, that make one number of an embedding.
+    A stack of linear layers, in float32, that maps an embedding to one number.
 
     Args:
         weights (`dict[str, Tensor]`): Weight [out, in] and bias [out] of each layer, such as `layers.0.weight` and
-            `layers.0.bias`, in the order of the numbers in their names.
+            `layers.0.bias`. The numbers in the names give the order.
         width (`int`): Width of the embedding.
-        source (`str`): Where the weights are from, for the error.
+        source (`str`): Origin of the weights, for the error.
 
     Raises:
-        ValueError: The weights are not those of linear layers, or do not lead from `width` numbers to one.
+        ValueError: The weights are not linear layers from `width` numbers to one.
     """
-    # By number: a safetensors file has layers.10 before layers.2. Numbers are left out where dropout was.
+    # Sort by number: a safetensors file has layers.10 before layers.2. Dropout layers leave gaps in the numbers.
     names = sorted((name.removesuffix("weight") for name in weights if name.endswith("weight")), key=_numbers)
     widths = [width, *(weights[f"{name}weight"].shape[:1].numel() for name in names)]
     shapes = {}
@@ -77,8 +77,10 @@ def linear_layers(weights: dict[str, Tensor], width: int, source: str) -> nn.Seq
 
 def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """
+    A floating-point type, also by its name, such as "bfloat16".
+
     Raises:
-        ValueError: `dtype` names no floating-point type.
+        ValueError: `dtype` is not a floating-point type.
     """
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:

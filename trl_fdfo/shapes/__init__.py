@@ -1,16 +1,16 @@
 """
-The demo world "shapes": 54 captions, a reward, a strict check and a tiny pretrained pipeline, all within this folder.
+The demo world "shapes": 54 captions, a reward, a strict check and a tiny pretrained pipeline, all in this folder.
 
 Every caption names a colour, a shape and a background: "a red circle on a white background". The packaged pipeline was
-pretrained (`examples/shapes/pretrain.py`) with wrong colour words in many of its captions, so it often paints a wrong
-colour: a fault that is plain to see and that RL post-training can repair in minutes on a laptop.
+pretrained (`examples/shapes/pretrain.py`) with wrong colour words in many captions, so it often paints a wrong colour:
+a visible fault that RL post-training repairs in minutes on a laptop.
 
-    reward(images, prompts)   what RL optimises: smooth, with a slope where the image is still wrong
-    strict(images, prompts)   what counts as right: not the reward, so that gaming the reward shows
-    metrics(images, prompts)  strict accuracy per class, and the diversity that RL should not spend
+    reward(images, prompts)   the objective of RL: smooth, with a slope for wrong images too
+    strict(images, prompts)   the check: it differs from the reward, so it reveals reward hacking
+    metrics(images, prompts)  strict accuracy per class, and the diversity that RL should preserve
 
-Throughout, images are float [N, 3, 32, 32] in [0, 1], lengths are in pixels, `x` points right and `y` down, and the
-`size` of a shape is the square root of its area, so that shapes of one size have equal area.
+Images are float [N, 3, 32, 32] in [0, 1]. Lengths are in pixels; `x` points right and `y` down. The `size` of a shape
+is the square root of its area, so shapes of one size have equal area.
 
 Dimensions: N images, K = 3 shapes, H = W = 32.
 """
@@ -39,11 +39,11 @@ MIN_IOU = 0.75  # of the strict check; a circle and a cross at their best overla
 
 PIPELINE_FOLDER = Path(__file__).parent / "pipeline"
 
-# Of shapes with area 1, centred on their centroids: radius, arm length and width, triangle side and height.
+# Shapes with area 1, centred on their centroids: radius, arm length and width, triangle side and height.
 _RADIUS = 0.5642
 _ARM_LENGTH, _ARM_WIDTH = 1.3019, 0.4687  # area = width (2 length - width), width = 0.36 length
 _SIDE, _HEIGHT = 1.5197, 1.3161
-# How far each shape of area 1 reaches from its centroid: sideways, up, down.
+# Reach of each shape of area 1 from its centroid: sideways, up, down.
 _REACH = torch.tensor(
     [
         [_RADIUS, _RADIUS, _RADIUS],
@@ -65,17 +65,17 @@ def captions() -> list[str]:
 
 def load_pipeline(**kwargs):
     """
-    The packaged pipeline, from this folder, without network access.
+    Load the packaged pipeline, without network access.
+
+    Call the pipeline with `max_sequence_length=0` and `num_inference_steps=8`. Otherwise it appends empty tokens for
+    the third text encoder, which it lacks, and its transformer has never seen such tokens.
 
     Args:
-        **kwargs: passed to `DiffusionPipeline.from_pretrained`. `dtype` is float32 unless it is among them: the weights
-            are stored in float16.
-
-    Call it with `max_sequence_length=0` and `num_inference_steps=8`: it has no third text encoder, for which the
-    pipeline would otherwise append empty tokens that this transformer has never seen.
+        **kwargs: Arguments of `DiffusionPipeline.from_pretrained`. Default: `dtype=torch.float32`; the weights are
+            stored in float16.
     """
     # Imported here: the reward and the metrics need neither diffusers nor transformers.
-    from ..pipeline_flow import load_pipeline
+    from ..pipeline.loading import load_pipeline
 
     return load_pipeline(PIPELINE_FOLDER, **{"dtype": torch.float32, **kwargs})
 
@@ -85,7 +85,7 @@ def parse(prompts: Sequence[str]) -> torch.Tensor:
     Indices [N, 3] of each caption's colour, shape and background in `COLORS`, `SHAPES` and `BACKGROUNDS`.
 
     Raises:
-        ValueError: if a prompt is not one of the captions.
+        ValueError: A prompt is not one of the captions.
     """
     colors, backgrounds = list(COLORS), list(BACKGROUNDS)
     rows = []
@@ -108,12 +108,12 @@ def coverage(center: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
     Anti-aliased masks of all three shapes.
 
     Args:
-        center (`[..., 2]`): centroid (x, y) in pixels; the image spans [0, 32].
-        size (`[...]`): square root of the area, in pixels.
+        center (`[..., 2]`): Centroid (x, y) in pixels; the image spans [0, 32].
+        size (`[...]`): Square root of the area, in pixels.
 
     Returns:
-        `[..., K, H, W]`: the part of each pixel that the shape covers, in [0, 1], estimated from the distance between
-        the pixel's centre and the nearest edge.
+        `[..., K, H, W]`: Part of each pixel that the shape covers, in [0, 1], estimated from the distance between the
+        pixel's centre and the nearest edge.
     """
     pixels = torch.arange(IMAGE_SIZE, device=center.device) + 0.5
     x = pixels - center[..., 0, None, None]  # [..., 1, W]
@@ -128,7 +128,7 @@ def coverage(center: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
     vertical = torch.minimum(short - x.abs(), long - y.abs())
     cross = torch.maximum(horizontal, vertical)
 
-    # Each edge of an equilateral triangle is height / 3 from the centroid; the slanted ones have normals at 30 degrees.
+    # Each edge of an equilateral triangle is height / 3 from the centroid; slanted edges have normals at 30 degrees.
     inradius = _HEIGHT / 3 * s
     slanted = inradius - (x.abs() * 3**0.5 / 2 - y / 2)
     triangle = torch.minimum(slanted, inradius - y)
@@ -138,8 +138,8 @@ def coverage(center: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
 
 def render(prompts: Sequence[str], generator: torch.Generator | None = None) -> torch.Tensor:
     """
-    Ground truth [N, 3, 32, 32] for the captions: size uniform in `SIZE_RANGE`, then position uniform among those that
-    leave a margin of one pixel around the shape.
+    Draw the captions: images [N, 3, 32, 32] with the size uniform in `SIZE_RANGE`, and the position uniform with a
+    margin of at least one pixel around the shape.
     """
     color, shape, background = parse(prompts).unbind(dim=1)
     n = len(color)
@@ -161,17 +161,17 @@ def render(prompts: Sequence[str], generator: torch.Generator | None = None) -> 
 
 def find_mask(images: torch.Tensor) -> torch.Tensor:
     """
-    Where the image shows something, whatever its colour: masks [N, H, W] in [0, 1].
+    Find the shape in each image, in any colour: masks [N, H, W] in [0, 1].
 
-    The border says what the background is, the strongest contrast to it (mean of the 5% most different pixels) says
-    how different the shape is, and the mask rises from 0 to 1 around half of that contrast.
+    The border gives the colour of the background. The strongest contrast to it (mean of the 5% most different pixels)
+    gives the contrast of the shape, and the mask rises from 0 to 1 around half of that contrast.
     """
     border = torch.cat([images[..., 0, :], images[..., -1, :], images[..., 0], images[..., -1]], dim=-1)
     background = border.median(dim=-1).values  # [N, 3]
     contrast = torch.linalg.vector_norm(images - background[..., None, None], dim=1)  # [N, H, W]
     strongest = contrast.flatten(1).topk(IMAGE_SIZE**2 // 20).values.mean(dim=1)
-    # An empty picture has no contrast to speak of; the floor keeps its noise from becoming a mask. The closest true
-    # pair of colour and background, green on gray, differs by 0.57.
+    # The floor keeps the noise of an empty picture from becoming a mask. The most similar pair of colour and
+    # background, green on gray, differs by 0.57.
     relative = contrast / strongest.clamp(min=0.25)[:, None, None]
     return (2 * relative - 0.5).clamp(0, 1)
 
@@ -182,7 +182,7 @@ def moments(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     area = mask.sum(dim=(1, 2))
     x = (mask.sum(dim=1) * pixels).sum(dim=1)
     y = (mask.sum(dim=2) * pixels).sum(dim=1)
-    # The square root of 0 has no gradient.
+    # The square root of 0 has no finite gradient.
     return torch.stack([x, y], dim=1) / area.clamp(min=1)[:, None], area.clamp(min=1e-12).sqrt()
 
 
@@ -193,8 +193,8 @@ def iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def best_iou(mask: torch.Tensor) -> torch.Tensor:
     """
-    IoU [N, K] of masks [N, H, W] with each shape at its best position and size, searched around the mask's moments
-    (a pixel to each side, 15% smaller and larger).
+    IoU [N, K] of masks [N, H, W] with each shape at its best position and size. The search is around the moments of the
+    mask: one pixel to each side, up to 15% smaller and larger.
     """
     center, size = moments(mask)
     best = torch.zeros(len(mask), len(SHAPES), device=mask.device)
@@ -212,7 +212,7 @@ def _weighted_mean(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _cores(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights [N, H, W] of the pixels that are surely shape and surely background: edges blend the two colours."""
+    """Weights [N, H, W] of the pixels inside the shape and outside, without its edge, which blends the colours."""
     return (4 * mask - 3).clamp(min=0), (1 - 4 * mask).clamp(min=0)
 
 
@@ -222,21 +222,21 @@ def _cores(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def reward(images: torch.Tensor, prompts: Sequence[str], **kwargs) -> torch.Tensor:
     """
-    How well each image shows its caption: 0.15 background + 0.5 colour + 0.35 shape x size.
+    Agreement of each image with its caption: 0.15 background + 0.5 colour + 0.35 shape x size.
 
-    Each term lies in [0, 1] and has a slope also where the image is wrong: without one, RL stalls. The mask comes from
-    the image's own contrast, so shape is credited whatever the colour; colours are judged pixel by pixel, so a shape
-    in two colours gains nothing from their average.
+    Each term lies in [0, 1] and has a slope for wrong images too: otherwise RL stalls. The mask comes from the contrast
+    of the image, so the shape counts in any colour. Colours are compared pixel by pixel, so a shape in two colours
+    gains nothing from their average.
 
     Args:
-        images (`[N, 3, 32, 32]`): in [0, 1].
-        prompts (`list[str]` of length N): captions of this world.
+        images (`[N, 3, 32, 32]`): Images in [0, 1].
+        prompts (`list[str]` of length N): Captions of this world.
 
     Returns:
-        `[N]`, float32 in [0, 1]; ground truth scores 0.9 to 1.
+        `[N]`, float32 in [0, 1]; images by `render` score 0.9 to 1.
 
     Raises:
-        ValueError: if a prompt is not one of the captions.
+        ValueError: A prompt is not one of the captions.
     """
     images = images.float()
     color, shape, background = parse(prompts).to(images.device).unbind(dim=1)
@@ -244,14 +244,14 @@ def reward(images: torch.Tensor, prompts: Sequence[str], **kwargs) -> torch.Tens
     inner, outer = _cores(mask)
 
     def closeness(palette, index, weight):
-        """Half a Gaussian, which tells close from right, half a line, which still tells far from farther."""
+        """Half a Gaussian, with a slope near the right colour, and half a line, with a slope far from it."""
         target = torch.tensor(list(palette.values()), device=images.device)[index]
         distance = torch.linalg.vector_norm(images - target[..., None, None], dim=1)  # [N, H, W], in [0, sqrt(3)]
         return _weighted_mean(0.5 * (-(distance / 0.35).square()).exp() + 0.5 * (1 - distance / 3**0.5), weight)
 
     center, size = moments(mask)
     ideal = coverage(center, size)[torch.arange(len(mask)), shape]
-    # The shapes overlap: a circle taken for a cross still reaches an IoU of 0.7. The cube spreads what is left.
+    # The shapes overlap: a circle reaches an IoU of 0.7 with a cross. The cube widens the remaining range.
     shape_score = iou(mask, ideal) ** 3
     outside = (SIZE_RANGE[0] - size).clamp(min=0) + (size - SIZE_RANGE[1]).clamp(min=0)
     size_score = (-(outside / 4).square()).exp()
@@ -265,8 +265,8 @@ def reward(images: torch.Tensor, prompts: Sequence[str], **kwargs) -> torch.Tens
 
 def inspect(images: torch.Tensor) -> dict[str, torch.Tensor]:
     """
-    What each image shows, whatever its caption: `mask` [N, H, W] in [0, 1], `color` and `background` [N] (indices of
-    the nearest), and `iou` [N, K] with each shape at its best position and size.
+    Content of each image, without its caption: `mask` [N, H, W] in [0, 1], the indices `color` and `background` [N] of
+    the nearest colours, and `iou` [N, K] with each shape at its best position and size.
     """
     images = images.float()
     mask = find_mask(images)
@@ -285,7 +285,7 @@ def inspect(images: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def _verdicts(seen: dict[str, torch.Tensor], prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bool [N] twice: the caption's shape is drawn cleanly; and colour and background are right too."""
+    """Two verdicts, bool [N]: the caption's shape is drawn cleanly; colour and background are right too."""
     color, shape, background = parse(prompts).to(seen["color"].device).unbind(dim=1)
     best, best_shape = seen["iou"].max(dim=1)
     clean = (best_shape == shape) & (best > MIN_IOU)
@@ -294,8 +294,8 @@ def _verdicts(seen: dict[str, torch.Tensor], prompts: Sequence[str]) -> tuple[to
 
 def strict(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
     """
-    Whether each image is right, bool [N]: the nearest colour, the nearest background and the best-matching shape are
-    the caption's, and the shape's IoU with the ideal one at its best position and size exceeds 0.75.
+    Check each image, bool [N]. An image is right if its nearest colour, nearest background and best-matching shape are
+    the caption's, and its IoU with the ideal shape at the best position and size exceeds 0.75.
     """
     return _verdicts(inspect(images), prompts)[1]
 
@@ -304,17 +304,17 @@ def metrics(images: torch.Tensor, prompts: Sequence[str]) -> dict[str, float]:
     """
     Strict accuracy and diversity of several images per prompt, in any order.
 
-    - `strict_accuracy`, and `strict_accuracy/<class>` for each colour, shape and background among the prompts.
+    - `strict_accuracy`, and `strict_accuracy/<class>` for each colour, shape and background in the prompts.
     - `diversity/position`, `diversity/size`: standard deviation in pixels, within a prompt, of the mask's centroid
       (both axes together) and size.
     - `diversity/mask`: mean 1 - IoU between the masks of two images of a prompt.
     - `diversity/pixels`: mean rms pixel distance between two images of a prompt.
 
-    A blot or a wrong shape would pass for variety, and training would seem to lose diversity by removing it. So the
-    first three are taken over images that draw the prompt's shape cleanly, in any colour, and `pixels`, which sees
-    colour, over images that pass the strict check: a base and a trained model are then compared on what both get
-    right. Variances are unbiased and averaged over the prompts before the root, so neither depends on how many images
-    passed; prompts with fewer than two such images are left out, and the value is nan if none is left.
+    Diversity counts only good images: otherwise a blot or a wrong shape would count as variety, and training would seem
+    to lose diversity by removing it. The first three measures take images that draw the prompt's shape cleanly, in any
+    colour; `pixels`, which sees colour, takes images that pass the strict check. Variances are unbiased and averaged
+    over the prompts before the root, so they do not depend on the number of images that pass. Prompts with fewer than
+    two such images are left out; the value is nan if no prompt is left.
     """
     seen = inspect(images)
     clean, right = (verdict.cpu() for verdict in _verdicts(seen, prompts))

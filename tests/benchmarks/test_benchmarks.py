@@ -1,0 +1,246 @@
+import dataclasses
+import gc
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from benchmarks import gpu_sd35, replay, scale
+from benchmarks.common import TimedTrainer
+from benchmarks.gpu_sd35 import TINY, Row
+
+
+CPU = torch.device("cpu")
+
+
+# gpu_sd35.py -------------------------------------------------------------------------------------------------------
+
+
+def test_counted_flops_are_those_of_its_layers_and_attentions(monkeypatch):
+    work = gpu_sd35.count_work(TINY)
+    counted = 0
+
+    def linear(layer, inputs, output):
+        nonlocal counted
+        counted += 2 * layer.in_features * output.numel()
+
+    def convolution(layer, inputs, output):
+        nonlocal counted
+        counted += 2 * layer.weight[0].numel() * output.numel()
+
+    def attention(query, key, value, **kwargs):
+        nonlocal counted
+        counted += 4 * query.numel() * key.shape[-2]
+        return scaled_dot_product_attention(query, key, value, **kwargs)
+
+    model = gpu_sd35.build_adapted_transformer(TINY, CPU)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(linear)
+        elif isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(convolution)
+    # Attention is a function, not a module, so only a patch sees its inputs.
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    with gpu_sd35.building(CPU), torch.no_grad():
+        model(**gpu_sd35.transformer_inputs(TINY, 1))
+    assert work.forward == counted
+    # The backward pass computes the gradient of each product's input, and the gradients of the adapter's weights.
+    assert 2 < work.tuple / work.forward < 3
+    assert work.of_image(10) == 10 * work.forward + work.decode
+    assert work.trained_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.slow
+def test_a_row_fails_by_itself_and_leaves_nothing_behind():
+    # A process of its own: earlier tests may have left references to trainers.
+    code = "import test_benchmarks; test_benchmarks.rows_fail_by_themselves_and_leave_nothing_behind()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def rows_fail_by_themselves_and_leave_nothing_behind():
+    work = gpu_sd35.count_work(TINY)
+    settings = {"device": CPU, "size": TINY, "work": work, "ceiling": 1e9, "steps": 2, "rounds": 1}
+    compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
+    rows = [
+        Row("plain"),
+        Row("impossible", {"per_device_prompt_batch_size": 3}),
+        Row("unknown", {"no_such_option": 1}),
+        Row("compiled", compiled),
+        Row("plain again"),
+    ]
+    environment = dict(gpu_sd35.os.environ)
+    plain, impossible, unknown, compiled, again = (gpu_sd35.measure_or_fail(row, **settings) for row in rows)
+    assert impossible["error"].startswith("ValueError: prompts_per_rollout=8 cannot be split evenly")
+    assert unknown["error"] == "ValueError: FDFOConfig has no no_such_option"
+    for row in (plain, compiled, again):
+        assert "error" not in row, row["error"]
+        # 16 images, and 32 tuples of them; the first rollout is not timed.
+        assert row["images_per_second"] == pytest.approx(16 / row["sampling_seconds"][1])
+        assert row["tuples_per_second"] == pytest.approx(32 / row["training_seconds"][1])
+        assert row["sampling_mfu"] == pytest.approx(row["images_per_second"] * work.of_image(2) / 1e9)
+        assert row["training_mfu"] == pytest.approx(row["tuples_per_second"] * work.tuple / 1e9)
+    assert plain["compiled_frames"] == again["compiled_frames"] == 0 < compiled["compiled_frames"]
+    assert gpu_sd35.os.environ == environment
+    # On a GPU the memory of a trainer that is left would count in the next row.
+    gc.collect()
+    assert not [thing for thing in gc.get_objects() if type(thing) is TimedTrainer]
+
+
+@pytest.mark.slow
+def test_rehearsal_writes_a_file_that_the_model_on_paper_reads(tmp_path, capsys):
+    output = tmp_path / "folder" / "tiny.json"
+    rows = ["2 prompts at a time", "1 prompt", "text encoders, offload_components"]
+    gpu_sd35.main(["--tiny", "--rounds", "1", "--steps", "2", "--output", str(output), "--rows", *rows])
+    results = json.loads(output.read_text())
+    assert [row["name"] for row in results["rows"]] == rows
+    assert all(row["images_per_second"] > 0 for row in results["rows"])
+    assert [bare["images"] for bare in results["bare"]] == [2, 4, 8, 16]
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in rows) and "tuples/s" in printed
+    measured = scale.measured_batches(results)
+    assert {prompts: row["name"] for prompts, row in measured.items()} == {2: rows[0], 1: rows[1]}
+    work = gpu_sd35.count_work(TINY)
+    parts = scale.parts_from_results(scale.Cluster(), work, results, steps=2, branches=2)
+    assert parts.sample(4) == pytest.approx(4 / results["rows"][0]["images_per_second"])
+    assert parts.train(2) == pytest.approx(2 / results["rows"][1]["tuples_per_second"])
+    # The file has 2 steps, and 4 steps scale with the work.
+    longer = scale.parts_from_results(scale.Cluster(), work, results, steps=4, branches=2)
+    assert longer.sample(4) / parts.sample(4) == pytest.approx(work.of_image(4) / work.of_image(2))
+
+
+def test_no_row_is_begun_when_the_time_is_over(tmp_path):
+    gpu_sd35.main(["--tiny", "--minutes", "0", "--output", str(tmp_path / "tiny.json")])
+    rows = json.loads((tmp_path / "tiny.json").read_text())["rows"]
+    assert len(rows) == len(gpu_sd35.ROWS) > 10
+    assert all(row["error"] == "not begun: 0 minutes were over" for row in rows)
+
+
+def test_without_a_gpu_it_says_so(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    gpu_sd35.main([])
+    assert "there is none here" in capsys.readouterr().out
+
+
+def test_the_real_size_is_the_published_one():
+    with gpu_sd35.building(torch.device("meta")):
+        transformer = gpu_sd35.build_transformer(gpu_sd35.MEDIUM, torch.device("meta"))
+        vae = gpu_sd35.build_vae(gpu_sd35.MEDIUM, torch.device("meta"))
+        encoders = gpu_sd35.build_text_encoders(gpu_sd35.MEDIUM, torch.device("meta"), real=True)
+    millions = lambda model: sum(p.numel() for p in model.parameters()) / 1e6
+    # The model card's 2.5 billion count the table of positions, a buffer here.
+    assert round(millions(transformer)) == 2243 and transformer.pos_embed.pos_embed.numel() == 384**2 * 1536
+    assert round(millions(vae)) == 84
+    sizes = [round(millions(encoders[name])) for name in ("text_encoder", "text_encoder_2", "text_encoder_3")]
+    assert sizes[2] == 4762
+    assert gpu_sd35.MEDIUM.latent_shape == (16, 64, 64) and gpu_sd35.MEDIUM.embedding_shape == (205, 4096)
+
+
+# scale.py ----------------------------------------------------------------------------------------------------------
+
+
+FLAT = scale.Parts(sample=lambda images: images * 1.0, train=lambda images: images * 0.25, all_reduce=lambda gpus: 0.0)
+SETTING = scale.Setting(trained_levels=4, optimizer_steps=4, batch_sizes=(1, 2, 4), growth=1.0)
+
+
+def test_prediction_adds_up():
+    parts = dataclasses.replace(FLAT, all_reduce=lambda gpus: gpus / 100)
+    # 4 GPUs x 2 prompts x 2 images.
+    row = scale.predict(parts, SETTING, 4, 8)
+    assert (row.prompts, row.images) == (8, 16)
+    assert (row.sampling, row.training, row.gradients) == (4.0, 4.0, 4 * 0.04)
+    assert row.rewards == 0 and row.seconds == pytest.approx(8.16)
+    assert row.images_per_second == pytest.approx(16 / 8.16)
+
+
+def test_prompts_are_rounded_up_to_whole_batches():
+    # A batch of 2 costs as much as a batch of 1, so 2 is better if the prompts fill whole batches.
+    parts = dataclasses.replace(FLAT, sample=lambda images: 1.0 if images <= 4 else 100.0)
+    row = scale.predict(parts, SETTING, 3, 12)
+    assert (row.prompts, row.batch_size, row.sampling) == (12, 2, 2.0)
+    row = scale.predict(parts, SETTING, 3, 9)
+    assert (row.prompts, row.batch_size, row.sampling) == (9, 1, 3.0)
+    row = scale.predict(parts, dataclasses.replace(SETTING, growth=1.4), 3, 9)
+    assert (row.prompts, row.batch_size, row.sampling) == (12, 2, 2.0)
+    # With more GPUs than prompts each GPU takes one.
+    assert scale.predict(parts, SETTING, 100, 9).prompts == 100
+    # Three levels in two optimizer steps need an even number of batches.
+    odd = dataclasses.replace(SETTING, trained_levels=3, optimizer_steps=2)
+    assert scale.predict(parts, odd, 1, 3).prompts == 4
+
+
+def test_rewards_are_waited_for_after_the_last_batch_or_if_they_are_the_slowest():
+    one = dataclasses.replace(SETTING, batch_sizes=(1,))
+    wait = lambda score: scale.predict(dataclasses.replace(FLAT, score=score), one, 2, 8).rewards
+    # 4 batches of 2 images on each of 2 GPUs, 2 s each. Fast servers leave the 4 images of the last batches.
+    assert wait(0.01) == pytest.approx(4 * 0.01)
+    # Slow servers score 16 images from the end of the first batch on, 6 s of it while the others are sampled.
+    assert wait(1.0) == pytest.approx(16 * 1.0 - 6.0)
+
+
+def test_all_reduce_of_a_ring_within_a_node_and_between_nodes():
+    cluster = scale.Cluster(nvlink=100.0, network=10.0, latency=1.0, gpus_per_node=8)
+    assert scale.ring_seconds(cluster, 400, 1) == 0
+    assert scale.ring_seconds(cluster, 400, 2) == pytest.approx(400 / 100)
+    assert scale.ring_seconds(cluster, 400, 8) == pytest.approx(2 * 7 / 8 * 400 / 100)
+    assert scale.ring_seconds(cluster, 400, 16) == pytest.approx(2 * 15 / 16 * 400 / 10 + 2)
+
+
+def test_times_from_flops_have_a_floor():
+    work = gpu_sd35.Work(
+        forward=10, tuple=20, decode=100, forward_kernels=30, tuple_kernels=60, trained_parameters=1000
+    )
+    parts = scale.parts_from_work(scale.Cluster(flops=1.0, launch=1.0, reward_gpus=2, reward_rate=5.0), work, steps=4)
+    assert parts.sample(2) == 4 * 30 + 200 and parts.sample(8) == 4 * 80 + 800
+    assert parts.train(2) == 60 and parts.train(8) == 160
+    assert parts.score == pytest.approx(0.1)
+
+
+def test_table_says_where_it_stops_and_why():
+    prompts, gpus = lambda number: 16, [1, 2, 4]
+    assert scale.table(FLAT, SETTING, prompts, gpus)[-1] == "Not below 80% up to 4 GPUs."
+    slow_network = dataclasses.replace(FLAT, all_reduce=lambda number: 10.0 * (number == 4))
+    assert scale.table(slow_network, SETTING, prompts, gpus)[-1] == "Below 80% from 4 GPUs on: adding up gradients."
+    few_servers = dataclasses.replace(FLAT, score=1.0)
+    assert scale.table(few_servers, SETTING, prompts, gpus)[-1] == "Below 80% from 2 GPUs on: the reward servers."
+    # One image at a time costs as much as many, and 16 GPUs have one prompt each.
+    idle = dataclasses.replace(FLAT, train=lambda images: 2.0)
+    assert scale.table(idle, SETTING, prompts, [1, 16])[-1].endswith("too small to fill a GPU, in training.")
+
+
+@pytest.mark.slow
+def test_paper_goes_up_to_1024_gpus(capsys):
+    scale.main(["--no-measure", "--reward-gpus", "4"])
+    printed = capsys.readouterr().out
+    assert "95.6 MB (23,887,872 LoRA weights" in printed
+    strong = [line.split() for line in printed.splitlines() if line.startswith(("    1 ", " 1024 ")) and "%" in line]
+    assert [int(line[0]) for line in strong[:2]] == [1, 1024]
+    assert float(strong[1][8]) > 20 * float(strong[0][8]), "images/s"
+
+
+@pytest.mark.slow
+def test_one_process_and_two_take_turns(capsys):
+    measured = scale.measure(rounds=1, tiny=True)
+    assert list(measured["turns"]) == list(scale.TURNS)
+    for turn in measured["turns"].values():
+        assert len(turn) == 1 and turn[0]["seconds"] == pytest.approx(turn[0]["sampling"] + turn[0]["training"])
+    traffic = measured["traffic"]
+    # Each optimizer step adds up each gradient once.
+    assert traffic["rollouts"] == 2
+    assert sum(traffic["sizes"]) == traffic["trained"] * scale.OPTIMIZER_STEPS * traffic["rollouts"]
+    scale.report(measured)
+    printed = capsys.readouterr().out
+    assert "strong scaling" in printed and "weak scaling" in printed and "predicted" in printed
+
+
+# replay.py ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "billions"), [("FLUX.1 Kontext", 11.9), ("Stable Diffusion 3", 2.2)])
+def test_replay_of_a_family(name, billions):
+    assert 0 < replay.replay_overhead(replay.FAMILIES[name], repeats=1) < 10
+    assert replay.published_parameters(replay.FAMILIES[name]) / 1e9 == pytest.approx(billions, abs=0.05)

@@ -1,0 +1,90 @@
+"""Checks that each setting of benchmarks/convergence.py makes a trainer, and that its report has the numbers of the runs."""
+
+import json
+import math
+from dataclasses import asdict, replace
+
+import pytest
+
+from benchmarks import convergence
+from benchmarks.convergence import Run
+
+
+FDFO, GRPO = (Run(name, 10, 0.25, 6e-4, convergence.CLIPS[name][1], 1) for name in ("FDFO", "Flow-GRPO"))
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        *(
+            replace(run, steps=steps, fraction=fraction)
+            for run in (FDFO, GRPO)
+            for steps, fraction in convergence.CELLS
+        ),
+        *(replace(FDFO, ablation=name) for name in convergence.ABLATIONS),
+    ],
+    ids=lambda run: run.ablation or run.cell,
+)
+def test_every_setting_makes_a_trainer_of_equal_size(run):
+    trainer = convergence.make_trainer(run, rollouts=1)
+    args = trainer.args
+    assert args.prompts_per_rollout * args.num_generations == convergence.IMAGES
+    assert args.per_device_train_batch_size == convergence.IMAGES // 6 and args.steps_per_rollout == 6
+    levels = trainer._trained_levels(0, 0)
+    assert len(levels) == args.num_trained_levels
+    assert (set(levels) == {0}) == (run.ablation == "first level alone")
+
+
+def made(run: Run, reward: list[float], end: float | None = None) -> dict:
+    rollouts = [3 * n for n in range(len(reward))]
+    result = {"run": asdict(run), "rollouts": rollouts, "reward": reward, "strict": reward, "diversity": reward}
+    if end is None:
+        return {**result, "failed": "WatchdogError: too bold"}
+    return {**result, "end": {"reward": end, "strict_accuracy": end, "diversity/pixels": end}}
+
+
+def test_when_a_reward_is_reached():
+    result = made(FDFO, [0.5, 0.5, 0.7, 0.6, 0.8], 0.8)
+    assert convergence.reached(result, 0.6) == pytest.approx(4.5)
+    assert convergence.reached(result, 0.75) == pytest.approx(3 * 3.75)
+    assert convergence.reached(result, 0.9) == math.inf
+    assert convergence.final(result) == pytest.approx(0.7) and convergence.over_run(result) == pytest.approx(0.62)
+
+
+def test_report_of_made_up_runs(tmp_path, monkeypatch):
+    seconds = {"FDFO, 10 steps, a quarter": 2.0, "Flow-GRPO, 10 steps, a quarter": 1.0, "Flow-GRPO, 10 steps, all": 3.0}
+    (tmp_path / "costs.json").write_text(json.dumps({"machine": "a machine", "seconds_per_rollout": seconds}))
+    monkeypatch.setattr(convergence, "COSTS", tmp_path / "costs.json")
+    grid = [made(replace(run), [0.5] * 3, 0.5) for run in convergence.grid()]
+    best = {"FDFO": Run("FDFO", 10, 0.25, 3e-4, 0.8, 100), "Flow-GRPO": Run("Flow-GRPO", 10, 0.25, 1.2e-3, 1e-3, 100)}
+    bold = Run("Flow-GRPO", 10, 1.0, 2.4e-3, 4e-3, 100)
+    results = [result for result in grid if Run(**result["run"]) not in {*best.values(), bold}]
+    results += [made(run, [0.5, 0.6, 0.7], 0.7) for run in [*best.values(), bold]]
+    results.append(made(replace(best["FDFO"], seed=1, ablation="G = 3"), [0.5, 0.5]))
+    for seed in convergence.SEEDS:
+        results.append(made(replace(best["FDFO"], seed=seed), [0.5, 0.6 + seed / 500, 0.9, 0.9], 0.9))
+        results.append(made(replace(best["Flow-GRPO"], seed=seed), [0.5, 0.5, 0.6, 0.6], 0.6))
+        results.append(made(replace(bold, seed=seed), [0.5, 0.6, 0.8, 0.8], 0.8))
+    for name, run in best.items():
+        assert convergence.best(results, name, 10, 0.25) == run
+        assert convergence.best(results, name, 20, 0.25) == replace(run, steps=20)
+    # Each fraction is tuned by itself.
+    assert convergence.best(results, "Flow-GRPO", 20, 1.0) == replace(bold, steps=20)
+    text = convergence.report(results)
+    assert "| before | 0.500 | 0.500 | 0.500 |  |  |" in text
+    assert "| FDFO, 10 steps, a quarter | 0.900 (0.900 to 0.900) |" in text and "O, 20 steps" not in text
+    # Flow-GRPO ends at 0.6 after 30 rollouts of 1 s; FDFO with seed 3 reaches that after 3 x 0.1 / 0.106 rollouts of 2 s.
+    soonest = 3 * 0.1 / 0.11
+    line, *_, across = (line for line in text.splitlines() if line.startswith("| times as soon"))
+    cells = [cell.strip() for cell in line.split("|")[1:-1]]
+    median = 30 / (2 * 3 * 0.1 / 0.106)
+    assert cells[-1] == f"**{median:.1f}** ({30 / (2 * 3 * 0.1 / 0.102):.1f} to {30 / (2 * soonest):.1f})"
+    # Flow-GRPO never reaches 0.65, so the ratio is a lower bound.
+    assert cells[1] == f"> {30 / (2 * (3 + 3 * 0.044 / 0.294)):.1f}"
+    # Flow-GRPO on all ends at 0.8 after 30 rollouts of 3 s; FDFO on a quarter with seed 3 reaches that after
+    # 3 + 3 x 0.194 / 0.294 rollouts.
+    assert f"**{30 * 3 / (2 * (3 + 3 * 0.194 / 0.294)):.1f}**" in across
+    assert "| G = 3 |" in text and "1, 1 of them ended by a watchdog" in text
+    assert "| learning rate 0.0003 | 0.500, 0.500 | 0.500, 0.500 | 0.500, 0.500 | **0.650, 0.600** |" in text
+    convergence.draw(results, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000

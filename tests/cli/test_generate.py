@@ -1,0 +1,131 @@
+import json
+import runpy
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_pipelines
+import torch
+from PIL import Image
+
+from trl_fdfo.reporting.sheets import GAP, MARGIN, picture
+
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "generate.py"
+PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+
+
+def generate(*arguments: str) -> None:
+    runpy.run_path(str(SCRIPT))["main"]([str(argument) for argument in arguments])
+
+
+def panels(path: str, rows: int, columns: int) -> list[list[np.ndarray]]:
+    """The pictures of 16 pixels, magnified 16 times, of a sheet with sections of equal heights."""
+    page = np.asarray(Image.open(path))
+    framed = [y for y in range(page.shape[0]) if (page[y, MARGIN : MARGIN + 256] == 192).all()]
+    tops = [y + 1 for y, next_y in zip(framed, framed[1:]) if next_y - y == 257]
+    assert len(tops) == rows
+    lefts = [MARGIN + column * (256 + GAP) for column in range(columns)]
+    return [[page[top : top + 256 : 16, left : left + 256 : 16] for left in lefts] for top in tops]
+
+
+@pytest.fixture
+def trained(make_trainer, tmp_path, monkeypatch):
+    """A pipeline in `base/`, an adapter in `both/`, and that in either format alone in `peft/` and `diffusers/`."""
+    monkeypatch.chdir(tmp_path)
+    tiny_pipelines.sd3().save_pretrained("base")
+    trainer = make_trainer(num_rollouts=2, learning_rate=0.05, output_dir="both", num_inference_steps=5)
+    trainer.train()
+    trainer.save_model()
+    for folder, files in (("peft", PEFT_FILES), ("diffusers", (DIFFUSERS_FILE,))):
+        Path(folder).mkdir()
+        for file in (*files, "generation_config.json"):
+            shutil.copy(Path("both", file), folder)
+    return trainer
+
+
+def test_a_page_of_the_base_and_an_adapter_in_either_format(trained, capsys):
+    generate(
+        *("--model", "base", "--adapter", "peft", "--adapter", "diffusers", "--prompts", "a cat", "two dogs"),
+        *("--seeds", 2, "--output", "pages/grid.png"),
+    )
+    assert "base, peft, diffusers, with {'num_inference_steps': 5" in capsys.readouterr().out
+    rows = panels("pages/grid.png", rows=6, columns=2)
+    for n, prompt in enumerate(("a cat", "two dogs")):
+        base, peft, diffusers = rows[3 * n : 3 * n + 3]
+        own = [np.asarray(picture(image)) for image in trained.generate([prompt] * 2, [0, 1])]
+        with torch.no_grad(), trained.model.disable_adapter():
+            before = [np.asarray(picture(image)) for image in trained.generate([prompt] * 2, [0, 1])]
+        for seed in range(2):
+            assert np.abs(peft[seed].astype(int) - own[seed]).max() <= 1, "the trainer's own images"
+            assert np.abs(base[seed].astype(int) - before[seed]).max() <= 1
+            assert (peft[seed] == diffusers[seed]).all()
+            assert np.abs(peft[seed].astype(int) - base[seed]).max() > 3
+        assert (base[0] != base[1]).any()
+
+
+def test_an_adapter_is_gone_when_the_next_one_is_shown(trained):
+    shutil.copytree("peft", "stronger")
+    config = json.loads(Path("peft", PEFT_FILES[0]).read_text())
+    Path("stronger", PEFT_FILES[0]).write_text(json.dumps({**config, "lora_alpha": 4 * config["lora_alpha"]}))
+    generate(*("--model", "base", "--adapter", "stronger", "--adapter", "peft", "--prompts", "a cat", "--seeds", 1))
+    _, [stronger], [after_it] = panels("grid.png", rows=3, columns=1)
+    generate(*("--model", "base", "--adapter", "peft", "--prompts", "a cat", "--seeds", 1))
+    _, [alone] = panels("grid.png", rows=2, columns=1)
+    assert (after_it == alone).all() and (stronger != alone).any()
+
+
+def test_options_given_replace_those_of_the_adapter(trained, capsys):
+    settings = ("--num_inference_steps", 2, "--guidance_scale", 3, "--pipeline_kwargs", '{"negative_prompt": "blue"}')
+    Path("prompts.txt").write_text("a cat\n\ntwo dogs\n")
+    generate("--model", "base", "--adapter", "both", "--prompts", "prompts.txt", "--seeds", 1, *settings)
+    assert panels("grid.png", rows=4, columns=1)
+    printed = capsys.readouterr().out
+    expected = {"num_inference_steps": 2, "guidance_scale": 3.0, "height": 16, "width": 16, "max_sequence_length": 8}
+    assert printed.strip().endswith(f"with {expected | {'negative_prompt': 'blue'}}")
+
+
+def test_the_packaged_pipeline_needs_no_settings(tmp_path):
+    generate("--model", "shapes", "--prompts", "a red circle on a white background", "--output", tmp_path / "grid.png")
+    page = Image.open(tmp_path / "grid.png")
+    assert page.width == 3 * 256 + 2 * GAP + 2 * MARGIN
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--prompts", " "), r"has ' ' as the prompt of row 0"),
+        (("--prompts", "away.txt"), r"^prompts='away.txt': there is no such file"),
+        (("--prompts", "a", "--seeds", "0"), r"seeds=0 must be at least 1"),
+        (("--prompts", "a", "--output", "grid.doc"), r"output='grid.doc' does not end in a format of pictures"),
+        (("--prompts", "a", "--adapter", "empty"), r"adapter='empty' has neither pytorch_lora_weights"),
+        (("--prompts", "a", "--adapter", "./away"), r"adapter='./away' is neither a folder nor an adapter on the Hub"),
+        (("--prompts", "a", "--adapter", "away/adapter"), r"adapter='away/adapter' is neither a folder nor an adapter"),
+        (("--prompts", "a", "--pipeline_kwargs", "{"), r"pipeline_kwargs='{' is not a JSON object"),
+        (("--prompts", "a", "--pipeline_kwargs", "3"), r"pipeline_kwargs='3' is not a JSON object"),
+        (
+            ("--prompts", "a", "--adapter", "one", "--adapter", "two"),
+            r"one and two were trained with other height: say",
+        ),
+    ],
+)
+def test_mistakes_are_told_before_a_model_is_loaded(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    for folder, height in (("one", 16), ("two", 32)):
+        Path(folder).mkdir()
+        Path(folder, DIFFUSERS_FILE).touch()
+        Path(folder, "generation_config.json").write_text(json.dumps({"height": height, "width": 16}))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        generate("--model", "no-such-model", *arguments)
+
+
+def test_what_a_pipeline_or_an_adapter_is_not_made_for(trained):
+    with pytest.raises(ValueError, match="StableDiffusion3Pipeline takes no strength: leave it out"):
+        generate("--model", "base", "--prompts", "a", "--pipeline_kwargs", '{"strength": 1}')
+    config = json.loads(Path("peft", PEFT_FILES[0]).read_text())
+    Path("peft", PEFT_FILES[0]).write_text(json.dumps({**config, "target_modules": ["none_of_these"]}))
+    with pytest.raises(ValueError, match="none_of_these"):
+        generate("--model", "base", "--adapter", "peft", "--prompts", "a")

@@ -1,0 +1,279 @@
+import math
+
+import pytest
+import tiny_pipelines
+import torch
+from conftest import trained_weights, warnings_of_the_package
+from tiny_runs import PROMPTS, redness
+from datasets import Dataset
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from trl_fdfo import FDFOTrainer, FlowGRPOConfig, FlowGRPOTrainer
+from trl_fdfo.algorithm import clipped_loss, gaussian_kl, group_advantages, log_prob, sde_distribution, sde_step
+
+
+def tensors(*shape: int, count: int, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return list(torch.randn(count, *shape, generator=generator, dtype=torch.float64))
+
+
+# The SDE --------------------------------------------------------------------------------------------------------------
+
+
+def test_step_equals_its_equation():
+    x, v, noise = tensors(3, 4, 2, 2, count=3)
+    t, s, a = 0.7, 0.6, 0.7
+    sigma = a * math.sqrt(t / (1 - t))
+    drift = v + sigma**2 / (2 * t) * (x + (1 - t) * v)
+    expected = x + drift * (s - t) + sigma * math.sqrt(t - s) * noise
+    torch.testing.assert_close(sde_step(x, v, t, s, a, noise), expected, rtol=1e-12, atol=1e-12)
+    # A scale of its own for each sample.
+    step = sde_step(x, v, t, s, torch.tensor([a, 0.0, a]), noise)
+    torch.testing.assert_close(step[[0, 2]], expected[[0, 2]], rtol=1e-6, atol=1e-6)
+    assert torch.equal(step[1], (x + (s - t) * v)[1])
+
+
+def test_without_noise_it_is_the_euler_step_of_diffusers_to_the_bit():
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(5)
+    x, v = torch.randn(2, 2, 4, generator=torch.Generator().manual_seed(0))
+    for number, timestep in enumerate(scheduler.timesteps):
+        t, s = scheduler.sigmas[number : number + 2]
+        assert torch.equal(sde_step(x, v, t, s, 0.0, torch.ones_like(x)), scheduler.step(v, timestep, x)[0])
+
+
+@pytest.mark.parametrize("data_std", [1.0, 0.3])
+def test_variance_is_kept_on_a_gaussian_flow(data_std):
+    # A step maps x to c x + std n, so that the variance follows without sampling. What is left is the error of
+    # discretisation, which halves with the length of the steps. sigma_t diverges at t = 1: steps are equal in log(1 - t).
+    variance_at = lambda t: (1 - t) ** 2 * data_std**2 + t**2
+
+    def error(steps: int) -> float:
+        sigmas = 1 - torch.logspace(-3, 0, steps + 1, dtype=torch.float64)
+        variance, worst = variance_at(sigmas[0]), 0.0
+        for t, s in zip(sigmas[:-1], sigmas[1:-1]):
+            velocity = (t - (1 - t) * data_std**2) / variance_at(t)  # E[eps - x_0 | x_t] / x_t
+            mean, std = sde_distribution(torch.ones(1, 1, dtype=torch.float64), velocity.expand(1, 1), t, s, 0.7)
+            variance = mean.squeeze() ** 2 * variance + std.squeeze() ** 2
+            worst = max(worst, abs(variance / variance_at(s) - 1).item())
+        return worst
+
+    coarse, fine = error(2000), error(4000)
+    assert fine < 0.01 and fine < 0.55 * coarse
+
+
+def test_first_step_is_finite():
+    mean, std = sde_distribution(torch.ones(1, 3), torch.ones(1, 3), torch.tensor(1.0), torch.tensor(0.9), 0.7)
+    # sigma of the next level, where t / (1 - t) = 9
+    torch.testing.assert_close(std.squeeze(), torch.tensor(0.7 * 3 * 0.1**0.5))
+    torch.testing.assert_close(mean, torch.full((1, 3), 1 - 0.1 * (1 + 0.49 * 9 / 2)))
+
+
+# Likelihood, advantages, loss -----------------------------------------------------------------------------------------
+
+
+def test_log_prob_is_that_of_the_gaussian():
+    x, v, x_s = tensors(3, 5, count=3)
+    distribution = sde_distribution(x, v, 0.5, 0.4, 0.7)
+    mean, std = distribution.mean, distribution.std.item()
+    expected = (-((x_s - mean) ** 2) / (2 * std**2) - math.log(std) - 0.5 * math.log(2 * math.pi)).mean(dim=1)
+    torch.testing.assert_close(log_prob(x_s, distribution), expected)
+
+
+def test_kl_is_that_of_two_gaussians():
+    x, v, w = tensors(3, 5, count=3)
+    p, q = (sde_distribution(x, velocity, 0.5, 0.4, 0.7) for velocity in (v, w))
+    normal = lambda d: torch.distributions.Normal(d.mean, d.std.expand_as(d.mean))
+    expected = torch.distributions.kl_divergence(normal(p), normal(q)).mean(dim=1)
+    torch.testing.assert_close(gaussian_kl(p, q), expected)
+
+
+def test_advantages_have_mean_0_and_standard_deviation_1():
+    rewards = torch.tensor([[1.0, 2.0, 3.0, 6.0], [5.0, 5.0, 5.0, 5.0]])
+    advantages = group_advantages(rewards)
+    std = math.sqrt(((1 - 3) ** 2 + (2 - 3) ** 2 + 0 + (6 - 3) ** 2) / 4)
+    torch.testing.assert_close(advantages[0], torch.tensor([-2.0, -1.0, 0.0, 3.0]) / (std + 1e-4))
+    assert torch.equal(advantages[1], torch.zeros(4))
+
+
+def test_loss_clips_the_ratio():
+    x, v, change, x_s = tensors(4, 6, count=4)
+    old = sde_distribution(x, v, 0.5, 0.4, 0.7)
+    advantage = torch.tensor([1.0, -1.0, 2.0, -0.5], dtype=torch.float64)
+    new = sde_distribution(x, v + 0.1 * change, 0.5, 0.4, 0.7)
+    loss, ratio = clipped_loss(x_s, new, old, advantage, epsilon=0.02)
+    expected = (log_prob(x_s, new) - log_prob(x_s, old)).exp()
+    torch.testing.assert_close(ratio, expected)
+    clipped = expected.clamp(0.98, 1.02)
+    assert not torch.equal(clipped, expected), "the change is to reach the clip"
+    torch.testing.assert_close(loss, torch.maximum(-advantage * expected, -advantage * clipped))
+
+
+def test_ratio_is_one_before_the_first_step_and_the_gradient_is_that_of_the_likelihood():
+    x, v, x_s = tensors(3, 6, count=3)
+    advantage = torch.tensor([1.0, -2.0, 0.0], dtype=torch.float64)
+    velocity = v.clone().requires_grad_()
+    new = sde_distribution(x, velocity, 0.5, 0.4, 0.7)
+    loss, ratio = clipped_loss(x_s, new, sde_distribution(x, v, 0.5, 0.4, 0.7), advantage, epsilon=0.01)
+    assert torch.equal(ratio, torch.ones(3, dtype=torch.float64))
+    (gradient,) = torch.autograd.grad(loss.sum(), velocity, retain_graph=True)
+    (expected,) = torch.autograd.grad(-(advantage * log_prob(x_s, new)).sum(), velocity)
+    torch.testing.assert_close(gradient, expected)
+    assert not gradient[2].any()
+
+
+# The trainer ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def make_grpo(make_config):
+    def make(pipeline=None, reward_fn=redness, trainer_class=FlowGRPOTrainer, config_class=FlowGRPOConfig, **options):
+        defaults = {
+            "num_generations": 4,
+            "epsilon": 0.1,
+            "prompts_per_rollout": 4,
+            "per_device_prompt_batch_size": 2,
+        }
+        # Of the options of a tiny run all but FDFO's churn.
+        tiny = {name: getattr(make_config(), name) for name in TINY}
+        config = config_class(**{**tiny, **defaults, **options})
+        prompts = Dataset.from_dict({"prompt": PROMPTS})
+        return trainer_class(config, pipeline if pipeline is not None else tiny_pipelines.sd3(), reward_fn, prompts)
+
+    return make
+
+
+TINY = ("output_dir", "num_rollouts", "num_inference_steps", "height", "width", "pipeline_kwargs", "learning_rate")
+TINY += ("optimizer_steps_per_rollout", "lora_r", "report_to", "use_cpu", "disable_tqdm", "save_strategy")
+
+
+def logged(trainer, name):
+    return [log[name] for log in trainer.state.log_history if name in log]
+
+
+@pytest.mark.parametrize("build", [tiny_pipelines.sd3, tiny_pipelines.flux], ids=["SD3", "FLUX"])
+def test_training_replays_exactly_and_raises_the_reward(make_grpo, build):
+    trainer = make_grpo(build(), num_rollouts=8, learning_rate=3e-3, prompts_per_rollout=12, epsilon=1e-2)
+    before = trained_weights(trainer)
+    trainer.train()
+    still = [name for name, weight in trained_weights(trainer).items() if torch.equal(weight, before[name])]
+    # Of the text stream in SD3's last block the queries reach nothing.
+    assert still == [name for name in before if "blocks.1.attn.add_q_proj.lora_B" in name]
+    assert logged(trainer, "replay_error") == [0.0] * 8 == logged(trainer, "first_ratio_error")
+    rewards = logged(trainer, "reward")
+    assert sum(rewards[-3:]) > sum(rewards[:3])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_noisy_steps": 1},
+        {"beta": 0.1},
+        {"offload_trajectories": True, "per_device_sampling_batch_size": 4},
+        {"guidance_scale": 4.0, "timestep_fraction": 0.4},
+        {"bf16": True},
+        {"num_iterations": 2},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_options_train_with_an_exact_replay(make_grpo, options):
+    trainer = make_grpo(**options)
+    before = trained_weights(trainer)
+    plan = trainer.run_plan()
+    trainer.train()
+    assert logged(trainer, "replay_error") == [0.0, 0.0]
+    assert any(not torch.equal(weight, before[name]) for name, weight in trained_weights(trainer).items())
+    assert str(plan).startswith("Flow-GRPO on StableDiffusion3Pipeline")
+
+
+def test_what_is_sampled_and_trained(make_grpo):
+    trainer = make_grpo(num_rollouts=1)
+    trainer.train()
+    batches = {id(batch): batch for step in trainer._buffer.steps for batch, _ in step}.values()
+    assert len(batches) == 2
+    for batch in batches:
+        assert sorted(batch.levels) == [0, 1, 2], "all but the last"
+        sampled = batch.sampled
+        x_t = sampled.x_t[0].unflatten(0, (2, 4))
+        assert (x_t[:, :, None] - x_t[:, None]).flatten(3).abs().amax(dim=-1).bool().sum() == 2 * 4 * 3, (
+            "images of a prompt start from different noise"
+        )
+        for level in (0, 1):
+            assert torch.equal(sampled.x_s[level], sampled.x_t[level + 1])
+        # The noise that a step was taken with has unit variance.
+        noise = []
+        for level in batch.levels:
+            mean, std = trainer._arrival(sampled.velocities[level].float(), batch, level)
+            noise.append((sampled.x_s[level] - mean) / std)
+        noise = torch.stack(noise)
+        assert abs(noise.mean()) < 0.1 and abs(noise.std() - 1) < 0.1
+        (advantages,) = batch.signal
+        torch.testing.assert_close(advantages.unflatten(0, (2, 4)).mean(dim=1), torch.zeros(2), rtol=0, atol=1e-5)
+
+
+def test_fast_variant_has_noise_where_it_trains(make_grpo):
+    trainer = make_grpo(
+        num_noisy_steps=2, num_inference_steps=8, num_rollouts=1, prompts_per_rollout=24, optimizer_steps_per_rollout=2
+    )
+    noise = trainer._noise(0, range(24))
+    windows = set()
+    for batch in range(12):
+        levels = trainer._trained_levels(0, batch)
+        first = min(levels)
+        assert sorted(levels) == [first, first + 1] and first + 1 < 7
+        windows.add(first)
+        for scale in noise[2 * batch : 2 * batch + 2]:
+            assert scale.nonzero().flatten().tolist() == [first + 1, first + 2] and scale.max() == 0.7
+    assert len(windows) > 2
+    trainer.train()
+    assert logged(trainer, "replay_error") == [0.0]
+
+
+def test_run_goes_on_to_the_bit_and_not_with_another_algorithm(make_grpo, make_trainer):
+    whole = make_grpo(num_rollouts=3)
+    whole.train()
+    make_grpo(num_rollouts=2, save_strategy="epoch").train()
+    going_on = make_grpo(num_rollouts=3, save_strategy="epoch")
+    going_on.train(resume_from_checkpoint=True)
+    for name, weight in trained_weights(going_on).items():
+        assert torch.equal(weight, trained_weights(whole)[name])
+    other = make_trainer(num_rollouts=4)
+    with pytest.raises(ValueError, match="algorithm: 'Flow-GRPO' -> 'FDFO'"):
+        other.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_generations": 1}, "num_generations=1, but Flow-GRPO learns from the difference"),
+        ({"noise_level": 0.0}, "noise_level=0.0 must be > 0"),
+        ({"noise_level": "a"}, "noise_level='a' is a str"),
+        ({"num_noisy_steps": 4}, r"num_noisy_steps=4 must be in \[1, 3\]"),
+        ({"num_inference_steps": 1}, "num_inference_steps=1: the last step has no noise"),
+        ({"trainer_class": FDFOTrainer}, "config is of FlowGRPOConfig, and FDFOTrainer takes a `FDFOConfig`"),
+    ],
+)
+def test_wrong_options_are_refused(make_grpo, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_grpo(**options)
+
+
+def test_options_of_fdfo_are_set_back_with_a_warning(make_grpo, caplog):
+    trainer = make_grpo(
+        churn=0.1, direction="reward_gradient", shared_prefix=True, churn_schedule="interval", epsilon=0.2
+    )
+    args = trainer.args
+    assert args.churn == 0.0025 and args.direction == "finite_difference" and not args.shared_prefix
+    told = " ".join(warnings_of_the_package(caplog))
+    assert "Flow-GRPO has no use for churn=0.1, churn_schedule='interval', shared_prefix=True, direction=" in told
+    assert "epsilon=0.2 clips nothing" in told
+
+
+def test_options_of_fdfo_that_it_would_refuse_are_set_back_too(tmp_path):
+    args = FlowGRPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[], churn=0, whiten_direction=False)
+    assert args.churn == 0.0025 and args.whiten_direction
+
+
+def test_fdfo_config_is_refused(make_config):
+    with pytest.raises(ValueError, match="config is of FDFOConfig, and FlowGRPOTrainer takes a `FlowGRPOConfig`"):
+        FlowGRPOTrainer(make_config(), tiny_pipelines.sd3(), redness)

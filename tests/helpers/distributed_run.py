@@ -1,0 +1,158 @@
+"""
+Trains a tiny SD3 in the ways that test_distributed.py looks at, and writes what it compares:
+
+    torchrun --nproc_per_node 2 tests/helpers/distributed_run.py FOLDER
+
+FOLDER has what test_distributed.py has made: a pipeline, and the run of one process; it gets the results of process 0. All
+is done in the same two processes, for what takes longest is to start them.
+"""
+
+import gc
+import importlib.util
+import os
+import sys
+from math import prod
+from pathlib import Path
+
+import tiny_runs
+import tiny_pipelines
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from trl_fdfo import FDFOConfig, FDFOTrainer
+from trl_fdfo.saving.sharded_weights import trained_parameters, whole_values
+
+
+# Several processes sample more at a time than the one that they are compared with, from embeddings on disk.
+SAMPLING = {"per_device_sampling_batch_size": 4, "cache_prompt_embeds": True}
+
+
+def brightness(images):
+    return images.mean(dim=(1, 2, 3))
+
+
+def build(output_dir: str, make_pipeline=tiny_pipelines.sd3, reward=tiny_runs.redness, **options) -> FDFOTrainer:
+    """A trainer whose global settings, and batch per process, do not depend on the number of processes."""
+    defaults = {
+        "output_dir": output_dir,
+        "num_rollouts": 2,
+        "prompts_per_rollout": 8,
+        "per_device_prompt_batch_size": 2,
+        "num_inference_steps": 4,
+        # Three levels and two steps: the units of a batch are not the same in every step.
+        "timestep_fraction": 0.75,
+        "optimizer_steps_per_rollout": 2,
+        "num_iterations": 2,
+        "height": 16,
+        "width": 16,
+        "pipeline_kwargs": {"max_sequence_length": 8},
+        "churn": 0.2,
+        # Of the order of the adapter's gradients: a wrong batch would show.
+        "adam_epsilon": 1e-4,
+        "learning_rate": 1e-2,
+        "beta": 0.1,
+        "ema_decay": 0.5,
+        "lora_r": 4,
+        "eval_strategy": "epoch",
+        "eval_diversity": "pixels",
+        "images_per_eval_prompt": 3,
+        "report_to": [],
+        "save_strategy": "epoch",
+        "use_cpu": True,
+        "ddp_backend": "gloo" if "WORLD_SIZE" in os.environ else None,
+        "disable_tqdm": True,
+    }
+    return FDFOTrainer(
+        FDFOConfig(**{**defaults, **options}),
+        make_pipeline(),
+        reward,
+        train_dataset=Dataset.from_dict({"prompt": tiny_runs.PROMPTS}),
+        eval_dataset=Dataset.from_dict({"prompt": tiny_runs.PROMPTS[:5]}),
+        eval_reward_fn=brightness,
+    )
+
+
+def run(output_dir: str, checkpoint: str | None = None, **options) -> tuple[FDFOTrainer, dict]:
+    """The trainer after its run, and what it ended with."""
+    trainer = build(output_dir, **options)
+    return trainer, finished(trainer, checkpoint)
+
+
+def finished(trainer: FDFOTrainer, checkpoint: str | None = None) -> dict:
+    """What a trainer ends with, once it has run."""
+    trainer.train(resume_from_checkpoint=checkpoint)
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    trained = trained_parameters(trainer.model)
+    return {
+        "weights": dict(zip(trained, whole_values(trained.values()))),
+        "images": trainer.generate(tiny_runs.PROMPTS[:5], range(5)),
+        "eval_reward": metrics["eval_reward"],
+        "evaluations": [
+            {name: value for name, value in log.items() if name != "eval_runtime"}
+            for log in trainer.state.log_history
+            if "eval_reward" in log
+        ],
+        "rewards": [log["reward"] for log in trainer.state.log_history if "reward" in log],
+        "processes": trainer.args.world_size,
+        "wrapper": type(trainer.model_wrapped).__name__,
+    }
+
+
+def finish() -> None:
+    if dist.is_initialized():
+        # The wrapped model holds on to the process group, whose threads must end before the interpreter does.
+        gc.collect()
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+class Traffic(TrainerCallback):
+    """Every collective of the backend, whoever calls it, as its name and how many numbers a process gives to it."""
+
+    def __init__(self):
+        self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.profile.start()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.profile.stop()
+
+    def collectives(self) -> list[tuple[str, int]]:
+        events = [event for event in self.profile.events() if event.name.startswith("gloo:")]
+        return [(event.name, sum(prod(shape) for shape in event.input_shapes)) for event in events]
+
+
+def measure_traffic(folder: Path) -> dict:
+    """What passes between the processes in two rollouts, and what one of them has recorded."""
+    traffic = Traffic()
+    trainer = build(str(folder / "traffic"), save_strategy="no", eval_strategy="no")
+    trainer.add_callback(traffic)
+    trainer.train()
+    tuples = [(batch.sampled, level) for step in trainer._buffer.steps for batch, level in step]
+    return {
+        "collectives": traffic.collectives(),
+        "recorded": sum(batch.x_t[level].numel() + batch.velocities[level].numel() for batch, level in tuples),
+        "trained": sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad),
+        "steps": trainer.state.global_step,
+    }
+
+
+def main(folder: Path) -> None:
+    results = {}
+    _, results["two"] = run(str(folder / "two"), **SAMPLING)
+    _, results["more"] = run(str(folder / "more"), str(folder / "one" / "checkpoint-4"), **SAMPLING)
+    results["traffic"] = measure_traffic(folder)
+    if importlib.util.find_spec("torchao"):
+        pipeline = lambda: str(folder / "pipeline")
+        _, results["quantized"] = run(str(folder / "quantized"), make_pipeline=pipeline, quantization="int8")
+    if dist.get_rank() == 0:
+        torch.save(results, folder / "results.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
+    finish()

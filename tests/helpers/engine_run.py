@@ -1,0 +1,126 @@
+"""
+Trains a tiny SD3 with DeepSpeed or FSDP2 in the ways that test_engines.py looks at, and writes what it compares:
+
+    accelerate launch --config_file ... tests/helpers/engine_run.py FOLDER
+
+FOLDER has the models that test_engines.py has made, and gets the results of process 0. On GPUs it trains in bfloat16, and
+only once. With a Python file instead, and its arguments, it runs that.
+"""
+
+import importlib.util
+import os
+import runpy
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import tiny_runs
+import distributed_run
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from diffusers import StableDiffusion3Pipeline
+from PIL import Image
+from torch.distributed.tensor import DTensor
+
+from trl_fdfo.rewards.clip_score import CLIPScore
+from trl_fdfo.rewards.vlm_score import VLMScore
+from trl_fdfo.saving.sharded_weights import trained_parameters
+
+
+GPU = torch.cuda.is_available()
+# Accelerate takes `use_cpu` for "neither DeepSpeed nor FSDP".
+ENGINE = {"use_cpu": False, "ddp_backend": None if GPU else "gloo", **distributed_run.SAMPLING}
+WITHOUT_ADAPTER = {"use_peft": False, "beta": 0.0, "learning_rate": 1e-3}
+
+
+def scores(folder: Path) -> list[float]:
+    """Of rewards that are loaded now, by name."""
+    images = [Image.linear_gradient("L").rotate(angle).resize((64, 64)).convert("RGB") for angle in (0, 90, 200)]
+    rewards = [CLIPScore(str(folder / "clip")), VLMScore(str(folder / "vlm"))]
+    return torch.cat([reward(images, tiny_runs.PROMPTS[:3]) for reward in rewards]).tolist()
+
+
+def elements(model: torch.nn.Module) -> list[int]:
+    """Of the weights that each process holds."""
+    trained_parameters(model)  # shards again what FSDP2 has left whole
+    weights = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in model.parameters()]
+    counts = [None] * dist.get_world_size()
+    dist.all_gather_object(counts, sum(weight.numel() for weight in weights))
+    return counts
+
+
+def interrupted(images, prompts, trainer_state):
+    """A reward; in the second rollout, one process alone is told to end."""
+    if trainer_state.epoch and dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return tiny_runs.redness(images, prompts)
+
+
+def main(folder: Path) -> None:
+    results = {}
+
+    def make_pipeline() -> StableDiffusion3Pipeline:
+        # As users do: after the config, with which ZeRO-3 begins for transformers.
+        results["scores after the config"] = scores(folder)
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not GPU:
+            # Accelerate has FSDP on GPUs alone, and nothing but this keeps it from CPUs.
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        dtype = torch.bfloat16 if GPU else torch.float32
+        return StableDiffusion3Pipeline.from_pretrained(
+            folder / "pipeline", text_encoder_3=None, tokenizer_3=None, torch_dtype=dtype
+        )
+
+    trainer = distributed_run.build(str(folder / "out"), make_pipeline, **ENGINE)
+    results["images before"] = trainer.generate(tiny_runs.PROMPTS[:5], range(5))
+    results["run"] = distributed_run.finished(trainer)
+    if dist.is_initialized():
+        results["elements"] = elements(trainer.model)
+    results["scores after the run"] = scores(folder)
+    trainer, results["resumed"] = distributed_run.run(
+        str(folder / "resumed"), str(folder / "out" / "checkpoint-4"), make_pipeline=make_pipeline, **ENGINE
+    )
+    if not GPU:
+        results |= on_cpus(folder, make_pipeline)
+    if trainer.is_world_process_zero():
+        torch.save(results, folder / "results.pt")
+
+
+def on_cpus(folder: Path, make_pipeline: Callable) -> dict:
+    results = {}
+    _, results["without adapter"] = distributed_run.run(
+        str(folder / "without_adapter"), make_pipeline=make_pipeline, **ENGINE, **WITHOUT_ADAPTER
+    )
+    try:
+        distributed_run.build(str(folder / "refused"), lambda: make_pipeline().to(torch.bfloat16), **ENGINE)
+    except ValueError as error:
+        results["refused"] = str(error)
+    try:
+        distributed_run.run(
+            str(folder / "interrupted"),
+            make_pipeline=make_pipeline,
+            reward=interrupted,
+            save_on_signal=True,
+            save_strategy="no",
+            eval_strategy="no",
+            **ENGINE,
+        )
+    except SystemExit as end:
+        results["exit"] = end.code
+    return results
+
+
+if __name__ == "__main__":
+    if not GPU and importlib.util.find_spec("deepspeed"):
+        import deepspeed
+
+        # Else it compiles, for a minute, what is faster than gloo between the processes of one machine.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if sys.argv[1].endswith(".py"):
+        sys.argv = sys.argv[1:]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    else:
+        main(Path(sys.argv[1]))
+    distributed_run.finish()

@@ -1,0 +1,349 @@
+from dataclasses import replace
+
+import pytest
+import tiny_pipelines
+import torch
+from diffusers import (
+    AdaptiveProjectedGuidance,
+    AutoencoderKL,
+    ClassifierFreeGuidance,
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FirstBlockCacheConfig,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+    UniPCMultistepScheduler,
+)
+from diffusers.schedulers.scheduling_flow_match_heun_discrete import FlowMatchHeunDiscreteScheduler
+
+from trl_fdfo.fdfo.churn import constant_churn
+from trl_fdfo.pipeline import schedulers
+from trl_fdfo.pipeline.checks import check_pipeline
+from trl_fdfo.pipeline_flow import PipelineFlow, ReplayError, check_replay
+
+
+STEPS = 4
+PROMPTS = ["a cat", "two dogs", "the sea"]
+
+PIPELINES = {
+    "sd3": (tiny_pipelines.sd3, {"guidance_scale": 1.0}),
+    "sd3 guided": (tiny_pipelines.sd3, {"guidance_scale": 4.0, "negative_prompt": "bad"}),
+    "sd3 with T5": (lambda: tiny_pipelines.sd3(with_t5=True), {"guidance_scale": 1.0}),
+    "sd3 with T5 guided": (lambda: tiny_pipelines.sd3(with_t5=True), {"guidance_scale": 4.0}),
+    "flux": (tiny_pipelines.flux, {"guidance_scale": 3.5}),
+    "flux without guidance": (lambda: tiny_pipelines.flux(guidance_embeds=False), {}),
+    "flux true guidance": (tiny_pipelines.flux, {"true_cfg_scale": 3.0, "negative_prompt": "bad"}),
+}
+
+
+def make_flow(name="sd3", dtype=torch.float32, branches=2, pipeline=None, **call_kwargs):
+    build, settings = PIPELINES[name]
+    return PipelineFlow(
+        pipeline if pipeline is not None else build().to(dtype),
+        num_generations=branches,
+        num_inference_steps=STEPS,
+        **{"height": 16, "width": 16, "max_sequence_length": 8, **settings, **call_kwargs},
+    )
+
+
+def roll_out(flow, gamma=0.2, seed=0, levels=range(STEPS)):
+    samples = len(PROMPTS) * flow.num_generations
+    return flow.rollout(
+        PROMPTS,
+        noise_amounts=constant_churn(flow.rehearse(["a"]).sigmas, gamma),
+        seeds=[seed + n for n in range(len(PROMPTS))],
+        noise_seeds=[seed + 1000 + n for n in range(samples)],
+        levels=levels,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", PIPELINES)
+def test_replay_is_exact_and_has_gradients(name, dtype):
+    flow = make_flow(name, dtype)
+    batch = roll_out(flow)
+    assert set(batch.velocities) == set(range(STEPS))
+    for level in range(STEPS):
+        velocity = flow.velocity(batch, level)
+        assert torch.equal(velocity, batch.velocities[level])
+        assert check_replay(velocity, batch.velocities[level], flow.pipeline, level) == 0.0
+        parameter = next(flow.pipeline.transformer.parameters())
+        assert torch.autograd.grad(velocity.float().square().sum(), parameter)[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_replay_of_another_step_or_other_latents_is_far_from_exact(name):
+    flow = make_flow(name)
+    batch, other = roll_out(flow), roll_out(flow, seed=77)
+    exact = flow.velocity(batch, 1)
+    for wrong in (batch.velocities[2], other.velocities[1]):
+        with pytest.raises(ReplayError):
+            check_replay(exact, wrong, flow.pipeline, 1)
+
+
+@pytest.mark.parametrize("name", ["sd3 guided", "flux"])
+def test_zero_churn_gives_identical_branches_and_the_plain_pipeline(name):
+    flow = make_flow(name)
+    batch = roll_out(flow, gamma=0.0)
+    assert torch.equal(batch.endpoints[:, 0], batch.endpoints[:, 1])
+    # The user's own call, with diffusers' own scheduler.
+    plain = flow.pipeline(
+        **batch.call_kwargs | {"generator": [torch.Generator().manual_seed(n // 2) for n in range(6)]}
+    )
+    assert torch.equal(batch.images, plain[0])
+    torch.testing.assert_close(flow.generate(PROMPTS, [0, 1, 2]), plain[0][::2], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_branches_share_their_noise_and_prompts_do_not(name):
+    flow = make_flow(name, branches=3)
+    first = roll_out(flow, gamma=0.01).x_t[0].unflatten(0, (3, 3))
+    within = (first[:, 0] - first[:, 1]).square().mean().sqrt()
+    across = (first[0, 0] - first[1, 0]).square().mean().sqrt()
+    # Two branches with correlation (1 / 1.01)^2, two independent noises.
+    assert within.item() == pytest.approx((2 - 2 / 1.01**2) ** 0.5, rel=0.2)
+    assert across.item() == pytest.approx(2**0.5, rel=0.2)
+
+
+def test_a_sample_does_not_depend_on_its_batch():
+    flow = make_flow()
+    whole = roll_out(flow)
+    alone = flow.rollout(PROMPTS[1:2], constant_churn(flow.rehearse(["a"]).sigmas, 0.2), [1], [1002, 1003], [0])
+    torch.testing.assert_close(alone.endpoints, whole.endpoints[1:2], rtol=0, atol=1e-5)
+
+
+def test_churn_of_each_prompt_is_its_own():
+    flow = make_flow()
+    gammas = torch.zeros(3, STEPS + 1)
+    gammas[1, 0] = 0.5
+    batch = flow.rollout(PROMPTS, gammas, [0, 1, 2], list(range(6)), levels=[])
+    assert torch.equal(batch.endpoints[0, 0], batch.endpoints[0, 1])
+    assert not torch.equal(batch.endpoints[1, 0], batch.endpoints[1, 1])
+    assert batch.x_t == {}
+
+
+def test_images_are_floats_in_the_unit_interval():
+    batch = roll_out(make_flow(dtype=torch.bfloat16))
+    assert batch.images.shape == (6, 3, 16, 16) and batch.images.dtype == torch.float32
+    assert 0 <= batch.images.min() and batch.images.max() <= 1
+    assert batch.endpoints.shape == (3, 2, 4, 8, 8)
+
+
+def test_pipeline_is_left_as_it_was():
+    flow = make_flow()
+    pipeline = flow.pipeline
+    before, config = dict(pipeline.__dict__), dict(pipeline.config)
+    batch = roll_out(flow)
+    flow.velocity(batch, 0)
+    flow.generate(["a"], [0])
+    with pytest.raises(StopIteration):
+        flow.velocity(replace(batch, remembered={"encode_prompt": [], "prepare_latents": []}), 0)
+    changed = {name for name in pipeline.__dict__ if pipeline.__dict__[name] is not before.get(name)}
+    # The pipeline's own call sets such names.
+    assert all(name.startswith("_") for name in changed), changed
+    assert "encode_prompt" not in pipeline.__dict__
+    assert dict(pipeline.config) == config
+    assert pipeline.scheduler is before["scheduler"] and pipeline.transformer is before["transformer"]
+
+
+def test_calls_go_to_the_wrapped_model_and_attributes_to_the_module():
+    flow = make_flow()
+    calls = []
+
+    def wrapped(*args, **kwargs):
+        calls.append(kwargs["timestep"])
+        return flow.pipeline.__dict__["transformer"]._module(*args, **kwargs)
+
+    flow.model = wrapped
+    batch = roll_out(flow)
+    del calls[:-STEPS]  # calls of a rehearsal
+    flow.velocity(batch, 2)
+    assert len(calls) == STEPS + 1 and torch.equal(calls[-1], calls[2])
+
+
+def test_dropout_fires_the_self_check_with_the_cure():
+    flow = make_flow()
+    transformer = flow.pipeline.transformer.train()
+    transformer.proj_out = torch.nn.Sequential(transformer.proj_out, torch.nn.Dropout(0.3))
+    batch = roll_out(flow)
+    with pytest.raises(ReplayError, match=r"(?s)StableDiffusion3Pipeline is not exact.*step 1.*Likely causes: dropout"):
+        check_replay(flow.velocity(batch, 1), batch.velocities[1], flow.pipeline, 1)
+
+
+def test_nan_fails_the_self_check():
+    flow = make_flow()
+    with pytest.raises(ReplayError, match="by nan of its rms"):
+        check_replay(torch.full((2, 3), torch.nan), torch.ones(2, 3), flow.pipeline, 0)
+
+
+def test_unknown_argument_is_refused_with_those_that_are_taken():
+    with pytest.raises(
+        ValueError, match=r"does not take true_cfg_scale in its call. It takes: prompt, .*max_sequence_length"
+    ):
+        make_flow("sd3", true_cfg_scale=2.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "nearest"),
+    [("sd3", {"height": 18}, "16 and 20"), ("flux", {"width": 13}, "12 and 16"), ("sd3", {"width": 0}, "4 and 8")],
+)
+def test_resolution_that_is_no_multiple_is_refused_with_the_nearest(name, size, nearest):
+    with pytest.raises(
+        ValueError, match=rf"={next(iter(size.values()))} is not a multiple of 4.*nearest that work: {nearest}"
+    ):
+        make_flow(name, **size)
+
+
+def test_epsilon_prediction_is_refused():
+    tokenizer = tiny_pipelines.clip_tokenizer()
+    pipeline = StableDiffusionPipeline(
+        vae=AutoencoderKL(block_out_channels=(8,), norm_num_groups=4),
+        text_encoder=tiny_pipelines.clip_encoder(tokenizer, tiny_pipelines.CLIPTextModel),
+        tokenizer=tokenizer,
+        unet=UNet2DConditionModel(
+            block_out_channels=(8, 8),
+            down_block_types=("DownBlock2D",) * 2,
+            up_block_types=("UpBlock2D",) * 2,
+            norm_num_groups=4,
+            cross_attention_dim=16,
+        ),
+        scheduler=DDIMScheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    with pytest.raises(
+        ValueError, match="StableDiffusionPipeline cannot be trained: DDIMScheduler is not a flow-matching"
+    ):
+        check_pipeline(pipeline)
+
+
+def test_stochastic_sampling_is_refused():
+    pipeline = tiny_pipelines.sd3()
+    pipeline.scheduler = tiny_pipelines.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+    with pytest.raises(ValueError, match="stochastic_sampling=True"):
+        check_pipeline(pipeline)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        FlowMatchHeunDiscreteScheduler(shift=3.0),
+        UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_another_sampler_of_a_flow_is_replaced_by_euler_with_its_shift(scheduler, caplog):
+    schedulers.logger.warning_once.cache_clear()  # another test in this process may have been warned
+    pipeline = tiny_pipelines.sd3()
+    expected = roll_out(make_flow())  # its scheduler is Euler's with shift 3
+    pipeline.scheduler = scheduler
+    flow = make_flow(pipeline=pipeline)
+    batch = roll_out(flow)
+    assert torch.equal(batch.endpoints, expected.endpoints)
+    assert torch.equal(flow.velocity(batch, 2), batch.velocities[2])
+    assert pipeline.scheduler is scheduler
+    assert f"{type(scheduler).__name__} is replaced" in caplog.text and "same shift of 3.0" in caplog.text
+
+
+def test_sdxl_is_refused():
+    tokenizers = [tiny_pipelines.clip_tokenizer(), tiny_pipelines.clip_tokenizer()]
+    unet = UNet2DConditionModel(
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        norm_num_groups=4,
+        cross_attention_dim=32,
+    )
+    pipeline = StableDiffusionXLPipeline(
+        vae=tiny_pipelines.vae(),
+        text_encoder=tiny_pipelines.clip_encoder(tokenizers[0], tiny_pipelines.CLIPTextModel),
+        text_encoder_2=tiny_pipelines.clip_encoder(tokenizers[1]),
+        tokenizer=tokenizers[0],
+        tokenizer_2=tokenizers[1],
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(),
+        add_watermarker=False,
+    )
+    with pytest.raises(
+        ValueError, match="StableDiffusionXLPipeline cannot be trained.* EulerDiscreteScheduler is not a"
+    ):
+        check_pipeline(pipeline)
+
+
+def test_two_scheduler_steps_are_refused():
+    class Twice(type(tiny_pipelines.sd3())):
+        def __call__(self, prompt, num_inference_steps):
+            for t in self.scheduler.timesteps:
+                image = self.scheduler.step(self.transformer(t), t, self.image)
+                sound = self.scheduler.step(self.transformer(t), t, self.sound)
+            return image, sound
+
+    with pytest.raises(ValueError, match="Twice calls `scheduler.step` in 2 places"):
+        check_pipeline(Twice(**tiny_pipelines.sd3().components))
+
+
+class Minimal(DiffusionPipeline):
+    """The parts that a pipeline must have, and some that it must not."""
+
+    _optional_components = ["transformer_2", "guider"]
+
+    def __init__(self, transformer, scheduler, transformer_2=None, guider=None):
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler, transformer_2=transformer_2, guider=guider)
+
+    def encode_prompt(self): ...
+
+    def prepare_latents(self): ...
+
+    def __call__(self, prompt, latents):
+        for t in self.scheduler.timesteps:
+            latents = self.scheduler.step(self.transformer(latents, t), t, latents)[0]
+        return latents
+
+
+def test_second_transformer_is_refused():
+    parts = [tiny_pipelines.sd3().transformer, FlowMatchEulerDiscreteScheduler()]
+    check_pipeline(Minimal(*parts))
+    with pytest.raises(ValueError, match="second transformer, `transformer_2`.*transformer_2=None"):
+        check_pipeline(Minimal(*parts, transformer_2=tiny_pipelines.sd3().transformer))
+
+
+def test_stateful_guidance_is_refused():
+    parts = [tiny_pipelines.sd3().transformer, FlowMatchEulerDiscreteScheduler()]
+    check_pipeline(Minimal(*parts, guider=ClassifierFreeGuidance()))
+    with pytest.raises(ValueError, match="`guider` of Minimal is a AdaptiveProjectedGuidance, which carries momentum"):
+        check_pipeline(Minimal(*parts, guider=AdaptiveProjectedGuidance()))
+
+
+def test_feature_cache_is_refused():
+    pipeline = tiny_pipelines.flux()
+    pipeline.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(ValueError, match=r"feature cache on.*`pipeline.transformer.disable_cache\(\)`"):
+        check_pipeline(pipeline)
+    pipeline.transformer.disable_cache()
+    check_pipeline(pipeline)
+
+
+def test_what_is_no_pipeline_is_refused():
+    with pytest.raises(ValueError, match="must be a `DiffusionPipeline`.*not StableDiffusion3Pipeline itself"):
+        check_pipeline(type(tiny_pipelines.sd3()))
+    with pytest.raises(ValueError, match="not a SD3Transformer2DModel"):
+        check_pipeline(tiny_pipelines.sd3().transformer)
+
+
+def test_skip_layer_guidance_depends_on_the_step_and_is_replayed():
+    settings = {"guidance_scale": 4.0, "skip_guidance_layers": [0], "skip_layer_guidance_start": 0.2}
+    flow = make_flow(**settings, skip_layer_guidance_stop=0.6)
+    batch = roll_out(flow)
+    for level in range(STEPS):
+        assert torch.equal(flow.velocity(batch, level), batch.velocities[level])
+    # Steps 1 and 2 are within (0.2, 0.6) x 4 and skip layers: without that they would differ.
+    plain = replace(batch, call_kwargs={**batch.call_kwargs, "skip_guidance_layers": None})
+    for level in range(STEPS):
+        assert torch.equal(flow.velocity(plain, level), batch.velocities[level]) == (level not in (1, 2))

@@ -1,0 +1,309 @@
+"""Every family of pipelines goes through the same checks; docs/pipelines.md shows the results."""
+
+import importlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import tiny_pipelines
+import torch
+from conftest import trained_weights
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from tiny_runs import PROMPTS
+
+from trl_fdfo import FDFOTrainer
+from trl_fdfo.fdfo.churn import constant_churn
+from trl_fdfo.pipeline.adapter_files import read_adapter
+from trl_fdfo.pipeline.lora import add_adapter, attention_projections
+from trl_fdfo.pipeline_flow import PipelineFlow, ReplayError, check_replay
+
+
+STEPS = 4
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class Family:
+    build: Callable
+    calls: dict[str, dict]
+    images: Callable | None = None  # makes the images that the pipeline edits
+
+
+def family(name: str, build: str = "build", with_images: bool = False) -> Family:
+    module = importlib.import_module(f"tiny_pipelines.{name}")
+    return Family(getattr(module, build), module.CALLS, module.images if with_images else None)
+
+
+SMALL = {"height": 16, "width": 16, "max_sequence_length": 8}
+SKIP_LAYERS = {"skip_guidance_layers": [0], "skip_layer_guidance_start": 0.2, "skip_layer_guidance_stop": 0.6}
+FAMILIES = {
+    "Stable Diffusion 3": Family(
+        lambda: tiny_pipelines.sd3(with_t5=True),
+        {
+            "plain": {**SMALL, "guidance_scale": 1.0},
+            "guided": {**SMALL, "guidance_scale": 4.0, "negative_prompt": "bad"},
+            "skip-layer guidance": {**SMALL, "guidance_scale": 4.0, **SKIP_LAYERS},
+        },
+    ),
+    "FLUX.1": Family(
+        tiny_pipelines.flux,
+        {
+            "embedded guidance": {**SMALL, "guidance_scale": 3.5},
+            "guided": {**SMALL, "guidance_scale": 3.5, "true_cfg_scale": 3.0, "negative_prompt": "bad"},
+        },
+    ),
+    "FLUX.1 Kontext": family("flux_kontext", with_images=True),
+    "FLUX.2": family("flux2"),
+    "FLUX.2 with an image": family("flux2", with_images=True),
+    "FLUX.2 Klein": family("flux2_klein"),
+    "Qwen-Image": family("qwen_image"),
+    "Qwen-Image-Edit": family("qwen_image_edit", with_images=True),
+    "Qwen-Image-Edit Plus": family("qwen_image_edit", "build_plus", with_images=True),
+    "Sana": family("sana"),
+    "AuraFlow": family("aura_flow"),
+    "Lumina 2": family("lumina2"),
+    "Z-Image": family("z_image"),
+    "HiDream": family("hidream"),
+    "Chroma": family("chroma"),
+    "CogView 4": family("cogview4"),
+    "Wan (video)": family("wan"),
+}
+CALLS = [(name, call) for name in FAMILIES for call in FAMILIES[name].calls]
+
+
+def num_prompts(name):
+    """Prompts of a call: one if it takes images."""
+    return 1 if FAMILIES[name].images is not None else 2
+
+
+def columns_of(name, count):
+    """Arguments beside the prompt: the images that the pipeline edits, if it does."""
+    images = FAMILIES[name].images
+    return {"image": images(count)} if images is not None else {}
+
+
+def first_call(name):
+    return next(iter(FAMILIES[name].calls.values()))
+
+
+def make_flow(name, call, dtype=torch.float32):
+    pipeline = FAMILIES[name].build().to(dtype)
+    return PipelineFlow(pipeline, num_generations=2, num_inference_steps=STEPS, **call)
+
+
+def roll_out(flow, name, seed=0, gamma=0.2):
+    count = num_prompts(name)
+    columns = columns_of(name, count)
+    sigmas = flow.rehearse(["a cat"], {column: values[:1] for column, values in columns.items()}).sigmas
+    return flow.rollout(
+        ["a cat", "two dogs in a garden"][:count],
+        constant_churn(sigmas, gamma),
+        seeds=range(seed, seed + count),
+        noise_seeds=range(seed + 10, seed + 10 + 2 * count),
+        levels=range(STEPS),
+        columns=columns,
+    )
+
+
+checked: dict[tuple[str, str], dict[str, float]] = {}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("name", "call"), CALLS)
+def test_replay_is_exact(name, call, dtype):
+    flow = make_flow(name, FAMILIES[name].calls[call], DTYPES[dtype])
+    batch = roll_out(flow, name)
+    error = 0.0
+    for level in range(STEPS):
+        velocity = flow.velocity(batch, level)
+        error = max(error, (velocity - batch.velocities[level]).abs().max().item())
+        parameter = next(p for p in flow.pipeline.transformer.parameters() if p.ndim > 1)
+        gradient = torch.autograd.grad(velocity.float().square().sum(), parameter, allow_unused=True)[0]
+        assert gradient is not None and gradient.isfinite().all()
+    assert error == 0.0
+    checked.setdefault((name, call), {})[dtype] = error
+    assert batch.images.dtype == torch.float32
+    assert batch.images.isfinite().all() and 0 <= batch.images.min() <= batch.images.max() <= 1
+    assert batch.images.shape[-3] == 3 and batch.images.ndim == (5 if "video" in name else 4)
+    assert not torch.equal(batch.endpoints[:, 0], batch.endpoints[:, 1])
+
+
+@pytest.mark.parametrize(("name", "call"), CALLS)
+def test_branches_of_a_prompt_differ_by_their_churn_alone(name, call):
+    # Two prompts of different length: a branch that got the other's attention mask would show.
+    batch = roll_out(make_flow(name, FAMILIES[name].calls[call]), name, gamma=0.0)
+    assert torch.equal(batch.endpoints[:, 0], batch.endpoints[:, 1])
+    for velocity in batch.velocities.values():
+        assert torch.equal(velocity[0::2], velocity[1::2])
+
+
+@pytest.mark.parametrize(("name", "call"), CALLS)
+def test_batches_can_be_taken_apart(name, call):
+    flow = make_flow(name, FAMILIES[name].calls[call])
+    replay_error = lambda batch: max(
+        check_replay(flow.velocity(batch, level), batch.velocities[level], flow.pipeline, level) for level in batch.x_t
+    )
+    whole = roll_out(flow, name)
+    if num_prompts(name) > 1:
+        first, second = flow.split(replace(whole, images=None), [[0, 2], [1, 3]])
+        assert list(first.x_t) == [0, 2] and list(second.velocities) == [1, 3]
+        assert torch.equal(torch.cat([first.endpoints, second.endpoints]), whole.endpoints)
+        # Another batch size computes in another order; with the embeddings of the other prompt it would be 1e-1.
+        assert max(replay_error(first), replay_error(second)) < 1e-5
+
+    count = num_prompts(name)
+    columns = columns_of(name, count)
+    gammas = torch.zeros(STEPS + 1)
+    gammas[2] = 0.2
+    arguments = (["a cat", "a dog"][:count], gammas, range(count), range(10, 10 + 2 * count), range(STEPS), columns)
+    apart = flow.rollout(*arguments)
+    flow.shared_prefix = True
+    shared = flow.rollout(*arguments)
+    flow.shared_prefix = False
+    torch.testing.assert_close(shared.images, apart.images, rtol=0, atol=1e-5)
+    assert replay_error(shared) < 1e-5
+    if not columns:
+        flow.prompt_embeddings = {prompt: flow.encode(prompt) for prompt in arguments[0]}
+        cached = flow.rollout(*arguments)
+        torch.testing.assert_close(cached.images, apart.images, rtol=0, atol=1e-5)
+        assert replay_error(cached) < 1e-5
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_another_step_or_other_latents_are_far_from_exact(name):
+    flow = make_flow(name, first_call(name))
+    batch, other = roll_out(flow, name), roll_out(flow, name, seed=50)
+    check_replay(flow.velocity(batch, 1), batch.velocities[1], flow.pipeline, 1)
+    wrong_latents = flow.velocity(replace(batch, x_t={1: other.x_t[1]}), 1)
+    wrong_step = flow.velocity(replace(batch, x_t={2: batch.x_t[1]}), 2)
+    for wrong in (wrong_latents, wrong_step):
+        with pytest.raises(ReplayError):
+            check_replay(wrong, batch.velocities[1], flow.pipeline, 1)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradients_reach_every_lora_matrix(name):
+    flow = make_flow(name, first_call(name))
+    targets = attention_projections(flow.pipeline.transformer.requires_grad_(False))
+    flow.model = add_adapter(flow.pipeline, LoraConfig(r=2, target_modules=targets)).train()
+    layers = {name: layer for name, layer in flow.model.named_modules() if isinstance(layer, LoraLayer)}
+    torch.manual_seed(0)
+    for layer in layers.values():
+        torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
+        layer.get_base_layer().weight.requires_grad_(True)
+    flow.velocity(roll_out(flow, name), 1).square().sum().backward()
+
+    def reached(weight):
+        return weight.grad is not None and bool((weight.grad != 0).any())
+
+    for layer_name, layer in layers.items():
+        # A layer that has a say in the output (its own weight tells) has it through both matrices.
+        for matrix in (layer.lora_A, layer.lora_B):
+            assert reached(matrix["default"].weight) == reached(layer.get_base_layer().weight), layer_name
+    assert sum(reached(layer.get_base_layer().weight) for layer in layers.values()) > 0.7 * len(layers) > 0
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_whole_trainer_and_saved_lora(name, make_config, tmp_path):
+    call = dict(first_call(name))
+    columns = columns_of(name, 4)
+    config = make_config(
+        num_rollouts=1,
+        prompts_per_rollout=2,
+        per_device_prompt_batch_size=num_prompts(name),
+        optimizer_steps_per_rollout=1,
+        learning_rate=1e-2,
+        height=call.pop("height", None),
+        width=call.pop("width", None),
+        guidance_scale=call.pop("guidance_scale", None),
+        pipeline_columns=list(columns) or None,
+        pipeline_kwargs=call,
+    )
+
+    def brightness(images, prompts, **kwargs):
+        assert columns.keys() <= kwargs.keys()
+        return images.flatten(1).mean(dim=1)
+
+    dataset = Dataset.from_dict({"prompt": PROMPTS[:4], **columns})
+    trainer = FDFOTrainer(config, FAMILIES[name].build(), brightness, train_dataset=dataset)
+    before = trained_weights(trainer)
+    trainer.train()
+    assert next(log for log in trainer.state.log_history if "reward" in log)["replay_error"] == 0.0
+    assert any(not torch.equal(weight, before[key]) for key, weight in trained_weights(trainer).items())
+
+    pipeline = FAMILIES[name].build()
+    has_loader = hasattr(pipeline, "load_lora_weights")
+    for call in FAMILIES[name].calls:
+        checked.setdefault((name, call), {})["lora"] = has_loader
+    trainer.save_model(str(tmp_path))
+    arguments = (PROMPTS[:1], [0], {column: values[:1] for column, values in columns.items()})
+    expected = trainer.generate(*arguments)
+    flow = PipelineFlow(pipeline, num_generations=2, **trainer.flow.call_kwargs)
+    assert not torch.equal(flow.generate(*arguments), expected)
+    if has_loader:
+        # The same adapter, to go on from; then the same images, by either library.
+        _, weights = read_adapter(pipeline, str(tmp_path / "pytorch_lora_weights.safetensors"))
+        trained = {key.replace(".default", ""): weight for key, weight in trained_weights(trainer).items()}
+        assert weights.keys() == trained.keys()
+        assert all(torch.equal(weight, trained[key]) for key, weight in weights.items())
+        pipeline.load_lora_weights(str(tmp_path))
+        assert torch.equal(flow.generate(*arguments), expected)
+        pipeline.unload_lora_weights()
+        assert not torch.equal(flow.generate(*arguments), expected)
+    PeftModel.from_pretrained(pipeline.transformer, tmp_path)
+    assert torch.equal(flow.generate(*arguments), expected)
+
+
+def test_no_line_of_the_package_names_a_family():
+    package = Path(__file__).parents[2] / "trl_fdfo"
+    names = r"sd3|stable.?diffusion|flux|qwen|\bsana|aura.?flow|lumina|z.?image\b|hidream|\bchroma\b|cogview|\bwan\b"
+    # A reward may well name the model that judges.
+    files = [file for file in sorted(package.rglob("*.py")) if file.parent.name != "rewards"]
+    assert len(files) > 15
+    for file in files:
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+            assert not re.search(names, line, flags=re.IGNORECASE), f"{file.name}:{number}: {line}"
+
+
+def test_two_transformers_are_refused():
+    wan = importlib.import_module("tiny_pipelines.wan")
+    with pytest.raises(ValueError, match="WanPipeline has a second transformer, `transformer_2`"):
+        PipelineFlow(wan.build_two_transformers(), num_generations=2, num_inference_steps=STEPS)
+
+
+@pytest.mark.parametrize("name", ["sana", "hidream", "wan"])
+def test_usual_scheduler_of_another_kind_is_replaced(name):
+    module = importlib.import_module(f"tiny_pipelines.{name}")
+    pipeline = module.build()
+    pipeline.scheduler = module.usual_scheduler()
+    flow = PipelineFlow(pipeline, num_generations=2, num_inference_steps=STEPS, **module.CALLS["plain"])
+    batch = flow.rollout(["a cat"], constant_churn(flow.rehearse(["a"]).sigmas, 0.2), [0], [1, 2], range(STEPS))
+    for level in range(STEPS):
+        assert torch.equal(flow.velocity(batch, level), batch.velocities[level])
+
+
+DOCS = Path(__file__).parents[2] / "docs" / "pipelines.md"
+BEGIN, END = "<!-- table: made by tests/test_pipelines.py -->\n", "<!-- end of table -->\n"
+
+
+def test_docs_show_what_was_found():
+    """Rewrites the table of docs/pipelines.md, and fails if the checks above found something else."""
+    if set(checked) != set(CALLS) or any(len(found) < 3 for found in checked.values()):
+        pytest.skip("not all families were checked in this run")
+    rows = ["| family | pipeline | call | error fp32 | error bf16 | `load_lora_weights` |", "|---|---|---|---|---|---|"]
+    for name, call in CALLS:
+        found = checked[name, call]
+        pipeline = type(FAMILIES[name].build()).__name__
+        loader = "bit-equal images" if found["lora"] else "has none"
+        rows.append(f"| {name} | `{pipeline}` | {call} | {found['fp32']} | {found['bf16']} | {loader} |")
+    table = "\n".join(rows) + "\n"
+    text = DOCS.read_text(encoding="utf-8")
+    start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+    shown = text[start:end]
+    if shown != table:
+        DOCS.write_text(text[:start] + table + text[end:], encoding="utf-8")
+    assert shown == table, "docs/pipelines.md has been rewritten: commit it"

@@ -1,0 +1,168 @@
+"""Options that change how a rollout is sampled, but not the result of the training."""
+
+import datasets
+import pytest
+import tiny_pipelines
+import torch
+from conftest import trained_weights
+from datasets import Dataset
+from tiny_pipelines import qwen_image
+from tiny_runs import PROMPTS, redness
+
+from trl_fdfo.pipeline.prompt_embeddings import PromptEmbeddings, encoding_key
+
+
+# One batch size computes in another order than the next: differences of 1e-7 that Adam, which divides by the size of the
+# gradient, makes larger.
+TOLERANCE = {"rtol": 0, "atol": 2e-5}
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache of `datasets` of its own. (It reads its environment variable once, at import.)"""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+def logged(trainer, name):
+    return [log[name] for log in trainer.state.log_history if name in log]
+
+
+def count_samples(trainer):
+    """Samples of each call of the transformer from now on."""
+    counts = []
+    trainer.model.register_forward_pre_hook(
+        lambda module, args, kwargs: counts.append(len(kwargs["hidden_states"])), with_kwargs=True
+    )
+    return counts
+
+
+def assert_same_run(trainer, other):
+    for name, weight in trained_weights(trainer).items():
+        torch.testing.assert_close(trained_weights(other)[name], weight, **TOLERANCE)
+    torch.testing.assert_close(torch.tensor(logged(other, "reward")), torch.tensor(logged(trainer, "reward")))
+    assert max(logged(other, "replay_error")) < 1e-5
+
+
+@pytest.mark.parametrize("timestep_fraction", [1.0, 0.5])
+@pytest.mark.parametrize(("prompts", "sampled"), [(8, [8, 8]), (6, [8, 4])])
+def test_larger_sampling_batches(make_trainer, timestep_fraction, prompts, sampled):
+    options = {"prompts_per_rollout": prompts, "timestep_fraction": timestep_fraction, "guidance_scale": 3.0}
+    options |= {"optimizer_steps_per_rollout": 1, "num_generations": 2}
+    seen = []
+
+    def reward(images, prompts):
+        seen.append(len(images))
+        return redness(images, prompts)
+
+    alone = make_trainer(**options)
+    start = trained_weights(alone)
+    alone.train()
+    together = make_trainer(**options, reward_fn=reward, per_device_sampling_batch_size=4)
+    counts = count_samples(together)
+    together.train()
+    assert_same_run(alone, together)
+    assert any(not torch.equal(weight, start[name]) for name, weight in trained_weights(together).items())
+    assert seen == [samples for _ in range(2) for samples in sampled]
+    # Sampled and, of the same batch and its negative prompt, trained.
+    assert max(counts) == 2 * max(sampled) and counts.count(8) >= together.args.gradient_accumulation_steps
+
+
+def test_shared_prefix_samples_one_branch_until_the_churn_begins(make_trainer):
+    options = {"num_inference_steps": 8, "churn_schedule": "interval", "churn_width": 0.1, "num_generations": 3}
+    apart = make_trainer(**options)
+    apart.train()
+    shared = make_trainer(**options, shared_prefix=True)
+    gammas = shared._noise(0, range(4))
+    counts = count_samples(shared)
+    shared.train()
+    assert_same_run(apart, shared)
+    # The first batch has two prompts: one branch each while both are without churn.
+    churned = (gammas[:2] > 0).any(dim=0).tolist().index(True)
+    assert 0 < churned < 8
+    assert counts[:8] == [2] * churned + [6] * (8 - churned)
+
+
+def test_prompts_are_encoded_once_and_not_in_the_next_run(make_trainer, cache):
+    options = {"num_rollouts": 3}
+    plain = make_trainer(**options)
+    plain.train()
+    cached = make_trainer(**options, cache_prompt_embeds=True)
+    cached.train()
+    assert_same_run(plain, cached)
+    torch.testing.assert_close(cached.generate(PROMPTS[:2], [0, 1]), plain.generate(PROMPTS[:2], [0, 1]), **TOLERANCE)
+    files = {file: file.stat().st_mtime_ns for file in cache.rglob("*.arrow")}
+    assert len(files) == 1
+
+    # As if there were no room for the text encoders: they get one prompt only, in the rehearsals.
+    pipeline = tiny_pipelines.sd3()
+    encoded = []
+    pipeline.text_encoder.register_forward_pre_hook(lambda module, args: encoded.append(args[0].shape))
+    again = make_trainer(pipeline, **options, cache_prompt_embeds=True)
+    del encoded[:]
+    again.train()
+    assert not encoded
+    for name, weight in trained_weights(again).items():
+        assert torch.equal(weight, trained_weights(cached)[name])
+    assert {file: file.stat().st_mtime_ns for file in cache.rglob("*.arrow")} == files
+    # Another prompt, or another way to call, is encoded when it comes.
+    again.generate(["something else"], [0])
+    again.generate(PROMPTS[:1], [0], guidance_scale=4.0)
+    assert len(encoded) == 3  # with its negative prompt
+
+
+def test_prompts_for_evaluation_are_cached_too(make_trainer, cache):
+    prompts = Dataset.from_dict({"prompt": ["a hat", "a tree"]})
+    trainer = make_trainer(eval_dataset=prompts, cache_prompt_embeds=True)
+    assert set(trainer.flow.prompt_embeddings) == {*PROMPTS, "a hat", "a tree"}
+    encoded = []
+    trainer.pipeline.text_encoder.register_forward_pre_hook(lambda module, args: encoded.append(args))
+    cached = trainer.evaluate()
+    assert not encoded
+    plain = make_trainer(eval_dataset=prompts).evaluate()
+    assert cached["eval_reward"] == pytest.approx(plain["eval_reward"], abs=1e-6)
+
+
+def test_embeddings_are_found_by_the_pipeline_and_its_arguments(make_trainer, cache):
+    flows = {
+        "as it is": make_trainer().flow,
+        "again": make_trainer().flow,
+        "guided": make_trainer(guidance_scale=3.0).flow,
+        "longer": make_trainer(pipeline_kwargs={"max_sequence_length": 4}).flow,
+        "other weights": make_trainer(tiny_pipelines.sd3(seed=1)).flow,
+        "another encoder": make_trainer(tiny_pipelines.sd3(with_t5=True)).flow,
+    }
+    keys = {name: encoding_key(flow) for name, flow in flows.items()}
+    assert keys.pop("again") == keys["as it is"]
+    assert len(set(keys.values())) == len(keys)
+    embeddings = PromptEmbeddings(flows["guided"], ["two dogs", "a cat", "two dogs"])
+    assert list(embeddings) == ["a cat", "two dogs"] and embeddings.same_shapes and embeddings.nbytes > 0
+    for read, encoded in zip(embeddings["a cat"][0], flows["guided"].encode("a cat")[0], strict=True):
+        assert torch.equal(read, encoded)
+
+
+def test_many_prompts_go_to_several_files(make_trainer, cache, monkeypatch):
+    monkeypatch.setattr("trl_fdfo.pipeline.prompt_embeddings.PROMPTS_PER_FILE", 2)
+    flow = make_trainer().flow
+    embeddings = PromptEmbeddings(flow, PROMPTS[:5])
+    assert len(list(cache.rglob("*.arrow"))) == 3 and list(embeddings) == sorted(PROMPTS[:5])
+    for prompt in PROMPTS[:5]:
+        assert torch.equal(embeddings[prompt][0][0], flow.encode(prompt)[0][0])
+
+
+def test_embeddings_of_different_length_need_batches_of_one(make_trainer, cache):
+    options = {"pipeline_kwargs": {}, "guidance_scale": None, "optimizer_steps_per_rollout": 1}
+    with pytest.raises(ValueError, match="to different lengths.*per_device_prompt_batch_size=1"):
+        make_trainer(qwen_image.build(), **options, cache_prompt_embeds=True)
+    options["per_device_prompt_batch_size"] = 1
+    plain = make_trainer(qwen_image.build(), **options)
+    plain.train()
+    cached = make_trainer(qwen_image.build(), **options, cache_prompt_embeds=True)
+    cached.train()
+    assert_same_run(plain, cached)
+
+
+def test_text_encoders_wait_in_host_memory(make_trainer, cache):
+    trainer = make_trainer(cache_prompt_embeds=True)
+    assert len(trainer._offloaded) == 2
+    assert len(make_trainer(offload_components=True)._offloaded) == 3

@@ -1,0 +1,423 @@
+import json
+import re
+import runpy
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+import tiny_pipelines
+import torch
+from datasets import Dataset
+from diffusers import SD3Transformer2DModel
+from peft import LoraConfig, get_peft_model
+from tiny_pipelines import flux_kontext
+from tiny_runs import PROMPTS, redness
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._pytree import tree_leaves
+from trl import TrlParser
+
+from trl_fdfo import FDFOConfig, FDFOTrainer, FlowGRPOConfig, shapes
+from trl_fdfo.fdfo.scheduler import ChurnScheduler
+from trl_fdfo.planning.cost import Precision, sampling_cost, training_cost
+from trl_fdfo.planning.memory import Engine
+from trl_fdfo.planning.plan import RunPlan
+from trl_fdfo.planning.without_weights import load_without_weights, plan_without_weights, planned
+from trl_fdfo.rewards.learned_reward import LearnedReward
+
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "train_sd3.py"
+PlannedConfig = planned(FDFOConfig)
+
+
+# Activations and operations -------------------------------------------------------------------------------------------
+
+
+def test_cost_of_a_linear_layer():
+    layer = nn.Linear(8, 16, bias=False)
+    calls = [((torch.randn(4, 8),), {})]
+    sampled, trained = sampling_cost(layer, calls, Precision("cpu")), training_cost(layer, calls, Precision("cpu"))
+    assert sampled.peak == 4 * 4 * 16 and sampled.flops == 2 * 4 * 8 * 16
+    assert trained.flops == 2 * sampled.flops  # its input has no gradient
+    assert sampling_cost(layer, 2 * calls, Precision("cpu")).flops == 2 * sampled.flops
+    # The layer is left as it was.
+    assert layer.weight.grad is None and type(layer.weight.data) is torch.Tensor
+
+
+def test_norms_are_in_float32_under_the_autocast_of_a_gpu():
+    norm, calls = nn.LayerNorm(64, elementwise_affine=False), [((torch.randn(32, 64, dtype=torch.bfloat16),), {})]
+    on_cpu = sampling_cost(norm, calls, Precision("cpu", torch.bfloat16)).peak
+    on_gpu = sampling_cost(norm, calls, Precision("cuda", torch.bfloat16)).peak
+    assert on_gpu > on_cpu + 2 * 32 * 64
+    assert torch.nn.functional.layer_norm.__module__ == "torch.nn.functional"
+
+
+def transformer() -> nn.Module:
+    torch.manual_seed(0)
+    model = SD3Transformer2DModel(
+        sample_size=32,
+        patch_size=2,
+        in_channels=16,
+        num_layers=3,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        joint_attention_dim=64,
+        caption_projection_dim=128,
+        pooled_projection_dim=64,
+        out_channels=16,
+        pos_embed_max_size=16,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    return get_peft_model(model, LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_activations_are_what_the_allocator_sees(checkpointing, autocast):
+    model = transformer()
+    inputs = {
+        "hidden_states": torch.randn(2, 16, 32, 32),
+        "encoder_hidden_states": torch.randn(2, 40, 64),
+        "pooled_projections": torch.randn(2, 64),
+        "timestep": torch.full((2,), 500.0),
+        "return_dict": False,
+    }
+    precision = Precision("cpu", autocast)
+    trained = training_cost(model, [((), inputs)], precision, checkpointing)
+    sampled = sampling_cost(model, [((), inputs)], precision)
+    assert model.base_model.model.gradient_checkpointing is False
+    if checkpointing:
+        model.base_model.model.enable_gradient_checkpointing()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+
+    def train():
+        with precision.autocast_context():
+            velocity = model(**inputs)[0]
+        velocity.float().square().mean().backward()
+
+    def sample():
+        with torch.no_grad(), precision.autocast_context():
+            model(**inputs)
+
+    # Kernels have buffers of their own, the largest on a CPU with instructions for bfloat16.
+    assert trained.peak == pytest.approx(allocated(train), rel=0.01 if autocast is None else 0.02)
+    assert sampled.peak == pytest.approx(allocated(sample), rel=0.05)
+    # A forward pass; as much again for the gradients of activations (2.5 times as much in attention); with
+    # checkpointing a second forward pass.
+    passes = 3 if checkpointing else 2
+    assert passes < trained.flops / sampled.flops < passes + 0.5
+
+
+def allocated(function) -> int:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+# Trajectories ---------------------------------------------------------------------------------------------------------
+
+
+def recorded_bytes(buffer) -> int:
+    batches = {id(batch): batch for step in buffer.steps for batch, _ in step}.values()
+    total = 0
+    for batch in batches:
+        sampled = batch.sampled
+        kept = [sampled.x_t, sampled.velocities, sampled.x_s, sampled.remembered, batch.targets]
+        tensors = [leaf for leaf in tree_leaves(kept) if isinstance(leaf, torch.Tensor)]
+        total += sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+    return total
+
+
+@pytest.mark.parametrize("build", [tiny_pipelines.sd3, tiny_pipelines.flux])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"timestep_fraction": 0.5, "guidance_scale": 4.0, "bf16": True},
+        {"offload_trajectories": True},
+        {"per_device_sampling_batch_size": 4},
+    ],
+)
+def test_trajectories_are_what_the_buffer_holds(make_trainer, build, options):
+    trainer = make_trainer(build(), **{"prompts_per_rollout": 4, "num_rollouts": 1, **options})
+    plan = trainer.run_plan()
+    trainer.train()
+    assert plan.trajectory_bytes == recorded_bytes(trainer._buffer)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_view_keeps_what_it_is_a_view_of(make_config, offload):
+    # The pipeline cuts off the output for the tokens of the edited image, which stays in memory.
+    prompts = Dataset.from_dict({"prompt": PROMPTS[:2], "image": flux_kontext.images(2)})
+    config = make_config(
+        num_rollouts=1,
+        prompts_per_rollout=2,
+        pipeline_columns=["image"],
+        per_device_prompt_batch_size=1,
+        offload_trajectories=offload,
+        pipeline_kwargs={"max_area": 16 * 16, "_auto_resize": False, "max_sequence_length": 8},
+    )
+    trainer = FDFOTrainer(config, flux_kontext.build(), redness, train_dataset=prompts)
+    plan = trainer.run_plan()
+    trainer.train()
+    assert plan.trajectory_bytes == recorded_bytes(trainer._buffer)
+
+
+# The plan -------------------------------------------------------------------------------------------------------------
+
+
+def sizes(plan: RunPlan, **options) -> dict[str, tuple[int, int]]:
+    return {part.name: (part.sampling, part.training) for part in plan.parts(**options)}
+
+
+def bytes_of(module: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+
+def test_parts_of_a_run(make_trainer):
+    trainer = make_trainer(ema_decay=0.9, optim="adamw_torch")
+    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    lora = 4 * sum(parameter.numel() for parameter in trained)
+    parts = sizes(trainer.run_plan())
+    assert parts["transformer, frozen"] == 2 * (bytes_of(trainer.model) - lora,)
+    assert parts["trained weights"] == parts["average of weights"] == (lora, lora)
+    assert parts["gradients"] == (0, lora)
+    assert parts["optimizer"] == (2 * lora, 2 * lora)
+    vae, text_encoder = (bytes_of(trainer.pipeline.components[name]) for name in ("vae", "text_encoder"))
+    assert parts["vae"] == (vae, vae) and parts["text_encoder"] == (text_encoder, text_encoder)
+    plan = trainer.run_plan()
+    assert sizes(plan, offload_components=True)["vae"] == (vae, 0)
+    assert sizes(plan, cache_prompt_embeds=True)["text_encoder"] == (0, 0)
+    assert sizes(plan, cache_prompt_embeds=True)["vae"] == (vae, vae)
+    assert sizes(plan, offload_trajectories=True)["trajectories"][0] == 0
+    assert plan.peaks() == tuple(sum(column) for column in zip(*parts.values()))
+    # Prompts are encoded before the run, when there are no trajectories yet.
+    plan.trajectory_bytes, plan.training = 0, replace(plan.training, peak=0)
+    assert max(plan.peaks(cache_prompt_embeds=True)) < plan.peak(cache_prompt_embeds=True) <= plan.peak()
+
+
+@pytest.mark.parametrize(
+    ("optim", "factor", "said"), [("sgd", 0, "sgd"), ("adamw_8bit", 0.5, "adamw_8bit"), ("lomo", 0, "lomo: not known")]
+)
+def test_state_of_other_optimizers(make_trainer, optim, factor, said):
+    trainer = make_trainer()
+    trainer.args.optim = optim
+    plan = trainer.run_plan()
+    parts = {part.name: part for part in plan.parts()}
+    assert parts["optimizer"].training == factor * parts["trained weights"].training
+    assert parts["optimizer"].note == said and f"   {said}\n" in str(plan)
+
+
+class Score(LearnedReward):
+    def score(self, images, prompts):
+        return torch.zeros(len(images))
+
+
+def test_rewards(make_trainer):
+    kept, offloaded = Score(nn.Linear(10, 10)), Score(nn.Linear(20, 10), offload=True)
+    offloaded.__name__ = "Other"
+    parts = sizes(make_trainer(reward_fn=[kept, offloaded, redness], reward_weights=[1.0, 1.0, 1.0]).run_plan())
+    assert parts["reward Score"] == (440, 440)
+    assert parts["reward Other"] == (840, 0)
+    assert "reward redness" not in parts
+
+
+def test_plan_says_what_the_run_is(make_trainer, capsys):
+    trainer = make_trainer(timestep_fraction=0.5, num_rollouts=1, gradient_checkpointing=True)
+    trainer.train()
+    printed = capsys.readouterr().out
+    assert "2 optimizer steps on 16 samples (2 of 4 noise levels)" in printed
+    assert "FLOP to sample" in printed and "4 samples with gradient checkpointing" in printed
+    for name in ("transformer, frozen", "trajectories", "text_encoder_2", "activations", "sum"):
+        assert f"\n    {name} " in printed
+    assert "a GPU of" not in printed  # it runs on the CPU
+
+
+def test_compute_counts_every_pass(make_trainer):
+    # 2 batches of 2 prompts x 2 branches, 4 levels.
+    plan = make_trainer().run_plan()
+    line = str(plan).split("compute per rollout   ")[1].split("\n")[0]
+    sampled, trained = 2 * 4 * plan.sampling.flops, 2 * 4 * plan.training.flops
+    assert line == f"{sampled / 1e6:.3g} MFLOP to sample, {trained / 1e6:.3g} MFLOP to train, on each process"
+    guided = make_trainer(guidance_scale=4.0, beta=0.1).run_plan()
+    assert guided.sampling.flops == pytest.approx(2 * plan.sampling.flops, rel=1e-3)
+    assert f"{8 * (guided.training.flops + guided.sampling.flops) / 1e6:.3g} MFLOP to train" in str(guided)
+
+
+def test_a_model_that_cannot_be_counted_is_trained_all_the_same(make_trainer, capsys):
+    class Odd(SD3Transformer2DModel):
+        def forward(self, hidden_states, *args, **kwargs):
+            if hidden_states.mean().item() > 100:  # needs the values
+                raise AssertionError
+            return super().forward(hidden_states, *args, **kwargs)
+
+    pipeline = tiny_pipelines.sd3()
+    pipeline.transformer.__class__ = Odd
+    make_trainer(pipeline, num_rollouts=1).train()
+    printed = capsys.readouterr().out
+    assert "activations are missing: DataDependentOutputException" in printed
+    assert "without gradient checkpointing" not in printed and "FLOP" not in printed
+    assert "After rollout 1" in printed
+
+
+def test_plan_counts_the_evaluations(make_trainer):
+    options = {"eval_dataset": Dataset.from_dict({"prompt": ["a cat"] * 3}), "eval_strategy": "epoch"}
+    # 2 rollouts of 4 prompts x 2 images, and 2 evaluations of 3 x 2.
+    line = "  evaluations           2, every 1 rollouts, of 3 prompts x 2 images: 75.0% more to sample"
+    assert line in str(make_trainer(images_per_eval_prompt=2, **options).run_plan())
+    assert "evaluations  " not in str(make_trainer().run_plan())
+
+
+def test_what_the_first_rollout_took(make_trainer, capsys):
+    make_trainer(num_rollouts=3, save_strategy="epoch").train()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("After rollout")]
+    # Other tests in this process may have caused its peak.
+    assert len(lines) == 1 and re.match(r"After rollout 1: peak memory \d+\.\d\d GiB of the whole process; ", lines[0])
+    assert lines[0].endswith("for the 2 left")
+    # A resumed run reports its own first rollout.
+    trainer = make_trainer(num_rollouts=5, save_strategy="epoch")
+    trainer.train(resume_from_checkpoint=True)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("After rollout")]
+    assert len(lines) == 1 and lines[0].startswith("After rollout 4:") and lines[0].endswith("for the 1 left")
+
+
+# Without weights ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A pipeline whose folder has configs and tokenizers, and no weights."""
+    tiny_pipelines.sd3(with_t5=True).save_pretrained(tmp_path / "pipeline")
+    weights = list((tmp_path / "pipeline").rglob("*.safetensors"))
+    assert len(weights) == 5
+    for path in weights:
+        path.unlink()
+    return tmp_path / "pipeline"
+
+
+def planned_config(config, **options):
+    names = ["output_dir", "num_rollouts", "prompts_per_rollout", "per_device_prompt_batch_size", "height", "width"]
+    names += ["num_inference_steps", "pipeline_kwargs", "churn", "optimizer_steps_per_rollout", "lora_r", "report_to"]
+    return PlannedConfig(**{**{name: getattr(config, name) for name in names}, **options})
+
+
+def planned_run(config, folder, rewards=()) -> RunPlan:
+    return plan_without_weights(
+        config, folder, rewards, Dataset.from_dict({"prompt": PROMPTS}), ChurnScheduler, "FDFO", 1
+    )
+
+
+def test_plan_without_weights_equals_the_plan_of_the_run(make_config, folder):
+    config = make_config()
+    prompts = Dataset.from_dict({"prompt": PROMPTS})
+    run = FDFOTrainer(config, tiny_pipelines.sd3(with_t5=True), redness, train_dataset=prompts).run_plan()
+    plan = planned_run(planned_config(config, use_cpu=True), folder, ["redness"])
+    expected = sizes(run) | {"reward redness": (0, 0)}
+    assert sizes(plan) == expected
+    assert (plan.sampling, plan.training, plan.decoding) == (run.sampling, run.training, run.decoding)
+    assert str(plan).splitlines()[:6] == str(run).splitlines()[:6]
+
+
+def test_engines_share_out(make_config, folder):
+    plan = planned_run(planned_config(make_config(), prompts_per_rollout=16, plan_processes=4), folder)
+    assert plan.args.world_size == 4 and plan.args.num_rollout_batches == 2
+    assert plan.engine == Engine("cuda", "DDP", torch.bfloat16)
+    ddp = sizes(plan)
+    numbers = sum(parameter.numel() for parameter in plan.model.parameters() if parameter.requires_grad)
+    names = ("transformer, frozen", "trained weights", "gradients", "optimizer")
+    assert [ddp[name][1] for name in names[1:]] == [4 * numbers, 4 * numbers, 8 * numbers]
+
+    def under(name):
+        plan.engine = replace(plan.engine, name=name)
+        return [sizes(plan)[part][1] for part in names]
+
+    frozen = ddp["transformer, frozen"][1]
+    assert under("FSDP2") == [frozen // 4, numbers, numbers, 2 * numbers]
+    assert "at the start the transformer stands whole" in str(plan)
+    # Weights and gradients in bfloat16. The processes share their float32 originals and Adam's two moments.
+    assert under("ZeRO-1") == [frozen, 2 * numbers, 2 * numbers, 4 * numbers]
+    assert under("ZeRO-2") == [frozen, 2 * numbers, numbers // 2, 4 * numbers]
+    assert under("ZeRO-3") == [frozen // 4, numbers // 2, numbers // 2, 4 * numbers]
+
+
+def test_plan_names_the_gpu(make_config, folder):
+    plan = planned_run(planned_config(make_config()), folder)
+    assert "with a tenth and 0.5 GiB to spare: 0.5 GiB, a GPU of 16 GB\n" in str(plan)
+    plan.trajectory_bytes = 30 * 2**30
+    assert "with a tenth and 0.5 GiB to spare: 33.5 GiB, a GPU of 40 GB\n" in str(plan)
+    assert "and offload_trajectories: " in str(plan)
+    plan.trajectory_bytes = 300 * 2**30
+    assert "330.5 GiB, more than a GPU has" in str(plan)
+
+
+def test_planned_config():
+    config = PlannedConfig(output_dir="out", plan_processes=8, per_device_prompt_batch_size=1)
+    # The GPU need not be here.
+    assert config.bf16 and config.device_type == "cuda" and config.num_rollout_batches == 54
+    assert not PlannedConfig(output_dir="out", fp16=True).bf16
+    assert not PlannedConfig(output_dir="out", use_cpu=True).bf16
+    with pytest.raises(ValueError, match="cannot be split evenly over 5 process"):
+        PlannedConfig(output_dir="out", plan_processes=5)
+    with pytest.raises(ValueError, match="plan_processes=0 must be at least 1"):
+        PlannedConfig(output_dir="out", plan_processes=0)
+
+
+def test_config_classes_of_planned_runs():
+    for config_class in (FDFOConfig, FlowGRPOConfig):
+        planned_class = planned(config_class)
+        assert planned(config_class) is planned_class and issubclass(planned_class, config_class)
+        assert planned_class.__name__ == f"Planned{config_class.__name__}"
+        # The parser reads types and help texts.
+        assert {field.name for field in fields(planned_class)} <= get_type_hints(planned_class).keys()
+        (config,) = TrlParser(planned_class).parse_args_and_config(["--output_dir", "out", "--plan_processes", "2"])
+        assert type(config) is planned_class and config.world_size == 2
+        assert "processes of the run" in TrlParser(planned_class).format_help()
+
+
+def test_nothing_has_weights(folder):
+    pipeline = load_without_weights(folder, torch.bfloat16)
+    weights = [w for part in pipeline.components.values() if isinstance(part, nn.Module) for w in part.parameters()]
+    assert len(weights) > 100 and all(weight.is_meta and weight.dtype == torch.bfloat16 for weight in weights)
+    assert pipeline.tokenizer("a cat").input_ids
+
+
+def run_script(*arguments) -> None:
+    runpy.run_path(str(SCRIPT))["main"]([str(argument) for argument in arguments])
+
+
+def test_script_plans_without_weights_and_stops(folder, tmp_path, capsys):
+    run_script(
+        *("--plan", "--model", folder, "--reward", "pickscore", "--reward", "no_such:thing", "--plan_processes", 2),
+        *("--output_dir", tmp_path / "out", "--height", 16, "--width", 16, "--num_inference_steps", 4),
+        *("--prompts_per_rollout", 8, "--pipeline_kwargs", json.dumps({"max_sequence_length": 8}), "--bf16", "true"),
+    )
+    printed = capsys.readouterr().out
+    assert "FDFO on StableDiffusion3Pipeline, 2 process(es) by DDP, cuda" in printed
+    assert "2 per optimizer step and process" in printed and "8 prompts x 2 images x 4 steps" in printed
+    assert "reward pickscore" in printed and "reward no_such:thing" in printed and "not loaded" in printed
+    assert "a GPU of 16 GB" in printed
+    assert not (tmp_path / "out").exists()
+
+
+def test_script_plans_the_packaged_pipeline(tmp_path, capsys):
+    run_script(
+        *("--plan", "--config", SCRIPT.parent / "recipes" / "shapes.yaml", "--output_dir", tmp_path / "out"),
+    )
+    printed = capsys.readouterr().out
+    total = sum(parameter.numel() for parameter in shapes.load_pipeline().transformer.parameters())
+    trained = int(printed.split("trainable parameters  ")[1].split(" of ")[0].replace(",", ""))
+    assert f"{trained:,} of {trained + total:,}" in printed
+
+
+def test_script_says_how_to_get_configs(tmp_path):
+    with pytest.raises(OSError, match='hf download somebody/no-such-model --exclude "\\*.safetensors"'):
+        run_script("--plan", "--model", "somebody/no-such-model", "--output_dir", tmp_path / "out")

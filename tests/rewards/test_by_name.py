@@ -1,0 +1,129 @@
+import argparse
+import runpy
+from pathlib import Path
+
+import pytest
+from trl import TrlParser
+
+from trl_fdfo import FDFOConfig
+from trl_fdfo.rewards import VLMServer
+from trl_fdfo.rewards.by_name import REWARDS, RepeatableFlag, load_reward, reward_table
+
+
+RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
+
+
+@pytest.fixture
+def my_rewards(tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text(
+        "def plain(images):\n    return [0.0] * len(images)\n\n\n"
+        "def made(scale):\n    return lambda images: [scale] * len(images)\n\n\n"
+        "class Judge:\n    def __init__(self, strict=False):\n        self.strict = strict\n\n"
+        "    def __call__(self, images):\n        return [0.0] * len(images)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+
+
+def test_names_options_and_paths(my_rewards):
+    assert load_reward("jpeg_compressibility").quality == 95
+    assert load_reward(" jpeg_compressibility( quality = 30 ) ").quality == 30
+    server = load_reward("vlm_server(url=['http://one/v1', 'http://two/v1'], timeout=5.0)")
+    assert isinstance(server, VLMServer)
+    assert load_reward("my_rewards:plain").__name__ == "plain"
+    assert load_reward("my_rewards:made(scale=-2.5)")([1, 2]) == [-2.5, -2.5]
+    # A class is constructed, with or without parentheses.
+    assert load_reward("my_rewards:Judge").strict is False
+    assert load_reward("my_rewards:Judge(strict=True)").strict is True
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("pickscor", r"reward 'pickscor' is neither one of pickscore, .*vlm_server.*, nor of the form module:callable"),
+        ("missing_module:reward", r"there is no module 'missing_module'"),
+        ("my_rewards:", r"is not of the form module:callable"),
+        ("my_rewards:other", r"module 'my_rewards' has no 'other'"),
+        ("jpeg_compressibility(size=3)", r"got an unexpected keyword argument 'size'. It takes \(quality: int = 95\)"),
+        ("jpeg_compressibility(30)", r"cannot read its options \(options have names\)"),
+        ("jpeg_compressibility(quality=95", r"cannot read its options"),
+        ("jpeg_compressibility(quality=__import__('os'))", r"cannot read its options"),
+        ("vlm_server", r"missing a required argument: 'url'"),
+        ("my_rewards:made()", r"missing a required argument: 'scale'"),
+    ],
+)
+def test_bad_specs_say_what_there_is(my_rewards, spec, message):
+    with pytest.raises(ValueError, match=message):
+        load_reward(spec)
+
+
+def test_flag_is_repeatable_and_replaces_the_default():
+    def parse(*args, default=("a",)):
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--reward", nargs="+", action=RepeatableFlag, default=list(default))
+        return parser.parse_args(args).reward
+
+    assert parse() == ["a"]
+    assert parse("--reward", "b") == ["b"]
+    assert parse("--reward", "b", "--reward", "c", "d") == ["b", "c", "d"]
+    assert parse("--reward", "a", "--reward", "a") == ["a", "a"]
+
+
+def test_table_has_a_line_for_each_reward():
+    lines = reward_table().splitlines()
+    for name in REWARDS:
+        (line,) = [line for line in lines if line.split()[0] == name]
+        assert 20 < len(line) < 130 and line.endswith(".")
+
+
+def test_script_prints_the_table_and_takes_the_flags(tmp_path, capsys):
+    script = runpy.run_path(str(RECIPES.parent / "train_sd3.py"))
+    with pytest.raises(SystemExit):
+        script["main"](["--help"])
+    assert reward_table() in capsys.readouterr().out
+    parser = TrlParser((script["ScriptArguments"], FDFOConfig))
+    arguments, config = parser.parse_args_and_config(
+        [
+            *("--config", str(RECIPES / "combined.yaml"), "--use_cpu", "true", "--report_to", "none"),
+            *("--reward", "pickscore", "--reward", "my_module:my_reward", "--reward_weights", "1.0", "2.0"),
+        ]
+    )
+    assert arguments.reward == ["pickscore", "my_module:my_reward"] and config.reward_weights == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "rewards", "weights"),
+    [
+        ("pickscore", ["pickscore"], None),
+        ("vlm_alignment", ["vlm"], None),
+        ("combined", ["pickscore", "vlm"], [1.0, 0.1]),
+    ],
+)
+def test_recipes_of_the_paper(recipe, rewards, weights):
+    script = runpy.run_path(str(RECIPES.parent / "train_sd3.py"))
+    parser = TrlParser((script["ScriptArguments"], FDFOConfig))
+    # No GPU here: all but its precision.
+    arguments, config = parser.parse_args_and_config(
+        ["--config", str(RECIPES / f"{recipe}.yaml"), "--use_cpu", "true", "--report_to", "none"]
+    )
+    assert arguments.model == "stabilityai/stable-diffusion-3.5-medium"
+    assert arguments.reward == rewards and config.reward_weights == weights
+    assert set(rewards) <= REWARDS.keys()
+    # The paper's setting (section 5 and appendix), which is also the default.
+    paper = {
+        "prompts_per_rollout": 432,
+        "num_generations": 2,
+        "num_inference_steps": 40,
+        "guidance_scale": 1.0,
+        "height": 512,
+        "width": 512,
+        "churn": 0.0025,
+        "churn_schedule": "constant",
+        "optimizer_steps_per_rollout": 4,
+        "epsilon": 0.03,
+        "learning_rate": 3e-5,
+        "weight_decay": 1e-4,
+        "lora_r": 32,
+        "lora_alpha": 64,
+    }
+    assert {name: getattr(config, name) for name in paper} == paper
+    assert config.pipeline_kwargs == {"max_sequence_length": 128}

@@ -1,0 +1,429 @@
+"""Checkpoints that are whole or not there, and what a run may go on from."""
+
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import tiny_pipelines
+import torch
+from conftest import trained_weights
+from tiny_runs import redness
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from trl_fdfo.saving.checkpoint_files import MANIFEST, fault, newest_good_checkpoint
+
+
+ADAPTER = "adapter_model.safetensors"
+
+
+def contents(checkpoint: Path) -> dict[str, object]:
+    """What a run goes on from, of every file that is not only for people: tensors by name, and the state without times."""
+    found = {}
+    for path in sorted(checkpoint.rglob("*")):
+        if path.suffix == ".safetensors":
+            found |= {f"{path.name} {name}": tensor for name, tensor in load_file(path).items()}
+        elif path.suffix in (".pt", ".pth"):
+            found[path.name] = torch.load(path, weights_only=False)
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    found["state"] = {name: state[name] for name in ("global_step", "epoch", "best_metric", "best_model_checkpoint")}
+    found["log"] = [
+        {name: value for name, value in log.items() if "time" not in name and "per_second" not in name}
+        for log in state["log_history"]
+    ]
+    return found
+
+
+def assert_equal(one: object, other: object, where: str = "") -> None:
+    """To the bit, through dicts, lists and tensors."""
+    assert type(one) is type(other), where
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for name in one:
+            assert_equal(one[name], other[name], f"{where}.{name}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), where
+        for i, (a, b) in enumerate(zip(one, other)):
+            assert_equal(a, b, f"{where}[{i}]")
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    else:
+        assert (one == other) if not hasattr(one, "shape") else (one == other).all(), where
+
+
+@pytest.fixture
+def trained(make_trainer):
+    """The folder of a run of two rollouts with a checkpoint after each, at steps 2 and 4."""
+    trainer = make_trainer(num_rollouts=2, save_strategy="epoch")
+    trainer.train()
+    return Path(trainer.args.output_dir)
+
+
+def resume(make_trainer, checkpoint=True, rollouts=3, **options):
+    trainer = make_trainer(num_rollouts=rollouts, **options)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return trainer
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 10)
+
+
+def flip_a_bit(path: Path) -> None:
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    path.write_bytes(damaged)
+
+
+def test_everything_of_a_resumed_run_is_that_of_the_whole_one(make_trainer, tmp_path):
+    options = {"save_strategy": "epoch", "ema_decay": 0.5, "lr_scheduler_type": "cosine", "num_rollouts": 4}
+    options |= {"eval_dataset": None, "logging_steps": 1}
+    whole = make_trainer(**options)
+    whole.train()
+    out = Path(whole.args.output_dir)
+    expected = contents(out / "checkpoint-8")
+    for step in (4, 6, 8):
+        shutil.rmtree(out / f"checkpoint-{step}")
+    resumed = make_trainer(**options)
+    resumed.train(resume_from_checkpoint=True)
+    found = contents(out / "checkpoint-8")
+    assert len(expected) > 20
+    assert_equal(found, expected)
+
+
+def saved(folder) -> list[str]:
+    """All that is there beside the logs."""
+    found = Path(folder).iterdir() if Path(folder).exists() else ()
+    return sorted(path.name for path in found if path.name not in ("metrics.jsonl", "pictures"))
+
+
+def test_checkpoint_is_committed_whole(trained):
+    assert fault(trained / "checkpoint-4") is None
+    assert saved(trained) == ["checkpoint-2", "checkpoint-4"]
+    manifest = json.loads((trained / "checkpoint-4" / MANIFEST).read_text())
+    on_disk = {path.name for path in (trained / "checkpoint-4").iterdir()} - {MANIFEST}
+    assert manifest["files"].keys() == on_disk and {ADAPTER, "optimizer.pt", "rng_state.pth"} < on_disk
+    assert newest_good_checkpoint(trained) == trained / "checkpoint-4"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: truncate(folder / ADAPTER), rf"{ADAPTER} has \d+ bytes instead of \d+"),
+        (lambda folder: flip_a_bit(folder / ADAPTER), rf"{ADAPTER} is damaged: its checksum is another"),
+        (lambda folder: (folder / "optimizer.pt").unlink(), r"optimizer.pt is missing"),
+        (lambda folder: truncate(folder / "trainer_state.json"), r"trainer_state.json has \d+ bytes"),
+        (lambda folder: (folder / MANIFEST).unlink(), r"it has no manifest.json, so it was never completed"),
+        (lambda folder: truncate(folder / MANIFEST), r"its manifest.json is damaged"),
+        (lambda folder: [path.unlink() for path in folder.iterdir()], r"it has no manifest.json"),
+    ],
+)
+def test_newest_good_checkpoint_is_taken(make_trainer, trained, caplog, damage, message):
+    damage(trained / "checkpoint-4")
+    resumed = resume(make_trainer, save_strategy="epoch")
+    assert f"Not resuming from {trained / 'checkpoint-4'}: " in caplog.text
+    (reported,) = [record.message for record in caplog.records if "Not resuming" in record.message]
+    assert re.search(message, reported)
+    # From checkpoint-2: a bad one has been replaced since.
+    assert resumed.state.global_step == 6 and fault(trained / "checkpoint-4") is None
+    damage(trained / "checkpoint-4")
+    with pytest.raises(ValueError, match=f"Cannot resume from .*checkpoint-4: {message}"):
+        resume(make_trainer, trained / "checkpoint-4")
+
+
+def test_checkpoint_of_another_name_is_resumed_from(make_trainer, trained):
+    """Such as the folder `last-checkpoint` that Trainer pushes to the Hub."""
+    shutil.copytree(trained / "checkpoint-2", trained.parent / "last-checkpoint")
+    assert resume(make_trainer, str(trained.parent / "last-checkpoint")).state.global_step == 6
+    assert (trained / "_abandoned" / "checkpoint-4").is_dir()
+
+
+def test_no_checkpoint_to_resume_from(make_trainer, trained):
+    for step in (2, 4):
+        truncate(trained / f"checkpoint-{step}" / ADAPTER)
+    with pytest.raises(ValueError, match=r"no checkpoint to resume from in .*checkpoint-4: .* bytes.*checkpoint-2: "):
+        resume(make_trainer)
+    with pytest.raises(ValueError, match=r"Cannot resume from .*checkpoint-8: there is no such folder"):
+        resume(make_trainer, trained / "checkpoint-8")
+
+
+def test_resuming_before_the_first_checkpoint_starts_from_the_beginning(make_trainer, caplog):
+    """So that a job that is run again whenever it was preempted has one command."""
+    resumed = resume(make_trainer, "true", rollouts=1)
+    assert resumed.state.global_step == 2 and "yet: the run starts from the beginning" in caplog.text
+
+
+def test_changed_learning_rate_is_that_of_the_resumed_run(make_trainer, trained):
+    changed = {"learning_rate": 1e-2, "weight_decay": 0.5, "adam_beta2": 0.9, "adam_epsilon": 1e-4}
+    resumed = resume(make_trainer, resume_with_changed_options=True, save_strategy="epoch", **changed)
+    (group,) = torch.load(trained / "checkpoint-6" / "optimizer.pt", weights_only=True)["param_groups"][:1]
+    assert (group["lr"], group["weight_decay"], group["betas"][1], group["eps"]) == (1e-2, 0.5, 0.9, 1e-4)
+    assert [log["learning_rate"] for log in resumed.state.log_history if "learning_rate" in log] == [1e-3, 1e-3, 1e-2]
+
+
+def test_checkpoints_of_an_abandoned_run_are_set_aside(make_trainer, trained, caplog):
+    options = {"resume_with_changed_options": True, "save_strategy": "epoch", "save_total_limit": 1}
+    resume(make_trainer, str(trained / "checkpoint-2"), churn=0.1, **options)
+    assert saved(trained) == ["_abandoned", "checkpoint-6"]
+    assert fault(trained / "_abandoned" / "checkpoint-4") is None
+    assert "checkpoint-4 is not of the run that begins at step 2: moved to" in caplog.text
+    # A run that does not resume begins at step 0.
+    make_trainer(num_rollouts=1, save_strategy="epoch").train()
+    names = sorted(path.name for path in (trained / "_abandoned").iterdir())
+    assert names == ["checkpoint-4", "checkpoint-6"] and newest_good_checkpoint(trained) == trained / "checkpoint-2"
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    ['{"files": [], "run": {}}', '{"files": {}, "run": {}, "crc32": 0}', "[]", "null", '{"files": {"a": {"siz": 1}}}'],
+)
+def test_damaged_manifest_is_skipped(make_trainer, trained, caplog, manifest):
+    (trained / "checkpoint-4" / MANIFEST).write_text(manifest)
+    assert resume(make_trainer).state.global_step == 6
+    assert "checkpoint-4: its manifest.json is damaged" in caplog.text
+    whole = json.loads((trained / "checkpoint-2" / MANIFEST).read_text())
+    whole["run"]["epsilon"] = 0.5
+    (trained / "checkpoint-2" / MANIFEST).write_text(json.dumps(whole))
+    assert fault(trained / "checkpoint-2") == "its manifest.json is damaged"
+
+
+def test_reward_of_another_setting_or_another_column_is_another_run(make_config, trained):
+    from datasets import Dataset
+
+    from trl_fdfo import FDFOTrainer
+
+    class Scaled:
+        def __init__(self, scale):
+            self.scale = scale
+
+        def __call__(self, images, label):
+            return redness(images, None) * self.scale
+
+    def train(scale, labels, **arguments):
+        dataset = Dataset.from_dict({"prompt": ["a", "b"], "label": labels})
+        config = make_config(num_rollouts=1, save_strategy="epoch", output_dir=str(trained / "scaled"))
+        FDFOTrainer(config, tiny_pipelines.sd3(), Scaled(scale), dataset).train(**arguments)
+
+    train(1.0, [1, 2])
+    with pytest.raises(
+        ValueError, match=r"rewards: \{'Scaled': '1 \(scale=1.0\)'\} -> \{'Scaled': '1 \(scale=-1.0\)'\}"
+    ):
+        train(-1.0, [1, 2], resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match=r"dataset \(checksum of its text and numbers\)"):
+        train(1.0, [1, 3], resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"learning_rate": 1e-4}, r"from another run: learning_rate: 0.001 -> 0.0001\. Set them back"),
+        ({"churn": 0.1, "beta": 0.5}, r"beta: 0.0 -> 0.5; churn: 0.2 -> 0.1"),
+        ({"adam_beta2": 0.9}, r"adam_beta2: 0.999 -> 0.9"),
+        ({"lora_r": 8}, r"weights and optimizer of another run: adapter.r: 4 -> 8\. No run can go on"),
+        ({"prompts": ["other"] * 6}, r"dataset \(checksum of its text and numbers\)"),
+        ({"reward_fn": lambda images: [0.0] * len(images)}, r"rewards: \{'redness': '1'\} -> \{'<lambda>': '1'\}"),
+        ({"reward_weights": [2.0]}, r"rewards: \{'redness': '1'\} -> \{'redness': '2'\}"),
+        ({"pipeline": lambda: tiny_pipelines.flux()}, r"pipeline: 'StableDiffusion3Pipeline' -> 'FluxPipeline'"),
+        ({"pipeline": lambda: tiny_pipelines.sd3(seed=1)}, r"run: transformer \(checksum of its frozen weights\)"),
+        ({"pipeline": lambda: tiny_pipelines.sd3(with_t5=True)}, r"run: components: .*'text_encoder_3'"),
+        ({"lr_scheduler_type": "linear"}, r"lr_scheduler_type: 'constant' -> 'linear'"),
+    ],
+)
+def test_run_that_differs_is_refused(make_trainer, trained, changed, message):
+    if "pipeline" in changed:
+        changed = {**changed, "pipeline": changed["pipeline"]()}
+    with pytest.raises(ValueError, match=message):
+        resume(make_trainer, **changed)
+
+
+def test_what_does_not_change_the_result_may_change(make_trainer, trained, tmp_path):
+    resumed = resume(make_trainer, logging_steps=1, save_strategy="no", rollouts=4, disable_tqdm=False)
+    assert resumed.state.global_step == 8
+    resumed = resume(make_trainer, learning_rate=1e-4, resume_with_changed_options=True)
+    assert resumed.state.global_step == 6
+
+
+def test_moved_folder_keeps_its_best_checkpoint(make_trainer, tmp_path):
+    from datasets import Dataset
+
+    options = {
+        "eval_dataset": Dataset.from_dict({"prompt": ["a", "b"]}),
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "metric_for_best_model": "eval_reward",
+    }
+    trainer = make_trainer(num_rollouts=2, **options)
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    assert Path(best).is_dir()
+    state = (Path(trainer.args.output_dir) / "checkpoint-4" / "trainer_state.json").read_text()
+    # Neither the folders of this machine nor its user.
+    assert str(tmp_path) not in state
+    moved = tmp_path / "moved"
+    shutil.move(trainer.args.output_dir, moved)
+    resumed = make_trainer(num_rollouts=2, output_dir=str(moved), **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.best_model_checkpoint == str(moved / Path(best).name)
+
+
+def test_full_disk_ends_the_run_and_leaves_the_older_checkpoints(make_trainer, tmp_path):
+    class FillDisk(TrainerCallback):
+        """No file may grow beyond 4 kB from the second save on: what a full disk does to a write."""
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    trainer = make_trainer(num_rollouts=3, save_strategy="epoch", callbacks=[FillDisk()])
+    out = Path(trainer.args.output_dir)
+    try:
+        with pytest.raises(RuntimeError, match=r"could not be written to .*out \(.*the newest is .*checkpoint-2: "):
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert saved(out) == ["checkpoint-2"]
+    assert resume(make_trainer).state.global_step == 6
+
+
+def test_read_only_folder_ends_the_run_and_leaves_the_older_checkpoints(make_trainer):
+    folder = tempfile.mkdtemp()  # not in tmp_path, which lets no other user through
+    os.chmod(folder, 0o755)
+
+    class Lock(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                out.chmod(0o555)
+                if os.geteuid() == 0:  # whom no permission stops
+                    os.seteuid(65534)
+
+    trainer = make_trainer(num_rollouts=3, save_strategy="epoch", callbacks=[Lock()], output_dir=f"{folder}/out")
+    out = Path(trainer.args.output_dir)
+    user = os.geteuid()
+    try:
+        with pytest.raises(RuntimeError, match=r"could not be written to .*Permission.*make the folder writable"):
+            trainer.train()
+    finally:
+        os.seteuid(user)
+        out.chmod(0o755)
+    assert saved(out) == ["checkpoint-2"]
+    assert resume(make_trainer, output_dir=str(out)).state.global_step == 6
+    shutil.rmtree(folder)
+
+
+def test_weights_alone_are_not_resumed_from(make_trainer):
+    make_trainer(num_rollouts=1, save_strategy="epoch", save_only_model=True).train()
+    with pytest.raises(ValueError, match=r"has no optimizer.pt: it was saved with save_only_model=True"):
+        resume(make_trainer)
+
+
+def test_nothing_is_saved_inside_a_rollout(make_trainer, caplog):
+    class Save(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_save = True
+
+    trainer = make_trainer(num_rollouts=2, callbacks=[Save()])
+    trainer.train()
+    assert saved(trainer.args.output_dir) == ["checkpoint-2", "checkpoint-4"]
+    assert "Not saved at step 1: it is inside a rollout" in caplog.text
+
+
+# Signals --------------------------------------------------------------------------------------------------------------
+
+
+class Kill(TrainerCallback):
+    """Sends this process a signal at the end of an optimizer step."""
+
+    def __init__(self, number, step):
+        self.number, self.step = number, step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+def killing_reward(number, calls, times=1):
+    """Redness, and a signal (or several, a while apart) at one of its calls: while a rollout is sampled."""
+    counted = []
+
+    def redness_and_signal(images, prompts):
+        counted.append(1)
+        if len(counted) in calls:
+            for n in range(times):
+                time.sleep(n and 1.1)
+                os.kill(os.getpid(), number)
+                os.kill(os.getpid(), number)  # passed on by a launcher: it is the same
+        return redness(images, prompts)
+
+    redness_and_signal.__name__ = "redness"
+    return redness_and_signal
+
+
+def checkpoints(trainer):
+    return saved(trainer.args.output_dir)
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+@pytest.mark.parametrize("where", ["rollout", "update"])
+def test_signal_ends_the_run_and_it_goes_on(make_trainer, number, error, where, caplog):
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    options = {"num_rollouts": 3, "save_strategy": "steps", "save_steps": 4, "save_on_signal": True}
+    expected = make_trainer(**options)
+    expected.train()
+    shutil.rmtree(expected.args.output_dir)
+    # The third call of the reward is in the second rollout, the third step too.
+    stop = {"reward_fn": killing_reward(number, [3])} if where == "rollout" else {"callbacks": [Kill(number, 3)]}
+    killed = make_trainer(**options, **stop)
+    with pytest.raises(error) as raised:
+        killed.train()
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+    if number == signal.SIGTERM:
+        assert raised.value.code == 128 + signal.SIGTERM
+    message = str(raised.value) if number == signal.SIGINT else caplog.text
+    assert f"{number.name} ended the run after step" in message and "--resume_from_checkpoint true" in message
+    # While images are sampled nothing of the rollout is in the weights, and they are saved at once.
+    assert checkpoints(killed) == (["checkpoint-2"] if where == "rollout" else ["checkpoint-4"])
+    resumed = make_trainer(**options)
+    resumed.train(resume_from_checkpoint=True)
+    for name, weight in trained_weights(expected).items():
+        assert torch.equal(trained_weights(resumed)[name], weight), name
+
+
+@pytest.mark.parametrize("where", ["rollout", "update"])
+def test_signal_without_saving_ends_the_run_at_once(make_trainer, where):
+    stop = {"reward_fn": killing_reward(signal.SIGTERM, [3])} if where == "rollout" else {}
+    stop = stop or {"callbacks": [Kill(signal.SIGTERM, 3)]}
+    trainer = make_trainer(num_rollouts=3, save_strategy="epoch", **stop)
+    with pytest.raises(SystemExit) as raised:
+        trainer.train()
+    assert raised.value.code == 143 and checkpoints(trainer) == ["checkpoint-2"]
+    assert trainer.state.global_step == (2 if where == "rollout" else 3)
+
+
+def test_signal_in_the_first_rollout_saves_the_start(make_trainer):
+    options = {"num_rollouts": 2, "save_on_signal": True, "ema_decay": 0.5}
+    expected = make_trainer(**options)
+    expected.train()
+    killed = make_trainer(**options, reward_fn=killing_reward(signal.SIGTERM, [1]))
+    with pytest.raises(SystemExit):
+        killed.train()
+    assert checkpoints(killed) == ["checkpoint-0"]
+    resumed = make_trainer(**options)
+    resumed.train(resume_from_checkpoint=True)
+    for name, weight in trained_weights(expected).items():
+        assert torch.equal(trained_weights(resumed)[name], weight), name
+
+
+def test_second_signal_ends_the_run_at_once(make_trainer):
+    reward = killing_reward(signal.SIGINT, [3], times=2)
+    trainer = make_trainer(num_rollouts=3, save_strategy="epoch", save_on_signal=True, reward_fn=reward)
+    with pytest.raises(KeyboardInterrupt, match="a second signal"):
+        trainer.train()
+    assert checkpoints(trainer) == ["checkpoint-2"]

@@ -1,0 +1,342 @@
+"""Model cards without a Hub; the tests that need a Hub are in test_hub.py."""
+
+import re
+import zipfile
+from dataclasses import replace
+
+import pytest
+import tiny_pipelines
+import torch
+from datasets import Dataset
+from huggingface_hub import ModelCard
+from PIL import Image
+from tiny_pipelines import wan
+from tiny_runs import PROMPTS, redness
+from transformers import SchedulerType
+
+from trl_fdfo.comparison import Comparison
+from trl_fdfo.pipeline.loading import load_pipeline
+from trl_fdfo.saving.model_card import (
+    PACKAGED_TEMPLATE,
+    CardRecord,
+    Paper,
+    PipelineRecord,
+    SampleRecord,
+    TrainingRecord,
+    check_template,
+    usage_snippet,
+    write_model_card,
+)
+
+
+PAPER = Paper("A Title: Whole", ["Doe, Jane", "Roe, Richard"], "2001.00001", 2020, "doe2020title")
+PIPELINE = PipelineRecord("StableDiffusion3Pipeline", torch.bfloat16, {"height": 16, "latents": torch.zeros(1)})
+LOGS = [{"reward": 0.1 * n, "epoch": n} for n in range(3)]
+TRAINING = TrainingRecord(
+    rewards=[("redness", 1.0), ("constant", 0.5)],
+    hyperparameters={"churn": 0.2, "beta": None, "lr_scheduler_type": SchedulerType.LINEAR},
+    num_prompts=1234,
+    first_prompt="a cat",
+    rollouts=2000,
+    images=16000,
+    log_history=[*LOGS, {"train_runtime": 60.0}, {"train_runtime": 5400.0}],
+)
+RECORD = CardRecord("Algorithm", PAPER, "me/my-lora", "diffusers", PIPELINE, TRAINING)
+
+
+def constant(images, prompts):
+    return [2.0] * len(images)
+
+
+def card_of(folder):
+    return ModelCard.load(folder / "README.md")
+
+
+def table(text, head):
+    """Return the cells of the table whose head begins with `head`."""
+    lines = text[text.index(f"| {head} |") if head else text.index("| |") :].split("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if not line.startswith("|--")]
+
+
+# Records without a trainer --------------------------------------------------------------------------------------------
+
+
+def written(folder, **changes) -> ModelCard:
+    write_model_card(replace(RECORD, **changes), folder)
+    return card_of(folder)
+
+
+def test_a_card_of_a_training_without_samples(tmp_path):
+    card = written(tmp_path / "new" / "folder")
+    data = card.data.to_dict()
+    assert data["tags"] == ["text-to-image", "diffusers", "trl", "algorithm", "lora"]
+    assert not {"base_model", "base_model_relation", "datasets", "license", "widget"} & data.keys()
+    assert card.text.lstrip().startswith("# my-lora\n\nLoRA weights for a `StableDiffusion3Pipeline`, post-trained")
+    assert "with Algorithm ([A Title: Whole](https://arxiv.org/abs/2001.00001)), a method" in card.text
+    assert "to raise `redness` and `constant`." in card.text and "## Results" not in card.text
+    assert "trained with `height=16`: other" in card.text, "a tensor is no literal"
+    assert "2,000 rollouts, 16,000 images, of 1,234 prompts from a list of its own, in 90 min." in card.text
+    assert table(card.text, "reward | weight")[1:] == [["`redness`", "1"], ["`constant`", "0.5"]]
+    assert table(card.text, "hyperparameter")[1:] == [["`churn`", "0.2"], ["`lr_scheduler_type`", "linear"]]
+    assert [name for name, _ in table(card.text, "framework")[1:3]] == ["trl_fdfo", "torch"]
+    assert card.text.endswith(f"```bibtex\n{PAPER.bibtex}\n```\n")
+    assert Image.open(tmp_path / "new" / "folder" / "reward_curve.png").width > 500
+
+
+def test_bibtex():
+    assert PAPER.bibtex == (
+        "@misc{doe2020title,\n"
+        "  title         = {A Title: Whole},\n"
+        "  author        = {Doe, Jane and Roe, Richard},\n"
+        "  year          = {2020},\n"
+        "  eprint        = {2001.00001},\n"
+        "  archivePrefix = {arXiv},\n"
+        "  url           = {https://arxiv.org/abs/2001.00001}\n"
+        "}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "task"),
+    [({"columns": ["image"], "makes_video": True}, "image-to-image"), ({"makes_video": True}, "text-to-video")],
+)
+def test_the_task_follows_from_the_pipeline(tmp_path, pipeline, task):
+    assert written(tmp_path, pipeline=replace(PIPELINE, **pipeline)).data.pipeline_tag == task
+
+
+def test_base_model_and_prompts(tmp_path):
+    from_hub = replace(PIPELINE, hub_id="me/base")
+    card = written(tmp_path, pipeline=from_hub, dataset_name="me/prompts", license="mit")
+    assert (card.data.base_model, card.data.base_model_relation, card.data.license) == ("me/base", "adapter", "mit")
+    assert card.data.datasets == "me/prompts"
+    assert "prompts from [me/prompts](https://huggingface.co/datasets/me/prompts)" in card.text
+    options = {"base_model": "you/base", "license": "mit", "tags": "mine", "model_name": "Mine"}
+    card = written(tmp_path, pipeline=from_hub, adapter=None, **options)
+    assert (card.data.base_model, card.data.base_model_relation) == ("you/base", "finetune")
+    assert card.data.tags[-2:] == ["algorithm", "mine"] and "# Mine\n\nA fine-tuned version of [you/base]" in card.text
+    card = written(tmp_path, training=replace(TRAINING, prompt_file="words.txt"))
+    assert "prompts from `words.txt`" in card.text
+
+
+def test_snippets():
+    assert usage_snippet(replace(RECORD, base_model="me/base")) == (
+        "import torch\n"
+        "from diffusers import StableDiffusion3Pipeline\n\n"
+        "pipeline = StableDiffusion3Pipeline.from_pretrained(\n"
+        '    "me/base",\n'
+        "    dtype=torch.bfloat16,\n"
+        ")\n"
+        'pipeline.load_lora_weights("me/my-lora")\n'
+        'pipeline.to("cuda" if torch.cuda.is_available() else "cpu")\n'
+        'image = pipeline("a cat", height=16).images[0]\n'
+        'image.save("image.png")'
+    )
+    by_peft = usage_snippet(replace(RECORD, base_model="me/base", adapter="peft"))
+    assert 'PeftModel.from_pretrained(pipeline.transformer, "me/my-lora")' in by_peft and "load_lora" not in by_peft
+    whole = usage_snippet(replace(RECORD, adapter=None, base_model="me/base"))
+    assert '    "me/my-lora",\n' in whole and "me/base" not in whole and "peft" not in whole
+    for changes, base in (({}, "path/to/the/pipeline"), ({"folder": "own"}, "own"), ({"hub_id": "me/base"}, "me/base")):
+        assert f'"{base}",' in usage_snippet(replace(RECORD, pipeline=replace(PIPELINE, **changes)))
+    own = replace(PIPELINE, class_name="OwnPipeline", columns=["image"], makes_video=True, absent=["text_encoder_3"])
+    own = usage_snippet(replace(RECORD, pipeline=own))
+    assert "= DiffusionPipeline.from_pretrained(" in own and "    text_encoder_3=None," in own
+    assert 'video = pipeline("a cat", image=load_image("image.png"), height=16).frames[0]' in own
+
+
+def test_values_that_are_missing(tmp_path):
+    images = {name: torch.rand(2, 1, 3, 16, 16) for name in ("before", "between", "after")}
+    results = {"before": {"reward": float("nan")}, "after": {"reward": 0.12345, "own": 7.0}}
+    samples = SampleRecord(["never seen", "nor this"], images, results, held_out=False, diversity="pixel_distance")
+    card = written(tmp_path, samples=samples)
+    assert table(card.text, "") == [["", "before", "after"], ["reward", "", "0.123"], ["own", "", "7"]]
+    assert "Means over 2 images per column" in card.text and "it was trained on." in card.text
+    assert "`pixel_distance`" not in card.text and "](before_after.png)" in card.text
+    # Samples before training alone are no result.
+    card = written(tmp_path / "early", samples=replace(samples, images={"before": images["before"]}))
+    assert "## Results" not in card.text and "widget" not in card.data.to_dict()
+    assert 'pipeline("never seen", height=16)' in card.text
+
+
+def test_the_middle_frame_stands_for_a_video(tmp_path):
+    videos = torch.rand(1, 1, 5, 3, 16, 16)
+    samples = SampleRecord(["a"], {"after": videos}, {}, held_out=True, diversity="pixel_distance")
+    card = written(tmp_path, samples=samples, pipeline=replace(PIPELINE, makes_video=True))
+    shown = torch.tensor(list(Image.open(tmp_path / "images" / "0.png").getdata())).reshape(16, 16, 3)
+    assert torch.equal(shown, (videos[0, 0, 2].permute(1, 2, 0) * 255).round().long())
+    assert [sample["text"] for sample in card.data.widget] == ["a"] and "before_after" not in card.text
+
+
+def test_own_template(tmp_path):
+    template = tmp_path / "mine.md"
+    template.write_text("---\n{{ card_data }}\n---\nMine: {{ model_name }}, {{ rewards[0][0] }}, {{ algorithm }}\n")
+    assert written(tmp_path, template=template).text.strip() == "Mine: my-lora, redness, Algorithm"
+
+
+def test_template_documents_every_variable():
+    text = PACKAGED_TEMPLATE.read_text(encoding="utf-8")
+    documented = set(re.findall(r"\b[a-z_]+\b", text[: text.index("-#}")]))
+    import jinja2.meta
+
+    used = jinja2.meta.find_undeclared_variables(jinja2.Environment().parse(text))
+    assert used <= documented and len(used) > 15
+
+
+def test_records_of_pipelines(tmp_path):
+    pipeline = tiny_pipelines.sd3()
+    of = lambda: PipelineRecord.of(pipeline, {"height": 16}, ["image"])
+    expected = PipelineRecord("StableDiffusion3Pipeline", torch.float32, {"height": 16}, ["image"], False, of().absent)
+    assert of() == expected and "text_encoder_3" in of().absent and "image_encoder" not in of().absent
+    pipeline.register_to_config(_name_or_path="me/base")
+    assert (of().hub_id, of().folder) == ("me/base", None)
+    pipeline.register_to_config(_name_or_path=str(tmp_path))
+    assert (of().hub_id, of().folder) == (None, tmp_path.name)
+    assert PipelineRecord.of(wan.build(), {}).makes_video
+
+
+# Through a trainer ----------------------------------------------------------------------------------------------------
+
+
+def test_every_saved_result_has_a_card(make_trainer, tmp_path):
+    trainer = make_trainer(num_rollouts=2)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "elsewhere"))
+    assert not (tmp_path / "out" / "README.md").exists()
+    card = card_of(tmp_path / "elsewhere")
+    assert card.data.library_name == "diffusers" and "lora" in card.data.tags
+    # A pipeline that was made here has no name, and nobody took samples.
+    assert not {"base_model", "widget"} & card.data.to_dict().keys() and "## Results" not in card.text
+    assert 'from_pretrained(\n    "path/to/the/pipeline",' in card.text
+    assert "![Mean reward of each rollout](reward_curve.png)" in card.text
+    assert Image.open(tmp_path / "elsewhere" / "reward_curve.png").width > 500
+    assert "2 rollouts, 16 images, of 6 prompts from a list of its own" in card.text
+    hyperparameters = dict(table(card.text, "hyperparameter")[1:])
+    assert hyperparameters["`lora_r`"] == "4" and hyperparameters["`churn`"] == "0.2"
+
+
+def test_results_pictures_and_samples(make_trainer, tmp_path):
+    held_out = Dataset.from_dict({"prompt": ["never seen", "nor this"]})
+    rewards = [redness, constant]
+    trainer = make_trainer(
+        reward_fn=rewards, reward_weights=[1.0, 0.5], eval_dataset=held_out, eval_reward_fn=constant, learning_rate=1e-2
+    )
+    comparison = trainer.comparison = Comparison(trainer, metrics=lambda images, prompts: {"own": float(len(images))})
+    comparison.sample("before")
+    comparison.sample("before, guidance 3", guidance_scale=3.0)
+    trainer.train()
+    comparison.complete()
+    trainer.create_model_card(tags="mine", license="mit", base_model="me/base", dataset_name="me/prompts")
+    card = card_of(tmp_path / "out")
+    assert card.data.license == "mit" and card.data.base_model == "me/base" and card.data.datasets == "me/prompts"
+    assert "mine" in card.data.tags and "fdfo" in card.data.tags
+    head, *rows = table(card.text, "")
+    assert head == ["", "before", "before, guidance 3", "after"]
+    rows = {name: values for name, *values in rows}
+    expected = {
+        "reward",
+        "rewards/redness/mean",
+        "rewards/constant/mean",
+        "controls/constant/mean",
+        "own",
+        "pixel_distance",
+    }
+    assert set(rows) == expected
+    for name, values in comparison.results.items():
+        column = head.index(name) - 1
+        assert all(float(rows[metric][column]) == pytest.approx(value, rel=0.01) for metric, value in values.items())
+    assert rows["controls/constant/mean"] == ["2", "2", "2"] and rows["own"] == ["4", "4", "4"]
+    assert len({result["reward"] for result in comparison.results.values()}) == 3
+    assert float(rows["reward"][2]) == pytest.approx(float(rows["rewards/redness/mean"][2]) + 1, abs=0.01)
+    assert "Means over 4 images per column" in card.text and "held out of training" in card.text
+    assert table(card.text, "reward | weight")[1:] == [["`redness`", "1"], ["`constant`", "0.5"]]
+    assert [sample["text"] for sample in card.data.widget] == ["never seen", "nor this"]
+    # The picture has the pixels of the sample.
+    shown = torch.tensor(list(Image.open(tmp_path / "out" / "images" / "1.png").getdata())).reshape(16, 16, 3)
+    assert torch.equal(shown, (comparison.images["after"][1, 0].permute(1, 2, 0) * 255).round().long())
+    assert "](before_after.png)" in card.text and Image.open(tmp_path / "out" / "before_after.png").width > 300
+
+
+def test_missing_samples_are_made_from_the_disabled_adapter(make_trainer):
+    trainer = make_trainer(learning_rate=1e-2)
+    untrained = make_trainer().generate(PROMPTS[:1], [1_000_000])
+    trainer.train()
+    comparison = trainer.comparison = Comparison(trainer)
+    comparison.complete()
+    assert list(comparison.images) == ["before", "after"]
+    assert comparison.images["before"].shape == (6, 2, 3, 16, 16)
+    # The first seed is 1,000,000. The tolerance is for another batch size, which rounds differently.
+    assert torch.allclose(comparison.images["before"][0, 0], untrained[0], atol=1e-4)
+    assert (comparison.images["after"] - comparison.images["before"]).abs().max() > 1e-3
+    after = comparison.images["after"]
+    comparison.complete()
+    assert comparison.images["after"] is after  # nothing has been trained since
+    trainer.train()
+    comparison.complete()
+    assert comparison.images["after"] is not after
+
+
+def test_card_without_rewards_where_they_fail(make_trainer, caplog, tmp_path):
+    def fails_later(images, trainer_state):
+        if trainer_state.global_step == 4:
+            raise ConnectionError("no server")
+        return images.mean(dim=(1, 2, 3))
+
+    trainer = make_trainer(reward_fn=fails_later)
+    trainer.train()
+    trainer.comparison = Comparison(trainer)
+    trainer.comparison.complete()
+    trainer.create_model_card()
+    assert "have no rewards in the model card" in caplog.text and "no server" in caplog.text
+    text = card_of(tmp_path / "out").text
+    assert "before_after.png" in text and "## Results" not in text
+
+
+def test_snippet_loads_a_local_base_and_makes_the_same_image(make_trainer, tmp_path, monkeypatch):
+    tiny_pipelines.sd3().save_pretrained(tmp_path / "pipeline")
+    monkeypatch.chdir(tmp_path)
+    prompts = ['say "hi"\nin two lines', "b", "é | x", "d"]
+    trainer = make_trainer(load_pipeline("pipeline"), prompts=prompts, learning_rate=1e-2)
+    trainer.train()
+    trainer.save_model()
+    snippet = re.search(r"\```python\n(.*?)\n```", card_of(tmp_path / "out").text, flags=re.DOTALL).group(1)
+    assert "text_encoder_3=None" in snippet and "image_encoder" not in snippet
+    namespace = {}
+    torch.manual_seed(3)
+    exec(snippet, namespace)
+    torch.manual_seed(3)
+    image = trainer.pipeline(prompts[0], **trainer.flow.call_kwargs).images[0]
+    assert list(image.getdata()) == list(namespace["image"].getdata())
+    # A local folder has no Hub id.
+    assert "base_model" not in card_of(tmp_path / "out").data.to_dict()
+
+
+def test_own_template_of_a_trainer(make_trainer, tmp_path):
+    template = tmp_path / "mine.md"
+    template.write_text("---\n{{ card_data }}\n---\nMine: {{ model_name }}, {{ rewards[0][0] }}\n")
+    trainer = make_trainer(model_card_template=str(template))
+    trainer.save_model()
+    assert card_of(tmp_path / "out").text.strip() == "Mine: out, redness"
+
+
+def test_bad_template_is_refused_before_training(make_trainer, tmp_path):
+    def refused(text, message):
+        (tmp_path / "mine.md").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            make_trainer(model_card_template=str(tmp_path / "mine.md"))
+
+    refused("{{ card_data }} {% if x %}", "mine.md' cannot be read as a jinja2 template: .*endif")
+    refused("nothing", r"mine.md' has no \{\{ card_data \}\}")
+    with pytest.raises(ValueError, match="none.md' cannot be read"):
+        check_template(str(tmp_path / "none.md"))
+
+
+@pytest.mark.slow
+def test_wheel_has_the_template(tmp_path):
+    import subprocess
+    import sys
+
+    root = PACKAGED_TEMPLATE.parents[2]
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "-w", tmp_path, root]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("no wheel can be built here: hatchling cannot be installed")
+    (wheel,) = tmp_path.glob("*.whl")
+    assert "trl_fdfo/saving/model_card.md" in zipfile.ZipFile(wheel).namelist()

@@ -1,0 +1,1 @@
+"""What rewards, control rewards and diversity say of images."""

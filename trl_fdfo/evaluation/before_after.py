@@ -1,0 +1,141 @@
+"""Before and after: images of the same prompts from the same seeds, and their rewards."""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from accelerate import PartialState
+from datasets import Dataset
+from torch import Tensor
+from transformers import TrainerState
+from transformers.utils import logging
+
+from ..metric_names import CONTROL, REWARD, part
+from ..pipeline.records import repeat_each
+from .diversity import load_diversity
+from .evaluator import Evaluator, summarize
+
+
+logger = logging.get_logger(__name__)
+
+# Seed of the first image. The seeds of the rollouts are hashes of 64 bits: these are used nowhere else.
+FIRST_SEED = 1_000_000
+
+
+class BeforeAfter:
+    """
+    Samples of a model before and after training, for its model card. Call `sample("before")` before training and
+    `sample("after")` after it; a push to the Hub completes what is missing by itself.
+
+    Args:
+        evaluator ([`~trl_fdfo.evaluation.evaluator.Evaluator`]): Scores the images.
+        generate (`Callable`): `(prompts, seeds, columns, **call_kwargs) -> images [N, ...]` of the model as it is now.
+        state (`Callable`): Returns the [`~transformers.TrainerState`], whose step tells whether "after" is up to date.
+        dataset (`datasets.Dataset`): Its first prompts are taken.
+        prompt_column (`str`): Column that holds them.
+        held_out (`bool`): The prompts are not trained on.
+        untrained (`tuple`, *optional*): A name for the model as it was before training, and a context manager in which
+            `generate` samples it.
+        num_prompts (`int`): Prompts P, at most as many as the dataset has.
+        images_per_prompt (`int`): Images S of each; at least 2 for their distance.
+        metrics (`Callable`, *optional*): `(images, prompts) -> dict of floats`, reported beside the rewards; images
+            [P S, 3, H, W] in [0, 1].
+        diversity (`str` or `Callable`): A name for [`~trl_fdfo.evaluation.diversity.load_diversity`], such as "clip", or a
+            callable `(images [P, S, ...]) -> Tensor [P]`, reported under its `__name__`.
+
+    Attributes:
+        prompts (`list[str]`): The P prompts.
+        held_out (`bool`): The prompts are not trained on.
+        diversity (`Callable`): The measure of diversity.
+        images (`dict[str, Tensor]`): Samples by name, on the CPU, [P, S, 3, H, W] in [0, 1]; videos [P, S, F, 3, H, W].
+        results (`dict[str, dict[str, float]]`): Means of rewards, metrics and diversity by name, on the main process.
+    """
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        generate: Callable[..., Tensor],
+        state: Callable[[], TrainerState],
+        dataset: Dataset,
+        prompt_column: str,
+        held_out: bool,
+        untrained: tuple[str, Callable[[], contextlib.AbstractContextManager]] | None = None,
+        *,
+        num_prompts: int = 8,
+        images_per_prompt: int = 2,
+        metrics: Callable[[Tensor, Sequence[str]], dict[str, float]] | None = None,
+        diversity: str | Callable[[Tensor], Tensor] = "pixels",
+    ):
+        self.diversity = load_diversity(diversity) if isinstance(diversity, str) else diversity
+        self.held_out = held_out
+        self._evaluator, self._generate, self._state = evaluator, generate, state
+        self._untrained, self._metrics = untrained, metrics
+        self._columns = {name: repeat_each(values, images_per_prompt) for name, values in dataset[:num_prompts].items()}
+        self._all_prompts = self._columns[prompt_column]
+        self._images_per_prompt = images_per_prompt
+        self.prompts = self._all_prompts[::images_per_prompt]
+        self.images: dict[str, Tensor] = {}
+        self.results: dict[str, dict[str, float]] = {}
+        self._after_step: int | None = None
+
+    def sample(self, name: str, **call_kwargs: Any) -> None:
+        """
+        Sample the images and score them. All processes must call it.
+
+        Args:
+            name (`str`): Name of the images: "before", "after", or something between for the table.
+            **call_kwargs: Arguments of the pipeline's call in the place of the configured ones.
+        """
+        self._sample(name, **call_kwargs)
+        self._score(name)
+
+    def complete(self) -> None:
+        """
+        Sample "after" from the weights as they are now and, if nothing was sampled before training, the untrained model.
+        All processes must call it. Warns if a reward fails.
+        """
+        if not self.images and self._untrained is not None:
+            name, untrained = self._untrained
+            with untrained():
+                self._sample(name)
+        if self._after_step != self._state().global_step:
+            self._sample("after")
+        for name in self.images.keys() - self.results.keys():
+            try:
+                self._score(name)
+            except Exception as error:  # the user's: training is over, and the result is to be saved all the same
+                logger.warning(
+                    f"The images '{name}' have no rewards in the model card ({type(error).__name__}: {error})."
+                )
+
+    def forget_after(self) -> None:
+        """Drop the samples "after": training goes on."""
+        self.images.pop("after", None)
+        self.results.pop("after", None)
+        self._after_step = None
+
+    def _sample(self, name: str, **call_kwargs: Any) -> None:
+        seeds = range(FIRST_SEED, FIRST_SEED + len(self._all_prompts))
+        images = self._generate(self._all_prompts, seeds, self._columns, **call_kwargs)
+        self.images.pop(name, None)  # to the end of the table
+        self.images[name] = images.unflatten(0, (-1, self._images_per_prompt))
+        self.results.pop(name, None)
+        if name == "after":
+            self._after_step = self._state().global_step
+
+    def _score(self, name: str) -> None:
+        if not PartialState().is_main_process:
+            return
+        images, rewards, controls = self.images[name], self._evaluator.rewards, self._evaluator.controls
+        figures = summarize(self._evaluator.score(images, self._columns, self._state()), rewards, controls)
+        # A sum of one reward is that reward; a control is known by its own name.
+        shown = [REWARD, *(part(REWARD, f) for f in rewards.names if len(rewards.names) > 1)]
+        if controls is not None:
+            shown += [CONTROL] if len(controls.names) > 1 else []
+            shown += [part(CONTROL, f) for f in controls.names]
+        results = {metric: figures[metric] for metric in shown}
+        if self._metrics is not None:
+            results |= self._metrics(images.flatten(0, 1), self._all_prompts)
+        if self._images_per_prompt > 1:
+            results[self.diversity.__name__] = self.diversity(images).mean().item()
+        self.results[name] = results

@@ -1,0 +1,234 @@
+"""
+One evaluation, in training, before and after it, and in the script: samples of prompts, and what rewards, control rewards
+and diversity say of them.
+
+Dimensions: P prompts, S images of each, R rewards, C control rewards.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather
+from datasets import Dataset
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import TrainerState
+
+from ..metric_names import CONTROL, DIVERSITY, REWARD, deviation, part, standard_error
+from ..pipeline.records import repeat_each
+from ..rewards.reward_functions import RewardFunctions
+from .estimates import Estimate
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """
+    Scores of P prompts with S images each, whole on each process.
+
+    Attributes:
+        rewards (`Tensor`): Shape [P, S, R], NaN where a reward does not apply.
+        controls (`Tensor`, *optional*): Shape [P, S, C].
+        diversity (`Tensor`, *optional*): Shape [P].
+    """
+
+    rewards: Tensor
+    controls: Tensor | None
+    diversity: Tensor | None
+
+
+class Evaluator:
+    """
+    Samples images of prompts and scores them. Processes share the prompts.
+
+    Args:
+        sample (`Callable`): `(prompts, seeds, columns, **call_kwargs) -> images [N, 3, H, W]` in [0, 1]; videos
+            [N, F, 3, H, W]. Called with at most `batch_size` images at a time.
+        rewards ([`RewardFunctions`]): Rewards.
+        controls ([`RewardFunctions`], *optional*): Control rewards, which nothing is trained on.
+        diversity (`Callable`, *optional*): Images [P, S, ...] -> distance of the images of each prompt, [P].
+        prompt_column (`str`): Column of a dataset that holds the prompts.
+        sampled_columns (`Sequence[str]`): Columns of a dataset that `sample` gets.
+        batch_size (`int`): Images that are sampled at a time.
+        device (`torch.device`): Device that the processes gather on.
+        disable_tqdm (`bool`): Show no progress bar.
+    """
+
+    def __init__(
+        self,
+        sample: Callable[..., Tensor],
+        rewards: RewardFunctions,
+        controls: RewardFunctions | None = None,
+        diversity: Callable[[Tensor], Tensor] | None = None,
+        *,
+        prompt_column: str = "prompt",
+        sampled_columns: Sequence[str] = (),
+        batch_size: int = 1,
+        device: torch.device | str = "cpu",
+        disable_tqdm: bool = False,
+    ):
+        self.rewards = rewards
+        self.controls = controls
+        self.diversity = diversity
+        self._sample = sample
+        self._prompt_column = prompt_column
+        self._sampled_columns = list(sampled_columns)
+        self._batch_size = batch_size
+        self._device = torch.device(device)
+        self._disable_tqdm = disable_tqdm
+
+    def generate(
+        self, prompts: Sequence[str], seeds: Sequence[int], columns: dict[str, Sequence], **call_kwargs: Any
+    ) -> Tensor:
+        """One image per prompt and seed, on the CPU, whole on each process, [N, ...]; all processes must call it."""
+        columns = {name: columns[name] for name in self._sampled_columns}
+        images = []
+        for numbers in self._batches(self._share(len(prompts)), self._batch_size, "sampling"):
+            images.append(
+                self._sample(
+                    [prompts[n] for n in numbers],
+                    [seeds[n] for n in numbers],
+                    {name: [values[n] for n in numbers] for name, values in columns.items()},
+                    **call_kwargs,
+                )
+            )
+        return gather(torch.cat(images)).cpu()[: len(prompts)]
+
+    def evaluate(
+        self,
+        dataset: Dataset,
+        seed_of: Callable[[int, int], int],
+        images_per_prompt: int,
+        state: TrainerState,
+        *,
+        prompts_at_a_time: int | None = None,
+        on_images: Callable[[int, Tensor], None] = lambda number, images: None,
+        title: str = "sampling",
+    ) -> Evaluation:
+        """
+        Sample and score S images of each prompt. The images of a prompt are sampled together, for their diversity, and
+        scored while the next ones are sampled. All processes must call it.
+
+        Args:
+            dataset (`datasets.Dataset`): P prompts, with the columns that the rewards take.
+            seed_of (`Callable`): Number of the prompt and of its image -> seed of the initial noise.
+            images_per_prompt (`int`): S, at least 2 for diversity.
+            state (`TrainerState`): Passed to the rewards.
+            prompts_at_a_time (`int`, *optional*): Prompts that are scored together; as many as fit into a batch by default.
+            on_images (`Callable`): Called with the number of each prompt of this process and its images [S, ...].
+            title (`str`): Title of the progress bar.
+        """
+        columns = dataset[:]
+        if prompts_at_a_time is None:
+            prompts_at_a_time = max(1, self._batch_size // images_per_prompt)
+        pending, diversity = [], []
+        for numbers in self._batches(self._share(len(dataset)), prompts_at_a_time, title):
+            rows = {name: repeat_each([v[n] for n in numbers], images_per_prompt) for name, v in columns.items()}
+            seeds = [seed_of(n, image) for n in numbers for image in range(images_per_prompt)]
+            images = self._sample_in_batches(rows, seeds)
+            for batch in pending:
+                for scores in batch:
+                    scores.raise_errors()
+            pending.append([f.submit(images, rows[self._prompt_column], state, rows) for f in self._kinds()])
+            images = images.unflatten(0, (-1, images_per_prompt))
+            if self.diversity is not None:
+                diversity.append(self.diversity(images).to(self._device, torch.float32))
+            for number, of_prompt in zip(numbers, images):
+                on_images(number, of_prompt)
+        scores = [torch.cat([batch[kind].result() for batch in pending]) for kind in range(len(self._kinds()))]
+        scores = [values.unflatten(0, (-1, images_per_prompt)) for values in scores]
+        for functions in self._kinds():
+            functions.on_rollout_end()
+        # In the order of the dataset, and averaged by each process alike: the same for any number of processes.
+        whole = lambda values: gather(values.to(self._device)).cpu()[: len(dataset)]
+        rewards, *controls = map(whole, scores)
+        return Evaluation(
+            rewards, controls[0] if controls else None, whole(torch.cat(diversity)) if diversity else None
+        )
+
+    def score(self, images: Tensor, columns: dict[str, Sequence], state: TrainerState) -> Evaluation:
+        """
+        Scores of images that are there already, on this process alone, without diversity.
+
+        Args:
+            images (`Tensor`): Floats in [0, 1], shape [P, S, 3, H, W]; videos [P, S, F, 3, H, W].
+            columns (`dict[str, Sequence]`): Columns of the dataset, P x S values each.
+            state (`TrainerState`): Passed to the rewards.
+        """
+        prompts = columns[self._prompt_column]
+        scores = [functions(images.flatten(0, 1), prompts, state, columns) for functions in self._kinds()]
+        for functions in self._kinds():
+            functions.on_rollout_end()
+        rewards, *controls = (values.unflatten(0, images.shape[:2]) for values in scores)
+        return Evaluation(rewards, controls[0] if controls else None, None)
+
+    def _kinds(self) -> list[RewardFunctions]:
+        return [functions for functions in (self.rewards, self.controls) if functions is not None]
+
+    def _sample_in_batches(self, rows: dict[str, Sequence], seeds: list[int]) -> Tensor:
+        columns = {name: rows[name] for name in self._sampled_columns}
+        images = []
+        for start in range(0, len(seeds), self._batch_size):
+            part = slice(start, start + self._batch_size)
+            batch = {name: values[part] for name, values in columns.items()}
+            images.append(self._sample(rows[self._prompt_column][part], seeds[part], batch))
+        return torch.cat(images)
+
+    def _batches(self, numbers: list[int], size: int, title: str) -> Iterator[list[int]]:
+        disable = self._disable_tqdm or not PartialState().is_main_process
+        for start in tqdm(range(0, len(numbers), size), title, leave=False, disable=disable):
+            yield numbers[start : start + size]
+
+    def _share(self, total: int) -> list[int]:
+        """This process's numbers out of [0, total): consecutive, as many for each process, wrapped around at the end."""
+        processes = PartialState()
+        per_process = -(-total // processes.num_processes)
+        first = processes.process_index * per_process
+        return [number % total for number in range(first, first + per_process)]
+
+
+def summarize(
+    evaluation: Evaluation, rewards: RewardFunctions, controls: RewardFunctions | None = None
+) -> dict[str, float]:
+    """
+    Means over the prompts, under the names of [`~trl_fdfo.metric_names`]: the images of a prompt are averaged first, then
+    the prompts, in double precision and in the order of the dataset.
+    """
+    metrics = {}
+    for kind, functions, values in ((REWARD, rewards, evaluation.rewards), (CONTROL, controls, evaluation.controls)):
+        if functions is None:
+            continue
+        values = values.double()
+        # Each image as a prompt of its own: a reward that does not apply to one of them applies to the others.
+        total = functions.total(values.flatten(0, 1)[:, None]).reshape(values.shape[:2])
+        metrics[kind], _, _ = _over_prompts(total.nanmean(dim=1))
+        for name, value in zip(functions.names, values.unbind(dim=-1)):
+            mean = part(kind, name)
+            metrics[mean], metrics[deviation(mean)], metrics[standard_error(mean)] = _over_prompts(value.nanmean(dim=1))
+    if evaluation.diversity is not None:
+        metrics[DIVERSITY], _, metrics[standard_error(DIVERSITY)] = _over_prompts(evaluation.diversity)
+    return metrics
+
+
+def reported_metrics(
+    rewards: RewardFunctions, controls: RewardFunctions | None = None, has_diversity: bool = False
+) -> list[str]:
+    """The metrics of an evaluation that can say which model is best: means of scores, and diversity."""
+    names = []
+    for kind, functions in ((REWARD, rewards), (CONTROL, controls)):
+        if functions is not None and functions.scores:
+            names += [kind, *(part(kind, name) for name in functions.scores)]
+    return [*names, DIVERSITY] if has_diversity else names
+
+
+def _over_prompts(values: Tensor) -> tuple[float, float, float]:
+    """Mean, standard deviation and standard error of the mean of one value per prompt; NaN where there is no value."""
+    estimate = Estimate.of(values.tolist())
+    if estimate.mean is None:
+        return math.nan, math.nan, math.nan
+    # Of one prompt it is not known.
+    error = math.nan if estimate.standard_error is None else estimate.standard_error
+    return estimate.mean, error * math.sqrt(estimate.num_prompts), error

@@ -1,0 +1,1 @@
+"""Finite Difference Flow Optimization (arXiv 2603.12893)."""

@@ -1,0 +1,133 @@
+"""Options of FDFO, in the order of the paper's steps."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..training.config import RolloutConfig, option
+from ..training.config_checks import check_ranges, read_json_dict
+
+
+# Each schedule of `churn.py`, and the defaults of `churn_kwargs` that it takes.
+CHURN_SCHEDULES = {
+    "constant": {},
+    "interval": {"location": 0.0, "location_std": 1.0, "width": 0.5},
+    "prior": {"spread": 0.0},
+}
+DIRECTIONS = ("finite_difference", "reward_gradient")
+
+# Options of version 0.1 and what to write instead.
+RENAMED_OPTIONS = {
+    f"churn_{name}": f'churn_kwargs={{"{name}": ...}}' for kwargs in CHURN_SCHEDULES.values() for name in kwargs
+}
+
+
+@dataclass
+class FDFOConfig(RolloutConfig):
+    r"""
+    Configuration of [`FDFOTrainer`] (arXiv 2603.12893): the options of [`RolloutConfig`] and the ones below. The defaults
+    are the paper's setting, apart from the number of rollouts. The paper's fast setting has `num_inference_steps=10`.
+
+    Parameters:
+        > Step 1: paired rollouts
+
+        churn (`float`, defaults to `0.0025`):
+            How much fresh noise drives the branches of a prompt apart, > 0. Under `constant` it is the gamma of every
+            level; under `interval` and `prior` the (median) total of log(1 + gamma).
+        churn_schedule (`str`, defaults to `"constant"`):
+            `"constant"`: the same churn at every level. `"interval"`: all of it around one random noise level per
+            prompt. `"prior"`: all of it in the initial noise.
+        churn_kwargs (`dict`, *optional*):
+            Shape of the schedule. `interval` takes `location` (mean over the prompts of the bump's centre in logit(t),
+            0.0 by default: t = 0.5), `location_std` (its standard deviation over the prompts, 1.0) and `width` (standard
+            deviation of the bump in logit(t), > 0, 0.5). `prior` takes `spread` (standard deviation over the prompts of
+            the logarithm of the churn, 0.0: the same for all).
+        shared_prefix (`bool`, defaults to `False`):
+            Under `churn_schedule="interval"`, sample one branch of each prompt until the churn of a batch begins, as
+            the branches are identical until then. Saves up to a third of a rollout's compute. Costs the last bits: a
+            smaller batch is computed in another order than the replay's.
+
+        > Steps 3 and 4: update
+
+        direction (`str`, defaults to `"finite_difference"`):
+            The direction of an update. `"reward_gradient"` takes the gradient of the reward at the image, through the
+            decoder, which needs differentiable rewards. The finite difference estimates it and needs none.
+        whiten_direction (`bool`, defaults to `True`):
+            Divide the difference of the images by its mean square. Without it, close images move the model less.
+        beta (`float`, defaults to `0.0`):
+            Weight of mean((v - v_base)^2), the penalty on leaving the model without its adapter. Keeps diversity.
+        epsilon (`float`, defaults to `0.03`):
+            Half the width of the trust region: how far one rollout may move the ratio of pseudo likelihoods from 1, > 0.
+    """
+
+    _VALID_DICT_FIELDS = [*RolloutConfig._VALID_DICT_FIELDS, "churn_kwargs"]
+
+    # Step 1: paired rollouts
+    churn: float = option(0.0025, "Fresh noise that drives the branches apart, > 0.")
+    churn_schedule: str = option("constant", "Levels that get the churn.", choices=tuple(CHURN_SCHEDULES))
+    churn_kwargs: dict | str | None = option(
+        None, "Shape of the schedule, as a dict or a JSON string. interval: location, location_std, width; prior: spread."
+    )
+    shared_prefix: bool = option(
+        False, "interval: sample the branches as one until the churn begins.", changes_result=False
+    )
+
+    # Steps 3 and 4: update
+    direction: str = option("finite_difference", "The direction of an update.", choices=DIRECTIONS)
+    whiten_direction: bool = option(True, "Divide the difference of the images by its mean square.")
+
+    def __new__(cls, *args: Any, **options: Any) -> "FDFOConfig":
+        for name in options.keys() & RENAMED_OPTIONS.keys():
+            raise TypeError(f"{name}={options[name]!r} has a new name: {RENAMED_OPTIONS[name]}.")
+        return super().__new__(cls)
+
+    def _check(self) -> None:
+        super()._check()
+        if self.churn == 0:
+            raise ValueError(
+                "churn=0 leaves the images of a prompt identical: there is no difference to learn from. The paper's "
+                "setting is 0.0025."
+            )
+        # log(1 + gamma) in the schedules that are not constant: beyond it nothing is left of the image.
+        check_ranges(self, {"churn": (0, 10)})
+        if self.churn_schedule not in CHURN_SCHEDULES:
+            raise ValueError(f"churn_schedule='{self.churn_schedule}' is not one of {', '.join(CHURN_SCHEDULES)}.")
+        self._check_churn_kwargs()
+        if self.churn_schedule == "interval" and self.num_inference_steps < 2:
+            raise ValueError(
+                "churn_schedule='interval' puts its churn between the first and the last noise level, and "
+                f"num_inference_steps={self.num_inference_steps} has none there. Set at least 2, or another schedule."
+            )
+        if self.shared_prefix and self.churn_schedule != "interval":
+            raise ValueError(
+                f"shared_prefix=True has nothing to share under churn_schedule='{self.churn_schedule}', which drives the "
+                "branches apart from the start. Set it to False, or churn_schedule='interval'."
+            )
+        if self.direction not in DIRECTIONS:
+            raise ValueError(f"direction='{self.direction}' is not one of {', '.join(DIRECTIONS)}.")
+        if self.direction == "reward_gradient" and not self.whiten_direction:
+            raise ValueError(
+                "whiten_direction=False is for the finite difference: with direction='reward_gradient' leave it out."
+            )
+
+    def _check_churn_kwargs(self) -> None:
+        """Also fills in the defaults of the schedule."""
+        defaults = CHURN_SCHEDULES[self.churn_schedule]
+        given = read_json_dict("churn_kwargs", self.churn_kwargs, "the shape of the churn schedule") or {}
+        for name, value in given.items():
+            if name not in defaults:
+                takes = ", ".join(defaults) or "none"
+                raise ValueError(
+                    f"churn_kwargs has {name}={value!r}, and churn_schedule='{self.churn_schedule}' takes {takes}."
+                )
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < float("inf"):
+                raise ValueError(f"churn_kwargs has {name}={value!r}: it must be a finite number.")
+            if name in ("location_std", "spread") and value < 0:
+                raise ValueError(f"churn_kwargs has {name}={value}: it must not be negative.")
+            if name == "width" and value <= 0:
+                raise ValueError(f"churn_kwargs has {name}={value}: it must be > 0.")
+        self.churn_kwargs = {**defaults, **given}
+
+    def result_options(self) -> dict[str, Any]:
+        options = super().result_options()
+        # One name for each, under which the checkpoints of version 0.1 have them.
+        return options | {f"churn_{name}": value for name, value in options.pop("churn_kwargs").items()}

@@ -1,0 +1,120 @@
+"""The trainer of FDFO (arXiv 2603.12893): its four steps, wired to the pipeline."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..pipeline.records import RolloutBatch, repeat_each
+from ..saving.model_card import Paper
+from ..seeds import CHURN, INITIAL_NOISE, derive_seed
+from ..training.buffer import ScoredBatch, trained_levels
+from ..training.surrogate import SurrogateLoss
+from ..training.trainer import RolloutTrainer
+from ..training.watchdogs import WatchdogError
+from .churn import constant_churn, interval_churn, prior_churn
+from .config import FDFOConfig
+from .finite_difference import FiniteDifference, finite_difference, reward_gradient
+from .loss import surrogate_loss
+from .scheduler import ChurnScheduler
+
+
+class FDFOTrainer(RolloutTrainer):
+    """
+    Post-trains a diffusers flow-matching pipeline with Finite Difference Flow Optimization.
+
+    ```python
+    FDFOTrainer(FDFOConfig(output_dir="out"), "hub-id-or-path-of-a-pipeline", reward_fn).train()
+    ```
+
+    Arguments and errors: [`~trl_fdfo.training.trainer.RolloutTrainer`].
+    """
+
+    algorithm = "FDFO"
+    paper = Paper(
+        title="Finite Difference Flow Optimization for RL Post-Training of Text-to-Image Models",
+        authors=(
+            *("McAllister, David", "Aittala, Miika", "Karras, Tero", "Hellsten, Janne", "Kanazawa, Angjoo"),
+            *("Aila, Timo", "Laine, Samuli"),
+        ),
+        arxiv_id="2603.12893",
+        year=2026,
+        key="mcallister2026fdfo",
+    )
+    config_class = FDFOConfig
+    scheduler_class = ChurnScheduler
+    hyperparameters = ("churn_schedule", "churn")
+    latents_per_target = 1  # the direction
+
+    # Step 1: paired rollouts ------------------------------------------------------------------------------------------
+
+    @classmethod
+    def shares_prefix(cls, config: FDFOConfig) -> bool:
+        return config.shared_prefix
+
+    def _seeds(self, rollout: int, numbers: Sequence[int]) -> list[int]:
+        return [derive_seed(self.args.seed, rollout, n, INITIAL_NOISE) for n in numbers]
+
+    def _noise_amounts(self, rollout: int, numbers: Sequence[int]) -> Tensor:
+        args, shape = self.args, self.args.churn_kwargs
+        if args.churn_schedule == "constant":
+            return constant_churn(self._sigmas, args.churn)
+        draws = [np.random.default_rng([args.seed, rollout, n, CHURN]).standard_normal() for n in numbers]
+        draws = torch.tensor(draws, dtype=torch.float32)
+        if args.churn_schedule == "interval":
+            location = shape["location"] + shape["location_std"] * draws
+            return interval_churn(self._sigmas, args.churn, location, shape["width"])
+        return prior_churn(self._sigmas, args.churn * (shape["spread"] * draws).exp())
+
+    def _shared_noise(self, rollout: int) -> float:
+        gammas = torch.atleast_2d(self._noise_amounts(rollout, range(self.args.prompts_per_rollout)))
+        return (-gammas.log1p().sum(dim=1)).exp().mean().item()
+
+    # Step 3: finite difference ----------------------------------------------------------------------------------------
+
+    def _targets(self, sampled: RolloutBatch, rewards: Tensor, rows: list[int]) -> FiniteDifference:
+        endpoints = sampled.endpoints.float()
+        if self.args.direction == "reward_gradient":
+            direction, reward_difference = reward_gradient(endpoints, self._reward_gradient(sampled, rows))
+        else:
+            direction, reward_difference = finite_difference(endpoints, rewards, self.args.whiten_direction)
+        # A prompt to which no reward applies teaches nothing.
+        return FiniteDifference(direction.flatten(0, 1), reward_difference.flatten().nan_to_num(nan=0.0))
+
+    def _reward_gradient(self, sampled: RolloutBatch, rows: list[int]) -> Tensor:
+        """dR/dx_0 through the decoder and the rewards, the shape of the endpoints, [P, G, ...]."""
+        prompts, branches = sampled.endpoints.shape[:2]
+        columns = {name: repeat_each(values, branches) for name, values in self.train_dataset[rows].items()}
+        with torch.enable_grad():
+            endpoints = sampled.endpoints.flatten(0, 1).detach().requires_grad_()
+            images = self.flow.decode(sampled, endpoints)
+            total = self.reward_functions.with_gradients(
+                images, columns[self.args.dataset_prompt_column], self.state, columns, branches
+            )
+            (gradient,) = torch.autograd.grad(total.sum(), endpoints)
+        if not gradient.isfinite().all():
+            raise WatchdogError(
+                "The gradient of the reward has values that are not finite, such as those of a square root at 0: mend it "
+                "there, or set direction='finite_difference', which needs no gradient."
+            )
+        return gradient.float().unflatten(0, (prompts, branches))
+
+    # Step 4: update ---------------------------------------------------------------------------------------------------
+
+    def _trained_levels(self, rollout: int, batch: int) -> list[int]:
+        args = self.args
+        return trained_levels(
+            args.num_inference_steps,
+            args.num_trained_levels,
+            args.optimizer_steps_per_rollout,
+            args.seed,
+            rollout,
+            batch,
+        )
+
+    def _loss(self, velocity: Tensor, old_velocity: Tensor, batch: ScoredBatch, level: int) -> SurrogateLoss:
+        return surrogate_loss(velocity, old_velocity, *batch.targets, self.args.epsilon)
+
+    def _base_distance(self, velocity: Tensor, base_velocity: Tensor, batch: ScoredBatch, level: int) -> Tensor:
+        return (velocity - base_velocity).square().flatten(1).mean(dim=-1)

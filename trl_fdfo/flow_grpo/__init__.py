@@ -1,0 +1,1 @@
+"""Flow-GRPO (arXiv 2505.05470), the baseline."""

@@ -1,0 +1,92 @@
+"""
+Flow-GRPO (Liu et al. 2025, arXiv 2505.05470), the baseline. It shares rollouts, replay, rewards and checkpoints with the
+other algorithms: only the noise of the sampler and the loss are its own.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..pipeline.records import RolloutBatch
+from ..saving.model_card import Paper
+from ..seeds import INITIAL_NOISE, NOISY_STEPS, derive_seed
+from ..training.buffer import ScoredBatch, trained_levels
+from ..training.surrogate import SurrogateLoss
+from ..training.trainer import RolloutTrainer
+from .config import FlowGRPOConfig
+from .scheduler import SDEScheduler
+from .sde import Gaussian, clipped_loss, gaussian_kl, group_advantages, sde_distribution
+
+
+class FlowGRPOTrainer(RolloutTrainer):
+    """
+    Post-trains a diffusers flow-matching pipeline with Flow-GRPO, to compare other algorithms with.
+
+    ```python
+    FlowGRPOTrainer(FlowGRPOConfig(output_dir="out"), "hub-id-or-path-of-a-pipeline", reward_fn).train()
+    ```
+
+    Arguments and errors: [`~trl_fdfo.training.trainer.RolloutTrainer`].
+    """
+
+    algorithm = "Flow-GRPO"
+    paper = Paper(
+        title="Flow-GRPO: Training Flow Matching Models via Online RL",
+        authors=(
+            *("Liu, Jie", "Liu, Gongye", "Liang, Jiajun", "Li, Yangguang", "Liu, Jiaheng", "Wang, Xintao"),
+            *("Wan, Pengfei", "Zhang, Di", "Ouyang, Wanli"),
+        ),
+        arxiv_id="2505.05470",
+        year=2025,
+        key="liu2025flowgrpo",
+    )
+    config_class = FlowGRPOConfig
+    scheduler_class = SDEScheduler
+    hyperparameters = ("noise_level", "num_noisy_steps")
+    base_distance_name = "kl"
+
+    def _seeds(self, rollout: int, numbers: Sequence[int]) -> list[int]:
+        seed, branches = self.args.seed, self.args.num_generations
+        return [derive_seed(seed, rollout, n * branches + a, INITIAL_NOISE) for n in numbers for a in range(branches)]
+
+    def _noise_amounts(self, rollout: int, numbers: Sequence[int]) -> Tensor:
+        scales = torch.zeros(len(numbers), self.args.num_inference_steps + 1)
+        for scale, number in zip(scales, numbers):
+            window = self._noisy_steps(rollout, number // self.args.per_device_prompt_batch_size)
+            scale[window.start + 1 : window.stop + 1] = self.args.noise_level
+        return scales
+
+    def _noisy_steps(self, rollout: int, batch: int) -> range:
+        """All steps but the last, which makes no noise that could be trained away, or a few in a row, drawn per batch."""
+        args = self.args
+        steps = args.num_inference_steps - 1
+        if args.num_noisy_steps is None:
+            return range(steps)
+        rng = np.random.default_rng([args.seed, rollout, batch, NOISY_STEPS])
+        first = int(rng.integers(steps - args.num_noisy_steps + 1))
+        return range(first, first + args.num_noisy_steps)
+
+    def _trained_levels(self, rollout: int, batch: int) -> list[int]:
+        args = self.args
+        steps = self._noisy_steps(rollout, batch)
+        levels = trained_levels(
+            len(steps), args.num_trained_levels, args.optimizer_steps_per_rollout, args.seed, rollout, batch
+        )
+        return [steps[level] for level in levels]
+
+    def _targets(self, sampled: RolloutBatch, rewards: Tensor, rows: list[int]) -> tuple[Tensor]:
+        return (group_advantages(rewards).flatten().nan_to_num(nan=0.0),)
+
+    def _arrival(self, velocity: Tensor, batch: ScoredBatch, level: int) -> Gaussian:
+        """The distribution of the arrivals of a step from this level with this velocity."""
+        t, s = self._sigmas[level], self._sigmas[level + 1]
+        return sde_distribution(batch.sampled.x_t[level].float(), velocity, t, s, self.args.noise_level)
+
+    def _loss(self, velocity: Tensor, old_velocity: Tensor, batch: ScoredBatch, level: int) -> SurrogateLoss:
+        new, old = self._arrival(velocity, batch, level), self._arrival(old_velocity, batch, level)
+        return clipped_loss(batch.sampled.x_s[level].float(), new, old, *batch.targets, self.args.epsilon)
+
+    def _base_distance(self, velocity: Tensor, base_velocity: Tensor, batch: ScoredBatch, level: int) -> Tensor:
+        return gaussian_kl(self._arrival(velocity, batch, level), self._arrival(base_velocity, batch, level))

@@ -1,0 +1,1 @@
+"""Sampling from a diffusers pipeline, and replay of its steps."""

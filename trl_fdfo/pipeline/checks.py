@@ -1,0 +1,122 @@
+"""Checks of a pipeline and of the arguments of its call, made at construction, before anything is sampled."""
+
+import inspect
+import math
+from collections.abc import Iterable
+
+from diffusers import DiffusionPipeline
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from .schedulers import euler_scheduler
+from .trained import TRAINED, frozen_modules, trained_module
+
+
+def check_pipeline(pipeline: DiffusionPipeline) -> None:
+    """
+    Raises:
+        ValueError: `pipeline` is not a flow-matching pipeline with the parts that the rollout and the replay need, or
+            keeps state between its steps.
+    """
+    if not isinstance(pipeline, DiffusionPipeline):
+        received = pipeline.__name__ + " itself" if inspect.isclass(pipeline) else f"a {type(pipeline).__name__}"
+        raise ValueError(f"pipeline must be a `DiffusionPipeline`, or the Hub id or path of one, not {received}.")
+    name = type(pipeline).__name__
+    # Text encoders may be missing.
+    missing = [part for part in ("scheduler", "vae") if pipeline.components.get(part, "no such part") is None]
+    if missing:
+        raise ValueError(f"{name} has no {', '.join(missing)}: load it whole.")
+    try:
+        scheduler = euler_scheduler(pipeline.scheduler)
+    except (AttributeError, ValueError) as error:
+        raise ValueError(f"{name} cannot be trained: {error}") from None
+    for option in ("stochastic_sampling", "invert_sigmas"):
+        if scheduler.config.get(option):
+            raise ValueError(
+                f"The scheduler of {name} has `{option}=True`, which changes the sampler that a rollout replaces. "
+                f"Set `pipeline.scheduler.register_to_config({option}=False)` if the model allows it."
+            )
+    for part in (TRAINED, "encode_prompt", "prepare_latents"):
+        if getattr(pipeline, part, None) is None:
+            raise ValueError(f"{name} has no `{part}`, which a rollout and the replay of its steps need.")
+    steps = _scheduler_steps(pipeline)
+    if steps is not None and steps > 1:
+        raise ValueError(
+            f"{name} calls `scheduler.step` in {steps} places of its sampling loop: it denoises more than one thing, or "
+            "in more than one way, and it is unclear which velocity to train."
+        )
+    transformer = trained_module(pipeline)
+    others = [key for key, part in frozen_modules(pipeline).items() if type(part) is type(transformer)]
+    if others:
+        raise ValueError(
+            f"{name} has a second transformer, `{others[0]}`, for a part of the noise levels, and only one model can "
+            "be trained, at all of them. If the pipeline allows it, load it without: "
+            f"`from_pretrained(..., {others[0]}=None)`."
+        )
+    for key, part in pipeline.components.items():
+        if hasattr(part, "momentum_buffer"):
+            raise ValueError(
+                f"The guidance `{key}` of {name} is a {type(part).__name__}, which carries momentum from step to step: a "
+                "single step cannot be replayed. Take a guidance without state, such as `ClassifierFreeGuidance`: "
+                f"`pipeline.update_components({key}=...)`."
+            )
+    if getattr(transformer, "is_cache_enabled", False):
+        raise ValueError(
+            f"The transformer of {name} has a feature cache on, which reuses results of earlier steps: a single step "
+            f"cannot be replayed. Call `pipeline.{TRAINED}.disable_cache()`."
+        )
+
+
+def check_call_kwargs(pipeline: DiffusionPipeline, call_kwargs: Iterable[str]) -> None:
+    """
+    Raises:
+        ValueError: The pipeline's call does not take one of the arguments.
+    """
+    accepted = list(inspect.signature(type(pipeline).__call__).parameters)[1:]
+    refused = [name for name in call_kwargs if name not in accepted]
+    if refused:
+        raise ValueError(
+            f"{type(pipeline).__name__} does not take {', '.join(refused)} in its call. It takes: {', '.join(accepted)}."
+        )
+
+
+def check_resolution(pipeline: DiffusionPipeline, height: int | None, width: int | None) -> None:
+    """
+    Raises:
+        ValueError: The height or width, in pixels, is not a multiple of the side of a latent patch.
+    """
+    # A pipeline that packs its latents gives its image processor a larger factor; others set a patch size.
+    factor = getattr(pipeline, "vae_scale_factor", None) or getattr(pipeline, "vae_scale_factor_spatial", 1)
+    patch_size = trained_module(pipeline).config.get("patch_size", 1)
+    if isinstance(patch_size, (list, tuple)):  # (frames, height, width)
+        patch_size = patch_size[-1]
+    processor = getattr(getattr(pipeline, "image_processor", None), "config", {})
+    multiple = math.lcm(factor * patch_size, processor.get("vae_scale_factor", 1))
+    for name, size in (("height", height), ("width", width)):
+        if size is not None and (size <= 0 or size % multiple):
+            lower = max(size // multiple, 1) * multiple
+            raise ValueError(
+                f"{name}={size} is not a multiple of {multiple}, the pixels per latent patch of {type(pipeline).__name__}. "
+                f"The nearest that work: {lower} and {lower + multiple}."
+            )
+
+
+def check_no_adapter(pipeline: DiffusionPipeline) -> None:
+    """
+    Raises:
+        ValueError: The transformer has an adapter already.
+    """
+    if any(isinstance(layer, BaseTunerLayer) for layer in trained_module(pipeline).modules()):
+        raise ValueError(
+            f"The transformer of this {type(pipeline).__name__} already has an adapter, from an earlier trainer or from "
+            "`load_lora_weights`. Load the pipeline anew; to go on from an adapter, name it in the option `adapter`; to "
+            "train a new one on top of it, make it part of the pipeline with `pipeline.fuse_lora()` and "
+            "`pipeline.unload_lora_weights()`."
+        )
+
+
+def _scheduler_steps(pipeline: DiffusionPipeline) -> int | None:
+    """Count the places of the pipeline's call that have `scheduler.step(`; None if there is no source code."""
+    try:
+        return inspect.getsource(inspect.unwrap(type(pipeline).__call__)).count("scheduler.step(")
+    except (OSError, TypeError):
+        return None

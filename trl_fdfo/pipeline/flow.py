@@ -1,0 +1,443 @@
+"""
+Rollout and replay through a user's diffusers pipeline: the only file that calls one.
+
+An algorithm needs the velocity v(x_t, t, prompt) of a model and nothing else. In every diffusers flow-matching pipeline
+it reaches `scheduler.step`, after guidance, sign flips, packing and slicing. So the pipeline is its own adapter.
+
+- Rollout: the pipeline is called as a user would, with a scheduler whose `step` adds noise and records (x_t, v). The
+  generators of a prompt's branches start from one seed, so that the branches share their initial noise.
+- Replay of one step, with gradients: the undecorated `__call__` runs on the same batch. `encode_prompt` and
+  `prepare_latents` return what they returned then, with the recorded x_t as the latents. In earlier steps neither the
+  transformer nor the scheduler does anything; at the step itself the scheduler stops the pipeline with the velocity.
+
+Dimensions: P prompts, G branches (images per prompt), N = P x G samples in prompt-major order, T steps.
+"""
+
+import contextlib
+import inspect
+import re
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from accelerate.utils import recursively_apply, send_to_device
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from .checks import check_call_kwargs, check_pipeline, check_resolution
+from .patch import ModelProxy, call, latents_of, patched, recorded_decoding, remember, with_latents
+from .records import BatchAxes, Rehearsal, RolloutBatch, is_per_sample, repeat_each
+from .replay_check import ReplayError
+from .sample_axes import concatenate, sample_axes, take
+from .schedulers import (
+    DecodeScheduler,
+    RehearsalScheduler,
+    ReplayScheduler,
+    RolloutScheduler,
+    StopPipeline,
+    euler_scheduler,
+)
+from .trained import trained_module
+
+
+class PipelineFlow:
+    """
+    The flow of a diffusers pipeline: samples from it, and gives its velocity at a recorded sample, with gradients.
+
+    Args:
+        pipeline (`DiffusionPipeline`): A flow-matching pipeline that passes [`check_pipeline`].
+        num_generations (`int`): Branches G per prompt, >= 2.
+        num_inference_steps (`int`): Steps T of the sampler.
+        scheduler_class (`type`): The [`RolloutScheduler`] of the algorithm, which samples the rollouts.
+        shared_prefix (`bool`): In a rollout, run the transformer once for the branches of a prompt as long as the noise
+            leaves them identical.
+        **call_kwargs: Other arguments of the pipeline's call, such as `guidance_scale`, `height`, `width` (pixels).
+
+    Attributes:
+        model (`Callable`): Called in the place of the trained module: the module itself, or its wrapper (DDP, DeepSpeed,
+            FSDP, a compiled module), so that the wrapper's hooks fire.
+        prompt_embeddings (`Mapping[str, list]`): Return value of `encode` for some prompts, which are not encoded again.
+
+    Raises:
+        ValueError: The pipeline is no flow-matching one, or its call does not take one of the arguments.
+    """
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        *,
+        num_generations: int,
+        num_inference_steps: int,
+        scheduler_class: type[RolloutScheduler],
+        shared_prefix: bool = False,
+        **call_kwargs: Any,
+    ):
+        self.pipeline = pipeline
+        self.num_generations = num_generations
+        self.scheduler_class = scheduler_class
+        self.shared_prefix = shared_prefix
+        self.call_kwargs = {"num_inference_steps": num_inference_steps, **call_kwargs}
+        check_pipeline(pipeline)
+        check_call_kwargs(pipeline, self.call_kwargs)
+        check_resolution(pipeline, call_kwargs.get("height"), call_kwargs.get("width"))
+        self.model: Callable = trained_module(pipeline)
+        self.prompt_embeddings: Mapping[str, list] = {}
+        self._axes: BatchAxes | None = None
+        self._scheduler = euler_scheduler(pipeline.scheduler)
+        self._replay_scheduler = ReplayScheduler.from_config(self._scheduler.config)
+        self._dtype = self.model.dtype
+        # `num_images_per_prompt` or `num_videos_per_prompt`.
+        options = inspect.signature(type(pipeline).__call__).parameters
+        self._per_prompt_option = next((name for name in options if re.fullmatch(r"num_\w+_per_prompt", name)), None)
+        # `inspect.unwrap` strips the decorator `torch.no_grad()` from the call.
+        self._call_with_grad = inspect.unwrap(type(pipeline).__call__)
+
+    @torch.no_grad()
+    def rehearse(
+        self, prompts: Sequence[str], columns: dict[str, Sequence] | None = None, samples_per_prompt: int = 1
+    ) -> Rehearsal:
+        """
+        Call the pipeline once, from the prompts to the decoded images, with only the first step of the transformer
+        computed. Arguments that the pipeline refuses, it refuses here; everything it passes around has the shapes of a
+        rollout.
+
+        Args:
+            prompts (`Sequence[str]`): P prompts.
+            columns (`dict[str, Sequence]`, *optional*): As in `rollout`.
+            samples_per_prompt (`int`): N = P x samples_per_prompt.
+
+        Raises:
+            ValueError: The pipeline cannot be called with these arguments.
+        """
+        scheduler = RehearsalScheduler.from_config(self._scheduler.config)
+        remembered: dict[str, list] = {"encode_prompt": [], "prepare_latents": []}
+        calls, outputs, decode_calls = [], [], []
+        known: dict[str, Any] = {}  # by the shapes of the arguments
+
+        def model(*args, **kwargs):
+            shapes = repr(recursively_apply(lambda tensor: tensor.shape, (args, kwargs)))
+            if scheduler.steps_done > 0 and shapes in known:
+                return recursively_apply(torch.zeros_like, known[shapes])
+            known[shapes] = self.model(*args, **kwargs)
+            if scheduler.steps_done == 0:
+                calls.append((args, kwargs))
+                outputs.append(known[shapes])
+            return known[shapes]
+
+        generators = _generators([0] * len(prompts) * samples_per_prompt)
+        call_kwargs = self._arguments(prompts, generators, columns)
+        with self._patched(scheduler, model, **remember(remembered)), recorded_decoding(self.pipeline, decode_calls):
+            try:
+                images = self.pipeline(**call_kwargs)[0].float()
+            except torch.OutOfMemoryError:
+                raise
+            except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+                options = {name: value for name, value in self.call_kwargs.items() if value is not None}
+                raise ValueError(
+                    f"{type(self.pipeline).__name__} cannot be called with {options}: {type(error).__name__}: {error}"
+                ) from error
+        if scheduler.latents is None:
+            raise ValueError(f"{type(self.pipeline).__name__} took no step: it is not a pipeline to train.")
+        return Rehearsal(
+            sigmas=scheduler.sigmas.cpu(),
+            latents=scheduler.latents,
+            velocity=scheduler.velocity,
+            encoded=remembered["encode_prompt"],
+            prepared=remembered["prepare_latents"],
+            model_calls=calls,
+            outputs=outputs,
+            decode_calls=decode_calls,
+            images=images,
+        )
+
+    def axes(self, columns: dict[str, Sequence] | None = None) -> BatchAxes:
+        """
+        Find the samples in everything that the pipeline passes around. The first call rehearses the pipeline with some
+        samples and with twice as many.
+
+        Args:
+            columns (`dict[str, Sequence]`, *optional*): As in `rollout`, for one prompt, if the pipeline needs them.
+
+        Raises:
+            ValueError: The values cannot be taken apart into samples.
+        """
+        if self._axes is None:
+            # The prompts differ in length: some pipelines have a mask only then.
+            prompts = ["a cat"] if columns else ["a cat", "a red cat and a blue dog"]
+            some, twice = (self.rehearse(prompts, columns, samples) for samples in (1, 2))
+            names = [field.name for field in fields(BatchAxes)]
+            try:
+                self._axes = BatchAxes(*(sample_axes(getattr(some, name), getattr(twice, name)) for name in names))
+            except ValueError as error:
+                raise ValueError(
+                    f"The batches of {type(self.pipeline).__name__} cannot be taken apart, which shared_prefix, "
+                    "cache_prompt_embeds and a per_device_sampling_batch_size of its own need. Leave these options "
+                    f"out. It passes {error}"
+                ) from None
+        return self._axes
+
+    @torch.no_grad()
+    def encode(self, prompt: str) -> list:
+        """Return value of each call of `encode_prompt` for one sample of the prompt, for `prompt_embeddings`."""
+        remembered: dict[str, list] = {"encode_prompt": [], "prepare_latents": []}
+
+        def model(*args, **kwargs):
+            raise StopPipeline(None)
+
+        scheduler = RehearsalScheduler.from_config(self._scheduler.config)
+        with self._patched(scheduler, model, **remember(remembered)), contextlib.suppress(StopPipeline):
+            self.pipeline(**self._arguments([prompt], [torch.Generator()]))
+        return remembered["encode_prompt"]
+
+    @torch.no_grad()
+    def rollout(
+        self,
+        prompts: Sequence[str],
+        noise_amounts: Tensor,
+        seeds: Sequence[int],
+        noise_seeds: Sequence[int],
+        levels: Collection[int],
+        columns: dict[str, Sequence] | None = None,
+    ) -> RolloutBatch:
+        """
+        Sample G images of each prompt with the noise of the algorithm's scheduler.
+
+        Args:
+            prompts (`Sequence[str]`): P prompts.
+            noise_amounts (`Tensor`): Amount of noise that the scheduler adds at each level, in its own unit, such as the
+                churn gamma: for all prompts, shape [T + 1], or for each, shape [P, T + 1].
+            seeds (`Sequence[int]`): Seeds of the initial noise: one per prompt, which its branches share (P of them), or
+                one per branch (N = P x G of them).
+            noise_seeds (`Sequence[int]`): Seed of the noise that the scheduler adds to each branch, N of them.
+            levels (`Collection[int]`): Steps in [0, T) whose tuples are recorded.
+            columns (`dict[str, Sequence]`, *optional*): Further arguments of the call that differ between prompts, such
+                as the image to be edited, P values each. With them, P must be 1.
+
+        Returns:
+            [`RolloutBatch`]: images, endpoints and recorded tuples.
+        """
+        branches = self.num_generations
+        scheduler = self.scheduler_class.from_config(self._scheduler.config)
+        amounts_of_samples = noise_amounts.expand(len(prompts), -1).repeat_interleave(branches, dim=0)
+        scheduler.record(amounts_of_samples, _generators(noise_seeds), levels)
+        remembered: dict[str, list] = {"encode_prompt": [], "prepare_latents": []}
+        wrappers = remember(remembered)
+        outputs = []
+        call_model = self.model
+        if self.shared_prefix:
+            call_model = self._sharing_prefix(scheduler, len(prompts), noise_amounts, self.axes(columns))
+
+        def prepare_latents(original, *args, **kwargs):
+            prepared = wrappers["prepare_latents"](original, *args, **kwargs)
+            return with_latents(prepared, scheduler.start(latents_of(prepared)))
+
+        def model(*args, **kwargs):
+            output = call_model(*args, **kwargs)
+            outputs.append(recursively_apply(lambda tensor: tensor.to("meta"), output))
+            return output
+
+        encode_prompt = self._encode_from_cache(wrappers["encode_prompt"], prompts, branches)
+        # Branches that share a seed have their own generators from it: their initial noise is the same.
+        generators = _generators(repeat_each(seeds, len(prompts) * branches // len(seeds)))
+        call_kwargs = self._arguments(prompts, generators, columns)
+        with self._patched(scheduler, model, encode_prompt=encode_prompt, prepare_latents=prepare_latents):
+            images = self.pipeline(**call_kwargs)[0]
+        return RolloutBatch(
+            images=images.float(),
+            endpoints=scheduler.endpoints.unflatten(0, (len(prompts), branches)),
+            x_t=scheduler.x_t,
+            velocities=scheduler.velocities,
+            x_s=scheduler.x_s,
+            call_kwargs=call_kwargs,
+            remembered=remembered,
+            outputs=outputs,
+        )
+
+    def split(self, batch: RolloutBatch, levels: Sequence[Sequence[int]]) -> list[RolloutBatch]:
+        """
+        Split a batch into smaller ones, each with equally many of its prompts.
+
+        Args:
+            batch ([`RolloutBatch`]): Return value of `rollout` for several prompts, without its images.
+            levels (`Sequence[Sequence[int]]`): For each part, the recorded steps that it keeps.
+        """
+        if len(levels) == 1:
+            return [batch]
+        axes = self.axes()
+        count = len(batch.endpoints) // len(levels)
+        return [batch.part(number * count, count, kept, axes) for number, kept in enumerate(levels)]
+
+    def velocity(self, batch: RolloutBatch, level: int) -> Tensor:
+        """
+        Velocity of the model as it is now at the samples recorded before step `level`, with gradients if enabled.
+
+        Args:
+            batch ([`RolloutBatch`]): A batch that `rollout` returned.
+            level (`int`): A step that was recorded there.
+
+        Returns:
+            `Tensor`: Velocity v(x_t, t), guidance included, the shape of `batch.x_t[level]`.
+
+        Raises:
+            ReplayError: The pipeline takes no such step.
+        """
+        scheduler = self._replay_scheduler
+        scheduler.replay(level)
+        # Already on the device, it is not copied.
+        x_t = batch.x_t[level].to(self.pipeline._execution_device, non_blocking=True)
+        with self._replayed(batch, scheduler, lambda: scheduler.steps_left == 0, x_t):
+            try:
+                self._call_with_grad(self.pipeline, **batch.call_kwargs)
+            except StopPipeline as stop:
+                return stop.value
+        raise ReplayError(
+            f"{type(self.pipeline).__name__} did not call `scheduler.step` in the replay of step {level}."
+        )
+
+    def decode(self, batch: RolloutBatch, endpoints: Tensor) -> Tensor:
+        """
+        Decode final latents to images as the pipeline does, with gradients if enabled.
+
+        Args:
+            batch ([`RolloutBatch`]): The batch that the latents belong to.
+            endpoints (`Tensor`): Final latents, shape [N, ...].
+
+        Returns:
+            `Tensor`: Images, floats in [0, 1], shape [N, 3, H, W]; videos [N, F, 3, H, W].
+        """
+        scheduler = DecodeScheduler.from_config(self._scheduler.config)
+        scheduler.decode(endpoints)
+        with self._replayed(batch, scheduler, lambda: False, endpoints.detach()):
+            return self._call_with_grad(self.pipeline, **batch.call_kwargs)[0].float()
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        columns: dict[str, Sequence] | None = None,
+        **call_kwargs: Any,
+    ) -> Tensor:
+        """
+        Sample one image of each prompt by the pipeline's own sampler, without added noise, for evaluation.
+
+        Args:
+            prompts (`Sequence[str]`): N prompts.
+            seeds (`Sequence[int]`): Seed of the initial noise of each image, N of them.
+            columns (`dict[str, Sequence]`, *optional*): As in `rollout`, N values each. With them, N must be 1.
+            **call_kwargs: Arguments of the pipeline's call in the place of those given at construction.
+
+        Returns:
+            `Tensor`: Images, floats in [0, 1], shape [N, 3, H, W]; videos [N, F, 3, H, W].
+        """
+        # Other arguments may change the embeddings.
+        encode_prompt = self._encode_from_cache(call, prompts if not call_kwargs else ())
+        with self._patched(self._scheduler, self.model, encode_prompt=encode_prompt):
+            return self.pipeline(**{**self._arguments(prompts, _generators(seeds), columns), **call_kwargs})[0].float()
+
+    @contextlib.contextmanager
+    def _replayed(
+        self,
+        batch: RolloutBatch,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        is_computed: Callable[[], bool],
+        latents: Tensor,
+    ) -> Iterator[None]:
+        """Prepare the pipeline to be called on `batch` again, from `latents`; few of the transformer's calls compute."""
+        device = self.pipeline._execution_device
+        remembered = send_to_device(batch.remembered, device, non_blocking=True)
+        remembered = {name: iter(values) for name, values in remembered.items()}
+        outputs = iter(batch.outputs)
+
+        def encode_prompt(original, *args, **kwargs):
+            return next(remembered["encode_prompt"])
+
+        def prepare_latents(original, *args, **kwargs):
+            return with_latents(next(remembered["prepare_latents"]), latents)
+
+        def model(*args, **kwargs):
+            output = next(outputs)
+            if is_computed():
+                return self.model(*args, **kwargs)
+            # The scheduler ignores these steps: only the shape matters.
+            return recursively_apply(lambda shape: _zeros(shape, device), output)
+
+        with self._patched(scheduler, model, encode_prompt=encode_prompt, prepare_latents=prepare_latents):
+            yield
+
+    def _patched(
+        self, scheduler: FlowMatchEulerDiscreteScheduler, model: Callable, **methods: Callable
+    ) -> contextlib.AbstractContextManager:
+        proxy = ModelProxy(model, trained_module(self.pipeline), self._dtype)
+        return patched(self.pipeline, scheduler, proxy, **methods)
+
+    def _encode_from_cache(self, encode: Callable, prompts: Sequence[str], branches: int = 1) -> Callable:
+        """Give `encode`, a wrapper of `encode_prompt`, the known embeddings of the prompts if all of them are known."""
+        if not prompts or not all(prompt in self.prompt_embeddings for prompt in prompts):
+            return encode
+        axes = self.axes().encoded
+        samples = repeat_each(range(len(prompts)), branches)
+        known = concatenate([self.prompt_embeddings[prompt] for prompt in prompts], axes)
+        known = send_to_device(take(known, axes, samples, len(prompts)), self.pipeline._execution_device)
+        values = iter(known)
+        return lambda original, *args, **kwargs: encode(lambda *args, **kwargs: next(values))
+
+    def _sharing_prefix(
+        self, scheduler: RolloutScheduler, prompts: int, noise_amounts: Tensor, axes: BatchAxes
+    ) -> Callable:
+        """The model; until the first noise is added to any branch, it is called with one branch of each prompt."""
+        branches = self.num_generations
+        total = prompts * branches
+        noisy = (torch.atleast_2d(noise_amounts) > 0).any(dim=0).nonzero()
+        shared_steps = int(noisy[0]) if len(noisy) else noise_amounts.shape[-1]
+        calls: dict[int, int] = defaultdict(int)  # number of calls in each step
+
+        def model(*args, **kwargs):
+            number = calls[scheduler.steps_done]
+            calls[scheduler.steps_done] += 1
+            # Guidance may need more calls in later steps than in the first, whose axes are known.
+            if scheduler.steps_done >= shared_steps or number >= len(axes.model_calls):
+                return self.model(*args, **kwargs)
+            args, kwargs = take((args, kwargs), axes.model_calls[number], range(0, total, branches), total)
+            output = self.model(*args, **kwargs)
+            return take(output, axes.outputs[number], repeat_each(range(prompts), branches), prompts)
+
+        return model
+
+    def _arguments(
+        self, prompts: Sequence[str], generators: list[torch.Generator], columns: dict[str, Sequence] | None = None
+    ) -> dict[str, Any]:
+        """Arguments of a call that makes one sample for each generator; the prompts have equally many generators."""
+        branches = len(generators) // len(prompts)
+        if columns and self._per_prompt_option is not None:
+            # Some pipelines take a list of images as one per prompt, others as all for one: with one prompt they agree.
+            if len(prompts) > 1:
+                raise ValueError(f"{len(prompts)} prompts with {', '.join(columns)}: such a call takes one prompt.")
+            varying = {"prompt": list(prompts), self._per_prompt_option: branches}
+            varying |= {name: values[0] for name, values in columns.items()}
+        else:
+            # `num_images_per_prompt` will not do: pipelines differ in how they order repeated samples, and some give
+            # the images of one prompt the attention mask of another.
+            varying = {"prompt": repeat_each(prompts, branches)}
+            varying |= {name: repeat_each(values, branches) for name, values in (columns or {}).items()}
+        arguments = {**self.call_kwargs, "generator": generators, "output_type": "pt", "return_dict": False, **varying}
+        for name, value in arguments.items():
+            if is_per_sample(name) and isinstance(value, str):
+                # One for all: not every pipeline repeats it itself.
+                arguments[name] = [value] * len(varying["prompt"])
+            elif isinstance(value, list):
+                # Some pipelines write into the lists that they are given.
+                arguments[name] = list(value)
+        return arguments
+
+
+def _generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    """One generator per seed, on the CPU so that the noise does not depend on the device."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def _zeros(shape: Tensor, device: torch.device) -> Tensor:
+    """Zeros of the shape and dtype of a meta tensor, without memory of their own."""
+    return torch.zeros((), dtype=shape.dtype, device=device).expand(shape.shape)

@@ -1,0 +1,187 @@
+"""Adapters on the trained transformer: the layers that get one, and how it is injected."""
+
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor
+
+from .adapter_files import read_adapter
+from .checks import check_no_adapter
+from .loading import base_model_name
+from .trained import trained_module
+
+
+def attention_projections(transformer: torch.nn.Module) -> list[str]:
+    """
+    Names of the linear layers of a transformer's attention as PEFT's target modules: relative to the attention module
+    (`to_q`, `to_out.0`, ...) if no other layer has that name, otherwise in full.
+
+    Raises:
+        ValueError: No module of the transformer has "Attention" in the name of its class.
+    """
+    modules = dict(transformer.named_modules())
+    layers = {
+        f"{prefix}.{name}": name
+        for prefix, attention in modules.items()
+        if "Attention" in type(attention).__name__
+        for name, layer in attention.named_modules()
+        if isinstance(layer, torch.nn.Linear)
+    }
+    if not layers:
+        raise ValueError(
+            f"No attention projections were found in {type(transformer).__name__}. Name the layers that are to get an "
+            f"adapter in `lora_target_modules`; its linear layers are {_linear_layers(transformer)}."
+        )
+    # A name may be a layer in one block and a list of layers in another.
+    others = {name for name, module in modules.items() if not isinstance(module, torch.nn.Linear)}
+    ambiguous = {name for name in layers.values() if any(other.endswith(f".{name}") for other in others)}
+    return sorted({path if name in ambiguous else name for path, name in layers.items()})
+
+
+def default_lora_config(rank: int, alpha: int, targets: list[str] | None, transformer: torch.nn.Module) -> LoraConfig:
+    """LoRA with gaussian initialisation on the layers named in `targets`; None means the attention projections."""
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        init_lora_weights="gaussian",
+        target_modules=targets or attention_projections(transformer),
+    )
+
+
+def add_adapter(
+    pipeline: DiffusionPipeline, peft_config: PeftConfig, weights: dict[str, Tensor] | None = None
+) -> PeftModel:
+    """
+    Inject an adapter into the pipeline's transformer, in place. Its weights are fp32 whatever the transformer's dtype.
+
+    Args:
+        pipeline (`DiffusionPipeline`): The pipeline.
+        peft_config (`PeftConfig`): The adapter.
+        weights (`dict[str, Tensor]`, *optional*): Its weights under PEFT's names; new ones by default.
+
+    Raises:
+        ValueError: A target module matches no layer, the weights belong to another model, the adapter has dropout, or
+            there already is one.
+    """
+    transformer = trained_module(pipeline)
+    _check_peft_config(peft_config)
+    if getattr(peft_config, "target_modules", "") is None:
+        peft_config.target_modules = attention_projections(transformer)
+    check_no_adapter(pipeline)
+    targets = getattr(peft_config, "target_modules", None)
+    if isinstance(targets, (list, set)):
+        layers = [name for name, _ in transformer.named_modules()]
+        found = lambda target: any(layer == target or layer.endswith(f".{target}") for layer in layers)
+        missing = sorted(target for target in targets if not found(target))
+        if missing:
+            raise ValueError(
+                f"The LoRA target modules {missing} match no layer of {type(transformer).__name__}. Its linear "
+                f"layers are {_linear_layers(transformer)}. Leave `lora_target_modules` unset for the attention "
+                "projections."
+            )
+    # The adapter's base is the pipeline; PEFT would name the transformer.
+    peft_config.base_model_name_or_path = base_model_name(pipeline)[0]
+    model = _Adapted(transformer, peft_config)
+    if weights is not None:
+        _set_weights(model, weights)
+    return model
+
+
+def continue_adapter(
+    pipeline: DiffusionPipeline, name: str, given: dict[str, Any], peft_config: PeftConfig | None = None
+) -> PeftModel:
+    """
+    Inject a stored adapter into the pipeline's transformer, in place.
+
+    Args:
+        pipeline (`DiffusionPipeline`): The pipeline.
+        name (`str`): Hub id, folder or file of the adapter, as [`read_adapter`] takes it.
+        given (`dict[str, Any]`): The user's values of `lora_r`, `lora_alpha` and `lora_target_modules`, without options
+            that have their default.
+        peft_config (`PeftConfig`, *optional*): A config that the user gave as well, which is refused.
+
+    Raises:
+        ValueError: The adapter cannot be read, belongs to another model, or contradicts the user's values.
+    """
+    if peft_config is not None:
+        raise ValueError(f"peft_config was given together with adapter='{name}', which brings its own.")
+    peft_config, weights = read_adapter(pipeline, name)
+    stored = {"lora_r": getattr(peft_config, "r", None), "lora_alpha": getattr(peft_config, "lora_alpha", None)}
+    for option, value in {**stored, "lora_target_modules": None}.items():
+        if option in given and given[option] != value:
+            raise ValueError(
+                f"{option}={given[option]} was given together with adapter='{name}', which brings its own"
+                + ("" if value is None else f": {value}")
+                + f". Leave {option} out."
+            )
+    try:
+        return add_adapter(pipeline, peft_config, weights)
+    except ValueError as error:
+        raise ValueError(f"adapter='{name}' does not fit: {error}") from error
+
+
+class _Adapted(PeftModel):
+    """A transformer with an adapter, saved without asking the Hub about the base model and without PEFT's model card."""
+
+    def save_pretrained(self, *args: Any, save_embedding_layers: str | bool = False, **kwargs: Any) -> None:
+        # PEFT's default "auto" asks the Hub at each save if the base model's vocabulary was changed.
+        super().save_pretrained(*args, save_embedding_layers=save_embedding_layers, **kwargs)
+
+    def create_or_update_model_card(self, output_dir: str) -> None:
+        """Write nothing: PEFT's card would only name the folder that the base model came from."""
+
+
+def _set_weights(model: PeftModel, weights: dict[str, Tensor]) -> None:
+    own = {name: value.shape for name, value in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
+    given = {name: value.shape for name, value in weights.items()}
+    other = sorted(name for name in own.keys() | given.keys() if own.get(name) != given.get(name))
+    if other:
+        name = other[0]
+        raise ValueError(
+            f"{len(other)} of the adapter's weights do not fit {type(model.get_base_model()).__name__}, such as {name}: "
+            f"{tuple(given[name]) if name in given else 'missing'} in the file, "
+            f"{tuple(own[name]) if name in own else 'missing'} in the model. It is the adapter of another model."
+        )
+    set_peft_model_state_dict(model, weights)
+
+
+def _check_peft_config(peft_config: PeftConfig) -> None:
+    if not isinstance(peft_config, PeftConfig):
+        raise ValueError(f"peft_config is a {type(peft_config).__name__}, not a config of PEFT such as `LoraConfig`.")
+    dropout = getattr(peft_config, "lora_dropout", 0)
+    if dropout:
+        raise ValueError(
+            f"lora_dropout={dropout} would make every replayed velocity differ from the sampled one. Set it to 0."
+        )
+    if peft_config.is_prompt_learning:
+        raise ValueError(
+            f"peft_config is a {type(peft_config).__name__}, which trains the prompt of a language model. Take a config "
+            "that adapts layers, such as `LoraConfig`."
+        )
+    if peft_config.inference_mode:
+        raise ValueError("peft_config has inference_mode=True, which trains nothing: set it to False.")
+    if peft_config.task_type is not None:
+        raise ValueError(f"peft_config has task_type={peft_config.task_type!r}, of a language model: leave it out.")
+    init = getattr(peft_config, "init_lora_weights", True)
+    unfit = {
+        "modules_to_save": getattr(peft_config, "modules_to_save", None),
+        "bias": getattr(peft_config, "bias", "none").removeprefix("none"),
+        "init_lora_weights": init if isinstance(init, str) and init not in ("gaussian", "orthogonal") else None,
+    }
+    for name, value in unfit.items():
+        if value:
+            raise ValueError(
+                f"peft_config has {name}={value!r}, which changes weights of the base model too: the adapter's file for "
+                "diffusers would not hold them, and `beta` would anchor to another model. Leave it out."
+            )
+
+
+def _linear_layers(transformer: torch.nn.Module) -> str:
+    """The endings of the names of its linear layers, for a message."""
+    names = {
+        name.rpartition(".")[2] for name, layer in transformer.named_modules() if isinstance(layer, torch.nn.Linear)
+    }
+    # A number is the place in a list of layers: the name before it says more.
+    return ", ".join(sorted(name for name in names if not name.isdigit()))

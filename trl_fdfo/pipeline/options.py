@@ -1,0 +1,134 @@
+"""Applies options to a pipeline: quantization, slicing and tiling of the VAE, attention backend, compilation."""
+
+from collections.abc import Iterator
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DynamoBackend
+from accelerate.utils.other import is_repeated_blocks
+from diffusers import BitsAndBytesConfig, DiffusionPipeline, PipelineQuantizationConfig, TorchAoConfig
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from .trained import TRAINED, trained_module
+
+
+# Compiled versions that the blocks of one class share, per run: some transformers have three kinds of blocks, each times
+# sampling, training and the base model of `beta`. Beyond PyTorch's own limit of 8 it would go on without compiling.
+_COMPILED_VERSIONS = 32
+
+
+def quantization_config(quantization: str, dtype: torch.dtype) -> PipelineQuantizationConfig:
+    """
+    Make the `quantization_config` with which `DiffusionPipeline.from_pretrained` loads the transformer quantised.
+
+    Args:
+        quantization (`str`): `"nf4"` or `"int8"`.
+        dtype (`torch.dtype`): The dtype of the matrix products.
+
+    Raises:
+        ImportError: The quantising package is not installed.
+        ValueError: `"nf4"` without an accelerator: bitsandbytes quantises for diffusers only there.
+    """
+    if quantization == "nf4" and not torch.accelerator.is_available():
+        raise ValueError(
+            "quantization='nf4' needs a GPU, on which diffusers and bitsandbytes quantise. On a CPU set quantization='int8'."
+        )
+    try:
+        if quantization == "nf4":
+            config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+        else:
+            from torchao.quantization import Int8WeightOnlyConfig
+
+            config = TorchAoConfig(Int8WeightOnlyConfig())
+    except ImportError as error:
+        raise ImportError(
+            f"quantization='{quantization}' needs a package that is not installed ({error}): "
+            "pip install 'trl_fdfo[quantization]'."
+        ) from error
+    return PipelineQuantizationConfig(quant_mapping={TRAINED: config})
+
+
+def is_quantized(model: torch.nn.Module) -> bool:
+    """Tell if some weights are quantised, by whichever library: integers, or tensors that wrap integers."""
+    return any(
+        not parameter.is_floating_point() or is_traceable_wrapper_subclass(parameter)
+        for parameter in model.parameters()
+    )
+
+
+def keep_out_of_ddp(model: torch.nn.Module) -> None:
+    """
+    Make DDP ignore torchao's weights. At the start DDP sends all weights from the first process to the others, and it
+    cannot send these; each process has loaded the same ones anyway.
+    """
+    names = [name for name, weight in model.named_parameters() if is_traceable_wrapper_subclass(weight)]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+
+
+def set_vae_options(pipeline: DiffusionPipeline, slicing: bool, tiling: bool) -> None:
+    """
+    Turn on slicing and tiling of the VAE.
+
+    Raises:
+        ValueError: The VAE has no such option.
+    """
+    for option, method, wanted in (
+        ("vae_slicing", "enable_slicing", slicing),
+        ("vae_tiling", "enable_tiling", tiling),
+    ):
+        if not wanted:
+            continue
+        try:
+            getattr(pipeline.vae, method)()
+        except (AttributeError, NotImplementedError):
+            raise ValueError(
+                f"{option}=True, but the VAE of {type(pipeline).__name__}, a {type(pipeline.vae).__name__}, has no "
+                f"`{method}`: leave it out, and lower `per_device_prompt_batch_size` if memory is short."
+            ) from None
+
+
+def set_attention_backend(pipeline: DiffusionPipeline, backend: str) -> None:
+    """
+    Call `transformer.set_attention_backend`.
+
+    Raises:
+        ValueError: The transformer's attention does not use diffusers' backends, or this one is not installed.
+    """
+    transformer = trained_module(pipeline)
+    processors = [module.processor for module in transformer.modules() if hasattr(module, "processor")]
+    if not any(hasattr(processor, "_attention_backend") for processor in processors):
+        names = ", ".join(sorted({type(processor).__name__ for processor in processors})) or "none at all"
+        raise ValueError(
+            f"attention_backend='{backend}' would do nothing: the attention processors of {type(transformer).__name__} "
+            f"({names}) call PyTorch's attention themselves, not through diffusers' choice of backends. Leave it out."
+        )
+    try:
+        transformer.set_attention_backend(backend)
+    except RuntimeError as error:
+        raise ValueError(f"attention_backend='{backend}' cannot be used here: {error}") from error
+
+
+def compile_blocks(accelerator: Accelerator, transformer: torch.nn.Module) -> None:
+    """
+    Compile the repeated blocks of a transformer, in place, instead of the whole of it, as Accelerate would. The blocks
+    take nearly all of its time, and compile in a fraction of the time. The names of its weights do not change.
+
+    Call this before the transformer is wrapped.
+    """
+    plugin = accelerator.state.dynamo_plugin
+    if plugin.backend == DynamoBackend.NO:
+        return
+    options = plugin.to_kwargs()
+    plugin.backend = DynamoBackend.NO
+    for block in list(_repeated_blocks(transformer)) or [transformer]:
+        block.compile(recompile_limit=_COMPILED_VERSIONS, **options)
+
+
+def _repeated_blocks(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The members of each list of modules of one class. Lists inside a member, such as experts, are part of it."""
+    if is_repeated_blocks(module):
+        yield from module
+    else:
+        for child in module.children():
+            yield from _repeated_blocks(child)

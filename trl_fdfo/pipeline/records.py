@@ -1,0 +1,133 @@
+"""
+Records of a pipeline's calls: a rehearsal, a rollout, and the axes of the samples in them.
+
+Dimensions: P prompts, G branches (images per prompt), N = P x G samples in prompt-major order, T steps.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate.utils import recursively_apply
+from torch import Tensor
+
+from .sample_axes import take
+
+
+@dataclass(frozen=True, eq=False)
+class Rehearsal:
+    """
+    Everything that passes between a pipeline and its parts in a call with N samples, of which only one step was real.
+
+    Attributes:
+        sigmas (`Tensor`): Noise levels t_0 > ... > t_T = 0 in [0, 1], shape [T + 1], on the CPU.
+        latents (`Tensor`): Noisy latents as the scheduler gets them, shape [N, ...].
+        velocity (`Tensor`): Their velocity as the scheduler gets it, of the same shape.
+        encoded (`list`): Return value of each call of `encode_prompt`.
+        prepared (`list`): Return value of each call of `prepare_latents`.
+        model_calls (`list[tuple[tuple, dict]]`): Arguments of each call of the transformer in the first step.
+        outputs (`list`): Return value of each of these calls.
+        decode_calls (`list[tuple[tuple, dict]]`): Arguments of each call of the VAE's `decode`.
+        images (`Tensor`): Floats in [0, 1], shape [N, 3, H, W]; videos [N, F, 3, H, W]. They show nothing.
+    """
+
+    sigmas: Tensor
+    latents: Tensor
+    velocity: Tensor
+    encoded: list
+    prepared: list
+    model_calls: list[tuple[tuple, dict]]
+    outputs: list
+    decode_calls: list[tuple[tuple, dict]]
+    images: Tensor
+
+
+@dataclass(frozen=True)
+class BatchAxes:
+    """Axes of the samples, from [`sample_axes`], in the fields of a [`Rehearsal`] of these names."""
+
+    encoded: Any
+    prepared: Any
+    model_calls: Any
+    outputs: Any
+
+
+@dataclass(frozen=True, eq=False)
+class RolloutBatch:
+    """
+    A rollout of one batch of prompts, with all that its replay needs.
+
+    Attributes:
+        images (`Tensor`): Decoded images, floats in [0, 1], shape [N, 3, H, W]; videos [N, F, 3, H, W]. None in a part.
+        endpoints (`Tensor`): Final latents x_0 as the pipeline lays them out, shape [P, G, ...].
+        x_t (`dict[int, Tensor]`): Noisy latents before step k, for each recorded k in [0, T), shape [N, ...].
+        velocities (`dict[int, Tensor]`): Velocity of step k, for each recorded k, the shape of `x_t[k]`.
+        x_s (`dict[int, Tensor]`): Noisy latents after step k, if the scheduler records them, the shape of `x_t[k]`.
+        call_kwargs (`dict`): Arguments of the pipeline's call.
+        remembered (`dict[str, list]`): Return values of the pipeline's methods that the replay does not repeat.
+        outputs (`list`): Return value of each call of the transformer, as tensors on the meta device.
+    """
+
+    images: Tensor
+    endpoints: Tensor
+    x_t: dict[int, Tensor]
+    velocities: dict[int, Tensor]
+    x_s: dict[int, Tensor]
+    call_kwargs: dict[str, Any]
+    remembered: dict[str, list]
+    outputs: list
+
+    def part(self, first: int, count: int, levels: Sequence[int], axes: BatchAxes) -> "RolloutBatch":
+        """A batch of `count` prompts from the place `first` on, with the recorded `levels` alone and without images."""
+        prompts, branches = self.endpoints.shape[:2]
+        samples = range(first * branches, (first + count) * branches)
+        part = partial(take, samples=samples, total=prompts * branches)
+        return RolloutBatch(
+            images=None,
+            # Copies: a view would keep the whole in memory.
+            endpoints=self.endpoints[first : first + count].clone(),
+            x_t={level: part(self.x_t[level], 0) for level in levels},
+            velocities={level: part(self.velocities[level], 0) for level in levels},
+            x_s={level: part(self.x_s[level], 0) for level in levels if level in self.x_s},
+            call_kwargs={
+                name: [value[n] for n in samples] if is_per_sample(name) and isinstance(value, list) else value
+                for name, value in self.call_kwargs.items()
+            },
+            remembered={
+                "encode_prompt": part(self.remembered["encode_prompt"], axes.encoded),
+                "prepare_latents": part(self.remembered["prepare_latents"], axes.prepared),
+            },
+            outputs=[part(output, axes.outputs[0]) for output in self.outputs],
+        )
+
+    def on_host(self) -> "RolloutBatch":
+        """The batch with all that the replay needs in host memory, from which `velocity` takes one step at a time."""
+        return replace(
+            self,
+            x_t=host_copy(self.x_t),
+            velocities=host_copy(self.velocities),
+            x_s=host_copy(self.x_s),
+            remembered=host_copy(self.remembered),
+        )
+
+
+def host_copy(data: Any) -> Any:
+    """Copy the tensors of nested lists, tuples and dicts to host memory; it is pinned if a GPU will copy them back."""
+    pin = torch.cuda.is_available()
+
+    def copy(tensor: Tensor) -> Tensor:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pin).copy_(tensor)
+
+    return recursively_apply(copy, data)
+
+
+def repeat_each(values: Sequence, times: int) -> list:
+    """Each value `times` times in a row: [P] to [P x G]."""
+    return [value for value in values for _ in range(times)]
+
+
+def is_per_sample(name: str) -> bool:
+    """Tell if an argument of a pipeline's call, when it is a list, has one item for each sample."""
+    return name in ("prompt", "generator") or name.startswith(("prompt_", "negative_prompt"))

@@ -1,0 +1,56 @@
+"""The self-check of the replay: a replayed velocity must be the velocity that the rollout recorded."""
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from .trained import trained_module
+
+
+# Relative rms difference between a replayed and a recorded velocity that kernels which do not repeat to the bit may
+# cause (atomics, compiled graphs). The wrong prompt, step or guidance is 10 to 1000 times as far off.
+REPLAY_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+
+
+class ReplayError(RuntimeError):
+    """A replayed velocity is not the recorded one: the run would train another function than it sampled."""
+
+
+def check_replay(
+    velocity: Tensor,
+    recorded: Tensor,
+    pipeline: DiffusionPipeline,
+    level: int,
+    autocast_dtype: torch.dtype | None = None,
+) -> float:
+    """
+    Compare a replayed velocity, taken before any optimizer step, with the one that the rollout recorded.
+
+    Args:
+        velocity (`Tensor`): The replayed velocity.
+        recorded (`Tensor`): The recorded one, of the same shape.
+        pipeline (`DiffusionPipeline`): Its name stands in the message, its dtype sets the tolerance.
+        level (`int`): Step of the sampler, named in the message.
+        autocast_dtype (`torch.dtype`, *optional*): The dtype that the model computes in, if it is not its own.
+
+    Returns:
+        `float`: Rms difference relative to the rms of the recorded one: 0.0 if the kernels repeat to the bit.
+
+    Raises:
+        ReplayError: They differ by more than kernels may; names the pipeline, the difference and the likely cause.
+    """
+    difference = (velocity.detach().float() - recorded.float()).square().mean().sqrt()
+    error = (difference / recorded.float().square().mean().sqrt().clamp_min(1e-12)).item()
+    dtypes = (recorded.dtype, trained_module(pipeline).dtype, autocast_dtype)
+    tolerance = max(REPLAY_TOLERANCE.get(dtype, 0.0) for dtype in dtypes)
+    # Written so that a NaN fails.
+    if not error <= tolerance:
+        raise ReplayError(
+            f"The replay of {type(pipeline).__name__} is not exact: before any optimizer step, the velocity of step "
+            f"{level} differs from the one recorded in the rollout by {error:.3g} of its rms (at most {tolerance:g} is "
+            "allowed). Training would follow another function than the one that was sampled. Likely causes: dropout or "
+            "another random layer in the transformer (set it to 0); a feature cache (`transformer.disable_cache()`); "
+            "guidance that changes from call to call (turn it off in `pipeline_kwargs`); a pipeline that keeps state "
+            "between its steps."
+        )
+    return error

@@ -1,0 +1,218 @@
+"""
+Counts the memory and the floating-point operations of a module's calls without computing them: a copy of the module
+without weights runs on PyTorch's fake tensors, which have shapes and no data.
+
+Memory counts each tensor that an operation returns for as long as the tensor lives: intermediate results, and those
+that autograd keeps for the backward pass. Weights, gradients and the arguments of the calls are not counted.
+"""
+
+import contextlib
+import copy
+import functools
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..pipeline.patch import shadowed
+
+
+# PyTorch's formulas, and formulas for the CPU's attention kernel, which PyTorch lacks. Its `FlopCounterMode` cannot be
+# used: it keeps tensors alive that gradient checkpointing frees.
+_FLOPS = {
+    **flop_registry,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """
+    Attributes:
+        peak (`int`): Most bytes that are alive at once.
+        flops (`int`): Floating-point operations of matrix products, convolutions and attention. A multiplication and an
+            addition are two.
+    """
+
+    peak: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Precision:
+    """
+    Attributes:
+        device_type (`str`): Type of the device whose memory is counted. This machine need not have one.
+        autocast (`torch.dtype`, *optional*): Dtype of mixed precision; None where it is off.
+    """
+
+    device_type: str
+    autocast: torch.dtype | None = None
+
+    @property
+    def fake_device(self) -> str:
+        # Autograd asks for the device's driver even if the tensors are fake.
+        return "cuda" if self.device_type == "cuda" and torch.cuda.is_available() else "cpu"
+
+    def autocast_context(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self.autocast is None else torch.autocast(self.fake_device, self.autocast)
+
+    def kernel_context(self) -> contextlib.AbstractContextManager:
+        """Makes a CPU's autocast compute norms as a GPU's does. A backward pass may repeat norms: use it there too."""
+        simulated = self.device_type == "cuda" and self.fake_device != "cuda"
+        return _norms_in_float32() if self.autocast is not None and simulated else contextlib.nullcontext()
+
+
+def _remembered(function: Callable[..., Cost]) -> Callable[..., Cost]:
+    """`function` with a cache: a count takes seconds, and its result depends on shapes alone."""
+    known: dict[str, Cost] = {}
+
+    @functools.wraps(function)
+    def look_up(module: nn.Module, calls: Sequence[tuple[tuple, dict]], *args, **kwargs) -> Cost:
+        describe = lambda tensor: (tensor.shape, tensor.dtype, tensor.requires_grad)
+        weights = [describe(tensor) for tensor in (*module.parameters(), *module.buffers())]
+        shapes = tree_map_only(Tensor, describe, list(calls))
+        key = repr((module, getattr(module, "config", None), weights, shapes, args, kwargs))
+        if key not in known:
+            known[key] = function(module, calls, *args, **kwargs)
+        return known[key]
+
+    return look_up
+
+
+@_remembered
+def sampling_cost(
+    module: nn.Module, calls: Sequence[tuple[tuple, dict]], precision: Precision, method: str = "__call__"
+) -> Cost:
+    """
+    Cost of calls without gradients, one after the other.
+
+    Args:
+        module (`nn.Module`): A module on any device, also the meta device.
+        calls (`Sequence[tuple[tuple, dict]]`): Arguments of each call.
+        precision ([`Precision`]): Precision of the calls.
+        method (`str`): The module's method that is called.
+    """
+    with _counting(module, calls, precision) as (twin, calls, count), torch.no_grad(), precision.autocast_context():
+        for args, kwargs in calls:
+            getattr(twin, method)(*args, **kwargs)
+    return count()
+
+
+@_remembered
+def training_cost(
+    module: nn.Module,
+    calls: Sequence[tuple[tuple, dict]],
+    precision: Precision,
+    gradient_checkpointing: bool = False,
+) -> Cost:
+    """
+    Cost of calls with gradients and of the backward pass through all of them.
+
+    Args:
+        module (`nn.Module`): A module on any device, also the meta device.
+        calls (`Sequence[tuple[tuple, dict]]`): Arguments of each call.
+        precision ([`Precision`]): Precision of the calls.
+        gradient_checkpointing (`bool`): Recompute the activations of the module's blocks in the backward pass.
+    """
+    with _counting(module, calls, precision) as (twin, calls, count):
+        for part in twin.modules():
+            if gradient_checkpointing and hasattr(part, "enable_gradient_checkpointing"):
+                part.enable_gradient_checkpointing()
+        with precision.autocast_context():
+            outputs = [tree_leaves(twin(*args, **kwargs))[0] for args, kwargs in calls]
+        torch.autograd.backward([output.float().square().mean() for output in outputs])
+    return count()
+
+
+@contextlib.contextmanager
+def _norms_in_float32() -> Iterator[None]:
+    """A GPU's autocast computes these functions in float32, a CPU's in the dtype of their input."""
+    # A `TorchFunctionMode` cannot do this: it is off when gradient checkpointing repeats a forward pass.
+    names = ("layer_norm", "rms_norm", "group_norm", "softmax")
+    with shadowed(functional, **{name: _in_float32(getattr(functional, name)) for name in names}):
+        yield
+
+
+def _in_float32(function: Callable) -> Callable:
+    def to_float32(tensor: Tensor) -> Tensor:
+        return tensor.float() if tensor.is_floating_point() else tensor
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        args, kwargs = tree_map_only(Tensor, to_float32, (args, kwargs))
+        return function(*args, **kwargs)
+
+    return call
+
+
+class _Counter(TorchDispatchMode):
+    """Counts floating-point operations, and the bytes of returned tensors while they live; `known` tensors are free."""
+
+    def __init__(self, known: Iterable[Tensor]):
+        super().__init__()
+        self.flops = self.now = self.peak = 0
+        self._known = WeakIdKeyDictionary()
+        for tensor in known:
+            self._known[tensor.untyped_storage()] = True
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        formula = _FLOPS.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=result)
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._known:  # of a view, or of a tensor that was changed in place
+            return
+        self._known[storage] = True
+        size = storage.nbytes()
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._drop, size)
+
+    def _drop(self, size: int) -> None:
+        self.now -= size
+
+
+@contextlib.contextmanager
+def _counting(module: nn.Module, calls: Sequence[tuple[tuple, dict]], precision: Precision):
+    """Yields a copy of the module and of its calls, with fake tensors, and a function that returns the cost so far."""
+    device = precision.fake_device
+    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def fake(tensor: Tensor) -> Tensor:
+        with fake_mode:
+            made = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        if not isinstance(tensor, nn.Parameter):
+            return made
+        made = nn.Parameter(made, requires_grad=tensor.requires_grad)
+        if made.requires_grad:
+            # All micro-batches of an optimizer step but the first add to gradients that exist.
+            with fake_mode:
+                made.grad = torch.zeros_like(made)
+        return made
+
+    # The twin is a deep copy: state that the module keeps between calls must not become fake.
+    weights = [*module.parameters(), *module.buffers()]
+    twin = copy.deepcopy(module, {id(tensor): fake(tensor) for tensor in weights})
+    calls = tree_map_only(Tensor, fake, list(calls))
+    gradients = [parameter.grad for parameter in twin.parameters() if parameter.grad is not None]
+    arguments = [leaf for leaf in tree_leaves(calls) if isinstance(leaf, Tensor)]
+    counter = _Counter([*twin.parameters(), *twin.buffers(), *gradients, *arguments])
+    with precision.kernel_context(), fake_mode, counter:
+        yield twin, calls, lambda: Cost(counter.peak, counter.flops)

@@ -1,0 +1,214 @@
+"""Memory of a run on one device by part, counted from the shapes of weights and from the rehearsal of one batch."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
+from transformers import TrainingArguments
+
+from ..pipeline.prompt_embeddings import text_encoders
+from ..pipeline.records import Rehearsal
+from ..pipeline.schedulers import RolloutScheduler
+from ..pipeline.trained import frozen_modules
+
+
+GIB = 2**30
+
+# Bytes of an optimizer's state per trained number, by the option `optim`. Paged optimizers use whatever memory has
+# room.
+OPTIMIZER_BYTES = {
+    **dict.fromkeys(["adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused"], 8),
+    **dict.fromkeys(["adamw_bnb_8bit", "adamw_8bit", "adamw_torch_8bit"], 2),
+    **dict.fromkeys(["paged_adamw_32bit", "paged_adamw_8bit", "paged_lion_32bit", "paged_lion_8bit"], 0),
+    **dict.fromkeys(["lion_32bit", "adagrad", "rmsprop"], 4),
+    **{"adamw_torch_4bit": 1, "lion_8bit": 1, "sgd": 0},
+}
+
+
+@dataclass(frozen=True)
+class Engine:
+    """
+    How a run uses its devices.
+
+    Attributes:
+        device_type (`str`): `"cuda"`, `"cpu"`, ...
+        name (`str`): `"DDP"`, `"ZeRO-2"`, ..., or `""` for a single process.
+        autocast (`torch.dtype`, *optional*): Dtype of mixed precision; None where it is off.
+    """
+
+    device_type: str
+    name: str = ""
+    autocast: torch.dtype | None = None
+
+    @classmethod
+    def of(cls, accelerator: Accelerator) -> "Engine":
+        kind = accelerator.distributed_type
+        autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+        if kind == DistributedType.DEEPSPEED:
+            return cls(accelerator.device.type, f"ZeRO-{accelerator.state.deepspeed_plugin.zero_stage}")
+        if kind == DistributedType.FSDP:
+            return cls(accelerator.device.type, "FSDP2")
+        return cls(accelerator.device.type, "" if kind == DistributedType.NO else "DDP", autocast)
+
+    @property
+    def shards(self) -> frozenset[str]:
+        """The members of "weights", "gradients" and "optimizer" that are spread over the processes."""
+        shards = {"ZeRO-1": ["optimizer"], "ZeRO-2": ["gradients", "optimizer"]}
+        shards["ZeRO-3"] = shards["FSDP2"] = ["weights", "gradients", "optimizer"]
+        return frozenset(shards.get(self.name, ()))
+
+
+@dataclass(frozen=True)
+class Part:
+    """
+    One row of the table of memory.
+
+    Attributes:
+        name (`str`): The row's name.
+        sampling (`int`): Bytes on one device while images are sampled and scored.
+        training (`int`): Bytes on one device while the images are trained on.
+        note (`str`): A remark that is printed behind the bytes.
+    """
+
+    name: str
+    sampling: int
+    training: int
+    note: str = ""
+
+    @classmethod
+    def constant(cls, name: str, size: int, note: str = "") -> "Part":
+        """A part that takes equal memory in sampling and training."""
+        return cls(name, size, size, note)
+
+
+def model_parts(model: nn.Module, args: TrainingArguments, engine: Engine) -> list[Part]:
+    """The weights of the model, their gradients, the state of the optimizer and the average of the weights."""
+
+    def processes(shared: str) -> int:
+        return args.world_size if shared in engine.shards else 1
+
+    trained = trained_parameters(model)
+    trained_ids = {id(parameter) for parameter in trained}
+    frozen = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in trained_ids]
+    weights = gradients = nbytes(trained)
+    numbers = sum(parameter.numel() for parameter in trained)
+    optimizer = getattr(args.optim, "value", args.optim)  # an enum's member, or its name
+    per_number = OPTIMIZER_BYTES.get(optimizer)
+    state = (per_number or 0) * numbers
+    if engine.name.startswith("ZeRO") and args.bf16:
+        weights = gradients = 2 * numbers
+        state += 8 * numbers  # weights and gradients in float32
+    remark = optimizer if per_number is not None else f"{optimizer}: not known"
+    parts = [
+        Part.constant("transformer, frozen", nbytes(frozen) // processes("weights"), _dtypes(frozen)),
+        Part.constant("trained weights", weights // processes("weights"), _dtypes(trained)),
+        Part("gradients", 0, gradients // processes("gradients")),
+        Part.constant("optimizer", state // processes("optimizer"), remark),
+    ]
+    if args.ema_decay is not None:
+        parts.append(Part.constant("average of weights", nbytes(trained)))
+    return parts
+
+
+def component_parts(pipeline: DiffusionPipeline, args: TrainingArguments) -> Iterator[Part]:
+    """The text encoders, the VAE and the pipeline's other frozen modules."""
+    for name, component in frozen_modules(pipeline).items():
+        size = nbytes((*component.parameters(), *component.buffers()))
+        # With cached embeddings a text encoder stays in host memory. Offloaded parts move to the device when called and
+        # leave when the rollout ends.
+        cached = args.cache_prompt_embeds and name in text_encoders(pipeline)
+        waits = cached or args.offload_components
+        note = f"{size_text(size)} in host memory" if waits else ""
+        yield Part(name, 0 if cached else size, 0 if waits else size, note)
+
+
+def reward_parts(rewards: dict[str, Callable | None]) -> Iterator[Part]:
+    """The modules that rewards hold; None stands for a reward that is not loaded."""
+    for name, reward in rewards.items():
+        if reward is None:
+            yield Part(f"reward {name}", 0, 0, "not loaded: add its weights")
+            continue
+        holders = list(_reachable(reward))
+        modules = [held for held in holders if isinstance(held, nn.Module)]
+        if not modules:
+            continue
+        size = nbytes([t for module in modules for t in (*module.parameters(), *module.buffers())])
+        waits = any(getattr(held, "offload", None) is True for held in holders)
+        yield Part(f"reward {name}", size, 0 if waits else size, "in host memory while training" if waits else "")
+
+
+def trajectory_bytes(
+    rehearsal: Rehearsal,
+    args: TrainingArguments,
+    scheduler_class: type[RolloutScheduler],
+    latents_per_target: int,
+) -> int:
+    """
+    Bytes that a process records of one rollout. A batch keeps at each of K levels the noisy latents, the velocity and, if
+    the scheduler records arrivals, the next latents in the velocity's dtype; for each sample's targets a float32 number
+    and `latents_per_target` float32 tensors of the latents' shape; the results of `encode_prompt` and `prepare_latents`.
+    """
+    # A batch is copied when it moves to the host or is cut from a larger one. Otherwise a view keeps its whole storage.
+    copied = args.offload_trajectories or args.per_device_sampling_batch_size > args.per_device_prompt_batch_size
+    size = nbytes if copied else _storage_nbytes
+    velocities = 2 if scheduler_class.records_arrivals else 1
+    level = size([rehearsal.latents]) + velocities * size([rehearsal.velocity])
+    targets = 4 * args.per_device_train_batch_size + latents_per_target * 4 * rehearsal.latents.numel()
+    remembered = [leaf for leaf in tree_leaves([rehearsal.encoded, rehearsal.prepared]) if isinstance(leaf, Tensor)]
+    return args.num_rollout_batches * (args.num_trained_levels * level + targets + size(remembered))
+
+
+def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def nbytes(tensors: Sequence[Tensor]) -> int:
+    """Bytes of tensors, each counted once; of quantised ones the bytes that are stored."""
+    once = {id(tensor): tensor for tensor in tensors}.values()
+    return sum(part.nbytes for tensor in once for part in _stored(tensor))
+
+
+def size_text(size: int) -> str:
+    for unit, name in ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if size >= unit:
+            return f"{size / unit:.2f} {name}"
+    return f"{size} B" if size else "-"
+
+
+def _stored(tensor: Tensor) -> list[Tensor]:
+    """The tensors that hold a tensor's numbers. torchao's wrappers report the size and dtype of the unpacked weight."""
+    if isinstance(tensor, DTensor) or not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    return [part for name in tensor.__tensor_flatten__()[0] for part in _stored(getattr(tensor, name))]
+
+
+def _storage_nbytes(tensors: Sequence[Tensor]) -> int:
+    """Bytes that tensors keep alive, beyond what a view shows of its storage."""
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def _dtypes(tensors: Sequence[Tensor]) -> str:
+    sizes: dict[torch.dtype, int] = {}
+    for part in (part for tensor in tensors for part in _stored(tensor)):
+        sizes[part.dtype] = sizes.get(part.dtype, 0) + part.nbytes
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in sorted(sizes, key=sizes.get, reverse=True))
+
+
+def _reachable(reward: Any, depth: int = 2) -> Iterator[Any]:
+    """A reward, the objects in its attributes, and the objects in their attributes."""
+    owner = reward.__self__ if isinstance(reward, MethodType) else reward
+    yield owner
+    if depth and not isinstance(owner, (nn.Module, type, FunctionType, ModuleType)):
+        for value in getattr(owner, "__dict__", {}).values():
+            if isinstance(value, MethodType) or hasattr(value, "__dict__"):
+                yield from _reachable(value, depth - 1)

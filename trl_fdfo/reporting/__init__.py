@@ -1,0 +1,1 @@
+"""Everything that a run shows: logs, progress bars, pictures, curves."""

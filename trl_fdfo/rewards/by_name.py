@@ -1,0 +1,155 @@
+"""Loads rewards by name, for YAML files and command lines. In Python, pass the objects themselves."""
+
+import argparse
+import ast
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from .aesthetic_score import AestheticScore
+from .clip_score import CLIPScore
+from .hpsv2 import HPSv2
+from .image_reward import ImageReward
+from .jpeg_compressibility import JPEGCompressibility, JPEGIncompressibility
+from .pairwise_judge import vlm_judge
+from .pickscore import PickScore
+from .reward_functions import RewardFunction
+from .text_rendering import TextRendering
+from .vlm_score import VLMScore
+from .vlm_server import VLMServer
+
+
+# Each value is called with the options in parentheses behind the name.
+REWARDS = {
+    "pickscore": PickScore,
+    "hpsv2": HPSv2,
+    "image_reward": ImageReward,
+    "clip": CLIPScore,
+    "aesthetic": AestheticScore,
+    "vlm": VLMScore,
+    "vlm_server": VLMServer,
+    "vlm_judge": vlm_judge,
+    "text_rendering": TextRendering,
+    "jpeg_compressibility": JPEGCompressibility,
+    "jpeg_incompressibility": JPEGIncompressibility,
+}
+
+
+def load_reward(spec: str) -> RewardFunction:
+    """
+    Load the reward that a string names.
+
+    Args:
+        spec (`str`): A name in `REWARDS`, or `module:name` of a callable on the Python path or in the working
+            directory. Options may follow in parentheses, as literals: `"vlm_server(url='http://host:8000/v1')"`. A
+            class is constructed with its options. A function with parentheses is called, and returns the reward.
+
+    Raises:
+        ValueError: `spec` has another form, names nothing that exists, or has unknown options.
+    """
+    return load_by_name(spec, REWARDS, "reward")
+
+
+def load_by_name(spec: str, names: dict[str, Callable[..., Any]], kind: str) -> Any:
+    """
+    Load the object that a string names, in the form that [`load_reward`] explains.
+
+    Args:
+        spec (`str`): The string.
+        names (`dict[str, Callable]`): Packaged objects by name.
+        kind (`str`): Kind of the object, such as "reward", for errors.
+
+    Raises:
+        ValueError: `spec` has another form, names nothing that exists, or has unknown options.
+    """
+    if not isinstance(spec, str):
+        raise ValueError(
+            f"{kind} {spec!r} is a {type(spec).__name__}, not a string with a name or module:callable, and "
+            f"options in parentheses: \"{next(iter(names))}(dtype='bfloat16')\"."
+        )
+    path, options = _parse(spec, kind, example=next(iter(names)))
+    if ":" not in path:
+        if path not in names:
+            raise ValueError(
+                f"{kind} '{spec}' is neither one of {', '.join(names)}, nor of the form module:callable, such as "
+                f"my_module:my_{kind}."
+            )
+        return _construct(spec, names[path], options or {}, kind)
+    found = load_object(path, kind)
+    if options is None and not inspect.isclass(found):
+        return found
+    return _construct(spec, found, options or {}, kind)
+
+
+def load_object(path: str, kind: str) -> Any:
+    """
+    Import `"module:name"` from the Python path or the working directory. `kind` is the kind of the object, for errors.
+
+    Raises:
+        ValueError: `path` has another form, or the module or the name does not exist.
+    """
+    module_name, separator, name = path.partition(":")
+    if not (module_name and separator and name):
+        raise ValueError(f"{kind} '{path}' is not of the form module:callable, such as my_module:my_{kind}.")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{kind} '{path}': there is no module '{error.name}' on the Python path or in the working directory."
+        ) from error
+    if not hasattr(module, name):
+        raise ValueError(f"{kind} '{path}': module '{module_name}' has no '{name}'.")
+    return getattr(module, name)
+
+
+def reward_table() -> str:
+    """A table of `REWARDS` with the first lines of their docstrings, for `--help`."""
+    width = max(map(len, REWARDS))
+    lines = [f"  {name:{width}}  {inspect.getdoc(reward).splitlines()[0]}" for name, reward in REWARDS.items()]
+    return "\n".join(
+        [
+            "rewards:",
+            *lines,
+            f"  {'module:callable':{width}}  A reward of your own, on the Python path or in the working directory.",
+            "options follow in parentheses: --reward \"pickscore(dtype='bfloat16', offload=True)\"",
+        ]
+    )
+
+
+class RepeatableFlag(argparse.Action):
+    """Read `--flag a --flag b` as `--flag a b`. The command line replaces a default, also one from a YAML file."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, values if before is self.default else [*before, *values])
+
+
+def _parse(spec: str, kind: str, example: str) -> tuple[str, dict[str, Any] | None]:
+    """Split a spec into its path and its options; the options are None without parentheses."""
+    path, parenthesis, rest = spec.strip().partition("(")
+    if not parenthesis:
+        return path, None
+    try:
+        call = ast.parse(f"f({rest}", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args:
+            raise ValueError("options have names")
+        return path.strip(), {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"{kind} '{spec}': cannot read its options ({error}). Write them as literals with their names, such as "
+            f"{example}(dtype='bfloat16', batch_size=8)."
+        ) from None
+
+
+def _construct(spec: str, function: Any, options: dict[str, Any], kind: str) -> Any:
+    """Call a class or function with the options, after a check of their names."""
+    try:
+        inspect.signature(function).bind(**options)
+    except TypeError as error:
+        raise ValueError(f"{kind} '{spec}': {error}. It takes {inspect.signature(function)}.") from None
+    return function(**options)

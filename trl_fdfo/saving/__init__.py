@@ -1,0 +1,1 @@
+"""Checkpoints, adapters, the Hub."""

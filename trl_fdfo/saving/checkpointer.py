@@ -1,0 +1,168 @@
+"""
+What a run may resume from, and where it writes its checkpoints.
+
+Checkpoints stand at the ends of rollouts, so they hold no rollout data, and random numbers follow from (seed, rollout,
+index): a resumed run is the run that was never stopped, to the bit.
+"""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
+from transformers.utils import logging
+
+from .checkpoint_files import SAVING, changes, commit, fault, newest_good_checkpoint, removed_on_error, set_aside_after
+
+
+logger = logging.get_logger(__name__)
+
+# A change of these needs other weights or another optimizer than a checkpoint has.
+_NEEDS_OTHER_WEIGHTS = ("use_peft:", "optim:", "adapter.")
+
+
+class Checkpointer:
+    """
+    The checkpoints of one run.
+
+    Args:
+        output_dir (`str`): Folder of the run.
+        fingerprint (`dict`): What two runs must share to resume from one another's checkpoints, as JSON values.
+        allow_changes (`bool`): Resume although the fingerprint differs, with a warning.
+        save_total_limit (`int`, *optional*): Checkpoints to keep.
+
+    Attributes:
+        folder (`Path`): Folder in which Trainer writes its `checkpoint-<step>`: a staging folder while one is written.
+    """
+
+    def __init__(
+        self, output_dir: str, fingerprint: dict[str, Any], allow_changes: bool, save_total_limit: int | None
+    ):
+        self.output_dir = Path(output_dir)
+        self.fingerprint = fingerprint
+        self.folder = self.output_dir
+        self._allow_changes = allow_changes
+        self._save_total_limit = save_total_limit
+
+    # Resuming ---------------------------------------------------------------------------------------------------------
+
+    def find(self, resume_from_checkpoint: str | bool | None, is_main_process: bool) -> str | None:
+        """
+        The checkpoint to resume from; None starts from the beginning. All processes must call it.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*): A checkpoint, or `True` for the newest good one.
+            is_main_process (`bool`): This process reads the files, and the others take what it has found.
+
+        Raises:
+            ValueError: There is no such checkpoint, it (or each of them) is damaged, or another run wrote it.
+        """
+        # From a command line it is a string.
+        resume = {"true": True, "false": False}.get(str(resume_from_checkpoint).lower(), resume_from_checkpoint)
+        if not resume:
+            return None
+        if not isinstance(resume, (bool, str, os.PathLike)):
+            raise ValueError(f"resume_from_checkpoint={resume!r} must be True, or the path of a checkpoint.")
+        found: list[Any] = [None, None]
+        if is_main_process:
+            try:
+                found[0] = self._good_checkpoint(resume)
+            except ValueError as error:
+                found[1] = error
+        checkpoint, error = broadcast_object_list(found)
+        if error is not None:
+            raise error
+        return checkpoint
+
+    def begin(self, checkpoint: str | None) -> None:
+        """Set aside what stands after the step where the run begins. To be called by one process."""
+        step = 0
+        if checkpoint is not None:
+            # Not from the name, which a download from the Hub changes.
+            step = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME)).global_step
+        set_aside_after(self.output_dir, step)
+
+    def how_to_resume(self) -> str:
+        checkpoints = sort_checkpoints(self.output_dir, PREFIX_CHECKPOINT_DIR)
+        if not checkpoints:
+            return f"There is no checkpoint in {self.output_dir} yet: it will start from the beginning."
+        return f"To go on from {checkpoints[-1]}: train(resume_from_checkpoint=True), or --resume_from_checkpoint true."
+
+    def _good_checkpoint(self, resume: str | bool) -> str | None:
+        if resume is True:
+            checkpoint = newest_good_checkpoint(self.output_dir)
+            if checkpoint is None:
+                logger.warning(f"There is no checkpoint in {self.output_dir} yet: the run starts from the beginning.")
+                return None
+        else:
+            checkpoint = Path(resume)
+            found = fault(checkpoint)
+            if found is not None:
+                raise ValueError(f"Cannot resume from {checkpoint}: {found}.")
+        changed = changes(checkpoint, self.fingerprint)
+        impossible = [change for change in changed if change.startswith(_NEEDS_OTHER_WEIGHTS)]
+        if impossible:
+            raise ValueError(
+                f"{checkpoint} has the weights and optimizer of another run: {'; '.join(impossible)}. No run can go on from "
+                "them with these options: set them back, or start anew."
+            )
+        if changed and not self._allow_changes:
+            raise ValueError(
+                f"{checkpoint} is from another run: {'; '.join(changed)}. Set them back, or set "
+                "resume_with_changed_options=True to go on with what is new."
+            )
+        if changed:
+            logger.warning(f"Going on from {checkpoint} with changes: {'; '.join(changed)}.")
+        return str(checkpoint)
+
+    # Saving -----------------------------------------------------------------------------------------------------------
+
+    def path(self, step: int, output_dir: Path | None = None) -> Path:
+        """The checkpoint of an optimizer step, in this run's folder or another's."""
+        return (output_dir or self.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+    def existing(self, step: int | None, output_dir: Path | None = None) -> str | None:
+        """The same as text; None if there is no such checkpoint."""
+        checkpoint = self.path(step, output_dir)
+        return str(checkpoint) if checkpoint.is_dir() else None
+
+    @contextlib.contextmanager
+    def staged(self, step: int, is_writer: bool, wait_for_everyone: Callable[[], None]) -> Iterator[Path]:
+        """
+        The folder in which the files of a checkpoint are written; it gets its name when all of it is on the disk. All
+        processes must call it.
+
+        Args:
+            step (`int`): Optimizer steps so far.
+            is_writer (`bool`): This process completes the checkpoint.
+            wait_for_everyone (`Callable`): A barrier of all processes.
+
+        Raises:
+            RuntimeError: Writing failed; nothing of the checkpoint is left.
+        """
+        saving, name = self.output_dir / SAVING, self.path(step).name
+        with removed_on_error(saving, is_writer):
+            if is_writer:
+                shutil.rmtree(saving, ignore_errors=True)  # left by a run that was killed
+            wait_for_everyone()
+            self.folder = saving
+            try:
+                yield saving / name
+            finally:
+                self.folder = self.output_dir
+            if is_writer:
+                commit(saving / name, self.path(step), self.fingerprint)
+                shutil.rmtree(saving)
+        wait_for_everyone()
+
+    def rotate(self, best: str | None) -> None:
+        """Delete the oldest checkpoints beyond the limit, but not the best. To be called by one process."""
+        rotate_checkpoints(
+            output_dir=str(self.output_dir), save_total_limit=self._save_total_limit, best_model_checkpoint=best
+        )

@@ -1,0 +1,60 @@
+"""The fingerprint of a run: what two runs must share to resume from one another's checkpoints."""
+
+from typing import Any
+
+from datasets import Dataset, Value
+from diffusers import DiffusionPipeline
+from peft import PeftConfig
+
+from ..pipeline.checksums import checksum, config_checksum, weights_checksum
+from ..pipeline.trained import trained_module
+
+
+def fingerprint(
+    options: dict[str, Any],
+    pipeline: DiffusionPipeline,
+    prompts: Dataset,
+    rewards: dict[str, str],
+    adapter: PeftConfig | None,
+    continues_adapter: bool,
+) -> dict[str, Any]:
+    """
+    Everything that the result of a run depends on, as JSON values; the larger parts as checksums.
+
+    Args:
+        options (`dict[str, Any]`): Options that change the result.
+        pipeline (`DiffusionPipeline`): The pipeline, with its adapter.
+        prompts (`datasets.Dataset`): The training prompts.
+        rewards (`dict[str, str]`): Description of each reward.
+        adapter (`PeftConfig`, *optional*): The adapter that is trained.
+        continues_adapter (`bool`): Its first weights come from another training.
+    """
+    transformer = trained_module(pipeline)
+    frozen = [p for p in transformer.parameters() if not p.requires_grad]
+    trained = [p for p in transformer.parameters() if p.requires_grad]
+    scalars = [name for name, feature in prompts.features.items() if isinstance(feature, Value)]
+    return {
+        **options,
+        **{f"adapter.{name}": value for name, value in _adapter_options(adapter).items()},
+        "pipeline": type(pipeline).__name__,
+        "components": sorted(name for name, component in pipeline.components.items() if component is not None),
+        "transformer (checksum of its config)": config_checksum(transformer.config),
+        "transformer (checksum of its frozen weights)": weights_checksum(frozen),
+        "adapter (checksum of the weights to go on from)": weights_checksum(trained) if continues_adapter else None,
+        "scheduler (checksum of its config)": config_checksum(pipeline.scheduler.config),
+        "dataset (checksum of its text and numbers)": checksum([prompts[name] for name in scalars]),
+        "rewards": rewards,
+    }
+
+
+def _adapter_options(adapter: PeftConfig | None) -> dict[str, Any]:
+    """The options of an adapter that differ from PEFT's defaults, and its rank and alpha."""
+    if adapter is None:
+        return {}
+    defaults = type(adapter)().to_dict()
+    return {
+        name: sorted(value) if isinstance(value, set) else value
+        for name, value in adapter.to_dict().items()
+        if (value != defaults.get(name) or name in ("r", "lora_alpha"))
+        and name not in ("base_model_name_or_path", "peft_version")
+    }

@@ -1,0 +1,448 @@
+"""
+The model card: README.md beside a result, with its pictures. The words are in the template model_card.md.
+
+The trainer makes a [`CardRecord`] of plain values, and `write_model_card` renders it.
+"""
+
+import functools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import jinja2
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HTTPError
+from torch import Tensor
+from transformers.utils import logging
+
+from ..media import makes_video, middle_frame
+from ..metric_names import EVAL_PREFIX, REWARD
+from ..pipeline.loading import base_model_name
+from ..pipeline.trained import trained_module
+from ..reporting.sheets import before_after_grid, picture
+
+
+logger = logging.get_logger(__name__)
+
+PACKAGED_TEMPLATE = Path(__file__).with_suffix(".md")
+
+_FRAMEWORKS = ("trl", "transformers", "diffusers", "peft", "accelerate", "datasets")
+_WIDGET_PROMPTS = 8
+_GRID_PROMPTS, _GRID_SEEDS = 9, 3  # seeds are images per prompt
+
+
+@dataclass(frozen=True)
+class Paper:
+    """
+    The paper of an algorithm.
+
+    Attributes:
+        title (`str`): The whole title.
+        authors (`Sequence[str]`): Each as "Last, First".
+        arxiv_id (`str`): Number on arXiv, such as "2505.05470".
+        year (`int`): Year of publication.
+        key (`str`): Key of the BibTeX entry.
+    """
+
+    title: str
+    authors: Sequence[str]
+    arxiv_id: str
+    year: int
+    key: str
+
+    @property
+    def url(self) -> str:
+        return f"https://arxiv.org/abs/{self.arxiv_id}"
+
+    @property
+    def bibtex(self) -> str:
+        fields = {
+            "title": self.title,
+            "author": " and ".join(self.authors),
+            "year": self.year,
+            "eprint": self.arxiv_id,
+            "archivePrefix": "arXiv",
+            "url": self.url,
+        }
+        lines = [f"  {name:<13} = {{{value}}}" for name, value in fields.items()]
+        return f"@misc{{{self.key},\n" + ",\n".join(lines) + "\n}"
+
+
+@dataclass(frozen=True)
+class PipelineRecord:
+    """
+    The pipeline that was trained, and how it was called. `PipelineRecord.of` reads it from the pipeline.
+
+    Attributes:
+        class_name (`str`): Name of its class.
+        dtype (`torch.dtype`): Type of the trained module's weights.
+        call_kwargs (`Mapping[str, Any]`): Arguments of its call in training. The card shows the literals.
+        columns (`Sequence[str]`): Dataset columns that were passed to its call, such as images to edit.
+        makes_video (`bool`): True if it makes videos.
+        absent (`Sequence[str]`): Components that this pipeline does without and the base model may have, such as a
+            large text encoder.
+        hub_id (`str`, *optional*): Hub id that it was loaded from.
+        folder (`str`, *optional*): Name of the local folder that it was loaded from.
+    """
+
+    class_name: str
+    dtype: torch.dtype
+    call_kwargs: Mapping[str, Any]
+    columns: Sequence[str] = ()
+    makes_video: bool = False
+    absent: Sequence[str] = ()
+    hub_id: str | None = None
+    folder: str | None = None
+
+    @classmethod
+    def of(
+        cls, pipeline: DiffusionPipeline, call_kwargs: Mapping[str, Any], columns: Sequence[str] = ()
+    ) -> "PipelineRecord":
+        origin, is_on_hub = base_model_name(pipeline)
+        optional = pipeline._optional_components
+        return cls(
+            class_name=type(pipeline).__name__,
+            dtype=trained_module(pipeline).dtype,
+            call_kwargs=call_kwargs,
+            columns=columns,
+            makes_video=makes_video(pipeline),
+            absent=[name for name, part in pipeline.components.items() if part is None and name not in optional],
+            hub_id=origin if is_on_hub else None,
+            folder=None if is_on_hub else origin,
+        )
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """
+    The training so far.
+
+    Attributes:
+        rewards (`Sequence[tuple[str, float]]`): Name and weight of each reward.
+        hyperparameters (`Mapping[str, Any]`): Values by name, in the order of the card. The card leaves out None.
+        num_prompts (`int`): Number of training prompts.
+        first_prompt (`str`): The first of them.
+        rollouts (`int`): Number of rollouts.
+        images (`int`): Images that were sampled and scored.
+        log_history (`Sequence[Mapping[str, Any]]`): `trainer.state.log_history`.
+        prompt_file (`str`, *optional*): Name of the file of the prompts, without its folder.
+    """
+
+    rewards: Sequence[tuple[str, float]]
+    hyperparameters: Mapping[str, Any]
+    num_prompts: int
+    first_prompt: str
+    rollouts: int
+    images: int
+    log_history: Sequence[Mapping[str, Any]]
+    prompt_file: str | None = None
+
+
+@dataclass(frozen=True)
+class SampleRecord:
+    """
+    Samples of P prompts from the same seeds, before and after training.
+
+    Attributes:
+        prompts (`Sequence[str]`): The P prompts.
+        images (`Mapping[str, Tensor]`): Floats in [0, 1] by the name of a column, such as "before" and "after", shape
+            [P, S, 3, H, W]; videos [P, S, F, 3, H, W]. The card shows samples only if "after" is there.
+        results (`Mapping[str, Mapping[str, float]]`): Metrics by the name of a column. A column may be missing.
+        held_out (`bool`): True if the prompts were held out of training.
+        diversity (`str`): Name of the metric of diversity.
+    """
+
+    prompts: Sequence[str]
+    images: Mapping[str, Tensor]
+    results: Mapping[str, Mapping[str, float]]
+    held_out: bool
+    diversity: str
+
+
+@dataclass(frozen=True)
+class CardRecord:
+    """
+    Everything that a model card says.
+
+    ```python
+    CardRecord(
+        algorithm="FDFO",
+        paper=Paper(title, authors, arxiv_id, year, key),
+        repo_id="me/my-lora",
+        adapter="diffusers",
+        pipeline=PipelineRecord.of(pipeline, call_kwargs, columns),
+        training=TrainingRecord(
+            rewards, hyperparameters, num_prompts, first_prompt, rollouts, images, log_history, prompt_file
+        ),
+        samples=SampleRecord(prompts, images, results, held_out, diversity),
+        template="my_card.md",
+    )
+    ```
+
+    Attributes:
+        algorithm (`str`): Name of the algorithm.
+        paper ([`Paper`]): Its paper.
+        repo_id (`str`): Hub id of the result, or the name of its folder.
+        adapter (`str`, *optional*): "diffusers" if `load_lora_weights` opens the adapter, "peft" if only PEFT opens it,
+            None if the whole module was trained.
+        pipeline ([`PipelineRecord`]): The pipeline that was trained.
+        training ([`TrainingRecord`]): The training so far.
+        samples ([`SampleRecord`], *optional*): Samples before and after training.
+        template (`str` or `Path`, *optional*): Template in place of the packaged one.
+        model_name (`str`, *optional*): Title of the card. Default: the last part of `repo_id`.
+        dataset_name (`str`, *optional*): Hub id of the prompts.
+        tags (`str` or `Sequence[str]`): Tags beside those that every card has.
+        license (`str`, *optional*): Default: the licence on the base model's card.
+        base_model (`str`, *optional*): Hub id of the base model. Default: `pipeline.hub_id`.
+    """
+
+    algorithm: str
+    paper: Paper
+    repo_id: str
+    adapter: str | None
+    pipeline: PipelineRecord
+    training: TrainingRecord
+    samples: SampleRecord | None = None
+    template: str | Path | None = None
+    model_name: str | None = None
+    dataset_name: str | None = None
+    tags: str | Sequence[str] = ()
+    license: str | None = None
+    base_model: str | None = None
+
+
+def check_template(path: str) -> None:
+    """
+    Raises:
+        ValueError: `path` is no jinja2 template, or the template does not show the metadata.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        jinja2.Environment().parse(text)
+    except (OSError, UnicodeDecodeError, jinja2.TemplateSyntaxError) as error:
+        raise ValueError(f"model_card_template='{path}' cannot be read as a jinja2 template: {error}.") from error
+    if "card_data" not in text:
+        raise ValueError(
+            f"model_card_template='{path}' has no {{{{ card_data }}}}, and without metadata the Hub does not know what "
+            f"the model is: put it at the top, between two lines of ---. The packaged template is {PACKAGED_TEMPLATE}."
+        )
+
+
+def write_model_card(record: CardRecord, folder: str | Path) -> None:
+    """Write README.md and its pictures into `folder`. Only one process calls it."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    training = record.training
+    samples = record.samples if record.samples is not None and "after" in record.samples.images else None
+    widget = _save_widget(samples, folder) if samples is not None else []
+    card = ModelCard.from_template(
+        _metadata(record, widget),
+        template_path=str(record.template or PACKAGED_TEMPLATE),
+        model_name=record.model_name or record.repo_id.rpartition("/")[2],
+        algorithm=record.algorithm,
+        paper=record.paper,
+        pipeline=record.pipeline.class_name,
+        is_adapter=record.adapter is not None,
+        has_widget=bool(widget),
+        snippet=usage_snippet(record),
+        sampling=list(_literals(record.pipeline.call_kwargs).items()),
+        rewards=[(name, f"{weight:g}") for name, weight in training.rewards],
+        prompts=f"{training.num_prompts:,} prompts from {_source(record)}",
+        rollouts=f"{training.rollouts:,}",
+        images=f"{training.images:,}",
+        duration=_training_time(training.log_history),
+        hyperparameters=[
+            (name, value.value if isinstance(value, Enum) else value)
+            for name, value in training.hyperparameters.items()
+            if value is not None
+        ],
+        versions=[
+            ("trl_fdfo", version("trl_fdfo")),
+            ("torch", torch.__version__),
+            *((name, version(name)) for name in _FRAMEWORKS),
+        ],
+        **_results(samples),
+        before_after=_save_before_after(samples, folder),
+        **_save_curves(training.log_history, folder),
+    )
+    card.save(folder / "README.md")
+
+
+def usage_snippet(record: CardRecord) -> str:
+    """Return Python code that loads the result from `record.repo_id` and makes an image or a video as in training."""
+    pipeline = record.pipeline
+    name = pipeline.class_name if hasattr(diffusers, pipeline.class_name) else DiffusionPipeline.__name__
+    base = record.base_model or pipeline.hub_id or pipeline.folder or "path/to/the/pipeline"
+    loaded = record.repo_id if record.adapter is None else base
+    source = [f'"{loaded}"', *(f"{part}=None" for part in pipeline.absent), f"dtype={pipeline.dtype}"]
+    imports, load = ["import torch", f"from diffusers import {name}"], []
+    if record.adapter == "diffusers":
+        load = [f'pipeline.load_lora_weights("{record.repo_id}")']
+    elif record.adapter == "peft":
+        imports.append("from peft import PeftModel")
+        load = [f'PeftModel.from_pretrained(pipeline.transformer, "{record.repo_id}")']
+    inputs = {column: f'load_image("{column}.png")' for column in pipeline.columns}
+    if inputs:
+        imports.append("from diffusers.utils import load_image")
+    if pipeline.makes_video:
+        imports.append("from diffusers.utils import export_to_video")
+        made, part, save = "video", "frames", 'export_to_video(video, "video.mp4")'
+    else:
+        made, part, save = "image", "images", 'image.save("image.png")'
+    prompt = record.samples.prompts[0] if record.samples is not None else record.training.first_prompt
+    arguments = {**inputs, **_literals(pipeline.call_kwargs)}
+    call = [json.dumps(prompt, ensure_ascii=False), *(f"{n}={v}" for n, v in arguments.items())]
+    lines = [
+        *sorted(imports, key=lambda line: line.startswith("from")),
+        "",
+        _call(f"pipeline = {name}.from_pretrained", source),
+        *load,
+        'pipeline.to("cuda" if torch.cuda.is_available() else "cpu")',
+        f"{_call(f'{made} = pipeline', call)}.{part}[0]",
+        save,
+    ]
+    return "\n".join(lines)
+
+
+def _call(function: str, arguments: list[str]) -> str:
+    line = f"{function}({', '.join(arguments)})"
+    return line if len(line) < 80 else "\n".join([f"{function}(", *(f"    {a}," for a in arguments), ")"])
+
+
+def _literals(call_kwargs: Mapping[str, Any]) -> dict[str, str]:
+    """Return the arguments that are Python literals, as code."""
+    kinds = (str, int, float, bool, list, dict)
+    return {name: repr(value) for name, value in call_kwargs.items() if isinstance(value, kinds)}
+
+
+# Metadata -------------------------------------------------------------------------------------------------------------
+
+
+def _metadata(record: CardRecord, widget: list[dict[str, Any]]) -> ModelCardData:
+    pipeline, is_adapter = record.pipeline, record.adapter is not None
+    base_model = record.base_model or pipeline.hub_id
+    relation = "adapter" if is_adapter else "finetune"
+    task = "image-to-image" if pipeline.columns else "text-to-video" if pipeline.makes_video else "text-to-image"
+    own_tags = [record.tags] if isinstance(record.tags, str) else record.tags
+    return ModelCardData(
+        library_name="diffusers",
+        base_model=base_model,
+        base_model_relation=relation if base_model is not None else None,
+        pipeline_tag=task,
+        tags=[task, "diffusers", "trl", record.algorithm.lower(), *(["lora"] if is_adapter else []), *own_tags],
+        datasets=record.dataset_name,
+        widget=widget or None,
+        **({"license": record.license} if record.license is not None else _license(base_model)),
+    )
+
+
+@functools.cache
+def _license(base_model: str | None) -> dict[str, str]:
+    """Return the licence on the base model's card; nothing if the card cannot be read."""
+    if base_model is None:
+        return {}
+    try:
+        data = ModelCard.load(base_model, ignore_metadata_errors=True).data
+    except (OSError, HTTPError, ValueError) as error:
+        logger.info(f"The licence of {base_model} is not known: {error}")
+        return {}
+    found = {name: getattr(data, name, None) for name in ("license", "license_name", "license_link")}
+    if found["license_link"] and "://" not in found["license_link"]:
+        found["license_link"] = f"https://huggingface.co/{base_model}/blob/main/{found['license_link']}"
+    return {name: value for name, value in found.items() if value is not None}
+
+
+# Text -----------------------------------------------------------------------------------------------------------------
+
+
+def _source(record: CardRecord) -> str:
+    if record.dataset_name is not None:
+        return f"[{record.dataset_name}](https://huggingface.co/datasets/{record.dataset_name})"
+    file = record.training.prompt_file
+    return "a list of its own" if file is None else f"`{file}`"
+
+
+def _results(samples: SampleRecord | None) -> dict[str, Any]:
+    """Return the template's variables for the table of results."""
+    if samples is None:
+        return {"columns": [], "rows": [], "held_out": False, "num_images": 0, "diversity": None}
+    columns = {name: samples.results[name] for name in samples.images if name in samples.results}
+    metrics = list(dict.fromkeys(metric for values in columns.values() for metric in values))
+    return {
+        "columns": list(columns),
+        "rows": [(metric, [_shown(values.get(metric)) for values in columns.values()]) for metric in metrics],
+        "held_out": samples.held_out,
+        "num_images": len(samples.images["after"].flatten(0, 1)),
+        "diversity": samples.diversity if samples.diversity in metrics else None,
+    }
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None or math.isnan(value) else f"{value:.3g}"
+
+
+def _training_time(log_history: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return the time that the last finished call of `train` took, as text."""
+    finished = [log["train_runtime"] for log in log_history if "train_runtime" in log]
+    if not finished:
+        return None
+    seconds = finished[-1]
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+# Pictures -------------------------------------------------------------------------------------------------------------
+
+
+def _save_widget(samples: SampleRecord, folder: Path) -> list[dict[str, Any]]:
+    """Write one image of each prompt, and list them in the format of the Hub's widget."""
+    (folder / "images").mkdir(exist_ok=True)
+    images = middle_frame(samples.images["after"])
+    widget = []
+    for number, place in enumerate(_spread(len(samples.prompts), _WIDGET_PROMPTS)):
+        name = f"images/{number}.png"
+        picture(images[place, 0]).save(folder / name)
+        widget.append({"text": samples.prompts[place], "output": {"url": name}})
+    return widget
+
+
+def _save_before_after(samples: SampleRecord | None, folder: Path) -> str | None:
+    """Draw the first column of samples above "after", and return the name of the file; None if there is one column."""
+    if samples is None or len(samples.images) < 2:
+        return None
+    titles = (next(iter(samples.images)), "after")
+    shown = _spread(len(samples.prompts), _GRID_PROMPTS)
+    before, after = (middle_frame(samples.images[title])[shown, :_GRID_SEEDS] for title in titles)
+    name = "before_after.png"
+    before_after_grid([samples.prompts[place] for place in shown], before, after, titles).save(folder / name)
+    return name
+
+
+def _save_curves(log_history: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, str | None]:
+    """Draw the curves that have at least two points, and return the names of their files; None for the others."""
+    made: dict[str, str | None] = {"reward_curve": None, "evaluation": None}
+    try:
+        from ..reporting.curves import evaluation_curves, reward_curve
+    except ImportError as error:
+        logger.info(f"The model card has no curves: {error}")
+        return made
+    curves = (("reward_curve", REWARD, reward_curve), ("evaluation", EVAL_PREFIX + REWARD, evaluation_curves))
+    for name, metric, draw in curves:
+        if sum(metric in log for log in log_history) > 1:
+            made[name] = f"{name}.png"
+            draw(log_history, folder / made[name])
+    return made
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """Return at most `most` places out of `count`, evenly spread."""
+    return torch.linspace(0, count - 1, min(count, most)).round().long().tolist()

@@ -1,0 +1,101 @@
+"""Reads and writes whole the weights that DeepSpeed ZeRO-3 or FSDP2 have spread over the processes; all take part."""
+
+import contextlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import DiffusionPipeline
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ..pipeline.patch import shadowed
+from ..pipeline.trained import TRAINED, trained_module
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    """True if all processes must take part in a forward pass, for which they gather the weights."""
+    return bool(_fsdp_modules(model)) or any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The parameters that have gradients, by name. Ask anew each time: FSDP2 puts others in their place."""
+    for module in _fsdp_modules(model):
+        module.reshard()  # a forward pass may have left it whole, as a copy
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def whole_values(parameters: Iterable[torch.nn.Parameter]) -> list[Tensor]:
+    """Copies of the parameters, whole, on each process."""
+    parameters = list(parameters)
+    with _gathered(parameters):
+        return [
+            (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach().clone()
+            for parameter in parameters
+        ]
+
+
+def set_values(parameters: Iterable[torch.nn.Parameter], values: Iterable[Tensor]) -> None:
+    """Write whole values, the same on each process, into the parameters."""
+    parameters = list(parameters)
+    with _gathered(parameters, write=True):
+        for parameter, value in zip(parameters, values):
+            value = value.to(parameter.device, parameter.dtype)
+            if isinstance(parameter, DTensor):
+                value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+            parameter.data.copy_(value)
+
+
+def save_whole_pipeline(pipeline: DiffusionPipeline, folder: str | Path, is_writer: bool) -> None:
+    """
+    `pipeline.save_pretrained` with the whole weights of the trained module. To be called by all processes.
+
+    Args:
+        pipeline (`DiffusionPipeline`): The pipeline, whose trained module may be sharded.
+        folder (`str` or `Path`): Folder to write.
+        is_writer (`bool`): This process writes.
+    """
+    module = trained_module(pipeline)
+    if not _fsdp_modules(module):
+        with _gathered(list(module.parameters())):
+            if is_writer:
+                _save_pipeline(pipeline, folder)
+        return
+    # FSDP2 shards again what is whole before it gives the state dict: a twin takes the weights.
+    state = {
+        name: (value.full_tensor() if isinstance(value, DTensor) else value).cpu()
+        for name, value in module.state_dict().items()
+    }
+    if is_writer:
+        # FSDP2 has made a class of its own of the module's.
+        twin_class = next(c for c in type(module).__mro__ if not issubclass(c, FSDPModule))
+        with init_empty_weights():
+            twin = twin_class.from_config(dict(module.config))
+        twin.load_state_dict(state, assign=True)
+        with shadowed(pipeline, **{TRAINED: twin}):
+            _save_pipeline(pipeline, folder)
+
+
+def _save_pipeline(pipeline: DiffusionPipeline, folder: str | Path) -> None:
+    """Write the pipeline without the folders of this machine that its parts came from."""
+    pipeline.save_pretrained(folder)
+    for file in Path(folder).glob("*/config.json"):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if config.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _fsdp_modules(model: torch.nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def _gathered(parameters: list[torch.nn.Parameter], write: bool = False) -> contextlib.AbstractContextManager:
+    # A parameter that ZeRO-3 has sharded has an id of DeepSpeed's.
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return contextlib.nullcontext()
+    from deepspeed.runtime.zero import GatheredParameters
+
+    return GatheredParameters(parameters, modifier_rank=0 if write else None)

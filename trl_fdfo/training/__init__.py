@@ -1,0 +1,1 @@
+"""Rollouts and updates in `transformers.Trainer`, for any algorithm."""

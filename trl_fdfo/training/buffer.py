@@ -1,0 +1,112 @@
+"""
+A rollout's tuples and the order in which the optimizer steps see them.
+
+The unit of training is (rollout batch j, noise level k): the batch as it was sampled, at one step of the sampler. Global
+numbers decide the order, so that a result does not depend on how many processes share the batches.
+
+Dimensions: P prompts, G branches, T steps, K trained levels per batch, M optimizer steps per rollout.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor
+
+from ..pipeline.records import RolloutBatch
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredBatch:
+    """
+    A rollout batch with the targets that its rewards give: everything that an update needs.
+
+    Attributes:
+        sampled ([`RolloutBatch`]): The recorded tuples (x_t, v_old).
+        targets (`tuple[Tensor, ...]`): What the loss learns from the rewards, each tensor with N samples in front.
+        levels (`list[int]`): The K trained levels, in the order in which they are dealt.
+    """
+
+    sampled: RolloutBatch
+    targets: tuple[Tensor, ...]
+    levels: list[int]
+
+    def on_device(self, device: torch.device, level: int) -> "ScoredBatch":
+        """The batch with everything that the loss needs at one level on the device, without copying what is there."""
+        sampled = self.sampled
+        tuples = {
+            name: {level: getattr(sampled, name)[level].to(device, non_blocking=True)}
+            for name in ("x_t", "velocities", "x_s")
+            if level in getattr(sampled, name)
+        }
+        targets = send_to_device(self.targets, device, non_blocking=True)
+        return replace(self, sampled=replace(sampled, **tuples), targets=targets)
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """
+    Attributes:
+        batch ([`ScoredBatch`]): A rollout batch.
+        level (`int`): The trained noise level, in [0, T).
+        step (`int`): Optimizer step of the rollout that it belongs to, in [0, M x num_iterations).
+    """
+
+    batch: ScoredBatch
+    level: int
+    step: int
+
+
+class RolloutBuffer:
+    """
+    The batches of one process, dealt to the optimizer steps: unit q = j K + i of batch j goes to step q mod M.
+
+    Args:
+        rollout (`int`): Number of the rollout, from 0.
+        first_batch (`int`): Global number j of the first batch.
+        batches (`list[ScoredBatch]`): The process's batches, consecutive by global number, K levels each.
+        optimizer_steps (`int`): M, which divides len(batches) x K.
+    """
+
+    def __init__(self, rollout: int, first_batch: int, batches: list[ScoredBatch], optimizer_steps: int):
+        self.rollout = rollout
+        self.steps: list[list[tuple[ScoredBatch, int]]] = [[] for _ in range(optimizer_steps)]
+        for j, batch in enumerate(batches, start=first_batch):
+            for i, level in enumerate(batch.levels):
+                self.steps[(j * len(batch.levels) + i) % optimizer_steps].append((batch, level))
+        self.micro_batches_per_step = len(self.steps[0])
+        assert all(len(step) == self.micro_batches_per_step for step in self.steps), "M must divide the units"
+
+    def __getitem__(self, index: int) -> MicroBatch:
+        """Micro-batch `index` of the rollout, counted over the passes (`num_iterations`) on it."""
+        step, position = divmod(index, self.micro_batches_per_step)
+        batch, level = self.steps[step % len(self.steps)][position]
+        return MicroBatch(batch, level, step)
+
+
+def trained_levels(
+    num_levels: int, num_trained_levels: int, optimizer_steps: int, seed: int, rollout: int, batch: int
+) -> list[int]:
+    """
+    Noise levels that a rollout batch is trained on, in the order in which they are dealt to the optimizer steps.
+
+    One is drawn from each of K equal strata of the schedule, and each run of M neighbouring ones is shuffled: every
+    optimizer step gets an even spread of levels.
+
+    Args:
+        num_levels (`int`): T.
+        num_trained_levels (`int`): K <= T.
+        optimizer_steps (`int`): M.
+        seed (`int`): Seed of the run.
+        rollout (`int`): Number of the rollout.
+        batch (`int`): Global number j of the batch.
+
+    Returns:
+        `list[int]`: K distinct levels in [0, T).
+    """
+    rng = np.random.default_rng([seed, rollout, batch])
+    strata = np.arange(num_trained_levels + 1) * num_levels // num_trained_levels
+    levels = rng.integers(strata[:-1], strata[1:])
+    runs = [levels[start : start + optimizer_steps] for start in range(0, num_trained_levels, optimizer_steps)]
+    return np.concatenate([rng.permutation(run) for run in runs]).tolist()

@@ -1,0 +1,539 @@
+"""Options that every algorithm has. Each algorithm's own stand in the `config.py` of its folder."""
+
+import inspect
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import get_int_from_env
+from transformers import TrainingArguments
+from transformers.integrations import unset_hf_deepspeed_config
+from transformers.utils import is_torch_bf16_gpu_available, logging
+
+from ..redaction import without_folders
+from . import config_checks
+from .config_checks import nearest_multiples
+
+
+logger = logging.get_logger(__name__)
+
+# Arguments of the pipeline's call that are options of their own.
+OPTIONS_OF_CALL = ("num_inference_steps", "guidance_scale", "height", "width")
+QUANTIZATIONS = ("nf4", "int8")
+
+# Options of `TrainingArguments` that change the result of a run.
+_INHERITED_RESULT_OPTIONS = (
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "optim_args"),
+    *("lr_scheduler_kwargs", "warmup_steps", "fp16", "seed"),
+)
+
+
+class _Metadata(dict):
+    """Metadata of a field. `HfArgumentParser` passes a copy to argparse, which does not know `changes_result`."""
+
+    def copy(self) -> dict[str, Any]:
+        return {name: value for name, value in self.items() if name != "changes_result"}
+
+
+def option(default: Any, help: str, *, changes_result: bool = True, choices: tuple[str, ...] | None = None) -> Any:
+    """
+    A field of a config.
+
+    Args:
+        default: Its default.
+        help (`str`): Its line in `--help`.
+        changes_result (`bool`): A run with another value ends in other weights, so it cannot resume from a checkpoint.
+        choices (`tuple[str, ...]`, *optional*): The values that it may have.
+    """
+    metadata = _Metadata(help=help, changes_result=changes_result, **({"choices": list(choices)} if choices else {}))
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class RolloutConfig(TrainingArguments):
+    r"""
+    Options of online reinforcement learning: those of [`~transformers.TrainingArguments`] and the ones below. The defaults
+    suit Stable Diffusion 3.5 Medium at 512 pixels.
+
+    An epoch of the Trainer is one rollout and the optimizer steps on it: `save_strategy="epoch"` saves after each
+    rollout, and the logged `epoch` counts rollouts.
+
+    Parameters:
+        > Data
+
+        dataset_name (`str`, *optional*):
+            Prompts to train on if the trainer gets no `train_dataset`: a Hub id, or a local .txt (one prompt per
+            line), .json, .jsonl, .csv or .parquet file. `None` takes the packaged list of prompts.
+        dataset_prompt_column (`str`, defaults to `"prompt"`):
+            Column of the dataset that holds the prompts. All columns are passed to the reward functions.
+        pipeline_columns (`list[str]`, *optional*):
+            Columns of the dataset that the pipeline's call gets too, under their own names: `["image"]` for a
+            pipeline that edits an image. Needs `per_device_prompt_batch_size=1`: pipelines disagree on what a list of
+            images means for several prompts.
+
+        > Rollouts
+
+        num_rollouts (`int`, defaults to `100`):
+            Rollouts of the run. Sets `num_train_epochs`.
+        prompts_per_rollout (`int`, defaults to `432`):
+            Prompts of each rollout, over all processes.
+        per_device_prompt_batch_size (`int`, defaults to `2`):
+            Prompts that each process samples, and trains on, at a time; `num_generations` times as many images.
+        num_generations (`int`, defaults to `2`):
+            Images G per prompt that are compared with each other, at least 2.
+        num_inference_steps (`int`, defaults to `40`):
+            Steps T of the sampler.
+        guidance_scale (`float`, *optional*, defaults to `1.0`):
+            Guidance of the pipeline, in sampling and in training. 1 is none. `None` leaves it to the pipeline.
+        height (`int`, *optional*, defaults to `512`):
+            Height of the images in pixels. `None` takes the pipeline's default.
+        width (`int`, *optional*, defaults to `512`):
+            Width of the images in pixels. `None` takes the pipeline's default.
+        pipeline_kwargs (`dict`, *optional*):
+            Further arguments of the pipeline's call, such as `{"max_sequence_length": 128}`.
+
+        > Rewards
+
+        reward_weights (`list[float]`, *optional*):
+            Weight of each reward function in the sum. `None` weighs each by 1.
+
+        > Updates
+
+        optimizer_steps_per_rollout (`int`, defaults to `4`):
+            Equal optimizer steps M that a rollout is split into.
+        num_iterations (`int`, defaults to `1`):
+            Passes over each rollout.
+        timestep_fraction (`float`, defaults to `1.0`):
+            Fraction in (0, 1] of each rollout batch's noise levels that are trained, drawn at random and spread over
+            the schedule. A smaller fraction costs less and learns about as much per image.
+        epsilon (`float`, defaults to `0.03`):
+            Half the width of the trust region: how far one rollout may move the ratio from 1, > 0.
+        beta (`float`, defaults to `0.0`):
+            Weight of the distance from the model without its adapter, which keeps diversity. Any other value than 0
+            costs one more forward pass per micro-batch.
+
+        > What is trained
+
+        use_peft (`bool`, defaults to `True`):
+            Train LoRA adapters. `False` trains the whole transformer.
+        lora_r (`int`, defaults to `32`):
+            Rank of the adapters.
+        lora_alpha (`int`, defaults to `64`):
+            Scale of the adapters: their output is multiplied by lora_alpha / lora_r.
+        lora_target_modules (`list[str]`, *optional*):
+            Names (endings) of the linear layers that get an adapter. `None` takes the transformer's attention
+            projections.
+        adapter (`str`, *optional*):
+            LoRA adapter to continue, with its rank, alpha and layers: a Hub id, folder or .safetensors file, in the
+            format of PEFT or of diffusers. `beta` is then the distance from the model without any adapter.
+        ema_decay (`float`, *optional*):
+            Average the trained weights over rollouts with this decay in [0, 1). `evaluate`, `generate`, `save_model` and
+            the diffusers file of each checkpoint use the average. `trainer.pipeline` and PEFT's file of a checkpoint,
+            from which a run resumes, keep the trained weights. `None` does not average.
+
+        > Evaluation
+
+        num_eval_prompts (`int`, *optional*):
+            Hold out this many of the training prompts and evaluate on them, if the trainer gets no `eval_dataset`. They
+            are drawn at random, the same for every `seed`. Rows with the same prompt are not trained on either.
+        images_per_eval_prompt (`int`, *optional*):
+            Images S of each prompt in an evaluation, whose time grows with them. `None` takes 4 if `eval_diversity` is
+            set, otherwise 1.
+        eval_diversity (`str`, *optional*):
+            Measure the mean distance of the images of a prompt in an evaluation: `"clip"` or `"dreamsim"` (in the
+            embeddings of these models, loaded before the run), `"pixels"` (no weights, for tiny images), or a
+            `module:callable` as [`trl_fdfo.diversity`] describes. `None` measures none.
+        alarm_control_drop (`float`, *optional*, defaults to `0.3`):
+            Raise an alarm if a control reward (`eval_reward_fn`) has fallen since before the training by more than this
+            many of its standard deviations over the prompts, and by more than noise. `None` turns this alarm off. If an
+            alarm is on, a run with an `eval_strategy` is also evaluated before it starts.
+        alarm_diversity_drop (`float`, *optional*, defaults to `0.3`):
+            Raise an alarm if the diversity has fallen by more than this fraction, and by more than noise. `None` turns
+            this alarm off.
+        stop_on_alarm (`bool`, defaults to `False`):
+            End the run at an alarm, as early stopping does, with a checkpoint unless `save_strategy="no"`. Otherwise an
+            alarm only warns.
+
+        > Memory
+
+        offload_components (`bool`, defaults to `False`):
+            Text encoders, VAE and everything but the transformer wait in host memory while a rollout is trained on.
+            Costs their copy to the device once per rollout. Rewards have an `offload` of their own.
+        offload_trajectories (`bool`, defaults to `False`):
+            The records of a rollout (noisy latents, velocities, embeddings of the prompts) wait in host memory, and each
+            micro-batch is copied from there.
+        cache_prompt_embeds (`bool`, defaults to `False`):
+            Encode each prompt once, before the run, and keep the embeddings on disk in the cache of `datasets`, for later
+            runs too. The text encoders wait in host memory once the run begins. Costs disk: 1 MB per prompt of 128 T5
+            tokens in bfloat16. Prompts are encoded one by one, which can round differently from a batch of them. A prompt
+            that is in no dataset of the trainer is encoded when it comes.
+        quantization (`str`, *optional*):
+            `"nf4"` (bitsandbytes, on a GPU) or `"int8"` (torchao): load the linear layers of the frozen transformer in 4
+            or 8 bits and train LoRA beside them, for a pipeline that is given by its name. `int8` saves memory in an
+            update only together with `gradient_checkpointing`. Unpacking costs time in each pass, and the model is no
+            longer quite the one that was given. A pipeline that you quantised yourself needs no option.
+        vae_slicing (`bool`, defaults to `False`):
+            The VAE decodes one image at a time, in as little memory as one takes. Costs nearly nothing.
+        vae_tiling (`bool`, defaults to `False`):
+            The VAE decodes large images in overlapping tiles that are blended. Costs the overlaps, and images that
+            differ a little where tiles meet. The VAE decides which sizes are large.
+
+        > Speed
+
+        per_device_sampling_batch_size (`int`, *optional*):
+            Prompts sampled at a time by each process, a multiple of `per_device_prompt_batch_size`, which is then the
+            batch size of training alone. Sampling keeps nothing for a backward pass, and larger batches fill the GPU.
+            Costs the last bits: another batch size is computed in another order than the replay's. `None` takes
+            `per_device_prompt_batch_size`.
+        attention_backend (`str`, *optional*):
+            Backend of attention in the transformer, a name that diffusers' `set_attention_backend` knows, such as
+            `"flash"` or `"_native_cudnn"`. Diffusers then uses it wherever else in the process nothing is set. `None`
+            leaves it to PyTorch. A transformer that does not ask for a backend, and `sage`, which has no gradients, are
+            refused.
+        torch_compile (`bool`, defaults to `False`):
+            Compile the transformer's repeated blocks, not the whole. Costs the compilation, in the first rollout and the
+            first update, and a velocity replayed to rounding instead of to the bit.
+
+        > Logging
+
+        logging_images_steps (`int`, *optional*):
+            Optimizer steps between sheets of images, a multiple of the steps per rollout. A sheet shows the images of
+            the first prompts of a rollout side by side, with their rewards: a PNG file in `output_dir/pictures/`, and a
+            picture in TensorBoard, wandb and trackio if `report_to` names them. `None`: every 10 rollouts. 0: no sheets,
+            for evaluations either. Otherwise each evaluation gets one, of the same prompts and seeds.
+        num_prompts_to_log (`int`, defaults to `4`):
+            Prompts on such a sheet.
+
+        > Saving and resuming
+
+        save_on_signal (`bool`, defaults to `False`):
+            On SIGTERM or SIGINT finish the rollout's optimizer steps and save before the run ends. If the signal comes
+            while images are sampled, save at once. Without this option the run ends after the micro-batch.
+        resume_with_changed_options (`bool`, defaults to `False`):
+            Resume although options, rewards, prompts or the pipeline differ from the run that wrote the checkpoint.
+            Otherwise that is refused, with the differences. `num_rollouts` may change if the learning rate is constant;
+            options that do not change the result may always change.
+
+        > Sharing
+
+        model_card_template (`str`, *optional*):
+            A jinja2 file in the place of the packaged template of README.md, `trl_fdfo/saving/model_card.md`, which
+            names its variables.
+
+    Derived (computed once, here):
+        num_trained_levels (`int`): K = max(1, round(timestep_fraction x trainable levels)).
+        num_rollout_batches (`int`): batches per process, prompts_per_rollout / (processes x
+            per_device_prompt_batch_size).
+        steps_per_rollout (`int`): optimizer steps between two rollouts, M x num_iterations.
+        gradient_accumulation_steps (`int`): micro-batches per optimizer step, num_rollout_batches x K / M.
+
+    Raises:
+        ValueError: An option has an impossible value, or two options contradict each other.
+    """
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "pipeline_kwargs"]
+
+    # Data
+    dataset_name: str | None = option(
+        None, "Prompts: a Hub id or a txt, json, jsonl, csv or parquet file. Default: the packaged list.", changes_result=False
+    )
+    dataset_prompt_column: str = option("prompt", "Column that holds the prompts.", changes_result=False)
+    pipeline_columns: list[str] | None = option(None, "Columns that the pipeline's call gets too, such as `image`.")
+
+    # Rollouts
+    num_rollouts: int = option(100, "Rollouts of the run.")
+    prompts_per_rollout: int = option(432, "Prompts per rollout, over all processes.")
+    per_device_prompt_batch_size: int = option(2, "Prompts sampled, and trained on, at a time by each process.")
+    num_generations: int = option(2, "Images per prompt that are compared, at least 2.")
+    num_inference_steps: int = option(40, "Steps of the sampler.")
+    guidance_scale: float | None = option(1.0, "Guidance of the pipeline; 1 is none.")
+    height: int | None = option(512, "Height of the images in pixels.")
+    width: int | None = option(512, "Width of the images in pixels.")
+    pipeline_kwargs: dict | str | None = option(
+        None, "Further arguments of the pipeline's call, as a dict or a JSON string."
+    )
+
+    # Rewards
+    reward_weights: list[float] | None = option(
+        None, "Weight of each reward function; 1 each by default.", changes_result=False
+    )
+
+    # Updates
+    optimizer_steps_per_rollout: int = option(4, "Optimizer steps a rollout is split into.")
+    num_iterations: int = option(1, "Passes over each rollout.")
+    timestep_fraction: float = option(1.0, "Fraction of each rollout batch's noise levels that are trained.")
+    epsilon: float = option(0.03, "Half the width of the trust region of the ratio.")
+    beta: float = option(0.0, "Weight of the distance from the base model.")
+
+    # What is trained
+    use_peft: bool = option(True, "Train LoRA adapters; otherwise the whole transformer.")
+    lora_r: int = option(32, "Rank of the LoRA adapters.", changes_result=False)
+    lora_alpha: int = option(64, "Scale of the LoRA adapters.", changes_result=False)
+    lora_target_modules: list[str] | None = option(
+        None, "Layers that get an adapter. Default: the attention projections.", changes_result=False
+    )
+    adapter: str | None = option(
+        None, "LoRA adapter to continue: Hub id or path, of PEFT or diffusers.", changes_result=False
+    )
+    ema_decay: float | None = option(None, "Average the trained weights over rollouts for evaluation and saving.")
+
+    # Evaluation
+    num_eval_prompts: int | None = option(
+        None, "Training prompts to hold out and evaluate on, instead of an eval_dataset."
+    )
+    images_per_eval_prompt: int | None = option(
+        None, "Images per prompt in an evaluation. Default: 4 with eval_diversity, otherwise 1.", changes_result=False
+    )
+    eval_diversity: str | None = option(
+        None, "Measure of diversity: clip, dreamsim, pixels or module:callable.", changes_result=False
+    )
+    alarm_control_drop: float | None = option(
+        0.3, "Fall of a control reward, in standard deviations over prompts, for an alarm.", changes_result=False
+    )
+    alarm_diversity_drop: float | None = option(
+        0.3, "Fall of the diversity, as a fraction of the base model's, for an alarm.", changes_result=False
+    )
+    stop_on_alarm: bool = option(False, "End the run at an alarm, with a checkpoint.", changes_result=False)
+
+    # Memory
+    offload_components: bool = option(
+        False, "Text encoders and VAE in host memory while a rollout is trained on.", changes_result=False
+    )
+    offload_trajectories: bool = option(
+        False, "Noisy latents and velocities of a rollout in host memory.", changes_result=False
+    )
+    cache_prompt_embeds: bool = option(
+        False, "Encode each prompt once, to disk; text encoders in host memory.", changes_result=False
+    )
+    quantization: str | None = option(None, "Bits of the frozen transformer under LoRA.", choices=QUANTIZATIONS)
+    vae_slicing: bool = option(False, "Decode one image at a time.", changes_result=False)
+    vae_tiling: bool = option(False, "Decode large images in tiles.")
+
+    # Speed
+    per_device_sampling_batch_size: int | None = option(
+        None, "Prompts sampled at a time, a multiple of those trained on at a time.", changes_result=False
+    )
+    attention_backend: str | None = option(
+        None, "Backend of attention in the transformer, of those that diffusers has.", changes_result=False
+    )
+
+    # Logging
+    logging_images_steps: int | None = option(
+        None,
+        "Optimizer steps between sheets of images, a multiple of the steps per rollout. 0: none. Default: 10 rollouts.",
+        changes_result=False,
+    )
+    num_prompts_to_log: int = option(4, "Prompts on a sheet of images.", changes_result=False)
+
+    # Saving and resuming
+    save_on_signal: bool = option(
+        False, "Save at the next end of a rollout when SIGTERM or SIGINT ends the run.", changes_result=False
+    )
+    resume_with_changed_options: bool = option(
+        False, "Resume although something that changes the result differs.", changes_result=False
+    )
+
+    # Sharing
+    model_card_template: str | None = option(
+        None, "A jinja2 file in the place of the packaged template of README.md.", changes_result=False
+    )
+
+    # Defaults of TrainingArguments that differ here
+    learning_rate: float = option(3e-5, "Initial learning rate of AdamW.")
+    weight_decay: float = option(1e-4, "Weight decay of AdamW.")
+    lr_scheduler_type: str = option("constant", "Learning rate schedule.")
+    bf16: bool | None = option(
+        None, "bfloat16 mixed precision. Default: where the GPU has it and fp16 is not set."
+    )
+    logging_steps: float | None = option(
+        None, "Optimizer steps between logs. Default: one log per rollout.", changes_result=False
+    )
+    eval_steps: float | None = option(
+        None,
+        "Optimizer steps between evaluations, for eval_strategy='steps'. Default: save_steps.",
+        changes_result=False,
+    )
+    save_steps: float | None = option(
+        None,
+        "Optimizer steps between checkpoints, a multiple of the steps per rollout. Default: 10 rollouts.",
+        changes_result=False,
+    )
+
+    def __post_init__(self):
+        config_checks.check_types(self, self._own_options())
+        config_checks.check_pipeline_kwargs(self, OPTIONS_OF_CALL)
+        self._check()
+        self.num_trained_levels = max(1, round(self.timestep_fraction * self._num_trainable_levels()))
+        self.steps_per_rollout = self.optimizer_steps_per_rollout * self.num_iterations
+        # DeepSpeed reads the batch sizes in `super().__post_init__`, which is also what learns the number of
+        # processes: take it from the launcher's environment, and check it afterwards.
+        world_size = self._announced_processes()
+        self._derive_batches(world_size)
+        self._fill_in_defaults()
+        config_checks.check_intervals(self)
+        self._resolve_bf16()
+        try:
+            super().__post_init__()
+        except json.JSONDecodeError as error:
+            options = {
+                name: getattr(self, name) for name in self._VALID_DICT_FIELDS if isinstance(getattr(self, name), str)
+            }
+            raise ValueError(f"One of {options} is not valid JSON: {error}.") from None
+        config_checks.check_gradient_checkpointing(self)
+        config_checks.check_learning_rate_schedule(self)
+        # Under ZeRO-3 every model of transformers that is loaded from here on would be sharded and could not be called:
+        # text encoders and rewards, the user's own too.
+        unset_hf_deepspeed_config()
+        if self.world_size != world_size:
+            raise ValueError(
+                f"The environment announces {world_size} processes, but {self.world_size} are running. Launch with "
+                "`accelerate launch` or `torchrun`, which set WORLD_SIZE."
+            )
+        if self.n_gpu > 1:
+            logger.warning(
+                f"{self.n_gpu} GPUs are visible to one process, which trains on the first. For all of them: "
+                f"`accelerate launch --num_processes {self.n_gpu} ...`."
+            )
+            self._n_gpu = 1
+
+    def _check(self) -> None:
+        """
+        Refuse impossible options. An algorithm adds the checks of its own.
+
+        Raises:
+            ValueError: An option has an impossible value, or two options contradict each other.
+        """
+        config_checks.check_numbers(self)
+        config_checks.check_rollouts(self)
+        config_checks.check_training(self)
+        config_checks.check_evaluation(self)
+        config_checks.check_memory_and_speed(self, QUANTIZATIONS)
+
+    def _num_trainable_levels(self) -> int:
+        """Noise levels of the sampler that could be trained, of which `timestep_fraction` are."""
+        return self.num_inference_steps
+
+    def call_kwargs(self) -> dict[str, Any]:
+        """Arguments of the pipeline's call that options set."""
+        options = {name: getattr(self, name) for name in OPTIONS_OF_CALL}
+        return {
+            **{name: value for name, value in options.items() if value is not None},
+            **(self.pipeline_kwargs or {}),
+        }
+
+    def result_options(self) -> dict[str, Any]:
+        """The options that the result of a run depends on, as JSON values."""
+        fields = self.__dataclass_fields__
+        own = [name for name in self._own_options() if fields[name].metadata["changes_result"]]
+        names = [*own, *_INHERITED_RESULT_OPTIONS]
+        if str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)).startswith("constant"):
+            names.remove("num_rollouts")
+        return json.loads(json.dumps({name: getattr(self, name) for name in names}, default=str))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Trainer pickles its arguments beside the weights, and a push uploads them: nothing of the machine or its user.
+        return {**_redacted(self.__dict__), "hub_token": None}
+
+    def to_dict(self) -> dict[str, Any]:
+        # Trackers write this into files, and TensorBoard's files are pushed.
+        return _redacted(super().to_dict())
+
+    def _own_options(self) -> dict[str, Any]:
+        """The options that are not of `TrainingArguments`, or have another default here, with their types."""
+        classes = [c for c in reversed(type(self).__mro__) if issubclass(c, RolloutConfig)]
+        annotations = {name: kind for c in classes for name, kind in inspect.get_annotations(c).items()}
+        return {name: kind for name, kind in annotations.items() if name in self.__dataclass_fields__}
+
+    # Derived options --------------------------------------------------------------------------------------------------
+
+    def _derive_batches(self, world_size: int) -> None:
+        prompts_per_batch = world_size * self.per_device_prompt_batch_size
+        if self.prompts_per_rollout % prompts_per_batch:
+            lower, upper = nearest_multiples(self.prompts_per_rollout, prompts_per_batch)
+            raise ValueError(
+                f"prompts_per_rollout={self.prompts_per_rollout} cannot be split evenly over {world_size} process(es) "
+                f"x per_device_prompt_batch_size={self.per_device_prompt_batch_size}. The nearest that can: "
+                f"{lower} and {upper}."
+            )
+        self.num_rollout_batches = self.prompts_per_rollout // prompts_per_batch
+        units = self.num_rollout_batches * self.num_trained_levels
+        if units % self.optimizer_steps_per_rollout:
+            steps = [m for m in range(1, units + 1) if units % m == 0]
+            steps = sorted(sorted(steps, key=lambda m: abs(m - self.optimizer_steps_per_rollout))[:2])
+            # The number of batches must be a multiple of this for the steps that were asked for.
+            batches = self.optimizer_steps_per_rollout // math.gcd(
+                self.optimizer_steps_per_rollout, self.num_trained_levels
+            )
+            lower, upper = nearest_multiples(self.prompts_per_rollout, batches * prompts_per_batch)
+            raise ValueError(
+                f"The {self.num_rollout_batches} rollout batches per process x {self.num_trained_levels} trained noise "
+                f"levels = {units} micro-batches cannot be split into optimizer_steps_per_rollout="
+                f"{self.optimizer_steps_per_rollout} equal steps. The nearest that can: optimizer_steps_per_rollout="
+                f"{' or '.join(map(str, steps))}, or prompts_per_rollout={lower} or {upper}."
+            )
+        self._derive("gradient_accumulation_steps", units // self.optimizer_steps_per_rollout)
+        self._derive("per_device_train_batch_size", self.per_device_prompt_batch_size * self.num_generations)
+        # An epoch of the Trainer is a rollout.
+        self._derive("num_train_epochs", self.num_rollouts)
+
+    def _derive(self, name: str, value: int) -> None:
+        """Set an option of `TrainingArguments` that follows from ours; one that was set to something else is refused."""
+        given, default = getattr(self, name), TrainingArguments.__dataclass_fields__[name].default
+        if given not in (default, value):
+            raise ValueError(
+                f"{name}={given} cannot be set: it follows from the other options and is {value} here. Set num_rollouts, "
+                "prompts_per_rollout, per_device_prompt_batch_size, optimizer_steps_per_rollout or timestep_fraction."
+            )
+        setattr(self, name, value)
+
+    def _fill_in_defaults(self) -> None:
+        """Options whose default follows from others."""
+        ten_rollouts = 10 * self.steps_per_rollout
+        defaults = {
+            "logging_steps": self.steps_per_rollout,
+            "save_steps": ten_rollouts,
+            "logging_images_steps": ten_rollouts,
+            "per_device_sampling_batch_size": self.per_device_prompt_batch_size,
+            "images_per_eval_prompt": 1 if self.eval_diversity is None else 4,
+            # Every adapter takes part in every forward pass; searching for those that do not costs time.
+            "ddp_find_unused_parameters": not self.use_peft,
+            # They never change, and a table of positions can be a gigabyte.
+            "ddp_broadcast_buffers": False,
+        }
+        for name, default in defaults.items():
+            if getattr(self, name) is None:
+                setattr(self, name, default)
+        if self.eval_steps is None:
+            self.eval_steps = self.save_steps
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "eval_reward"
+        # A loss that is not finite ends the run: nothing is left to filter, and the filter waits for the device.
+        self.logging_nan_inf_filter = False
+        # All versions of Trainer have `gradient_checkpointing`; newer ones warn that they have another name.
+        if getattr(self, "activation_checkpointing", False) is None:
+            self.activation_checkpointing = self.gradient_checkpointing
+
+    def _announced_processes(self) -> int:
+        return get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 1)
+
+    def _has_bf16(self) -> bool:
+        return is_torch_bf16_gpu_available() and not self.use_cpu
+
+    def _resolve_bf16(self) -> None:
+        available = self._has_bf16()
+        if self.bf16 is None:
+            self.bf16 = available and not self.fp16
+        elif self.bf16 and not available and not self.use_cpu:
+            raise ValueError(
+                "bf16=True, but this machine has no GPU with bfloat16. Leave bf16 unset to use what the machine can do, "
+                "set fp16=True on an older GPU, or use_cpu=True to run bfloat16 on the CPU."
+            )
+
+
+def _redacted(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options without the folders above their paths, and `output_dir` as its name alone."""
+    redacted = {name: without_folders(value) for name, value in options.items()}
+    return redacted | {"output_dir": Path(options["output_dir"]).name}

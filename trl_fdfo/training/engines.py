@@ -1,0 +1,82 @@
+"""Gives a diffusers transformer the parts that `transformers.Trainer`, its callbacks, DeepSpeed and FSDP expect."""
+
+import json
+from dataclasses import replace
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from diffusers import DiffusionPipeline
+from diffusers.configuration_utils import FrozenDict
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers.integrations import unset_hf_deepspeed_config
+
+from ..pipeline.options import is_quantized
+from ..pipeline.trained import trained_module
+from ..redaction import without_origin
+
+
+class TrainerConfig(FrozenDict):
+    """A diffusers config with the methods of a transformers one that trackers and DeepSpeed call."""
+
+    def to_dict(self) -> dict:
+        return without_origin(self)  # trackers write it into files
+
+    def to_json_string(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True, default=str)
+
+
+def adapt_to_trainer(transformer: torch.nn.Module) -> None:
+    """
+    Give `transformer`, in place, a [`TrainerConfig`] with `hidden_size` (DeepSpeed derives its `auto` sizes from it) and
+    the method by which Trainer turns on activation checkpointing.
+    """
+    config = TrainerConfig(transformer.config)
+    if not hasattr(config, "hidden_size"):
+        config.hidden_size = config.get("num_attention_heads", 1) * config.get("attention_head_dim", 1)
+    transformer._internal_dict = config
+
+    def activation_checkpointing_enable(**kwargs):
+        # diffusers' own default is the non-reentrant checkpoint, which LoRA and DDP need.
+        transformer.enable_gradient_checkpointing()
+
+    transformer.activation_checkpointing_enable = activation_checkpointing_enable
+    transformer.gradient_checkpointing_enable = activation_checkpointing_enable  # its name before transformers 5.23
+
+
+def prepare_for_engine(accelerator: Accelerator, pipeline: DiffusionPipeline) -> None:
+    """
+    Prepare a pipeline for DeepSpeed and FSDP, once the Trainer is built and before they wrap its transformer.
+
+    Raises:
+        ValueError: The engine cannot shard quantised weights, or would compute in another dtype than the transformer's.
+    """
+    # Building the Trainer has set it again. Under it, ZeRO-3 would shard every model that is loaded from here on.
+    unset_hf_deepspeed_config()
+    transformer = trained_module(pipeline)
+    # With these engines Trainer leaves the model on the CPU until it trains, but it may be asked for images before. That
+    # costs no memory: they shard a model that stands whole on the device.
+    transformer.to(accelerator.device)
+    dtype = transformer.dtype
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if is_quantized(transformer) and (accelerator.distributed_type == DistributedType.DEEPSPEED or plugin is not None):
+        raise ValueError(
+            f"The transformer of this {type(pipeline).__name__} is quantised, and {accelerator.distributed_type.value} "
+            "shards and casts only weights that it knows. Train it with DDP or on one GPU, or load it without quantization."
+        )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        dtype = accelerator.state.deepspeed_plugin.hf_ds_config.dtype()
+    elif plugin is not None and isinstance(plugin.mixed_precision_policy, MixedPrecisionPolicy):
+        dtype = plugin.mixed_precision_policy.param_dtype
+        # Accelerate has all inputs cast, and a timestep of 857.1 becomes 856 in bfloat16: the pipeline itself casts what
+        # its transformer takes. Gradients are added up in float32, as by DDP.
+        plugin.mixed_precision_policy = replace(
+            plugin.mixed_precision_policy, cast_forward_inputs=False, reduce_dtype=torch.float32
+        )
+    if transformer.dtype != dtype:
+        raise ValueError(
+            f"{accelerator.distributed_type.value} computes in {dtype} without autocast (the options bf16 and fp16 say in "
+            f"what), but the transformer of this {type(pipeline).__name__} is in {transformer.dtype}, and so are its "
+            f"inputs. Load the pipeline with torch_dtype={dtype}, or by its name, or set "
+            f"bf16={transformer.dtype == torch.bfloat16}."
+        )

@@ -1,0 +1,143 @@
+"""Metrics of rollouts and updates between two logs, over all processes, and the time that they took."""
+
+import contextlib
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers.utils import logging
+
+from ..metric_names import REWARD, deviation, part
+from ..reporting.progress import peak_memory
+from ..rewards.reward_functions import RewardFunctions
+from .watchdogs import Watchdogs
+
+
+logger = logging.get_logger(__name__)
+
+
+class RolloutMetrics:
+    """
+    Collects values on the device; `drain` averages them.
+
+    Args:
+        accelerator (`Accelerator`): Gathers over the processes.
+        rewards ([`RewardFunctions`]): Rewards of the rollouts.
+        watchdogs ([`Watchdogs`]): Told of each metric that can end the run.
+        images_per_rollout (`int`): Images of a rollout, over all processes.
+        micro_batches_per_step (`int`): Micro-batches of an optimizer step, per process.
+
+    Attributes:
+        values (`dict[str, list[Tensor]]`): Values of each metric since the last log.
+        seconds (`dict[str, float]`): Time since the last log in `"rollout"`, in `"reward"`, a part of it, and in `"train"`.
+        seconds_of_run (`dict[str, float]`): The same since the start of `train`.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        rewards: RewardFunctions,
+        watchdogs: Watchdogs,
+        images_per_rollout: int,
+        micro_batches_per_step: int,
+    ):
+        self._accelerator = accelerator
+        self._rewards = rewards
+        self._watchdogs = watchdogs
+        self._images_per_rollout = images_per_rollout
+        self._micro_batches_per_step = micro_batches_per_step
+        self.values: dict[str, list[Tensor]] = defaultdict(list)
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.seconds_of_run: dict[str, float] = defaultdict(float)
+
+    def add(self, **values: Tensor) -> None:
+        for name, value in values.items():
+            self.values[name].append(value)
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        for seconds in (self.seconds, self.seconds_of_run):
+            seconds[name] += time.perf_counter() - start
+
+    def add_rewards(self, rollout: int, rewards: Tensor) -> None:
+        """Metrics of a rollout under GRPO's names, from this process's rewards [P, G, R]."""
+        rewards = self._accelerator.gather(rewards.to(self._accelerator.device))
+        total = self._rewards.total(rewards)
+        std = total.std(dim=1)
+        # NaN, where no reward applies, teaches as little as a tie.
+        idle = ~(std > 0)
+        self.add(
+            **{REWARD: total.nanmean(), deviation(REWARD): std.nanmean()}, frac_reward_zero_std=idle.float().mean()
+        )
+        self._watchdogs.check_rewards(rollout, differs=not idle.all())
+        for name, values in zip(self._rewards.names, rewards.unbind(dim=-1)):
+            if values.isnan().all():
+                logger.warning(f"Rollout {rollout + 1}: the reward '{name}' applied to none of its images.")
+            mean = part(REWARD, name)
+            self.add(**{mean: values.nanmean(), deviation(mean): values.std(dim=1).nanmean()})
+
+    def add_branches(self, endpoints: Tensor, shared_noise: float | None) -> None:
+        """
+        How far the branches of a prompt are apart.
+
+        Args:
+            endpoints (`Tensor`): This process's final latents, [P, G, ...].
+            shared_noise (`float`, *optional*): As in [`Watchdogs.check_branches`].
+        """
+        branches = endpoints.shape[1]
+        deviations = (endpoints.float() - endpoints.float().mean(dim=1, keepdim=True)).square()
+        branch_rms = deviations.flatten(2).mean(dim=-1).sqrt().mean()
+        # Independent values deviate from the mean of G of them by sqrt((G - 1) / G) times their standard deviation.
+        unrelated = endpoints.float().std() * math.sqrt((branches - 1) / branches)
+        values = self._accelerator.reduce(torch.stack([branch_rms, branch_rms / unrelated]), reduction="mean")
+        self.add(branch_rms=values[0], branch_distance=values[1])
+        self._watchdogs.check_branches(values[1].item(), shared_noise, endpoints.dtype)
+
+    def add_ratio(self, ratio: Tensor, epsilon: float, is_first_step: bool) -> None:
+        """
+        How far the updates have moved the model.
+
+        Args:
+            ratio (`Tensor`): Ratio of each sample of a micro-batch, [N], without gradients.
+            epsilon (`float`): Half the width of the trust region.
+            is_first_step (`bool`): No optimizer step has been made on the rollout.
+        """
+        error = (ratio - 1).abs()
+        self.add(ratio=ratio.mean(), ratio_error=error.mean(), clip_ratio=(error > epsilon).float().mean())
+        if is_first_step:
+            self.add(first_ratio_error=error.max())
+
+    def drain(self) -> dict[str, float]:
+        """Means since the last log, over all processes, and where the time went."""
+        device = self._accelerator.device
+        names = sorted(self.values)
+        means = torch.stack([torch.stack([value.to(device) for value in self.values[n]]).mean() for n in names])
+        metrics = dict(zip(names, self._accelerator.reduce(means, reduction="mean").tolist()))
+        if "first_ratio_error" in metrics:
+            self._watchdogs.check_first_ratio(metrics["first_ratio_error"])
+        if "ratio" in metrics:
+            self._watchdogs.check_ratio(metrics["ratio_error"])
+            updates = len(self.values["ratio"]) / self._micro_batches_per_step
+            metrics["step_time"] = self.seconds["train"] / updates
+        if REWARD in metrics:
+            rollouts = len(self.values[REWARD])
+            metrics |= {f"{name}_time": self.seconds[name] / rollouts for name in ("rollout", "reward", "train")}
+            seconds = self.seconds["rollout"] + self.seconds["train"]
+            metrics["images_per_second"] = rollouts * self._images_per_rollout / seconds
+            if device.type == "cuda":
+                metrics["peak_memory"] = self._peak_memory(device)
+        self.values.clear()
+        self.seconds.clear()
+        return metrics
+
+    def _peak_memory(self, device: torch.device) -> float:
+        """GiB on the GPU that had most, since the last log of a rollout."""
+        peak = torch.tensor(peak_memory(device)[0] / 2**30, device=device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return self._accelerator.gather(peak).max().item()

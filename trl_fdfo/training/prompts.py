@@ -1,0 +1,136 @@
+"""Prompts: their sources, and the order in which rollouts draw them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
+
+
+PACKAGED_PROMPTS = Path(__file__).with_name("prompts.txt")
+
+# Name endings of local files, and the `datasets` builders that read them.
+_BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def load_prompts(dataset_name: str | None = None, prompt_column: str = "prompt", name: str = "dataset_name") -> Dataset:
+    """
+    Args:
+        dataset_name (`str`, *optional*): A Hub id (its split `train` is taken) or a local .txt (one prompt per line),
+            .json, .jsonl, .csv or .parquet file. `None` takes the packaged list of prompts.
+        prompt_column (`str`): Name that the lines of a .txt file get as a column.
+        name (`str`): Name of `dataset_name` in errors.
+
+    Returns:
+        `datasets.Dataset`: The dataset with all of its columns.
+
+    Raises:
+        FileNotFoundError: `dataset_name` looks like a local file and there is none.
+        ValueError: It is a local file that cannot be read.
+    """
+    path = PACKAGED_PROMPTS if dataset_name is None else Path(dataset_name)
+    if path.suffix == ".txt" and path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return Dataset.from_dict({prompt_column: [line.strip() for line in lines if line.strip()]})
+    if path.suffix in _BUILDERS:
+        if not path.is_file():
+            raise FileNotFoundError(f"{name}='{dataset_name}': there is no such file.")
+        try:
+            return load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train")
+        except Exception as error:  # of pandas, pyarrow or datasets, without the name of the file
+            raise ValueError(
+                f"{name}='{dataset_name}' cannot be read as {path.suffix[1:]} with at least one row "
+                f"({type(error).__name__}: {error})."
+            ) from error
+    if path.is_file():
+        raise ValueError(
+            f"{name}='{dataset_name}' is a file of another kind than {', '.join(_BUILDERS)}: save it as one of them."
+        )
+    return load_dataset(dataset_name, split="train")
+
+
+def is_file_name(dataset_name: str) -> bool:
+    """True if `load_prompts` takes it for a local file or folder, not for a Hub id."""
+    return Path(dataset_name).suffix in _BUILDERS or Path(dataset_name).exists()
+
+
+def check_prompts(
+    dataset: Dataset, prompt_column: str, pipeline_columns: Sequence[str] = (), name: str = "train_dataset"
+) -> None:
+    """
+    Raises:
+        ValueError: `dataset` is no dataset, is empty, lacks a column, or has prompts that are not text.
+    """
+    if isinstance(dataset, (DatasetDict, IterableDatasetDict)):
+        raise ValueError(
+            f"{name} is a {type(dataset).__name__} of the splits {', '.join(dataset)}: give one of them, such as "
+            f"dataset['{next(iter(dataset), 'train')}']."
+        )
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"{name} is a {type(dataset).__name__}, not a `datasets.Dataset`. From a list of prompts: "
+            f"`Dataset.from_dict({{'{prompt_column}': prompts}})`."
+        )
+    if prompt_column not in dataset.column_names:
+        raise ValueError(
+            f"{name} has no column '{prompt_column}' but {', '.join(dataset.column_names) or 'no column at all'}. Rename "
+            "the column that holds the prompts, or set `dataset_prompt_column`."
+        )
+    missing = [column for column in pipeline_columns if column not in dataset.column_names]
+    if missing:
+        raise ValueError(f"{name} has no column '{missing[0]}', which `pipeline_columns` passes to the pipeline.")
+    if len(dataset) == 0:
+        raise ValueError(f"{name} is empty: there is no prompt to sample images of.")
+    for row, prompt in enumerate(dataset[prompt_column]):
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError(f"{name} has {prompt!r} as the prompt of row {row}: prompts must be non-empty text.")
+
+
+def hold_out(dataset: Dataset, prompt_column: str, num_prompts: int) -> tuple[Dataset, Dataset]:
+    """
+    Split a dataset into prompts to train on and prompts to evaluate on.
+
+    Prompts to evaluate on are drawn at random, as lists are often sorted. The same dataset gives the same ones in every run,
+    and a larger number keeps the smaller set. A prompt that is there twice is not trained on if it is held out once.
+
+    Returns:
+        `tuple[Dataset, Dataset]`: For training and for evaluation, `num_prompts` rows.
+
+    Raises:
+        ValueError: Nothing would be left to train on.
+    """
+    held_out = sorted(np.random.default_rng(0).permutation(len(dataset))[:num_prompts].tolist())
+    prompts = dataset[prompt_column]
+    evaluated = {prompts[row] for row in held_out}
+    trained = [row for row, prompt in enumerate(prompts) if prompt not in evaluated]
+    if num_prompts > len(dataset) or not trained:
+        raise ValueError(
+            f"num_eval_prompts={num_prompts} leaves none of the {len(dataset)} prompts of the train_dataset "
+            f"({len(set(prompts))} different ones) to train on: hold out fewer, or give an eval_dataset."
+        )
+    return dataset.select(trained), dataset.select(held_out)
+
+
+def rollout_rows(num_rows: int, prompts_per_rollout: int, rollout: int, seed: int) -> list[int]:
+    """
+    Rows of the dataset that one rollout samples images of, over all processes.
+
+    The prompts of a run are one stream: pass after pass over the dataset, each in an order of its own. A rollout is a
+    section of that stream, so there is nothing to restore when a run is resumed.
+
+    Args:
+        num_rows (`int`): Rows of the dataset.
+        prompts_per_rollout (`int`): Prompts per rollout, over all processes.
+        rollout (`int`): Number of the rollout, from 0.
+        seed (`int`): Seed of the run.
+
+    Returns:
+        `list[int]`: `prompts_per_rollout` rows.
+    """
+    rows = []
+    position = rollout * prompts_per_rollout
+    while len(rows) < prompts_per_rollout:
+        number, start = divmod(position + len(rows), num_rows)
+        order = np.random.default_rng([seed, number]).permutation(num_rows)
+        rows += order[start : start + prompts_per_rollout - len(rows)].tolist()
+    return rows

@@ -1,0 +1,211 @@
+"""Everything that a trainer makes of its arguments before the first rollout, and refuses there."""
+
+import os
+
+import torch
+from accelerate import cpu_offload_with_hook
+from accelerate.hooks import UserCpuOffloadHook
+from datasets import Dataset
+from diffusers import DiffusionPipeline
+from peft import PeftConfig
+from torch import nn
+from transformers.utils import logging
+
+from ..evaluation.evaluator import reported_metrics
+from ..metric_names import EVAL_PREFIX, REWARD
+from ..pipeline.loading import load_pipeline
+from ..pipeline.lora import add_adapter, continue_adapter, default_lora_config
+from ..pipeline.options import is_quantized, quantization_config, set_attention_backend, set_vae_options
+from ..pipeline.prompt_embeddings import text_encoders
+from ..pipeline.trained import frozen_modules, trained_module
+from ..rewards.reward_functions import RewardFunctions
+from .config import RolloutConfig
+from .prompts import check_prompts, hold_out, load_prompts
+
+
+logger = logging.get_logger(__name__)
+
+
+# Prompts --------------------------------------------------------------------------------------------------------------
+
+
+def load_datasets(
+    config: RolloutConfig, train_dataset: Dataset | None, eval_dataset: Dataset | None, rewards: RewardFunctions
+) -> tuple[Dataset, Dataset | None]:
+    """
+    The prompts to train on and, if there are any, to evaluate on.
+
+    Raises:
+        ValueError: Two sources of prompts were given, or one cannot be used.
+    """
+    if train_dataset is not None and config.dataset_name is not None:
+        raise ValueError(
+            f"dataset_name='{config.dataset_name}' was given together with a train_dataset: leave one of them out."
+        )
+    if train_dataset is None:
+        train_dataset = load_prompts(config.dataset_name, config.dataset_prompt_column)
+    check_prompts(train_dataset, config.dataset_prompt_column, config.pipeline_columns or ())
+    rewards.check_columns(train_dataset.column_names)
+    if config.num_eval_prompts is not None:
+        if eval_dataset is not None:
+            raise ValueError(
+                f"num_eval_prompts={config.num_eval_prompts} was given together with an eval_dataset: leave one of them "
+                "out."
+            )
+        return hold_out(train_dataset, config.dataset_prompt_column, config.num_eval_prompts)
+    return train_dataset, eval_dataset
+
+
+def check_eval_dataset(
+    config: RolloutConfig, dataset: Dataset, rewards: RewardFunctions, controls: RewardFunctions | None
+) -> None:
+    """
+    Raises:
+        ValueError: The dataset cannot be evaluated on.
+    """
+    check_prompts(dataset, config.dataset_prompt_column, config.pipeline_columns or (), "eval_dataset")
+    for functions in (rewards, controls):
+        if functions is not None:
+            functions.check_columns(dataset.column_names, "eval_dataset")
+
+
+def check_evaluation(
+    config: RolloutConfig, eval_dataset: Dataset | None, rewards: RewardFunctions, controls: RewardFunctions | None
+) -> None:
+    """
+    Raises:
+        ValueError: The options ask for an impossible evaluation.
+    """
+    is_evaluated = config.eval_strategy != "no" or config.eval_on_start
+    if is_evaluated and eval_dataset is None:
+        raise ValueError(
+            "eval_strategy or eval_on_start is set, and there is no eval_dataset: give one, or set num_eval_prompts."
+        )
+    if eval_dataset is not None:
+        check_eval_dataset(config, eval_dataset, rewards, controls)
+        _check_best_metric(config, rewards, controls)
+    if not is_evaluated:
+        options = {
+            "num_eval_prompts": config.num_eval_prompts,
+            "eval_diversity": config.eval_diversity,
+            "eval_reward_fn": controls and controls.names,
+        }
+        given = ", ".join(name for name, value in options.items() if value is not None)
+        if given:
+            logger.warning(f"{given}: nothing is evaluated during training without an eval_strategy.")
+    has_control = controls is not None and controls.scores and config.alarm_control_drop is not None
+    has_diversity = config.eval_diversity is not None and config.alarm_diversity_drop is not None
+    if config.stop_on_alarm and (config.eval_strategy == "no" or not (has_control or has_diversity)):
+        raise ValueError(
+            "stop_on_alarm=True, and no alarm would be raised: it takes an eval_strategy, and an eval_reward_fn or "
+            "eval_diversity, to watch while the reward rises."
+        )
+
+
+def _check_best_metric(config: RolloutConfig, rewards: RewardFunctions, controls: RewardFunctions | None) -> None:
+    metric = config.metric_for_best_model
+    if metric is None:
+        return
+    known = reported_metrics(rewards, controls, config.eval_diversity is not None)
+    name = metric.removeprefix(EVAL_PREFIX)
+    if name == REWARD and name not in known:
+        raise ValueError(
+            f"metric_for_best_model='{metric}' needs a score, and in an evaluation, which looks at each image by itself, "
+            f"{', '.join(rewards.names)} has nothing to compare. Give an eval_reward_fn, and "
+            "metric_for_best_model='eval_control'."
+        )
+    if name not in known:
+        raise ValueError(
+            f"metric_for_best_model='{metric}' is none of what `evaluate` gives here: "
+            f"{', '.join(EVAL_PREFIX + name for name in known)}."
+        )
+
+
+# The pipeline ---------------------------------------------------------------------------------------------------------
+
+
+def open_pipeline(pipeline: DiffusionPipeline | str | os.PathLike, config: RolloutConfig) -> DiffusionPipeline:
+    """
+    The pipeline itself, or the one that a name or path names.
+
+    Raises:
+        ValueError: `quantization` is set for a pipeline that is loaded already.
+    """
+    if isinstance(pipeline, (str, os.PathLike)):
+        options = {"dtype": torch.bfloat16 if config.bf16 else torch.float32}
+        if config.quantization:
+            options["quantization_config"] = quantization_config(config.quantization, options["dtype"])
+        return load_pipeline(pipeline, **options)
+    if config.quantization:
+        raise ValueError(
+            f"quantization='{config.quantization}' is how a pipeline is loaded, and this {type(pipeline).__name__} already "
+            "is: give its name or path, or load it with `quantization_config=...` and leave the option out."
+        )
+    return pipeline
+
+
+def prepare_pipeline(pipeline: DiffusionPipeline, config: RolloutConfig) -> None:
+    """Set the options for memory and speed, and freeze all weights, in place."""
+    set_vae_options(pipeline, config.vae_slicing, config.vae_tiling)
+    if config.attention_backend is not None:
+        set_attention_backend(pipeline, config.attention_backend)
+    for module in (trained_module(pipeline), *frozen_modules(pipeline).values()):
+        module.requires_grad_(False).eval()
+
+
+def make_trainable(pipeline: DiffusionPipeline, config: RolloutConfig, peft_config: PeftConfig | None) -> nn.Module:
+    """
+    The model to train: the transformer with a new or a continued adapter, or the transformer itself.
+
+    Raises:
+        ValueError: The adapter does not fit, or the weights cannot be trained.
+    """
+    transformer = trained_module(pipeline)
+    if config.adapter is not None:
+        names = ("lora_r", "lora_alpha", "lora_target_modules")
+        defaults = {name: RolloutConfig.__dataclass_fields__[name].default for name in names}
+        given = {name: getattr(config, name) for name in names if getattr(config, name) != defaults[name]}
+        return continue_adapter(pipeline, config.adapter, given, peft_config)
+    if config.use_peft:
+        lora = lambda: default_lora_config(config.lora_r, config.lora_alpha, config.lora_target_modules, transformer)
+        return add_adapter(pipeline, peft_config or lora())
+    if peft_config is not None:
+        raise ValueError("peft_config was given together with use_peft=False: leave one of them out.")
+    if is_quantized(transformer):
+        raise ValueError(
+            f"use_peft=False would train the quantised weights of this {type(pipeline).__name__}, which cannot move in "
+            "small steps. Set use_peft=True, or load it without quantization."
+        )
+    return transformer.requires_grad_(True)
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module) -> None:
+    """
+    Raises:
+        ValueError: The optimizer has none of the trained weights.
+    """
+    if optimizer is None:
+        return
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    if not any(id(p) in trained for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError(
+            "The optimizer that was given has none of the trained weights: the adapter is made here. Set `optim` "
+            "instead, or `trainer.optimizer` before `train`."
+        )
+
+
+def place_components(
+    pipeline: DiffusionPipeline, config: RolloutConfig, device: torch.device
+) -> list[UserCpuOffloadHook]:
+    """
+    Put the frozen components on the device. An offloaded one moves there when it is called, and its hook, of which a list
+    is returned, takes it back.
+    """
+    hooks = []
+    encoders = text_encoders(pipeline)
+    for name, module in frozen_modules(pipeline).items():
+        if config.offload_components or (config.cache_prompt_embeds and name in encoders):
+            hooks.append(cpu_offload_with_hook(module, device)[1])
+        else:
+            module.to(device)
+    return hooks

@@ -1,0 +1,145 @@
+"""
+Watchdogs end a run that has gone wrong, or warn of one that is about to: each by a metric and a threshold, with the option
+to turn. docs/long_runs.md has the table.
+
+`branch_distance` is the rms distance of an image from the mean of its prompt, in latents, relative to the distance if each
+of its values were drawn anew from those of all images: 0 if the images of a prompt are one.
+"""
+
+import math
+import statistics
+from collections import deque
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+GRADIENT_WINDOW, GRADIENT_FACTOR = 100, 50
+MIN_GRADIENTS = 20  # with fewer, the median means nothing
+MIN_ROUNDINGS = 16
+# Not 0: a processor may compute the last bits of equal rows of a batch differently.
+NO_ROUNDINGS = 0.01
+MIN_SHARED_NOISE = 0.1
+MAX_RATIO_ERROR = 3  # times epsilon; mean over the samples since the last log
+MAX_FIRST_RATIO_ERROR = 0.5  # times epsilon
+MAX_IDLE_ROLLOUTS = 10
+
+
+class WatchdogError(RuntimeError):
+    """The run has gone wrong: training on would waste what it has learnt."""
+
+
+class Watchdogs:
+    """
+    Args:
+        epsilon (`float`): Half the width of the trust region.
+    """
+
+    def __init__(self, epsilon: float):
+        self.epsilon = epsilon
+        self._gradients: deque[float] = deque(maxlen=GRADIENT_WINDOW)
+        self._idle_rollouts = 0
+
+    def check_loss(self, loss: Tensor, velocity: Tensor, level: int) -> None:
+        """
+        Raises:
+            WatchdogError: The loss of a micro-batch is not finite.
+        """
+        if torch.isfinite(loss):
+            return
+        culprit = (
+            "The velocity has values that are not finite" if not velocity.isfinite().all() else "The loss overflowed"
+        )
+        raise WatchdogError(
+            f"The loss is {loss.item()} at noise level {level}, before the optimizer step: the weights are those of the step "
+            f"before. {culprit}. Resume from the last checkpoint with a lower learning_rate or a smaller epsilon and "
+            "resume_with_changed_options=True; with fp16, use bf16."
+        )
+
+    def check_gradient(self, norm: float, step: int) -> None:
+        """
+        Raises:
+            WatchdogError: The norm of the gradient is not finite.
+        """
+        if not math.isfinite(norm):
+            raise WatchdogError(
+                f"The gradient norm is {norm} before optimizer step {step + 1}: the weights are those of the step before. "
+                "Is the reward's scale sane? Resume from the last checkpoint with a lower learning_rate and "
+                "resume_with_changed_options=True; with fp16, use bf16."
+            )
+        if len(self._gradients) >= MIN_GRADIENTS:
+            usual = statistics.median(self._gradients)
+            if norm > GRADIENT_FACTOR * usual:
+                logger.warning(
+                    f"The gradient norm of step {step + 1} is {norm:.3g}, and {usual:.3g} was usual: the run is becoming "
+                    "unstable. A lower learning_rate, a smaller epsilon or a larger beta steadies it."
+                )
+        self._gradients.append(norm)
+
+    def check_first_ratio(self, error: float) -> None:
+        """`error`: largest |ratio - 1| over the samples of a rollout before its first optimizer step."""
+        if error > MAX_FIRST_RATIO_ERROR * self.epsilon:
+            logger.warning(
+                f"The ratio is off from 1 by {error:.3g} before the first step, more than half of epsilon={self.epsilon}: "
+                "rounding eats the trust region. More churn makes the images differ more, for which the ratio is less "
+                "sensitive; float32 rounds less."
+            )
+
+    def check_ratio(self, error: float) -> None:
+        """`error`: mean |ratio - 1| since the last log."""
+        if error > MAX_RATIO_ERROR * self.epsilon:
+            logger.warning(
+                f"The ratio is off from 1 by {error:.3g} on average, {error / self.epsilon:.1f} times epsilon: the updates "
+                "leave the trust region. Lower learning_rate, num_iterations or optimizer_steps_per_rollout."
+            )
+
+    def check_branches(self, distance: float, shared_noise: float | None, dtype: torch.dtype) -> None:
+        """
+        Args:
+            distance (`float`): `branch_distance` of a rollout over all processes.
+            shared_noise (`float`, *optional*): Share of their noise that branches have in common, prod 1 / (1 + gamma_i);
+                None if they are independent.
+            dtype (`torch.dtype`): Of the latents.
+
+        Raises:
+            WatchdogError: All images of each prompt are the same.
+        """
+        rounding = torch.finfo(dtype).eps
+        if distance < NO_ROUNDINGS * rounding:
+            raise WatchdogError(
+                f"The images of each prompt are the same (they differ by {distance:.2g} of the spread of all images): there "
+                f"is no difference to learn from. The churn is lost in the rounding of {dtype}: raise `churn`."
+            )
+        if distance < MIN_ROUNDINGS * rounding:
+            logger.warning(
+                f"The images of a prompt differ by {distance:.2g} of the spread of all images, near the rounding of "
+                f"{dtype}: their difference is noise. Raise `churn`."
+            )
+        if shared_noise is not None and shared_noise < MIN_SHARED_NOISE:
+            logger.warning(
+                f"The churn leaves {shared_noise:.2g} of the noise that the images of a prompt have in common: they are as "
+                "different as any two of that prompt, and their difference is no direction any more. Lower `churn`."
+            )
+
+    def check_rewards(self, rollout: int, differs: bool) -> None:
+        """
+        Args:
+            rollout (`int`): Number of the rollout, from 0.
+            differs (`bool`): The images of at least one prompt differ in reward.
+
+        Raises:
+            WatchdogError: They have not for too many rollouts in a row.
+        """
+        self._idle_rollouts = 0 if differs else self._idle_rollouts + 1
+        if differs:
+            return
+        message = (
+            f"Rollout {rollout + 1}: the images of no prompt differ in reward, so there is nothing to learn from. Does "
+            "the reward apply to these prompts and have a slope there? More churn makes the images differ more."
+        )
+        if self._idle_rollouts >= MAX_IDLE_ROLLOUTS:
+            raise WatchdogError(f"{message} That was the {self._idle_rollouts}th such rollout in a row.")
+        logger.warning(message)
