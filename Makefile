@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 CORES := $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())")
 
-.PHONY: quickstart test benchmark lint clean
+.PHONY: quickstart test benchmark drift lint clean
 
 quickstart: $(VENV)/installed  ## repair the packaged tiny pipeline with FDFO, a few minutes on two cores
 	$(VENV)/bin/accelerate launch --num_processes 1 --num_cpu_threads_per_process $(CORES) --mixed_precision no --dynamo_backend no --num_machines 1 \
@@ -21,6 +21,9 @@ benchmark: $(VENV)/installed  ## the figures of the README
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/scale.py
 	$(VENV)/bin/python benchmarks/gpu_sd35.py
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/convergence.py
+
+drift: $(VENV)/installed  ## whether small runs end in the bits that revision REV ends in
+	$(VENV)/bin/python benchmarks/drift.py --against $(or $(REV),HEAD)
 
 lint: $(VENV)/installed
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt ruff

@@ -45,7 +45,9 @@ def brightness(images, prompts):
 def config_of(output_dir: str, flow_grpo: bool = False, **options: Any):
     from trl_fdfo import FDFOConfig, FlowGRPOConfig
 
-    shape = {name: options.pop(name) for name in list(options) if name.startswith("churn_") and name != "churn_schedule"}
+    shape = {
+        name: options.pop(name) for name in list(options) if name.startswith("churn_") and name != "churn_schedule"
+    }
     if "churn_kwargs" in FDFOConfig.__dataclass_fields__:
         shape = {"churn_kwargs": {name.removeprefix("churn_"): value for name, value in shape.items()}} if shape else {}
     defaults = {

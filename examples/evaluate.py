@@ -9,18 +9,18 @@ A table of rewards and diversity: a base model and adapters on it, on the same p
 Writes into `output` results.json, with the values of every prompt, all settings and versions, and grid.png, with the images
 of the first prompts. Processes share the prompts, and give the same results as one.
 
-A value is averaged over the images of a prompt, which are not independent, before its mean and standard error over prompts are
-taken. All models have the same prompts and seeds: the difference to the base model is taken prompt by prompt, and its
-standard error is smaller than those of the two means would give.
+The images of a prompt are not independent: they are averaged before the mean and its standard error over prompts are taken.
+All models have the same prompts and seeds: the difference from the base model is taken prompt by prompt, and its standard
+error is smaller than the errors of the two means would give.
 """
 
 import json
 import math
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,35 +28,22 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import TrainerState
-from trl import TrlParser
 
-from trl_fdfo import __version__, shapes
+from trl_fdfo import shapes
+from trl_fdfo.cli.arguments import InferenceArguments, RepeatableFlag, parse, read_prompts
+from trl_fdfo.cli.models import BASE, call_options, each_model, find_adapters, open_flow
 from trl_fdfo.evaluation.before_after import FIRST_SEED
-from trl_fdfo.evaluation.diversity import Diversity, load_diversity
+from trl_fdfo.evaluation.diversity import load_diversity
 from trl_fdfo.evaluation.estimates import Estimate, markdown_table
-from trl_fdfo.cli.models import (
-    BASE,
-    InferenceArguments,
-    call_options,
-    each_model,
-    find_adapters,
-    open_pipeline,
-    read_prompts,
-    sample,
-)
+from trl_fdfo.evaluation.evaluator import Evaluator
 from trl_fdfo.reporting.sheets import Panel, Section, picture, sheet
-from trl_fdfo.training.prompts import PACKAGED_PROMPTS
-from trl_fdfo.rewards.by_name import RepeatableFlag, load_reward, reward_table
+from trl_fdfo.rewards.by_name import load_reward
 from trl_fdfo.rewards.reward_functions import RewardFunctions
+from trl_fdfo.training.prompts import PACKAGED_PROMPTS
 
 
-PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
-
-
-class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Shows defaults, and the table of rewards line by line."""
+PACKAGES = ("trl_fdfo", "torch", "diffusers", "transformers", "peft", "accelerate")
 
 
 @dataclass
@@ -84,8 +71,7 @@ class Arguments(InferenceArguments):
 
 
 def main(args: list[str] | None = None) -> None:
-    parser = TrlParser(Arguments, epilog=reward_table(), formatter_class=HelpFormatter)
-    (arguments,) = parser.parse_args_and_config(args)
+    (arguments,) = parse(Arguments, args)
     for name, least in (("images_per_prompt", 2), ("first_seed", 0), ("batch_size", 1), ("grid_prompts", 1)):
         if getattr(arguments, name) < least:
             why = ": diversity is a distance between images of a prompt" if name == "images_per_prompt" else ""
@@ -101,26 +87,28 @@ def main(args: list[str] | None = None) -> None:
     diversity = load_diversity(arguments.diversity)
     rewards = RewardFunctions([load_reward(spec) for spec in arguments.reward], argument="reward")
     rewards.check_columns(dataset.column_names, "prompts")
-    for name, function in zip(rewards.names, rewards.functions):
-        if getattr(function, "pairwise", False):
+    for name in rewards.names:
+        if name not in rewards.scores:
             raise ValueError(
                 f"reward '{name}' compares the images of a prompt with each other, and says nothing of a model: leave it out."
             )
-    pipeline = open_pipeline(arguments.model, options, adapters, state.device)
+    flow = open_flow(arguments.model, options, adapters, state.device)
+    evaluator = Evaluator(
+        flow.generate, rewards, diversity=diversity, batch_size=arguments.batch_size, device=state.device
+    )
     settings = {
         **{name: value for name, value in asdict(arguments).items() if value is not None},
         "prompts": list(dataset["prompt"]),
         "reward": [spec.partition("(")[0] for spec in arguments.reward],  # an option can be a password
         "reward_settings": rewards.describe(),
         "call_options": options,
-        "dtype": str(pipeline.transformer.dtype),
-        "versions": {"trl_fdfo": __version__, **{package: version(package) for package in PACKAGES}},
+        "dtype": str(flow.model.dtype),
+        "versions": {package: version(package) for package in PACKAGES},
     }
 
     values, rows = {}, {}
-    for name in each_model(pipeline, adapters):
-        sampler = lambda prompt, seeds: sample(pipeline, prompt, seeds, options, arguments.batch_size)
-        values[name], rows[name] = evaluate(name, sampler, dataset, rewards, diversity, arguments)
+    for name in each_model(flow.pipeline, adapters):
+        values[name], rows[name] = evaluate(name, evaluator, dataset, arguments)
         if state.is_main_process:  # anew after each model: what is there is there
             table = write(output, values, rows, settings)
     if state.is_main_process:
@@ -132,40 +120,37 @@ def main(args: list[str] | None = None) -> None:
 
 
 def evaluate(
-    name: str,
-    sampler: Callable[[str, Sequence[int]], Tensor],
-    dataset: Dataset,
-    rewards: RewardFunctions,
-    diversity: Diversity,
-    arguments: Arguments,
+    name: str, evaluator: Evaluator, dataset: Dataset, arguments: Arguments
 ) -> tuple[dict[str, list[float]], list[list[Panel]]]:
-    """Of each metric one value per prompt, nan where it does not apply; and of the first prompts a row of images."""
-    state, count = PartialState(), arguments.images_per_prompt
-    pending = []
-    # A prompt at a time, for the rewards too: what is in a batch, and so its rounding, does not depend on the processes.
-    share = range(state.process_index, len(dataset), state.num_processes)
-    for n in tqdm(share, name, disable=not state.is_main_process):
-        columns = {column: [value] * count for column, value in dataset[n].items()}
-        seeds = range(arguments.first_seed + n * count, arguments.first_seed + (n + 1) * count)
-        images = sampler(dataset[n]["prompt"], seeds)
-        scores = rewards.submit(images, columns["prompt"], TrainerState(), columns, count)
-        pictures = [picture(image) for image in images] if n < arguments.grid_prompts else []
-        pending.append((n, seeds, scores, diversity(images[None]).item(), pictures))
-        for _, _, earlier, *_ in pending:
-            earlier.raise_errors()
-    done = []
-    for n, seeds, scores, distance, pictures in pending:
-        scores = scores.result()  # [S, R]
-        labels = [
-            ", ".join(f"{r} {x:.3g}" for r, x in zip(rewards.names, image) if x == x) for image in scores.tolist()
+    """One value per prompt of each metric, nan where it does not apply; and a row of images of each of the first prompts."""
+    count, rewards = arguments.images_per_prompt, evaluator.rewards
+    shown: list[tuple[int, list[Any]]] = []
+
+    def keep(number: int, images: Tensor) -> None:
+        if number < arguments.grid_prompts and number not in dict(shown):
+            shown.append((number, [picture(image) for image in images]))
+
+    first_seed: Callable[[int], int] = lambda number: arguments.first_seed + number * count
+    evaluation = evaluator.evaluate(
+        dataset,
+        lambda number, image: first_seed(number) + image,
+        count,
+        TrainerState(),
+        prompts_at_a_time=1,  # so that the contents of a batch, and its rounding, do not depend on the processes
+        on_images=keep,
+        title=name,
+    )
+    panels = []
+    for number, pictures in sorted(dict(gather_object(shown)).items()):
+        scores = [
+            ", ".join(f"{r} {x:.3g}" for r, x in zip(rewards.names, image) if x == x)
+            for image in evaluation.rewards[number].tolist()
         ]
-        row = [Panel(p, f"{name}, seed {seed}\n{label}") for p, seed, label in zip(pictures, seeds, labels)]
-        done.append((n, [*scores.double().nanmean(dim=0).tolist(), distance], row))
-    rewards.on_rollout_end()
-    done = sorted(gather_object(done), key=lambda prompt: prompt[0])
-    columns = zip(*(of_prompt for _, of_prompt, _ in done))
-    names = [*rewards.names, diversity.__name__]
-    return {metric: list(column) for metric, column in zip(names, columns)}, [row for _, _, row in done if row]
+        seeds = range(first_seed(number), first_seed(number) + count)
+        panels.append([Panel(p, f"{name}, seed {seed}\n{text}") for p, seed, text in zip(pictures, seeds, scores)])
+    means = evaluation.rewards.double().nanmean(dim=1)  # [P, R]
+    values = dict(zip(rewards.names, means.T.tolist()))
+    return {**values, evaluator.diversity.__name__: evaluation.diversity.tolist()}, panels
 
 
 def write(

@@ -6,8 +6,8 @@ A page of images: a base model and adapters on it, side by side, from the same s
     python examples/generate.py --model stabilityai/stable-diffusion-3.5-medium --adapter out --adapter user/other-adapter \
         --prompts prompts.txt --seeds 3 --guidance_scale 4.5 --output grid.png
 
-An adapter is a folder or a Hub id, with the files of diffusers or of PEFT. Images are sampled as it was trained, from the
-generation_config.json beside it, but for what is set here.
+An adapter is a folder or a Hub id, with the files of diffusers or of PEFT. Images are sampled as the adapter was trained,
+by the generation_config.json beside it, unless an option here says otherwise.
 """
 
 from dataclasses import dataclass, field
@@ -18,15 +18,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 from trl import TrlParser
 
-from trl_fdfo.cli.models import (
-    InferenceArguments,
-    call_options,
-    each_model,
-    find_adapters,
-    open_pipeline,
-    read_prompts,
-    sample,
-)
+from trl_fdfo.cli.arguments import InferenceArguments, read_prompts
+from trl_fdfo.cli.models import BASE, call_options, each_model, find_adapters, open_flow
 from trl_fdfo.reporting.sheets import Panel, Section, picture, sheet
 
 
@@ -46,16 +39,16 @@ def main(args: list[str] | None = None) -> None:
         raise ValueError(f"seeds={arguments.seeds} must be at least 1.")
     adapters = find_adapters(arguments.adapter)
     options = call_options(arguments, adapters)
-    pipeline = open_pipeline(arguments.model, options, adapters, PartialState().device)
+    flow = open_flow(arguments.model, options, adapters, PartialState().device)
 
     sections = [Section(prompt, []) for prompt in prompts]
-    for name in each_model(pipeline, adapters):
+    for name in each_model(flow.pipeline, adapters):
         for section in tqdm(sections, name):
-            images = sample(pipeline, section.title, range(arguments.seeds), options)
+            images = [flow.generate([section.title], [seed])[0] for seed in range(arguments.seeds)]
             section.rows.append([Panel(picture(image), f"{name}, seed {seed}") for seed, image in enumerate(images)])
     output.parent.mkdir(parents=True, exist_ok=True)
     sheet(sections).save(output)
-    print(f"{output}: {', '.join(['base', *adapters])}, with {options}")
+    print(f"{output}: {', '.join([BASE, *adapters])}, with {options}")
 
 
 if __name__ == "__main__":

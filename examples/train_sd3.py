@@ -20,30 +20,19 @@ metrics.json, and the Trainer's logs and checkpoints.
 import json
 import sys
 import time
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset
 from trl import TrlParser
 
-from trl_fdfo import FDFOConfig, FDFOTrainer, FlowGRPOConfig, FlowGRPOTrainer, shapes
-from trl_fdfo.evaluation.before_after import Comparison
-from trl_fdfo.training.prompts import load_prompts
-from trl_fdfo.rewards.by_name import RepeatableFlag, load_object, load_reward, reward_table
+from trl_fdfo import shapes
+from trl_fdfo.cli.algorithms import ALGORITHMS
+from trl_fdfo.cli.arguments import RepeatableFlag, parse
+from trl_fdfo.planning.without_weights import planned
 from trl_fdfo.reporting.logs import finite
-from trl_fdfo.planning.without_weights import PlannedConfig, PlannedFlowGRPOConfig, plan_without_weights
-
-
-# Of each algorithm its trainer, the options of a run, and those of one that is only planned.
-ALGORITHMS = {
-    "fdfo": (FDFOTrainer, FDFOConfig, PlannedConfig),
-    "flow_grpo": (FlowGRPOTrainer, FlowGRPOConfig, PlannedFlowGRPOConfig),
-}
-
-
-class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Shows defaults, and the table of rewards line by line."""
+from trl_fdfo.rewards.by_name import load_object, load_reward
+from trl_fdfo.training.prompts import load_prompts
 
 
 @dataclass
@@ -82,14 +71,13 @@ class ScriptArguments:
 
 def main(args: list[str] | None = None) -> None:
     args = sys.argv[1:] if args is None else args
-    # Which options there are depends on some of them.
+    # The algorithm decides which options there are.
     script, *_ = TrlParser(ScriptArguments, add_help=False, allow_abbrev=False).parse_args_and_config(
         args, return_remaining_strings=True
     )
-    trainer_class, config_class, planned_class = ALGORITHMS[script.algorithm]
-    config_class = planned_class if script.plan else config_class
-    parser = TrlParser((ScriptArguments, config_class), epilog=reward_table(), formatter_class=HelpFormatter)
-    script, config = parser.parse_args_and_config(args)
+    trainer_class = ALGORITHMS[script.algorithm]
+    config_class = planned(trainer_class.config_class) if script.plan else trainer_class.config_class
+    script, config = parse((ScriptArguments, config_class), args)
     for name in ("num_report_prompts", "images_per_report_prompt"):
         if getattr(script, name) < 1:
             raise ValueError(f"{name}={getattr(script, name)} must be at least 1.")
@@ -98,7 +86,7 @@ def main(args: list[str] | None = None) -> None:
     if script.plan:
         prompts = load_prompts(config.dataset_name, config.dataset_prompt_column)
         model = shapes.PIPELINE_FOLDER if packaged else script.model
-        print(plan_without_weights(config, model, rewards, prompts, trainer_class.sampler))
+        print(trainer_class.plan(config, model, rewards, prompts))
         return
     metrics = load_object(script.metrics, "metrics") if script.metrics is not None else None
     captions = Dataset.from_dict({"prompt": shapes.captions()}) if packaged and config.dataset_name is None else None
@@ -110,7 +98,9 @@ def main(args: list[str] | None = None) -> None:
         eval_reward_fn=[load_reward(spec) for spec in controls] if controls else None,
     )
 
-    comparison = Comparison(trainer, script.num_report_prompts, script.images_per_report_prompt, metrics)
+    comparison = trainer.compare(
+        num_prompts=script.num_report_prompts, images_per_prompt=script.images_per_report_prompt, metrics=metrics
+    )
     trainer.comparison = comparison  # for the model card
     comparison.sample("before")
     if script.report_guidance_scale is not None:

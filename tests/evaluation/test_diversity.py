@@ -9,7 +9,6 @@ import torch
 from tiny_clip import save_clip
 from torch import nn
 
-from trl_fdfo.evaluation.before_after import Comparison
 from trl_fdfo.evaluation.diversity import (
     CLIPFeatures,
     Diversity,
@@ -190,7 +189,7 @@ def test_dreamsim_is_called_as_the_package_says(tmp_path, monkeypatch):
 def test_a_comparison_reports_it(make_trainer, clip_folder):
     trainer = make_trainer()
     for diversity, name in (("pixels", "pixel_distance"), (f"clip(model={clip_folder!r})", "clip_distance")):
-        comparison = Comparison(trainer, num_prompts=2, diversity=diversity)
+        comparison = trainer.compare(num_prompts=2, diversity=diversity)
         comparison.sample("before")
         own = load_diversity(diversity)(comparison.images["before"]).mean().item()
         assert comparison.results["before"].keys() == {"reward", name}

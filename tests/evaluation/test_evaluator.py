@@ -6,17 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import trained_weights, warnings_of_the_package
-from tiny_runs import PROMPTS, redness
 from datasets import Dataset
 from PIL import Image
+from tiny_runs import PROMPTS, redness
 from transformers import EarlyStoppingCallback
 
 from trl_fdfo.evaluation.evaluator import Evaluated, summarize
-from trl_fdfo.training.prompts import hold_out
 from trl_fdfo.reporting.curves import evaluation_curves
 from trl_fdfo.rewards import PairwiseJudge
 from trl_fdfo.rewards.reward_functions import RewardFunctions
 from trl_fdfo.seeds import EVALUATION, derive_seed
+from trl_fdfo.training.prompts import hold_out
 
 
 EVALUATED = Dataset.from_dict({"prompt": PROMPTS[:5], "bonus": [1.0, 2.0, 3.0, 4.0, 5.0]})

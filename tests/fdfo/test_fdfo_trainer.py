@@ -7,17 +7,17 @@ import pytest
 import tiny_pipelines
 import torch
 from conftest import trained_weights
-from tiny_runs import PROMPTS, redness
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
+from tiny_runs import PROMPTS, redness
 from transformers import TrainerCallback
 
 from trl_fdfo import FDFOTrainer
 from trl_fdfo.pipeline.flow import ReplayError, load_pipeline
-from trl_fdfo.training.prompts import rollout_rows
 from trl_fdfo.rewards import PairwiseJudge
 from trl_fdfo.seeds import derive_seed
+from trl_fdfo.training.prompts import rollout_rows
 from trl_fdfo.training.watchdogs import WatchdogError
 
 

@@ -4,9 +4,9 @@ import pytest
 import tiny_pipelines
 import torch
 from conftest import trained_weights, warnings_of_the_package
-from tiny_runs import PROMPTS, redness
 from datasets import Dataset
 from diffusers import FlowMatchEulerDiscreteScheduler
+from tiny_runs import PROMPTS, redness
 
 from trl_fdfo import FDFOTrainer, FlowGRPOConfig, FlowGRPOTrainer
 from trl_fdfo.algorithm import clipped_loss, gaussian_kl, group_advantages, log_prob, sde_distribution, sde_step

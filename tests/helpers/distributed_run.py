@@ -14,8 +14,8 @@ import sys
 from math import prod
 from pathlib import Path
 
-import tiny_runs
 import tiny_pipelines
+import tiny_runs
 import torch
 import torch.distributed as dist
 from datasets import Dataset

@@ -15,8 +15,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import tiny_runs
 import distributed_run
+import tiny_runs
 import torch
 import torch.distributed as dist
 from accelerate import PartialState

@@ -20,8 +20,8 @@ import sys
 import time
 from pathlib import Path
 
-import tiny_runs
 import tiny_pipelines
+import tiny_runs
 import torch
 from datasets import Dataset
 from transformers.trainer_utils import sort_checkpoints

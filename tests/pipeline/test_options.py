@@ -124,7 +124,7 @@ def test_adapters_train_beside_quantized_weights(make_trainer, saved, quantized,
 
 
 def averaged(trainer) -> dict[str, torch.Tensor]:
-    with trainer._averaged_weights():
+    with trainer.averaged_weights():
         return trained_weights(trainer)
 
 

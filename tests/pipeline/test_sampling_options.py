@@ -69,11 +69,16 @@ def test_larger_sampling_batches(make_trainer, timestep_fraction, prompts, sampl
 
 
 def test_shared_prefix_samples_one_branch_until_the_churn_begins(make_trainer):
-    options = {"num_inference_steps": 8, "churn_schedule": "interval", "churn_width": 0.1, "num_generations": 3}
+    options = {
+        "num_inference_steps": 8,
+        "churn_schedule": "interval",
+        "churn_kwargs": {"width": 0.1},
+        "num_generations": 3,
+    }
     apart = make_trainer(**options)
     apart.train()
     shared = make_trainer(**options, shared_prefix=True)
-    gammas = shared._noise(0, range(4))
+    gammas = shared._noise_amounts(0, range(4))
     counts = count_samples(shared)
     shared.train()
     assert_same_run(apart, shared)
@@ -164,5 +169,5 @@ def test_embeddings_of_different_length_need_batches_of_one(make_trainer, cache)
 
 def test_text_encoders_wait_in_host_memory(make_trainer, cache):
     trainer = make_trainer(cache_prompt_embeds=True)
-    assert len(trainer._offloaded) == 2
-    assert len(make_trainer(offload_components=True)._offloaded) == 3
+    assert len(trainer._offload_hooks) == 2
+    assert len(make_trainer(offload_components=True)._offload_hooks) == 3

@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 from trl import TrlParser
 
-from trl_fdfo import FDFOConfig, FDFOTrainer, FlowGRPOConfig, shapes
+from trl_fdfo import FDFOConfig, FDFOTrainer, FlowGRPOConfig, FlowGRPOTrainer, shapes
 from trl_fdfo.fdfo.scheduler import ChurnScheduler
 from trl_fdfo.planning.cost import Precision, sampling_cost, training_cost
 from trl_fdfo.planning.memory import Engine
@@ -154,6 +154,23 @@ def test_trajectories_are_what_the_buffer_holds(make_trainer, build, options):
     assert plan.trajectory_bytes == recorded_bytes(trainer._buffer)
 
 
+@pytest.mark.parametrize("copied", [False, True])
+def test_trajectories_of_flow_grpo(make_config, copied):
+    names = ("output_dir", "num_rollouts", "prompts_per_rollout", "per_device_prompt_batch_size", "height", "width")
+    names += ("num_inference_steps", "pipeline_kwargs", "optimizer_steps_per_rollout", "use_cpu", "disable_tqdm")
+    config = make_config(num_rollouts=1, disable_tqdm=True)
+    config = FlowGRPOConfig(
+        **{name: getattr(config, name) for name in names}, num_generations=3, offload_trajectories=copied, report_to=[]
+    )
+    prompts = Dataset.from_dict({"prompt": PROMPTS})
+    trainer = FlowGRPOTrainer(config, tiny_pipelines.sd3(), redness, train_dataset=prompts)
+    plan = trainer.run_plan()
+    trainer.train()
+    recorded = recorded_bytes(trainer._buffer)
+    # Without copies a step's result and the next step's input are one tensor. The plan counts both.
+    assert recorded == plan.trajectory_bytes if copied else recorded < plan.trajectory_bytes
+
+
 @pytest.mark.parametrize("offload", [False, True])
 def test_a_view_keeps_what_it_is_a_view_of(make_config, offload):
     # The pipeline cuts off the output for the tokens of the edited image, which stays in memory.
@@ -248,6 +265,8 @@ def test_compute_counts_every_pass(make_trainer):
     line = str(plan).split("compute per rollout   ")[1].split("\n")[0]
     sampled, trained = 2 * 4 * plan.sampling.flops, 2 * 4 * plan.training.flops
     assert line == f"{sampled / 1e6:.3g} MFLOP to sample, {trained / 1e6:.3g} MFLOP to train, on each process"
+    shared = make_trainer(churn_schedule="interval", shared_prefix=True).run_plan()
+    assert str(shared).split("compute per rollout   ")[1].startswith(f"at most {sampled / 1e6:.3g} MFLOP to sample, ")
     guided = make_trainer(guidance_scale=4.0, beta=0.1).run_plan()
     assert guided.sampling.flops == pytest.approx(2 * plan.sampling.flops, rel=1e-3)
     assert f"{8 * (guided.training.flops + guided.sampling.flops) / 1e6:.3g} MFLOP to train" in str(guided)

@@ -6,8 +6,9 @@ import pytest
 from trl import TrlParser
 
 from trl_fdfo import FDFOConfig
+from trl_fdfo.cli.arguments import RepeatableFlag
 from trl_fdfo.rewards import VLMServer
-from trl_fdfo.rewards.by_name import REWARDS, RepeatableFlag, load_reward, reward_table
+from trl_fdfo.rewards.by_name import REWARDS, load_reward, reward_table
 
 
 RECIPES = Path(__file__).parents[2] / "examples" / "recipes"

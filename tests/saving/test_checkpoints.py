@@ -14,8 +14,8 @@ import pytest
 import tiny_pipelines
 import torch
 from conftest import trained_weights
-from tiny_runs import redness
 from safetensors.torch import load_file
+from tiny_runs import redness
 from transformers import TrainerCallback
 
 from trl_fdfo.saving.checkpoint_files import MANIFEST, fault, newest_good_checkpoint

@@ -16,7 +16,6 @@ import datasets
 import pytest
 import tiny_pipelines
 import torch
-from tiny_runs import PROMPTS, redness
 from datasets import Dataset
 from diffusers import (
     AsymmetricAutoencoderKL,
@@ -26,6 +25,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from peft import LoraConfig
+from tiny_runs import PROMPTS, redness
 from torch._subclasses import FakeTensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import CLIPTextModel, EarlyStoppingCallback, TrainingArguments

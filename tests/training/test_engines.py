@@ -7,11 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import tiny_runs
 import distributed_run
 import engine_run
 import pytest
 import tiny_pipelines
+import tiny_runs
 import tiny_vlms
 import torch
 from accelerate.commands.config.config_args import load_config_from_file

@@ -15,9 +15,9 @@ import pytest
 import tiny_pipelines
 import torch
 from conftest import trained_weights
-from tiny_runs import PROMPTS, redness
 from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
+from tiny_runs import PROMPTS, redness
 
 from trl_fdfo import FDFOConfig, FDFOTrainer
 

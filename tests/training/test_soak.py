@@ -38,8 +38,8 @@ class Usage(TrainerCallback):
 
 def soak(output_dir: str) -> None:
     """200 rollouts, with an async reward and checkpoints of which two are kept; writes `usage.json`."""
-    import tiny_runs
     import tiny_pipelines
+    import tiny_runs
     from datasets import Dataset
 
     from trl_fdfo import FDFOConfig, FDFOTrainer

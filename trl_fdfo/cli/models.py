@@ -1,71 +1,33 @@
-"""Images of a pipeline, and of adapters on it, after training: what examples/generate.py and examples/evaluate.py share."""
+"""A base model and adapters on it, loaded after training."""
 
-import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor
 
 from .. import shapes
-from ..pipeline.lora import CALL_OPTIONS
-from ..pipeline.flow import is_per_sample, load_pipeline
-from ..training.prompts import check_prompts, load_prompts
-from ..rewards.by_name import RepeatableFlag
+from ..pipeline.adapter_files import CALL_OPTIONS
+from ..pipeline.flow import PipelineFlow
+from ..pipeline.loading import load_pipeline
+from ..pipeline.schedulers import RolloutScheduler
+from ..pipeline.trained import trained_module
+from .arguments import InferenceArguments
 
 
-BASE = "base"  # what the pipeline without an adapter is called
+BASE = "base"  # name of the pipeline without an adapter
 DIFFUSERS_FILE, PEFT_FILES = "pytorch_lora_weights.safetensors", ("adapter_config.json", "adapter_model.safetensors")
-
-
-@dataclass
-class InferenceArguments:
-    """What the command lines of the examples have in common."""
-
-    model: str = field(metadata={"help": "Hub id or path of the pipeline, or `shapes` for the packaged tiny one."})
-    prompts: list[str] = field(metadata={"help": "Prompts, or one txt, json, jsonl, csv or parquet file of them."})
-    adapter: list[str] = field(
-        default_factory=list, metadata={"help": "Folder or Hub id. Repeat for several.", "action": RepeatableFlag}
-    )
-    num_inference_steps: int | None = field(default=None, metadata={"help": "Steps of the sampler."})
-    guidance_scale: float | None = field(default=None, metadata={"help": "Guidance of the pipeline; 1 is none."})
-    height: int | None = field(default=None, metadata={"help": "Height of the images in pixels."})
-    width: int | None = field(default=None, metadata={"help": "Width of the images in pixels."})
-    pipeline_kwargs: str | None = field(
-        default=None, metadata={"help": "Further arguments of the pipeline's call, as a JSON string."}
-    )
-
-    def __post_init__(self):
-        for name, value in vars(self).items():
-            if isinstance(value, str) and self.__dataclass_fields__[name].type in (list[str], list[str] | None):
-                setattr(self, name, [value])  # as a YAML file may have it
-
-
-def read_prompts(prompts: list[str]) -> Dataset:
-    """
-    Prompts, or those of the one file that is named, with all its columns, in the column `prompt`.
-
-    Raises:
-        FileNotFoundError, ValueError: There are none, or one is no text.
-    """
-    is_file = len(prompts) == 1 and Path(prompts[0]).suffix in (".txt", ".json", ".jsonl", ".csv", ".parquet")
-    dataset = load_prompts(prompts[0], name="prompts") if is_file else Dataset.from_dict({"prompt": prompts})
-    check_prompts(dataset, "prompt", name=f"prompts={prompts}")
-    return dataset
 
 
 def find_adapters(names: Sequence[str]) -> dict[str, Path]:
     """
-    The folder of each adapter's files, downloaded where its name is no folder.
+    The folder of each adapter's files, downloaded if its name is no folder.
 
     Raises:
         ValueError: There is no such adapter, or two have one name.
@@ -96,7 +58,7 @@ def call_options(arguments: InferenceArguments, adapters: dict[str, Path]) -> di
     Arguments of the pipeline's call: those that the adapters were trained with, and over them those set here.
 
     Raises:
-        ValueError: The adapters were trained with different ones, and nothing is set here; or what is set is no JSON.
+        ValueError: The adapters were trained with different ones, and nothing is set here; or the JSON is invalid.
     """
     names = ("num_inference_steps", "guidance_scale", "height", "width")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
@@ -118,31 +80,28 @@ def call_options(arguments: InferenceArguments, adapters: dict[str, Path]) -> di
     return options | given
 
 
-def open_pipeline(
-    model: str, options: dict[str, Any], adapters: dict[str, Path], device: torch.device
-) -> DiffusionPipeline:
+def open_flow(model: str, options: dict[str, Any], adapters: dict[str, Path], device: torch.device) -> PipelineFlow:
     """
-    The pipeline on its device, in bfloat16 on a GPU (the tiny packaged one in float32), after each adapter has been put on
-    it and taken off for a try.
+    The pipeline on its device, in bfloat16 on a GPU (the tiny packaged one in float32), to sample from, after each adapter
+    has been put on it and taken off for a try.
 
     Args:
         model (`str`): Hub id or path, or "shapes".
         options (`dict[str, Any]`): Arguments of its call.
         adapters (`dict[str, Path]`): Folders of adapters, by name.
-        device (`torch.device`): Where it is to be.
+        device (`torch.device`): Device of the pipeline.
 
     Raises:
         ValueError: Its call has no such arguments, or an adapter is for another pipeline.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     pipeline = shapes.load_pipeline() if model == "shapes" else load_pipeline(model, dtype=dtype)
-    unknown = options.keys() - inspect.signature(type(pipeline).__call__).parameters.keys()
-    if unknown:
-        raise ValueError(f"{type(pipeline).__name__} takes no {', '.join(sorted(unknown))}: leave it out.")
-    pipeline.to(device).set_progress_bar_config(disable=True)
+    # Nothing is rolled out: the number of branches and their scheduler do not matter.
+    flow = PipelineFlow(pipeline, num_generations=2, scheduler_class=RolloutScheduler, **options)
+    pipeline.to(device)
     for _ in each_model(pipeline, adapters):
         pass
-    return pipeline
+    return flow
 
 
 def each_model(pipeline: DiffusionPipeline, adapters: dict[str, Path]) -> Iterator[str]:
@@ -155,48 +114,14 @@ def each_model(pipeline: DiffusionPipeline, adapters: dict[str, Path]) -> Iterat
 
 
 def _load_adapter(pipeline: DiffusionPipeline, folder: Path) -> Callable[[], Any]:
-    """Put an adapter on the pipeline; returns what takes it off."""
+    """Put an adapter on the pipeline; the return value takes it off."""
     if (folder / DIFFUSERS_FILE).is_file() and hasattr(pipeline, "load_lora_weights"):
         pipeline.load_lora_weights(folder)
         unload = pipeline.unload_lora_weights
     elif (folder / PEFT_FILES[0]).is_file():
-        unload = PeftModel.from_pretrained(pipeline.transformer, folder).unload  # in place
+        unload = PeftModel.from_pretrained(trained_module(pipeline), folder).unload  # in place
     else:
         raise ValueError(f"{type(pipeline).__name__} cannot load {DIFFUSERS_FILE}: use an adapter in PEFT's format.")
-    if not any(isinstance(module, BaseTunerLayer) for module in pipeline.transformer.modules()):
+    if not any(isinstance(module, BaseTunerLayer) for module in trained_module(pipeline).modules()):
         raise ValueError(f"{folder} has nothing for the transformer of {type(pipeline).__name__}: is it for another?")
     return unload
-
-
-@torch.no_grad()
-def sample(
-    pipeline: DiffusionPipeline, prompt: str, seeds: Sequence[int], options: dict[str, Any], batch_size: int = 1
-) -> Tensor:
-    """
-    Images of a prompt by the pipeline's own sampler.
-
-    Args:
-        pipeline (`DiffusionPipeline`): The pipeline.
-        prompt (`str`): The prompt.
-        seeds (`Sequence[int]`): S seeds of the initial noise.
-        options (`dict[str, Any]`): Further arguments of the pipeline's call.
-        batch_size (`int`): Images per call.
-
-    Returns:
-        `Tensor`: Floats in [0, 1], on the CPU, shape [S, 3, H, W]; videos [S, F, 3, H, W].
-    """
-    images = []
-    for start in range(0, len(seeds), batch_size):
-        # On the CPU: the noise does not depend on the device.
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
-        arguments = {**options, "prompt": prompt, "generator": generators}
-        if len(generators) == 1:
-            arguments["generator"] = generators[0]
-        else:  # one for each image: not every pipeline repeats by itself
-            arguments |= {
-                name: [value] * len(generators)
-                for name, value in arguments.items()
-                if is_per_sample(name) and isinstance(value, str)
-            }
-        images.append(pipeline(**arguments, output_type="pt", return_dict=False)[0].float().cpu())
-    return torch.cat(images)

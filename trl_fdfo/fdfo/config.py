@@ -15,11 +15,6 @@ CHURN_SCHEDULES = {
 }
 DIRECTIONS = ("finite_difference", "reward_gradient")
 
-# Options of version 0.1 and what to write instead.
-RENAMED_OPTIONS = {
-    f"churn_{name}": f'churn_kwargs={{"{name}": ...}}' for kwargs in CHURN_SCHEDULES.values() for name in kwargs
-}
-
 
 @dataclass
 class FDFOConfig(RolloutConfig):
@@ -60,12 +55,16 @@ class FDFOConfig(RolloutConfig):
     """
 
     _VALID_DICT_FIELDS = [*RolloutConfig._VALID_DICT_FIELDS, "churn_kwargs"]
+    renamed_options = {
+        f"churn_{name}": f'churn_kwargs={{"{name}": ...}}' for kwargs in CHURN_SCHEDULES.values() for name in kwargs
+    }
 
     # Step 1: paired rollouts
     churn: float = option(0.0025, "Fresh noise that drives the branches apart, > 0.")
     churn_schedule: str = option("constant", "Levels that get the churn.", choices=tuple(CHURN_SCHEDULES))
     churn_kwargs: dict | str | None = option(
-        None, "Shape of the schedule, as a dict or a JSON string. interval: location, location_std, width; prior: spread."
+        None,
+        "Shape of the schedule, as a dict or a JSON string. interval: location, location_std, width; prior: spread.",
     )
     shared_prefix: bool = option(
         False, "interval: sample the branches as one until the churn begins.", changes_result=False
@@ -74,11 +73,6 @@ class FDFOConfig(RolloutConfig):
     # Steps 3 and 4: update
     direction: str = option("finite_difference", "The direction of an update.", choices=DIRECTIONS)
     whiten_direction: bool = option(True, "Divide the difference of the images by its mean square.")
-
-    def __new__(cls, *args: Any, **options: Any) -> "FDFOConfig":
-        for name in options.keys() & RENAMED_OPTIONS.keys():
-            raise TypeError(f"{name}={options[name]!r} has a new name: {RENAMED_OPTIONS[name]}.")
-        return super().__new__(cls)
 
     def _check(self) -> None:
         super()._check()

@@ -49,11 +49,10 @@ class PipelineFlow:
     Args:
         pipeline (`DiffusionPipeline`): A flow-matching pipeline that passes [`check_pipeline`].
         num_generations (`int`): Branches G per prompt, >= 2.
-        num_inference_steps (`int`): Steps T of the sampler.
         scheduler_class (`type`): The [`RolloutScheduler`] of the algorithm, which samples the rollouts.
         shared_prefix (`bool`): In a rollout, run the transformer once for the branches of a prompt as long as the noise
             leaves them identical.
-        **call_kwargs: Other arguments of the pipeline's call, such as `guidance_scale`, `height`, `width` (pixels).
+        **call_kwargs: Arguments of the pipeline's call, such as `num_inference_steps`, `guidance_scale`, `height` (pixels).
 
     Attributes:
         model (`Callable`): Called in the place of the trained module: the module itself, or its wrapper (DDP, DeepSpeed,
@@ -69,7 +68,6 @@ class PipelineFlow:
         pipeline: DiffusionPipeline,
         *,
         num_generations: int,
-        num_inference_steps: int,
         scheduler_class: type[RolloutScheduler],
         shared_prefix: bool = False,
         **call_kwargs: Any,
@@ -78,7 +76,7 @@ class PipelineFlow:
         self.num_generations = num_generations
         self.scheduler_class = scheduler_class
         self.shared_prefix = shared_prefix
-        self.call_kwargs = {"num_inference_steps": num_inference_steps, **call_kwargs}
+        self.call_kwargs = call_kwargs
         check_pipeline(pipeline)
         check_call_kwargs(pipeline, self.call_kwargs)
         check_resolution(pipeline, call_kwargs.get("height"), call_kwargs.get("width"))

@@ -110,6 +110,7 @@ def plan_without_weights(
     scheduler_class: type[RolloutScheduler],
     algorithm: str,
     latents_per_target: int,
+    shared_prefix: bool = False,
 ) -> RunPlan:
     """
     The plan of a run, for which only configs and tokenizers are loaded.
@@ -122,11 +123,12 @@ def plan_without_weights(
         scheduler_class (`type`): The [`RolloutScheduler`] of the algorithm.
         algorithm (`str`): Name of the algorithm.
         latents_per_target (`int`): As in [`RunPlan`].
+        shared_prefix (`bool`): As in [`PipelineFlow`].
 
     Raises:
-        OSError: The configs cannot be found. ValueError: The pipeline cannot be called with the options, or its code
-        needs the values of tensors, not just their
-            shapes.
+        OSError: The configs cannot be found.
+        ValueError: The pipeline cannot be called with the options, or its code needs the values of tensors, not just
+            their shapes.
     """
     pipeline = load_without_weights(name_or_path, torch.bfloat16 if config.bf16 else torch.float32)
     for component in pipeline.components.values():
@@ -136,7 +138,7 @@ def plan_without_weights(
         pipeline,
         num_generations=config.num_generations,
         scheduler_class=scheduler_class,
-        shared_prefix=vars(config).get("shared_prefix", False),  # an option of some algorithms
+        shared_prefix=shared_prefix,
         **config.call_kwargs(),
     )
     model = trained_module(pipeline)

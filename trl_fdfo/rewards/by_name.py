@@ -1,6 +1,5 @@
 """Loads rewards by name, for YAML files and command lines. In Python, pass the objects themselves."""
 
-import argparse
 import ast
 import importlib
 import inspect
@@ -119,14 +118,6 @@ def reward_table() -> str:
             "options follow in parentheses: --reward \"pickscore(dtype='bfloat16', offload=True)\"",
         ]
     )
-
-
-class RepeatableFlag(argparse.Action):
-    """Read `--flag a --flag b` as `--flag a b`. The command line replaces a default, also one from a YAML file."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        before = getattr(namespace, self.dest)
-        setattr(namespace, self.dest, values if before is self.default else [*before, *values])
 
 
 def _parse(spec: str, kind: str, example: str) -> tuple[str, dict[str, Any] | None]:

@@ -44,7 +44,7 @@ class CLIPReward(LearnedReward):
         if len(self.tokenizer) != clip.config.text_config.vocab_size:
             raise ValueError(
                 f"The tokenizer of '{processor}' has {len(self.tokenizer)} tokens, but the model '{model}' has "
-                f"{clip.config.text_config.vocab_size}: give `processor`, where the tokenizer of the model is."
+                f"{clip.config.text_config.vocab_size}: give the model's own as `processor`."
             )
         # Read the scale before the cast: bfloat16 would turn 100 into 98.9.
         self.logit_scale = clip.logit_scale.exp().item()

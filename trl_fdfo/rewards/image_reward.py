@@ -104,7 +104,7 @@ class ImageReward(LearnedReward):
         if not 0 <= missing <= 2:
             raise ValueError(
                 f"The tokenizer of processor='{processor}' has {len(self.tokenizer)} tokens, but ImageReward has "
-                f"{self.text_config['vocab_size']}: it must be that of google-bert/bert-base-uncased."
+                f"{self.text_config['vocab_size']}: use google-bert/bert-base-uncased."
             )
         blip = self._load(model, torch_dtype(dtype))
         super().__init__(blip, device=device, batch_size=batch_size, offload=offload)

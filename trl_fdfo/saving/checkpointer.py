@@ -41,9 +41,7 @@ class Checkpointer:
         folder (`Path`): Folder in which Trainer writes its `checkpoint-<step>`: a staging folder while one is written.
     """
 
-    def __init__(
-        self, output_dir: str, fingerprint: dict[str, Any], allow_changes: bool, save_total_limit: int | None
-    ):
+    def __init__(self, output_dir: str, fingerprint: dict[str, Any], allow_changes: bool, save_total_limit: int | None):
         self.output_dir = Path(output_dir)
         self.fingerprint = fingerprint
         self.folder = self.output_dir

@@ -4,9 +4,9 @@ import inspect
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from accelerate.utils import get_int_from_env
 from transformers import TrainingArguments
@@ -236,9 +236,14 @@ class RolloutConfig(TrainingArguments):
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "pipeline_kwargs"]
 
+    # Options that had another name in an earlier version, and what to write instead.
+    renamed_options: ClassVar[dict[str, str]] = {}
+
     # Data
     dataset_name: str | None = option(
-        None, "Prompts: a Hub id or a txt, json, jsonl, csv or parquet file. Default: the packaged list.", changes_result=False
+        None,
+        "Prompts: a Hub id or a txt, json, jsonl, csv or parquet file. Default: the packaged list.",
+        changes_result=False,
     )
     dataset_prompt_column: str = option("prompt", "Column that holds the prompts.", changes_result=False)
     pipeline_columns: list[str] | None = option(None, "Columns that the pipeline's call gets too, such as `image`.")
@@ -345,9 +350,7 @@ class RolloutConfig(TrainingArguments):
     learning_rate: float = option(3e-5, "Initial learning rate of AdamW.")
     weight_decay: float = option(1e-4, "Weight decay of AdamW.")
     lr_scheduler_type: str = option("constant", "Learning rate schedule.")
-    bf16: bool | None = option(
-        None, "bfloat16 mixed precision. Default: where the GPU has it and fp16 is not set."
-    )
+    bf16: bool | None = option(None, "bfloat16 mixed precision. Default: where the GPU has it and fp16 is not set.")
     logging_steps: float | None = option(
         None, "Optimizer steps between logs. Default: one log per rollout.", changes_result=False
     )
@@ -361,6 +364,11 @@ class RolloutConfig(TrainingArguments):
         "Optimizer steps between checkpoints, a multiple of the steps per rollout. Default: 10 rollouts.",
         changes_result=False,
     )
+
+    def __new__(cls, *args: Any, **options: Any) -> "RolloutConfig":
+        for name in options.keys() & cls.renamed_options.keys():
+            raise TypeError(f"{name}={options[name]!r} has a new name: {cls.renamed_options[name]}.")
+        return super().__new__(cls)
 
     def __post_init__(self):
         config_checks.check_types(self, self._own_options())
@@ -426,8 +434,8 @@ class RolloutConfig(TrainingArguments):
 
     def result_options(self) -> dict[str, Any]:
         """The options that the result of a run depends on, as JSON values."""
-        fields = self.__dataclass_fields__
-        own = [name for name in self._own_options() if fields[name].metadata["changes_result"]]
+        metadata = {field.name: field.metadata for field in fields(self)}
+        own = [name for name in self._own_options() if metadata[name].get("changes_result", True)]
         names = [*own, *_INHERITED_RESULT_OPTIONS]
         if str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)).startswith("constant"):
             names.remove("num_rollouts")
@@ -445,7 +453,8 @@ class RolloutConfig(TrainingArguments):
         """The options that are not of `TrainingArguments`, or have another default here, with their types."""
         classes = [c for c in reversed(type(self).__mro__) if issubclass(c, RolloutConfig)]
         annotations = {name: kind for c in classes for name, kind in inspect.get_annotations(c).items()}
-        return {name: kind for name, kind in annotations.items() if name in self.__dataclass_fields__}
+        names = {field.name for field in fields(self)}
+        return {name: kind for name, kind in annotations.items() if name in names}
 
     # Derived options --------------------------------------------------------------------------------------------------
 

@@ -200,9 +200,7 @@ def check_memory_and_speed(config: TrainingArguments, quantizations: Sequence[st
             reason = "is not one of those that diffusers has and that have gradients"
             if "sage" in config.attention_backend:
                 reason = "has no gradients, so that nothing before it in the transformer would be trained right"
-            raise ValueError(
-                f"attention_backend='{config.attention_backend}' {reason}. Those are: {', '.join(names)}."
-            )
+            raise ValueError(f"attention_backend='{config.attention_backend}' {reason}. Those are: {', '.join(names)}.")
 
 
 def check_intervals(config: TrainingArguments) -> None:

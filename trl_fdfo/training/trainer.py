@@ -3,7 +3,7 @@
 import contextlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,7 +36,9 @@ from ..pipeline.records import Rehearsal, RolloutBatch, host_copy, repeat_each
 from ..pipeline.replay_check import check_replay
 from ..pipeline.schedulers import RolloutScheduler
 from ..pipeline.trained import trained_module
-from ..planning.plan import Engine, RunPlan
+from ..planning.memory import Engine
+from ..planning.plan import RunPlan
+from ..planning.without_weights import plan_without_weights
 from ..reporting.logs import MetricsFile, PictureLogger
 from ..reporting.progress import FirstRolloutReport, RolloutProgressCallback
 from ..rewards.reward_functions import PendingRewards, RewardFunction, RewardFunctions
@@ -307,9 +309,7 @@ class RolloutTrainer(Trainer):
             steps_per_rollout=args.steps_per_rollout,
         )
         sheets_every = 0 if args.logging_strategy == "no" else args.logging_images_steps
-        self._pictures = PictureLogger(
-            self.callback_handler, args.output_dir, sheets_every, args.num_prompts_to_log
-        )
+        self._pictures = PictureLogger(self.callback_handler, args.output_dir, sheets_every, args.num_prompts_to_log)
         for callback in (
             self._alarms,
             self._pictures,
@@ -361,6 +361,30 @@ class RolloutTrainer(Trainer):
             self.reward_functions.describe(),
             adapter=self.model.peft_config["default"] if args.use_peft else None,
             continues_adapter=args.adapter is not None,
+        )
+
+    @classmethod
+    def plan(
+        cls, config: RolloutConfig, name_or_path: str | os.PathLike, rewards: Sequence[str], prompts: Dataset
+    ) -> RunPlan:
+        """
+        The plan of a run that is not started, without weights.
+
+        Args:
+            config ([`RolloutConfig`]): Options, of the class `planned(config_class)`.
+            name_or_path (`str` or `Path`): Hub id or folder of the pipeline.
+            rewards (`Sequence[str]`): Names of the rewards.
+            prompts (`datasets.Dataset`): Prompts to train on.
+        """
+        return plan_without_weights(
+            config,
+            name_or_path,
+            rewards,
+            prompts,
+            cls.scheduler_class,
+            cls.algorithm,
+            cls.latents_per_target,
+            cls.shares_prefix(config),
         )
 
     def run_plan(self) -> RunPlan:

@@ -1,0 +1,102 @@
+"""A new algorithm is one folder: tests/helpers/reinforce.py trains, evaluates, resumes, plans and makes a card."""
+
+from pathlib import Path
+
+import pytest
+import tiny_pipelines
+import torch
+from conftest import trained_weights
+from datasets import Dataset
+from reinforce import ReinforceConfig, ReinforceTrainer
+from tiny_runs import PROMPTS, redness
+
+from trl_fdfo.planning.without_weights import planned
+
+
+OPTIONS = {
+    "num_rollouts": 4,
+    "prompts_per_rollout": 4,
+    "num_inference_steps": 4,
+    "optimizer_steps_per_rollout": 2,
+    "height": 16,
+    "width": 16,
+    "pipeline_kwargs": {"max_sequence_length": 8},
+    "learning_rate": 1e-3,
+    "lora_r": 4,
+    "save_strategy": "epoch",
+    "eval_strategy": "epoch",
+    "report_to": [],
+    "use_cpu": True,
+    "disable_tqdm": True,
+}
+
+
+@pytest.fixture
+def make(tmp_path):
+    def make(**options):
+        config = ReinforceConfig(**{"output_dir": str(tmp_path / "out"), **OPTIONS, **options})
+        prompts = Dataset.from_dict({"prompt": PROMPTS})
+        return ReinforceTrainer(config, tiny_pipelines.sd3(), redness, prompts, eval_dataset=prompts.select(range(2)))
+
+    return make
+
+
+def test_its_loss_is_its_formula(make):
+    trainer = make(num_rollouts=1, save_strategy="no", eval_strategy="no")
+    buffer = trainer._roll_out(0)
+    batch, level = buffer.steps[0][0]
+    x_t, velocity = batch.sampled.x_t[level], batch.sampled.velocities[level]
+    endpoint, advantage = batch.targets
+    assert advantage.unflatten(0, (2, 2)).sum(dim=1).abs().max() < 1e-6 and advantage.abs().max() > 0
+    expected = [
+        a * ((v - (x - x_0) / trainer._sigmas[level]) ** 2).mean()
+        for a, v, x, x_0 in zip(advantage, velocity, x_t, endpoint)
+    ]
+    loss, ratio = trainer._loss(velocity, velocity, batch, level)
+    torch.testing.assert_close(loss, torch.stack(expected))
+    assert torch.equal(ratio, torch.ones(4))
+
+
+def test_it_trains_evaluates_plans_and_makes_a_card(make, tmp_path, capsys):
+    trainer = make()
+    before = trained_weights(trainer)
+    trainer.train()
+    assert all(not torch.equal(weight, before[name]) for name, weight in trained_weights(trainer).items())
+    assert sum("eval_reward" in log for log in trainer.state.log_history) == 4
+    assert "REINFORCE on StableDiffusion3Pipeline" in capsys.readouterr().out
+    trainer.save_model()
+    card = Path(tmp_path, "out", "README.md").read_text()
+    assert "Simple Statistical Gradient-Following Algorithms" in card and "| `churn` | 0.2 |" in card
+
+
+def test_it_resumes_to_the_bit(make):
+    whole = make(output_dir="whole")
+    whole.train()
+    begun = make()
+    begun.train()
+    last = Path(begun.args.output_dir, "checkpoint-8")
+    assert last.is_dir()
+    for file in last.iterdir():
+        file.unlink()
+    last.rmdir()
+    resumed = make()
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 8
+    for name, weight in trained_weights(resumed).items():
+        assert torch.equal(weight, trained_weights(whole)[name])
+
+
+def test_its_checkpoints_are_no_other_algorithms(make, make_trainer):
+    make(num_rollouts=1, eval_strategy="no").train()
+    with pytest.raises(ValueError, match="algorithm: 'REINFORCE' -> 'FDFO'"):
+        make_trainer(churn=0.2).train(resume_from_checkpoint=True)
+
+
+def test_its_plan_needs_no_weights(tmp_path):
+    tiny_pipelines.sd3().save_pretrained(tmp_path / "pipeline")
+    for weights in (tmp_path / "pipeline").rglob("*.safetensors"):
+        weights.unlink()
+    config = planned(ReinforceConfig)(output_dir=str(tmp_path), **OPTIONS)
+    prompts = Dataset.from_dict({"prompt": PROMPTS})
+    plan = str(ReinforceTrainer.plan(config, tmp_path / "pipeline", ["redness"], prompts))
+    assert plan.startswith("REINFORCE on StableDiffusion3Pipeline") and "trajectories" in plan
