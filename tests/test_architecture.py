@@ -130,7 +130,9 @@ def test_a_planted_fault_is_found():
     assert algorithms_named("x = isinstance(config, FlowGRPOConfig)") == {"FlowGRPOConfig"}
 
 
-@pytest.mark.parametrize("name", sorted(name for name in SOURCES if room(name) not in ALGORITHMS and name not in TABLES))
+@pytest.mark.parametrize(
+    "name", sorted(name for name in SOURCES if room(name) not in ALGORITHMS and name not in TABLES)
+)
 def test_an_algorithm_is_named_in_its_folder_alone(name):
     assert algorithms_named(SOURCES[name]) == set()
 

@@ -61,7 +61,10 @@ def test_it_trains_evaluates_plans_and_makes_a_card(make, tmp_path, capsys):
     trainer = make()
     before = trained_weights(trainer)
     trainer.train()
-    assert all(not torch.equal(weight, before[name]) for name, weight in trained_weights(trainer).items())
+    # The text stream of SD3's last block reaches the output only through its keys and values.
+    unused = "transformer_blocks.1.attn.add_q_proj"
+    for name, weight in trained_weights(trainer).items():
+        assert torch.equal(weight, before[name]) == (unused in name and "lora_B" in name), name
     assert sum("eval_reward" in log for log in trainer.state.log_history) == 4
     assert "REINFORCE on StableDiffusion3Pipeline" in capsys.readouterr().out
     trainer.save_model()

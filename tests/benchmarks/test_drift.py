@@ -30,7 +30,7 @@ def test_checksums_repeat_and_show_a_change(tmp_path):
 def test_no_metric_but_times_is_left_out():
     class Trainer:
         class model:
-            named_parameters = staticmethod(dict().items)
+            named_parameters = staticmethod({}.items)
 
         class state:
             log_history = [{"reward": 0.5, "rollout_time": 3.0, "step": 2}]

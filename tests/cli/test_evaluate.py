@@ -12,7 +12,7 @@ import tiny_pipelines
 import torch
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
-from test_diversity import save_clip
+from tiny_clip import save_clip
 
 from trl_fdfo import shapes
 from trl_fdfo.evaluation.diversity import load_diversity

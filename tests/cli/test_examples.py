@@ -86,7 +86,7 @@ def test_script_trains_with_the_baseline(tmp_path, capsys, given):
 def test_pretraining_script_builds_a_pipeline_that_loads(tmp_path, capsys):
     run("shapes/pretrain.py", "--output", tmp_path, "--vae-steps", 5, "--flow-steps", 5, "--dataset-size", 500)
     assert "strict_accuracy" in capsys.readouterr().out
-    from trl_fdfo.pipeline.flow import load_pipeline
+    from trl_fdfo.pipeline.loading import load_pipeline
 
     rebuilt, packaged = load_pipeline(tmp_path), shapes.load_pipeline()
     for name in ("transformer", "vae", "text_encoder", "text_encoder_2"):

@@ -8,6 +8,7 @@ import pytest
 import tiny_pipelines
 import torch
 from PIL import Image
+from read_sheet import panels
 
 from trl_fdfo.reporting.sheets import GAP, MARGIN, picture
 
@@ -19,16 +20,6 @@ DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 
 def generate(*arguments: str) -> None:
     runpy.run_path(str(SCRIPT))["main"]([str(argument) for argument in arguments])
-
-
-def panels(path: str, rows: int, columns: int) -> list[list[np.ndarray]]:
-    """The pictures of 16 pixels, magnified 16 times, of a sheet with sections of equal heights."""
-    page = np.asarray(Image.open(path))
-    framed = [y for y in range(page.shape[0]) if (page[y, MARGIN : MARGIN + 256] == 192).all()]
-    tops = [y + 1 for y, next_y in zip(framed, framed[1:]) if next_y - y == 257]
-    assert len(tops) == rows
-    lefts = [MARGIN + column * (256 + GAP) for column in range(columns)]
-    return [[page[top : top + 256 : 16, left : left + 256 : 16] for left in lefts] for top in tops]
 
 
 @pytest.fixture
@@ -123,7 +114,7 @@ def test_mistakes_are_told_before_a_model_is_loaded(arguments, message, tmp_path
 
 
 def test_what_a_pipeline_or_an_adapter_is_not_made_for(trained):
-    with pytest.raises(ValueError, match="StableDiffusion3Pipeline takes no strength: leave it out"):
+    with pytest.raises(ValueError, match="StableDiffusion3Pipeline does not take strength in its call"):
         generate("--model", "base", "--prompts", "a", "--pipeline_kwargs", '{"strength": 1}')
     config = json.loads(Path("peft", PEFT_FILES[0]).read_text())
     Path("peft", PEFT_FILES[0]).write_text(json.dumps({**config, "target_modules": ["none_of_these"]}))

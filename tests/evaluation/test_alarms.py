@@ -28,11 +28,19 @@ def evaluation(**changes):
 
 
 @pytest.fixture
-def check(make_config):
+def check():
     """Whether an evaluation after 3 rollouts, with these options, raises an alarm."""
 
-    def check(metrics, history=(FIRST,), **options):
-        alarms = Alarms(make_config(**options), ["judge"], has_diversity=True)
+    def check(metrics, history=(FIRST,), alarm_control_drop=0.3, alarm_diversity_drop=0.3):
+        alarms = Alarms(
+            alarm_control_drop,
+            alarm_diversity_drop,
+            stop=False,
+            controls=["judge"],
+            has_diversity=True,
+            evaluates_at_start=False,
+            steps_per_rollout=2,
+        )
         return alarms.check(metrics, TrainerState(log_history=list(history), global_step=6))
 
     return check

@@ -11,7 +11,7 @@ from PIL import Image
 from tiny_runs import PROMPTS, redness
 from transformers import EarlyStoppingCallback
 
-from trl_fdfo.evaluation.evaluator import Evaluated, summarize
+from trl_fdfo.evaluation.evaluator import Evaluation, summarize
 from trl_fdfo.reporting.curves import evaluation_curves
 from trl_fdfo.rewards import PairwiseJudge
 from trl_fdfo.rewards.reward_functions import RewardFunctions
@@ -44,13 +44,13 @@ def logged(trainer, name):
 def test_figures_of_known_rewards():
     # Two prompts of two images; NaN where the second reward does not apply.
     nan = math.nan
-    evaluated = Evaluated(
+    evaluation = Evaluation(
         rewards=torch.tensor([[[1.0, 10.0], [3.0, nan]], [[5.0, nan], [7.0, nan]]]),
         controls=torch.tensor([[[1.0], [3.0]], [[5.0], [7.0]]]),
         diversity=torch.tensor([0.2, 0.6]),
     )
     rewards = RewardFunctions([bonus, redness], weights=[1.0, 0.5])
-    metrics = summarize(evaluated, rewards, RewardFunctions(greenness))
+    metrics = summarize(evaluation, rewards, RewardFunctions(greenness))
     expected = {
         "reward": ((1 + 5 + 3) / 2 + 6) / 2,
         "rewards/bonus/mean": 4.0,

@@ -1,9 +1,14 @@
+import re
+from dataclasses import dataclass, fields
+
 import pytest
 import torch
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
+from trl import TrlParser
 
-from trl_fdfo import FDFOConfig
+from trl_fdfo import FDFOConfig, FlowGRPOConfig
+from trl_fdfo.training.config import RolloutConfig
 
 
 def paper(**options):
@@ -32,12 +37,57 @@ def test_derived_numbers():
 
 
 def test_every_option_is_documented_and_has_help():
-    own = [f for f in FDFOConfig.__dataclass_fields__.values() if f.name in FDFOConfig.__annotations__]
-    inherited = TrainingArguments.__dataclass_fields__
-    assert len(own) > 25
-    for option in own:
-        assert option.metadata.get("help"), option.name
-        assert option.name in inherited or f"        {option.name} (`" in FDFOConfig.__doc__, option.name
+    inherited = {field.name for field in fields(TrainingArguments)}
+    for config_class, least in ((RolloutConfig, 25), (FDFOConfig, 5), (FlowGRPOConfig, 1)):
+        own = [field for field in fields(config_class) if field.name in config_class.__annotations__]
+        assert len(own) > least
+        for field in own:
+            assert field.metadata["help"] and isinstance(field.metadata["changes_result"], bool), field.name
+            assert field.name in inherited or field.name in documented(config_class), field.name
+
+
+def documented(config_class):
+    return re.findall(r"^        (\w+) \(`", "".join(c.__doc__ for c in config_class.__mro__[:2]), re.MULTILINE)
+
+
+def test_the_command_line_takes_every_option():
+    arguments = ["--output_dir", "out", "--use_cpu", "true", "--churn_schedule", "interval", "--stop_on_alarm", "false"]
+    (config,) = TrlParser(FDFOConfig).parse_args_and_config([*arguments, "--churn_kwargs", '{"width": 0.3}'])
+    assert config.churn_kwargs == {"location": 0.0, "location_std": 1.0, "width": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"churn_kwargs": {"width": 0.3}}, "churn_kwargs has width=0.3, and churn_schedule='constant' takes none"),
+        ({"churn_schedule": "prior", "churn_kwargs": {"width": 1}}, "churn_schedule='prior' takes spread"),
+        ({"churn_schedule": "prior", "churn_kwargs": {"spread": True}}, "spread=True: it must be a finite number"),
+        ({"churn_schedule": "prior", "churn_kwargs": "{"}, "churn_kwargs='{' is not valid JSON"),
+        ({"churn_schedule": "prior", "churn_kwargs": "[1]"}, "must be a dict of the shape of the churn schedule"),
+    ],
+)
+def test_the_shape_of_the_churn_is_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        paper(**options)
+
+
+def test_an_old_name_says_the_new_one():
+    with pytest.raises(TypeError, match=r'churn_width=0.3 has a new name: churn_kwargs=\{"width": ...\}'):
+        paper(churn_schedule="interval", churn_width=0.3)
+
+
+def test_the_fingerprint_has_the_names_of_earlier_checkpoints():
+    options = paper(churn_schedule="interval", churn_kwargs={"width": 0.3}).result_options()
+    assert options["churn_width"] == 0.3 and options["churn_location_std"] == 1.0 and "churn_kwargs" not in options
+    assert "logging_steps" not in options and "stop_on_alarm" not in options and options["epsilon"] == 0.03
+
+
+def test_an_option_of_ones_own_changes_the_result():
+    @dataclass
+    class Mine(FDFOConfig):
+        temperature: float = 0.5
+
+    assert Mine(output_dir="unused", report_to=[], use_cpu=True).result_options()["temperature"] == 0.5
 
 
 def test_what_the_batch_errors_name_does_work():

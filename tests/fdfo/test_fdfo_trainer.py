@@ -14,7 +14,8 @@ from tiny_runs import PROMPTS, redness
 from transformers import TrainerCallback
 
 from trl_fdfo import FDFOTrainer
-from trl_fdfo.pipeline.flow import ReplayError, load_pipeline
+from trl_fdfo.pipeline.loading import load_pipeline
+from trl_fdfo.pipeline.replay_check import ReplayError
 from trl_fdfo.rewards import PairwiseJudge
 from trl_fdfo.seeds import derive_seed
 from trl_fdfo.training.prompts import rollout_rows
@@ -214,12 +215,12 @@ def test_reward_gradient_needs_one(make_trainer, reward, message):
 
 @pytest.mark.parametrize("schedule", ["interval", "prior"])
 def test_churn_schedules_train(make_trainer, schedule):
-    trainer = make_trainer(churn_schedule=schedule, churn_spread=0.3)
+    trainer = make_trainer(churn_schedule=schedule, churn_kwargs={"spread": 0.3} if schedule == "prior" else None)
     before = trained_weights(trainer)
     trainer.train()
     assert any(not torch.equal(w, before[n]) for n, w in trained_weights(trainer).items())
     assert all(value > 0 for value in metrics_of(trainer, "branch_rms"))
-    gammas = trainer._noise(0, range(4))
+    gammas = trainer._noise_amounts(0, range(4))
     assert gammas.shape == (4, 5) and len({tuple(row) for row in gammas.tolist()}) == 4
 
 
@@ -509,7 +510,7 @@ def test_averaged_weights_are_saved_and_trained_weights_are_kept(make_trainer, t
     trainer.save_model(str(tmp_path / "averaged"))
     for name, weight in trained_weights(trainer).items():
         assert torch.equal(weight, trained[name])
-    with trainer._averaged_weights():
+    with trainer.averaged_weights():
         averaged = trained_weights(trainer)
         expected = images_of(trainer.pipeline)
     assert any(not torch.equal(averaged[name], trained[name]) for name in trained)

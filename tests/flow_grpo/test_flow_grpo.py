@@ -3,7 +3,7 @@ import math
 import pytest
 import tiny_pipelines
 import torch
-from conftest import trained_weights, warnings_of_the_package
+from conftest import trained_weights
 from datasets import Dataset
 from diffusers import FlowMatchEulerDiscreteScheduler
 from tiny_runs import PROMPTS, redness
@@ -207,7 +207,7 @@ def test_what_is_sampled_and_trained(make_grpo):
             noise.append((sampled.x_s[level] - mean) / std)
         noise = torch.stack(noise)
         assert abs(noise.mean()) < 0.1 and abs(noise.std() - 1) < 0.1
-        (advantages,) = batch.signal
+        (advantages,) = batch.targets
         torch.testing.assert_close(advantages.unflatten(0, (2, 4)).mean(dim=1), torch.zeros(2), rtol=0, atol=1e-5)
 
 
@@ -215,7 +215,7 @@ def test_fast_variant_has_noise_where_it_trains(make_grpo):
     trainer = make_grpo(
         num_noisy_steps=2, num_inference_steps=8, num_rollouts=1, prompts_per_rollout=24, optimizer_steps_per_rollout=2
     )
-    noise = trainer._noise(0, range(24))
+    noise = trainer._noise_amounts(0, range(24))
     windows = set()
     for batch in range(12):
         levels = trainer._trained_levels(0, batch)
@@ -245,7 +245,7 @@ def test_run_goes_on_to_the_bit_and_not_with_another_algorithm(make_grpo, make_t
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_generations": 1}, "num_generations=1, but Flow-GRPO learns from the difference"),
+        ({"num_generations": 1}, "num_generations=1, but the model learns from the difference"),
         ({"noise_level": 0.0}, "noise_level=0.0 must be > 0"),
         ({"noise_level": "a"}, "noise_level='a' is a str"),
         ({"num_noisy_steps": 4}, r"num_noisy_steps=4 must be in \[1, 3\]"),
@@ -258,20 +258,15 @@ def test_wrong_options_are_refused(make_grpo, options, message):
         make_grpo(**options)
 
 
-def test_options_of_fdfo_are_set_back_with_a_warning(make_grpo, caplog):
-    trainer = make_grpo(
-        churn=0.1, direction="reward_gradient", shared_prefix=True, churn_schedule="interval", epsilon=0.2
-    )
-    args = trainer.args
-    assert args.churn == 0.0025 and args.direction == "finite_difference" and not args.shared_prefix
-    told = " ".join(warnings_of_the_package(caplog))
-    assert "Flow-GRPO has no use for churn=0.1, churn_schedule='interval', shared_prefix=True, direction=" in told
-    assert "epsilon=0.2 clips nothing" in told
+def test_a_clip_of_fdfo_is_warned_of(make_grpo, caplog):
+    make_grpo(epsilon=0.2)
+    assert "epsilon=0.2 clips nothing" in caplog.text
 
 
-def test_options_of_fdfo_that_it_would_refuse_are_set_back_too(tmp_path):
-    args = FlowGRPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[], churn=0, whiten_direction=False)
-    assert args.churn == 0.0025 and args.whiten_direction
+@pytest.mark.parametrize("options", [{"churn": 0.1}, {"direction": "reward_gradient"}, {"shared_prefix": True}])
+def test_options_of_another_algorithm_are_refused(make_grpo, options):
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{next(iter(options))}'"):
+        make_grpo(**options)
 
 
 def test_fdfo_config_is_refused(make_config):

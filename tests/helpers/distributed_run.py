@@ -14,6 +14,7 @@ import sys
 from math import prod
 from pathlib import Path
 
+import pytest
 import tiny_pipelines
 import tiny_runs
 import torch
@@ -99,6 +100,19 @@ def finished(trainer: FDFOTrainer, checkpoint: str | None = None) -> dict:
         "processes": trainer.args.world_size,
         "wrapper": type(trainer.model_wrapped).__name__,
     }
+
+
+def assert_same(found: dict, expected: dict) -> None:
+    # The wrapper's prefix aside, the same weights.
+    assert found["weights"].keys() == expected["weights"].keys()
+    moved = 0.0
+    for name, weight in expected["weights"].items():
+        torch.testing.assert_close(found["weights"][name], weight, rtol=0, atol=1e-5)
+        moved = max(moved, weight.abs().max().item() if "lora_B" in name else 0.0)
+    assert moved > 1e-3, "nothing was trained, and the comparison is empty"
+    torch.testing.assert_close(found["images"], expected["images"], rtol=0, atol=1e-4)
+    assert found["eval_reward"] == pytest.approx(expected["eval_reward"], abs=1e-5)
+    assert found["rewards"] == pytest.approx(expected["rewards"], abs=1e-5)
 
 
 def finish() -> None:

@@ -29,10 +29,10 @@ import torch  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from huggingface_hub import HfApi, ModelCard, snapshot_download  # noqa: E402
 from peft import PeftModel  # noqa: E402
-from test_generate import panels  # noqa: E402
+from read_sheet import panels  # noqa: E402
 
 from trl_fdfo import FDFOConfig, FDFOTrainer  # noqa: E402
-from trl_fdfo.pipeline.flow import load_pipeline  # noqa: E402
+from trl_fdfo.pipeline.loading import load_pipeline  # noqa: E402
 
 
 torch.set_num_threads(1)
@@ -101,7 +101,7 @@ def strategy(name, then_push=False, **options):
     trainer.save_model()
     if then_push:
         trainer.push_to_hub()
-    with trainer._averaged_weights():
+    with trainer.averaged_weights():
         expected = image(trainer.pipeline)
     base = load_pipeline(BASE)
     changed = not torch.equal(image(base), expected)
@@ -186,7 +186,7 @@ def full():
     trainer = build("full", use_peft=False, hub_strategy="every_save", learning_rate=1e-3, ema_decay=0.5)
     trainer.train()
     trainer.save_model()
-    with trainer._averaged_weights():
+    with trainer.averaged_weights():
         expected = image(trainer.pipeline)
     return {"equal": torch.equal(image(load_pipeline("me/full")), expected)}
 

@@ -35,7 +35,9 @@ class Targets(NamedTuple):
 
 class ReinforceTrainer(RolloutTrainer):
     algorithm = "REINFORCE"
-    paper = Paper("Simple Statistical Gradient-Following Algorithms", ["Williams, Ronald J."], "0000.00000", 1992, "w92")
+    paper = Paper(
+        "Simple Statistical Gradient-Following Algorithms", ["Williams, Ronald J."], "0000.00000", 1992, "w92"
+    )
     config_class = ReinforceConfig
     scheduler_class = ChurnScheduler
     hyperparameters = ("churn",)

@@ -7,11 +7,11 @@ import pytest
 import tiny_pipelines
 import torch
 from accelerate.utils import DistributedType
+from checkpoint_contents import assert_equal, contents
 from conftest import trained_weights
 from datasets import Dataset
 from diffusers import PipelineQuantizationConfig, SD3Transformer2DModel, TorchAoConfig
 from peft import PeftModel
-from test_checkpoints import assert_equal, contents
 from tiny_runs import PROMPTS
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass

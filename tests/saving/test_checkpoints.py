@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import tiny_pipelines
 import torch
+from checkpoint_contents import assert_equal, contents
 from conftest import trained_weights
-from safetensors.torch import load_file
 from tiny_runs import redness
 from transformers import TrainerCallback
 
@@ -22,40 +22,6 @@ from trl_fdfo.saving.checkpoint_files import MANIFEST, fault, newest_good_checkp
 
 
 ADAPTER = "adapter_model.safetensors"
-
-
-def contents(checkpoint: Path) -> dict[str, object]:
-    """What a run goes on from, of every file that is not only for people: tensors by name, and the state without times."""
-    found = {}
-    for path in sorted(checkpoint.rglob("*")):
-        if path.suffix == ".safetensors":
-            found |= {f"{path.name} {name}": tensor for name, tensor in load_file(path).items()}
-        elif path.suffix in (".pt", ".pth"):
-            found[path.name] = torch.load(path, weights_only=False)
-    state = json.loads((checkpoint / "trainer_state.json").read_text())
-    found["state"] = {name: state[name] for name in ("global_step", "epoch", "best_metric", "best_model_checkpoint")}
-    found["log"] = [
-        {name: value for name, value in log.items() if "time" not in name and "per_second" not in name}
-        for log in state["log_history"]
-    ]
-    return found
-
-
-def assert_equal(one: object, other: object, where: str = "") -> None:
-    """To the bit, through dicts, lists and tensors."""
-    assert type(one) is type(other), where
-    if isinstance(one, dict):
-        assert one.keys() == other.keys(), where
-        for name in one:
-            assert_equal(one[name], other[name], f"{where}.{name}")
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other), where
-        for i, (a, b) in enumerate(zip(one, other)):
-            assert_equal(a, b, f"{where}[{i}]")
-    elif isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), where
-    else:
-        assert (one == other) if not hasattr(one, "shape") else (one == other).all(), where
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_checkpoints import assert_equal, contents
+from checkpoint_contents import assert_equal, contents
 
 from trl_fdfo.saving.checkpoint_files import fault
 

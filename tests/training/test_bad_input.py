@@ -288,7 +288,7 @@ TABLE = [
         "shared_prefix=True has nothing to share under churn_schedule='constant'",
         "or churn_schedule='interval'",
     ),
-    bad(config(neftune_noise_alpha=0.0), "neftune_noise_alpha=0.0 does not work with FDFO"),
+    bad(config(neftune_noise_alpha=0.0), "neftune_noise_alpha=0.0 does not work here"),
     bad(trainer(eval_on_start=True), "eval_strategy or eval_on_start is set", "give one"),
     bad(trainer(pipeline=sd3(scheduler=None)), "has no scheduler", "load it whole"),
     bad(trainer(pipeline=sd3(text_encoder=None)), "cannot be called with", "NoneType"),
@@ -343,9 +343,9 @@ TABLE = [
     bad(config(churn=-0.1), "churn=-0.1", "must not be negative"),
     bad(config(churn=0.0), "churn=0", "leaves the images of a prompt identical", "setting is 0.0025"),
     bad(config(churn_schedule="linear"), "churn_schedule='linear'", "is not one of constant, interval, prior"),
-    bad(config(churn_width=0.0), "churn_width=0.0", "must be > 0"),
-    bad(config(churn_spread=-1.0), "churn_spread=-1.0", "must not be negative"),
-    bad(config(churn_location_std=-1.0), "churn_location_std=-1.0", "must not be negative"),
+    bad(config(churn_schedule="interval", churn_kwargs={"width": 0.0}), "churn_kwargs has width=0.0", "must be > 0"),
+    bad(config(churn_schedule="prior", churn_kwargs={"spread": -1.0}), "spread=-1.0", "must not be negative"),
+    bad(config(churn_schedule="interval", churn_kwargs={"location_std": -1.0}), "location_std=-1.0", "not be negative"),
     bad(config(timestep_fraction=0.0), "timestep_fraction=0.0", "must be in (0, 1]", "1 trains on all levels"),
     bad(config(timestep_fraction=1.5), "timestep_fraction=1.5", "must be in (0, 1]", "1 trains on all levels"),
     bad(config(epsilon=0.0), "epsilon=0.0", "how far a rollout may move the ratio", "must be > 0"),
@@ -431,13 +431,9 @@ TABLE = [
     bad(config(pipeline_kwargs={"num_images_per_prompt": 4}), "num_images_per_prompt=4", "which the trainer sets"),
     bad(config(pipeline_kwargs={"negative_prompt": ["a"]}), "negative_prompt=['a']", "one string for all prompts"),
     # FDFOConfig: what TrainingArguments has and FDFO has not
-    bad(config(auto_find_batch_size=True), "auto_find_batch_size=True", "does not work with FDFO", "lower `per_device"),
-    bad(
-        config(neftune_noise_alpha=5.0), "neftune_noise_alpha=5.0", "does not work with FDFO", "the replay must repeat"
-    ),
-    bad(
-        config(use_liger_kernel=True), "use_liger_kernel=True", "does not work with FDFO", "it patches language models"
-    ),
+    bad(config(auto_find_batch_size=True), "auto_find_batch_size=True", "does not work here", "lower `per_device"),
+    bad(config(neftune_noise_alpha=5.0), "neftune_noise_alpha=5.0", "does not work here", "the replay must repeat"),
+    bad(config(use_liger_kernel=True), "use_liger_kernel=True", "does not work here", "it patches language models"),
     bad(config(label_smoothing_factor=0.1), "label_smoothing_factor=0.1", "does not work", "there are no labels"),
     bad(config(enable_jit_checkpoint=True), "enable_jit_checkpoint=True", "saves inside a rollout", "`save_on_signal`"),
     # FDFOConfig: names and numbers that Transformers checks
@@ -512,10 +508,10 @@ TABLE = [
     bad(trainer(pipeline="folder"), "folder", "no file named model_index.json", error=OSError),
     bad(trainer(pipeline=lambda: Path("folder")), "no file named model_index.json", error=OSError),
     bad(trainer(pipeline=unet), "StableDiffusionPipeline cannot be trained", "not a flow-matching", "Take a pipeline"),
-    bad(trainer(pipeline=sd3(transformer=None)), "StableDiffusion3Pipeline has no `transformer`", "which FDFO needs"),
+    bad(trainer(pipeline=sd3(transformer=None)), "StableDiffusion3Pipeline has no `transformer`", "to replay"),
     bad(
         trainer(pipeline=sd3(scheduler=DDIMScheduler())),
-        "StableDiffusion3Pipeline cannot be trained with FDFO: DDIMScheduler",
+        "StableDiffusion3Pipeline cannot be trained: DDIMScheduler",
         "is not a flow-matching scheduler",
         "Take a pipeline whose scheduler is",
     ),

@@ -17,13 +17,13 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType, compare_versions
 from diffusers import StableDiffusion3Pipeline
+from distributed_run import assert_same
 from peft import PeftModel
-from test_distributed import assert_same
-from test_learned_rewards import clip_model, clip_tokenizer
+from tiny_clip import clip_model, clip_tokenizer
 from transformers import CLIPImageProcessorPil, CLIPProcessor
 
 from trl_fdfo import FDFOConfig, shapes
-from trl_fdfo.pipeline.flow import load_pipeline
+from trl_fdfo.pipeline.loading import load_pipeline
 
 
 ROOT = Path(__file__).parents[2]
@@ -279,7 +279,7 @@ def test_run_on_gpus_in_bfloat16(engine, models, tmp_path):
     launch(CONFIGS / f"{engine}.yaml", processes, engine_run.__file__, folder)
     results = torch.load(folder / "results.pt", weights_only=True)
     assert results["run"]["processes"] == processes
-    assert results["run"]["wrapper"] == ENGINES.get(engine, "DistributedDataParallel" if processes > 1 else "PeftModel")
+    assert results["run"]["wrapper"] == ENGINES.get(engine, "DistributedDataParallel" if processes > 1 else "_Adapted")
     for name, weight in results["run"]["weights"].items():
         assert weight.isfinite().all()
         torch.testing.assert_close(results["resumed"]["weights"][name], weight, rtol=0, atol=1e-3)

@@ -35,10 +35,11 @@ OPTIONS = {
     "num_iterations": st.integers(1, 2),
     "churn": st.floats(1e-3, 1.0),
     "churn_schedule": st.sampled_from(["constant", "interval", "prior"]),
-    "churn_location": st.floats(-5.0, 5.0),
-    "churn_location_std": st.floats(0.0, 5.0),
-    "churn_width": st.floats(0.01, 5.0),
-    "churn_spread": st.floats(0.0, 1.0),
+    "churn_kwargs": st.none()
+    | st.fixed_dictionaries(
+        {}, optional={"location": st.floats(-5, 5), "location_std": st.floats(0, 5), "width": st.floats(0.01, 5)}
+    )
+    | st.fixed_dictionaries({"spread": st.floats(0, 1)}),
     "epsilon": st.floats(1e-4, 10.0),
     "beta": st.just(0.0) | st.floats(0.0, 10.0),
     "guidance_scale": st.none() | st.floats(0.0, 8.0),
@@ -94,8 +95,7 @@ BAD_VALUES = {
     "num_iterations": [0, True],
     "churn": [0.0, -0.1, float("inf"), 1e30, 1e300],
     "churn_schedule": ["linear"],
-    "churn_width": [0.0],
-    "churn_spread": [-1.0],
+    "churn_kwargs": [{"spread": 0.1}, "{"],
     "epsilon": [0.0, -0.03, None],
     "beta": [-1.0],
     "guidance_scale": ["4", float("nan")],

@@ -37,7 +37,7 @@ def check_pipeline(pipeline: DiffusionPipeline) -> None:
             )
     for part in (TRAINED, "encode_prompt", "prepare_latents"):
         if getattr(pipeline, part, None) is None:
-            raise ValueError(f"{name} has no `{part}`, which a rollout and the replay of its steps need.")
+            raise ValueError(f"{name} has no `{part}`, which is needed to sample from it and to replay its steps.")
     steps = _scheduler_steps(pipeline)
     if steps is not None and steps > 1:
         raise ValueError(
