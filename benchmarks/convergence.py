@@ -98,7 +98,7 @@ def make_trainer(run: Run, rollouts: int = ROLLOUTS):
     class FirstLevel(FDFOTrainer):
         """Trains on the first level alone, whose noise differs between the branches."""
 
-        def _trained_levels(self, rollout, batch):
+        def trained_levels(self, rollout, batch):
             return [0] * self.args.num_trained_levels
 
     options = {"num_generations": 8}

@@ -49,10 +49,10 @@ def test_its_loss_is_its_formula(make):
     endpoint, advantage = batch.targets
     assert advantage.unflatten(0, (2, 2)).sum(dim=1).abs().max() < 1e-6 and advantage.abs().max() > 0
     expected = [
-        a * ((v - (x - x_0) / trainer._sigmas[level]) ** 2).mean()
+        a * ((v - (x - x_0) / trainer.sigmas[level]) ** 2).mean()
         for a, v, x, x_0 in zip(advantage, velocity, x_t, endpoint)
     ]
-    loss, ratio = trainer._loss(velocity, velocity, batch, level)
+    loss, ratio = trainer.loss(velocity, velocity, batch, level)
     torch.testing.assert_close(loss, torch.stack(expected))
     assert torch.equal(ratio, torch.ones(4))
 

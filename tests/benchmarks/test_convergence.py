@@ -30,7 +30,7 @@ def test_every_setting_makes_a_trainer_of_equal_size(run):
     args = trainer.args
     assert args.prompts_per_rollout * args.num_generations == convergence.IMAGES
     assert args.per_device_train_batch_size == convergence.IMAGES // 6 and args.steps_per_rollout == 6
-    levels = trainer._trained_levels(0, 0)
+    levels = trainer.trained_levels(0, 0)
     assert len(levels) == args.num_trained_levels
     assert (set(levels) == {0}) == (run.ablation == "first level alone")
 

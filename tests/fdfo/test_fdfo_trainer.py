@@ -220,7 +220,7 @@ def test_churn_schedules_train(make_trainer, schedule):
     trainer.train()
     assert any(not torch.equal(w, before[n]) for n, w in trained_weights(trainer).items())
     assert all(value > 0 for value in metrics_of(trainer, "branch_rms"))
-    gammas = trainer._noise_amounts(0, range(4))
+    gammas = trainer.noise_amounts(0, range(4))
     assert gammas.shape == (4, 5) and len({tuple(row) for row in gammas.tolist()}) == 4
 
 

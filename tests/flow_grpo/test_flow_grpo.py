@@ -215,10 +215,10 @@ def test_fast_variant_has_noise_where_it_trains(make_grpo):
     trainer = make_grpo(
         num_noisy_steps=2, num_inference_steps=8, num_rollouts=1, prompts_per_rollout=24, optimizer_steps_per_rollout=2
     )
-    noise = trainer._noise_amounts(0, range(24))
+    noise = trainer.noise_amounts(0, range(24))
     windows = set()
     for batch in range(12):
-        levels = trainer._trained_levels(0, batch)
+        levels = trainer.trained_levels(0, batch)
         first = min(levels)
         assert sorted(levels) == [first, first + 1] and first + 1 < 7
         windows.add(first)

@@ -43,22 +43,22 @@ class ReinforceTrainer(RolloutTrainer):
     hyperparameters = ("churn",)
     latents_per_target = 1  # the endpoint
 
-    def _seeds(self, rollout, numbers):
+    def initial_seeds(self, rollout, numbers):
         return [derive_seed(self.args.seed, rollout, n, INITIAL_NOISE) for n in numbers]
 
-    def _noise_amounts(self, rollout, numbers):
-        return constant_churn(self._sigmas, self.args.churn)
+    def noise_amounts(self, rollout, numbers):
+        return constant_churn(self.sigmas, self.args.churn)
 
-    def _trained_levels(self, rollout, batch):
+    def trained_levels(self, rollout, batch):
         args = self.args
         steps = (args.num_inference_steps, args.num_trained_levels, args.optimizer_steps_per_rollout)
         return trained_levels(*steps, args.seed, rollout, batch)
 
-    def _targets(self, sampled, rewards, rows):
+    def targets(self, sampled, rewards, rows):
         advantage = rewards - rewards.mean(dim=1, keepdim=True)
         return Targets(sampled.endpoints.float().flatten(0, 1), advantage.flatten().nan_to_num(nan=0.0))
 
-    def _loss(self, velocity, old_velocity, batch, level):
+    def loss(self, velocity, old_velocity, batch, level):
         x_t, (endpoint, advantage) = batch.sampled.x_t[level].float(), batch.targets
-        error = (velocity - (x_t - endpoint) / self._sigmas[level]).square().flatten(1).mean(dim=-1)
+        error = (velocity - (x_t - endpoint) / self.sigmas[level]).square().flatten(1).mean(dim=-1)
         return SurrogateLoss(advantage * error, torch.ones_like(advantage))

@@ -53,27 +53,27 @@ class FDFOTrainer(RolloutTrainer):
     def shares_prefix(cls, config: FDFOConfig) -> bool:
         return config.shared_prefix
 
-    def _seeds(self, rollout: int, numbers: Sequence[int]) -> list[int]:
+    def initial_seeds(self, rollout: int, numbers: Sequence[int]) -> list[int]:
         return [derive_seed(self.args.seed, rollout, n, INITIAL_NOISE) for n in numbers]
 
-    def _noise_amounts(self, rollout: int, numbers: Sequence[int]) -> Tensor:
+    def noise_amounts(self, rollout: int, numbers: Sequence[int]) -> Tensor:
         args, shape = self.args, self.args.churn_kwargs
         if args.churn_schedule == "constant":
-            return constant_churn(self._sigmas, args.churn)
+            return constant_churn(self.sigmas, args.churn)
         draws = [np.random.default_rng([args.seed, rollout, n, CHURN]).standard_normal() for n in numbers]
         draws = torch.tensor(draws, dtype=torch.float32)
         if args.churn_schedule == "interval":
             location = shape["location"] + shape["location_std"] * draws
-            return interval_churn(self._sigmas, args.churn, location, shape["width"])
-        return prior_churn(self._sigmas, args.churn * (shape["spread"] * draws).exp())
+            return interval_churn(self.sigmas, args.churn, location, shape["width"])
+        return prior_churn(self.sigmas, args.churn * (shape["spread"] * draws).exp())
 
-    def _shared_noise(self, rollout: int) -> float:
-        gammas = torch.atleast_2d(self._noise_amounts(rollout, range(self.args.prompts_per_rollout)))
+    def shared_noise(self, rollout: int) -> float:
+        gammas = torch.atleast_2d(self.noise_amounts(rollout, range(self.args.prompts_per_rollout)))
         return (-gammas.log1p().sum(dim=1)).exp().mean().item()
 
     # Step 3: finite difference ----------------------------------------------------------------------------------------
 
-    def _targets(self, sampled: RolloutBatch, rewards: Tensor, rows: list[int]) -> FiniteDifference:
+    def targets(self, sampled: RolloutBatch, rewards: Tensor, rows: list[int]) -> FiniteDifference:
         endpoints = sampled.endpoints.float()
         if self.args.direction == "reward_gradient":
             direction, reward_difference = reward_gradient(endpoints, self._reward_gradient(sampled, rows))
@@ -102,7 +102,7 @@ class FDFOTrainer(RolloutTrainer):
 
     # Step 4: update ---------------------------------------------------------------------------------------------------
 
-    def _trained_levels(self, rollout: int, batch: int) -> list[int]:
+    def trained_levels(self, rollout: int, batch: int) -> list[int]:
         args = self.args
         return trained_levels(
             args.num_inference_steps,
@@ -113,8 +113,8 @@ class FDFOTrainer(RolloutTrainer):
             batch,
         )
 
-    def _loss(self, velocity: Tensor, old_velocity: Tensor, batch: ScoredBatch, level: int) -> SurrogateLoss:
+    def loss(self, velocity: Tensor, old_velocity: Tensor, batch: ScoredBatch, level: int) -> SurrogateLoss:
         return surrogate_loss(velocity, old_velocity, *batch.targets, self.args.epsilon)
 
-    def _base_distance(self, velocity: Tensor, base_velocity: Tensor, batch: ScoredBatch, level: int) -> Tensor:
+    def base_distance(self, velocity: Tensor, base_velocity: Tensor, batch: ScoredBatch, level: int) -> Tensor:
         return (velocity - base_velocity).square().flatten(1).mean(dim=-1)

@@ -47,11 +47,11 @@ class FlowGRPOTrainer(RolloutTrainer):
     hyperparameters = ("noise_level", "num_noisy_steps")
     base_distance_name = "kl"
 
-    def _seeds(self, rollout: int, numbers: Sequence[int]) -> list[int]:
+    def initial_seeds(self, rollout: int, numbers: Sequence[int]) -> list[int]:
         seed, branches = self.args.seed, self.args.num_generations
         return [derive_seed(seed, rollout, n * branches + a, INITIAL_NOISE) for n in numbers for a in range(branches)]
 
-    def _noise_amounts(self, rollout: int, numbers: Sequence[int]) -> Tensor:
+    def noise_amounts(self, rollout: int, numbers: Sequence[int]) -> Tensor:
         scales = torch.zeros(len(numbers), self.args.num_inference_steps + 1)
         for scale, number in zip(scales, numbers):
             window = self._noisy_steps(rollout, number // self.args.per_device_prompt_batch_size)
@@ -68,7 +68,7 @@ class FlowGRPOTrainer(RolloutTrainer):
         first = int(rng.integers(steps - args.num_noisy_steps + 1))
         return range(first, first + args.num_noisy_steps)
 
-    def _trained_levels(self, rollout: int, batch: int) -> list[int]:
+    def trained_levels(self, rollout: int, batch: int) -> list[int]:
         args = self.args
         steps = self._noisy_steps(rollout, batch)
         levels = trained_levels(
@@ -76,17 +76,17 @@ class FlowGRPOTrainer(RolloutTrainer):
         )
         return [steps[level] for level in levels]
 
-    def _targets(self, sampled: RolloutBatch, rewards: Tensor, rows: list[int]) -> tuple[Tensor]:
+    def targets(self, sampled: RolloutBatch, rewards: Tensor, rows: list[int]) -> tuple[Tensor]:
         return (group_advantages(rewards).flatten().nan_to_num(nan=0.0),)
 
     def _arrival(self, velocity: Tensor, batch: ScoredBatch, level: int) -> Gaussian:
         """The distribution of the arrivals of a step from this level with this velocity."""
-        t, s = self._sigmas[level], self._sigmas[level + 1]
+        t, s = self.sigmas[level], self.sigmas[level + 1]
         return sde_distribution(batch.sampled.x_t[level].float(), velocity, t, s, self.args.noise_level)
 
-    def _loss(self, velocity: Tensor, old_velocity: Tensor, batch: ScoredBatch, level: int) -> SurrogateLoss:
+    def loss(self, velocity: Tensor, old_velocity: Tensor, batch: ScoredBatch, level: int) -> SurrogateLoss:
         new, old = self._arrival(velocity, batch, level), self._arrival(old_velocity, batch, level)
         return clipped_loss(batch.sampled.x_s[level].float(), new, old, *batch.targets, self.args.epsilon)
 
-    def _base_distance(self, velocity: Tensor, base_velocity: Tensor, batch: ScoredBatch, level: int) -> Tensor:
+    def base_distance(self, velocity: Tensor, base_velocity: Tensor, batch: ScoredBatch, level: int) -> Tensor:
         return gaussian_kl(self._arrival(velocity, batch, level), self._arrival(base_velocity, batch, level))

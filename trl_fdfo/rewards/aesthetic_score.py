@@ -19,10 +19,9 @@ class AestheticScore(CLIPReward):
     https://github.com/christophschuhmann/improved-aesthetic-predictor
 
     Args:
-        model (`str`): Hub id or folder of the [`~transformers.CLIPModel`].
         head (`str`): The layers, computed in float32: a .pth, .pt or .safetensors file with their state dict, or a Hub
             id or folder with a file `aesthetic-model.pth`.
-        processor, dtype, device, batch_size, offload: As in [`CLIPReward`].
+        model, processor, dtype, device, batch_size, offload: As in [`CLIPReward`].
 
     Raises:
         ValueError: `head` is not a stack of linear layers from the embedding to one number.
@@ -30,7 +29,7 @@ class AestheticScore(CLIPReward):
 
     def __init__(
         self,
-        model: str = "openai/clip-vit-large-patch14",
+        model: str | None = None,
         head: str = "trl-lib/ddpo-aesthetic-predictor",
         processor: str | None = None,
         *,
@@ -40,9 +39,10 @@ class AestheticScore(CLIPReward):
         offload: bool = False,
     ):
         super().__init__(model, processor, dtype=dtype, device=device, batch_size=batch_size, offload=offload)
-        weights = load_weights(head, "aesthetic-model.pth")
         # The head stays on the CPU: it is small, and so are the embeddings.
-        self.head = linear_layers(weights, self.model.config.projection_dim, head)
+        self.head = linear_layers(
+            load_weights(head, "aesthetic-model.pth"), self.model.config.projection_dim, source=head
+        )
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         return self.head(self.embed_images(images).cpu()).squeeze(-1)

@@ -1,7 +1,7 @@
 """The base class of rewards that embed with CLIP."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import ClassVar
 
 import torch
 from PIL import Image
@@ -21,22 +21,34 @@ class CLIPReward(LearnedReward):
     not square is cropped to its central square.
 
     Args:
-        model (`str`): Hub id or folder of the model.
-        processor (`str`, *optional*): Hub id or folder of its image processor and tokenizer. Default: `model`.
+        model (`str`, *optional*): Hub id or folder of the model. Default: `default_model` of the class.
+        processor (`str`, *optional*): Hub id or folder of the image processor and the tokenizer. Default:
+            `default_processor` of the class, otherwise `model`.
         dtype (`str` or `torch.dtype`): Type of the model, such as `"bfloat16"`. The images of a prompt differ little,
             and float32 tells them apart best. Embeddings are always compared in float32.
-        options: `device`, `batch_size` and `offload` of [`LearnedReward`].
+        device, batch_size, offload: As in [`LearnedReward`].
 
     Raises:
         OSError: The model or the processor does not exist.
         ValueError: The tokenizer does not belong to the model.
     """
 
+    default_model: ClassVar[str] = "openai/clip-vit-large-patch14"
+    default_processor: ClassVar[str | None] = None
+
     def __init__(
-        self, model: str, processor: str | None = None, *, dtype: str | torch.dtype = "float32", **options: Any
+        self,
+        model: str | None = None,
+        processor: str | None = None,
+        *,
+        dtype: str | torch.dtype = "float32",
+        device: str | torch.device | None = None,
+        batch_size: int = 16,
+        offload: bool = False,
     ):
         dtype = torch_dtype(dtype)
-        processor = processor or model
+        model = model or self.default_model
+        processor = processor or self.default_processor or model
         self.image_processor = load_pretrained(CLIPImageProcessorPil, processor)
         self.tokenizer = load_pretrained(CLIPTokenizer, processor)
         clip = load_pretrained(CLIPModel, model, dtype=torch.float32)
@@ -48,7 +60,11 @@ class CLIPReward(LearnedReward):
             )
         # Read the scale before the cast: bfloat16 would turn 100 into 98.9.
         self.logit_scale = clip.logit_scale.exp().item()
-        super().__init__(clip.to(dtype), **options)
+        super().__init__(clip.to(dtype), device=device, batch_size=batch_size, offload=offload)
+
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+        """Score a batch by 100 times the cosine of the angle between each image and its prompt, float32, [batch]."""
+        return 100 * self.cosine(images, prompts)
 
     def cosine(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         """Cosine of the angle between each image and its prompt, float32, shape [batch]."""

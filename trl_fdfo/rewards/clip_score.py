@@ -1,11 +1,5 @@
 """CLIPScore (arXiv 2104.08718): the agreement of an image with its prompt, by OpenAI's CLIP."""
 
-from collections.abc import Sequence
-
-import torch
-from PIL import Image
-from torch import Tensor
-
 from .clip import CLIPReward
 
 
@@ -17,22 +11,5 @@ class CLIPScore(CLIPReward):
     number, or the cosine itself, such as 0.28; their numbers differ because their CLIP models do. The CLIPScore paper
     rates captions by max(0, 2.5 cosine) with ViT-B/32, and puts "A photo depicts" before the caption.
 
-    Args:
-        model (`str`): Hub id or folder of the [`~transformers.CLIPModel`].
-        processor, dtype, device, batch_size, offload: As in [`CLIPReward`].
+    The arguments are those of [`CLIPReward`].
     """
-
-    def __init__(
-        self,
-        model: str = "openai/clip-vit-large-patch14",
-        processor: str | None = None,
-        *,
-        dtype: str | torch.dtype = "float32",
-        device: str | torch.device | None = None,
-        batch_size: int = 16,
-        offload: bool = False,
-    ):
-        super().__init__(model, processor, dtype=dtype, device=device, batch_size=batch_size, offload=offload)
-
-    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        return 100 * self.cosine(images, prompts)

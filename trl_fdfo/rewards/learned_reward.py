@@ -1,6 +1,6 @@
 """The base class of rewards that are models of `transformers`: loading, device, batches, videos."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,12 +29,7 @@ class LearnedReward:
     image_type = "pil"
 
     def __init__(
-        self,
-        model: nn.Module,
-        *,
-        device: str | torch.device | None = None,
-        batch_size: int = 16,
-        offload: bool = False,
+        self, model: nn.Module, *, device: str | torch.device | None = None, batch_size: int = 16, offload: bool = False
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} of {type(self).__name__} must be at least 1.")
@@ -48,30 +43,26 @@ class LearnedReward:
         # PartialState is asked at the first images, when the launcher or the trainer has assigned the device.
         return torch.device(self._device) if self._device is not None else PartialState().device
 
-    @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        """
-        Args:
-            images (`Sequence[PIL.Image.Image]`): N images, or N videos as lists of frames. A video scores the mean over
-                its frames.
-            prompts (`Sequence[str]`): N prompts.
-
-        Returns:
-            `Tensor`: N scores, float32 on the CPU.
-        """
+        """Score N images, or N videos as lists of frames (the mean over the frames): float32 on the CPU, shape [N]."""
         counts, frames, prompts = split_frames(images, prompts)
-        self.model.to(self.device)
-        batches = range(0, len(frames), self.batch_size)
-        scores = [self.score(frames[i : i + self.batch_size], prompts[i : i + self.batch_size]) for i in batches]
-        return mean_over_frames(torch.cat(scores).float().cpu(), counts)
+        return mean_over_frames(self._in_batches(self.score, frames, prompts), counts)
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        """Scores of a batch, shape [batch], on any device."""
+        """Score a batch: shape [batch], on any device."""
         raise NotImplementedError
 
     def on_rollout_end(self) -> None:
         if self.offload:
             self.model.to("cpu")
+
+    @torch.no_grad()
+    def _in_batches(self, score: Callable[[Sequence, Sequence], Tensor], *columns: Sequence) -> Tensor:
+        """Call `score` on `batch_size` values of each column at a time: float32 on the CPU, shape [N]."""
+        self.model.to(self.device)
+        starts = range(0, len(columns[0]), self.batch_size)
+        scores = [score(*(column[start : start + self.batch_size] for column in columns)) for start in starts]
+        return torch.cat(scores).float().cpu()
 
 
 def load_pretrained(model_class: type, name_or_path: str, **kwargs: Any) -> PreTrainedModel:

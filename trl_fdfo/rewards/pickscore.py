@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -16,23 +15,11 @@ class PickScore(CLIPReward):
     The score is the cosine of image and prompt times the model's `exp(logit_scale)`, about 100. If two images of a
     prompt differ by d, people choose the better one with probability sigmoid(d).
 
-    Args:
-        model (`str`): Hub id or folder of the [`~transformers.CLIPModel`].
-        processor (`str`, *optional*): As in [`CLIPReward`]. The published model has no processor of its own.
-        dtype, device, batch_size, offload: As in [`CLIPReward`].
+    The arguments are those of [`CLIPReward`]. The published model has no processor of its own.
     """
 
-    def __init__(
-        self,
-        model: str = "yuvalkirstain/PickScore_v1",
-        processor: str | None = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-        *,
-        dtype: str | torch.dtype = "float32",
-        device: str | torch.device | None = None,
-        batch_size: int = 16,
-        offload: bool = False,
-    ):
-        super().__init__(model, processor, dtype=dtype, device=device, batch_size=batch_size, offload=offload)
+    default_model = "yuvalkirstain/PickScore_v1"
+    default_processor = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         return self.logit_scale * self.cosine(images, prompts)

@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import broadcast_object_list
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
@@ -164,3 +166,14 @@ class Checkpointer:
         rotate_checkpoints(
             output_dir=str(self.output_dir), save_total_limit=self._save_total_limit, best_model_checkpoint=best
         )
+
+
+def set_options(optimizer: torch.optim.Optimizer, scheduler: LRScheduler, groups: list[dict[str, Any]]) -> None:
+    """The learning rate, betas and the like of this run's parameter groups in the place of the checkpoint's."""
+    for group, own in zip(optimizer.param_groups, groups):
+        group.update({name: value for name, value in own.items() if name != "params"})
+    if isinstance(scheduler, LambdaLR):
+        scheduler.base_lrs = [own.get("initial_lr", own["lr"]) for own in groups]
+        for group, factor, rate in zip(optimizer.param_groups, scheduler.lr_lambdas, scheduler.base_lrs):
+            group["lr"] = rate * factor(scheduler.last_epoch)
+        scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]

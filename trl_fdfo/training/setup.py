@@ -3,20 +3,24 @@
 import os
 
 import torch
-from accelerate import cpu_offload_with_hook
+from accelerate import PartialState, cpu_offload_with_hook
 from accelerate.hooks import UserCpuOffloadHook
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from torch import nn
+from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..evaluation.evaluator import reported_metrics
 from ..metric_names import EVAL_PREFIX, REWARD
+from ..pipeline.checks import check_call_kwargs
+from ..pipeline.flow import PipelineFlow
 from ..pipeline.loading import load_pipeline
 from ..pipeline.lora import add_adapter, continue_adapter, default_lora_config
 from ..pipeline.options import is_quantized, quantization_config, set_attention_backend, set_vae_options
-from ..pipeline.prompt_embeddings import text_encoders
+from ..pipeline.prompt_embeddings import PromptEmbeddings, text_encoders
+from ..pipeline.records import Rehearsal
 from ..pipeline.trained import frozen_modules, trained_module
 from ..rewards.reward_functions import RewardFunctions
 from .config import RolloutConfig
@@ -209,3 +213,46 @@ def place_components(
         else:
             module.to(device)
     return hooks
+
+
+def rehearse(
+    flow: PipelineFlow, config: RolloutConfig, train_dataset: Dataset, eval_dataset: Dataset | None
+) -> Rehearsal:
+    """
+    Call the pipeline once as a rollout will, so that it refuses here what it refuses, and encode the prompts if they are
+    to be kept on disk.
+
+    Raises:
+        ValueError: The pipeline cannot be called with the options.
+    """
+    column = config.dataset_prompt_column
+    check_call_kwargs(flow.pipeline, config.pipeline_columns or ())
+    row = train_dataset[0]
+    columns = {name: [row[name]] for name in config.pipeline_columns or ()}
+    prompts = [row[column]] * config.per_device_prompt_batch_size
+    rehearsal = flow.rehearse(prompts, columns, config.num_generations)
+    steps = len(rehearsal.sigmas) - 1
+    if steps != config.num_inference_steps:
+        raise ValueError(
+            f"{type(flow.pipeline).__name__} takes {steps} steps, not num_inference_steps={config.num_inference_steps}: "
+            "it or `pipeline_kwargs` sets a schedule of its own. Set the option to that."
+        )
+    larger_batches = config.per_device_sampling_batch_size > config.per_device_prompt_batch_size
+    if larger_batches or flow.shared_prefix or config.cache_prompt_embeds:
+        flow.axes(columns)
+    if config.cache_prompt_embeds:
+        datasets = [dataset for dataset in (train_dataset, eval_dataset) if dataset]
+        disable = config.disable_tqdm or not PartialState().is_main_process
+        embeddings = PromptEmbeddings(
+            flow,
+            [prompt for dataset in datasets for prompt in dataset[column]],
+            lambda files: tqdm(files, "encoding", disable=disable),
+        )
+        if not embeddings.same_shapes and config.per_device_sampling_batch_size > 1:
+            raise ValueError(
+                f"{type(flow.pipeline).__name__} encodes prompts to different lengths, and cache_prompt_embeds=True cannot "
+                "put them into one batch. Set per_device_prompt_batch_size=1 and per_device_sampling_batch_size=1, or "
+                "cache_prompt_embeds=False."
+            )
+        flow.prompt_embeddings = embeddings
+    return rehearsal

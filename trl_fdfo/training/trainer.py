@@ -5,7 +5,6 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,8 @@ from huggingface_hub import CommitInfo
 from peft import PeftConfig, PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import ProgressCallback, Trainer, TrainerCallback, set_seed
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
 from ..evaluation.alarms import Alarms
@@ -27,12 +24,10 @@ from ..evaluation.before_after import BeforeAfter
 from ..evaluation.diversity import load_working_diversity
 from ..evaluation.evaluator import Evaluator, summarize
 from ..metric_names import ALARM, EVAL_PREFIX
-from ..pipeline.adapter_files import has_diffusers_format, save_call_options, save_diffusers_lora
-from ..pipeline.checks import check_call_kwargs
+from ..pipeline.adapter_files import save_call_options, save_diffusers_lora
 from ..pipeline.flow import PipelineFlow
 from ..pipeline.options import compile_blocks, keep_out_of_ddp
-from ..pipeline.prompt_embeddings import PromptEmbeddings
-from ..pipeline.records import Rehearsal, RolloutBatch, host_copy, repeat_each
+from ..pipeline.records import Rehearsal, RolloutBatch
 from ..pipeline.replay_check import check_replay
 from ..pipeline.schedulers import RolloutScheduler
 from ..pipeline.trained import trained_module
@@ -41,28 +36,21 @@ from ..planning.plan import RunPlan
 from ..planning.without_weights import plan_without_weights
 from ..reporting.logs import MetricsFile, PictureLogger
 from ..reporting.progress import FirstRolloutReport, RolloutProgressCallback
-from ..rewards.reward_functions import PendingRewards, RewardFunction, RewardFunctions
-from ..saving.checkpointer import Checkpointer
+from ..rewards.reward_functions import RewardFunction, RewardFunctions
+from ..saving.checkpointer import Checkpointer, set_options
 from ..saving.fingerprint import fingerprint
-from ..saving.hub import HubPusher, PushError
-from ..saving.model_card import (
-    CardRecord,
-    Paper,
-    PipelineRecord,
-    SampleRecord,
-    TrainingRecord,
-    check_template,
-    write_model_card,
-)
+from ..saving.hub import HubPusher
+from ..saving.model_card import Paper, check_template
 from ..saving.sharded_weights import is_sharded, save_whole_pipeline
 from ..saving.signals import Signals
 from ..saving.weight_averaging import WeightAveraging
-from ..seeds import EVALUATION, SAMPLER_NOISE, derive_seed
+from ..seeds import EVALUATION, derive_seed
+from . import publishing
 from .buffer import MicroBatch, RolloutBuffer, ScoredBatch
 from .config import RolloutConfig
 from .engines import adapt_to_trainer, prepare_for_engine
 from .metrics import RolloutMetrics
-from .prompts import is_file_name, rollout_rows
+from .rollouts import sample_rollout
 from .setup import (
     check_eval_dataset,
     check_evaluation,
@@ -72,27 +60,13 @@ from .setup import (
     open_pipeline,
     place_components,
     prepare_pipeline,
+    rehearse,
 )
 from .surrogate import SurrogateLoss
-from .watchdogs import WatchdogError, Watchdogs
+from .watchdogs import Watchdogs
 
 
 logger = logging.get_logger(__name__)
-
-# On every model card, behind the algorithm's own.
-_HYPERPARAMETERS = (
-    *("timestep_fraction", "optimizer_steps_per_rollout", "num_iterations", "epsilon", "beta", "learning_rate"),
-    *("lr_scheduler_type", "weight_decay", "max_grad_norm", "ema_decay", "seed"),
-)
-
-
-@dataclass
-class _SampledBatch:
-    """A rollout batch of this process, the levels that it is trained on and the rows of its prompts in the dataset."""
-
-    sampled: RolloutBatch
-    levels: list[int]
-    rows: list[int]
 
 
 class RolloutTrainer(Trainer):
@@ -123,7 +97,7 @@ class RolloutTrainer(Trainer):
         config_class (`type[RolloutConfig]`): Its options.
         scheduler_class (`type[RolloutScheduler]`): Its sampler.
         hyperparameters (`tuple[str, ...]`): Its own options on a model card.
-        latents_per_target (`int`): Float32 tensors of the latents' shape that `_targets` keeps of each sample.
+        latents_per_target (`int`): Float32 tensors of the latents' shape that `targets` keeps of each sample.
         base_distance_name (`str`): Metric of the distance that `beta` weighs.
         evaluator ([`~trl_fdfo.evaluation.evaluator.Evaluator`]): Samples and scores without training.
         checkpointer ([`~trl_fdfo.saving.checkpointer.Checkpointer`]): What the run resumes from and writes.
@@ -207,8 +181,9 @@ class RolloutTrainer(Trainer):
         self._add_collaborators()
         self._plan: RunPlan | None = None
         self._buffer: RolloutBuffer | None = None
-        self._rehearsal: Rehearsal | None = self._rehearse()
-        self._sigmas = self._rehearsal.sigmas
+        self._rehearsal: Rehearsal | None = rehearse(self.flow, self.args, self.train_dataset, self.eval_dataset)
+        self.offload_components()
+        self.sigmas = self._rehearsal.sigmas
         # Compile after the rehearsals: their batch sizes never recur.
         compile_blocks(self.accelerator, trained_module(pipeline))
         self.checkpointer = Checkpointer(
@@ -225,7 +200,7 @@ class RolloutTrainer(Trainer):
         """True if the branches of a prompt are sampled as one for as long as their noise leaves them identical."""
         return False
 
-    def _noise_amounts(self, rollout: int, numbers: Sequence[int]) -> Tensor:
+    def noise_amounts(self, rollout: int, numbers: Sequence[int]) -> Tensor:
         """
         How much noise the sampler adds at each level, shape [T + 1], or at each level for each prompt, shape [P, T + 1].
 
@@ -236,15 +211,15 @@ class RolloutTrainer(Trainer):
         """
         raise NotImplementedError
 
-    def _seeds(self, rollout: int, numbers: Sequence[int]) -> list[int]:
+    def initial_seeds(self, rollout: int, numbers: Sequence[int]) -> list[int]:
         """Seeds of the initial noise: one per prompt, which its branches share, or one per branch."""
         raise NotImplementedError
 
-    def _trained_levels(self, rollout: int, batch: int) -> list[int]:
+    def trained_levels(self, rollout: int, batch: int) -> list[int]:
         """The K noise levels that a rollout batch, by its global number, is trained on, in the order of training."""
         raise NotImplementedError
 
-    def _targets(self, sampled: RolloutBatch, rewards: Tensor, rows: list[int]) -> tuple[Tensor, ...]:
+    def targets(self, sampled: RolloutBatch, rewards: Tensor, rows: list[int]) -> tuple[Tensor, ...]:
         """
         What the loss learns from a batch, tensors with N samples in front.
 
@@ -255,15 +230,15 @@ class RolloutTrainer(Trainer):
         """
         raise NotImplementedError
 
-    def _loss(self, velocity: Tensor, old_velocity: Tensor, batch: ScoredBatch, level: int) -> SurrogateLoss:
+    def loss(self, velocity: Tensor, old_velocity: Tensor, batch: ScoredBatch, level: int) -> SurrogateLoss:
         """Loss and ratio of each sample, shape [N], from its velocity now and in the rollout, in float32."""
         raise NotImplementedError
 
-    def _base_distance(self, velocity: Tensor, base_velocity: Tensor, batch: ScoredBatch, level: int) -> Tensor:
+    def base_distance(self, velocity: Tensor, base_velocity: Tensor, batch: ScoredBatch, level: int) -> Tensor:
         """The distance that `beta` weighs: of each sample's velocity from the base model's, shape [N]."""
         raise NotImplementedError
 
-    def _shared_noise(self, rollout: int) -> float | None:
+    def shared_noise(self, rollout: int) -> float | None:
         """Mean share of their noise that the branches of a prompt have in common; None if they are independent."""
         return None
 
@@ -291,10 +266,10 @@ class RolloutTrainer(Trainer):
         )
         if args.eval_strategy != "no" or args.eval_on_start:
             self._load_diversity()
-        self._progress = None
+        self.progress = None
         if self.pop_callback(ProgressCallback) is not None:
-            self._progress = RolloutProgressCallback()
-            self.add_callback(self._progress)
+            self.progress = RolloutProgressCallback()
+            self.add_callback(self.progress)
         self.averaging = None
         if args.ema_decay is not None:
             self.averaging = WeightAveraging(self.model, args.ema_decay)
@@ -309,48 +284,14 @@ class RolloutTrainer(Trainer):
             steps_per_rollout=args.steps_per_rollout,
         )
         sheets_every = 0 if args.logging_strategy == "no" else args.logging_images_steps
-        self._pictures = PictureLogger(self.callback_handler, args.output_dir, sheets_every, args.num_prompts_to_log)
+        self.pictures = PictureLogger(self.callback_handler, args.output_dir, sheets_every, args.num_prompts_to_log)
         for callback in (
             self._alarms,
-            self._pictures,
+            self.pictures,
             MetricsFile(),
             FirstRolloutReport(self.metrics.seconds_of_run),
         ):
             self.add_callback(callback)
-
-    def _rehearse(self) -> Rehearsal:
-        """Call the pipeline once as a rollout will, so that it refuses here what it refuses."""
-        args, column = self.args, self.args.dataset_prompt_column
-        check_call_kwargs(self.pipeline, args.pipeline_columns or ())
-        row = self.train_dataset[0]
-        columns = {name: [row[name]] for name in args.pipeline_columns or ()}
-        prompts = [row[column]] * args.per_device_prompt_batch_size
-        rehearsal = self.flow.rehearse(prompts, columns, args.num_generations)
-        steps = len(rehearsal.sigmas) - 1
-        if steps != args.num_inference_steps:
-            raise ValueError(
-                f"{type(self.pipeline).__name__} takes {steps} steps, not num_inference_steps={args.num_inference_steps}: "
-                "it or `pipeline_kwargs` sets a schedule of its own. Set the option to that."
-            )
-        larger_batches = args.per_device_sampling_batch_size > args.per_device_prompt_batch_size
-        if larger_batches or self.flow.shared_prefix or args.cache_prompt_embeds:
-            self.flow.axes(columns)
-        if args.cache_prompt_embeds:
-            datasets = [dataset for dataset in (self.train_dataset, self.eval_dataset) if dataset]
-            self._cache_prompt_embeds([prompt for dataset in datasets for prompt in dataset[column]])
-        self._offload_components()
-        return rehearsal
-
-    def _cache_prompt_embeds(self, prompts: list[str]) -> None:
-        disable = self.args.disable_tqdm or not self.is_world_process_zero()
-        embeddings = PromptEmbeddings(self.flow, prompts, lambda files: tqdm(files, "encoding", disable=disable))
-        if not embeddings.same_shapes and self.args.per_device_sampling_batch_size > 1:
-            raise ValueError(
-                f"{type(self.pipeline).__name__} encodes prompts to different lengths, and cache_prompt_embeds=True cannot "
-                "put them into one batch. Set per_device_prompt_batch_size=1 and per_device_sampling_batch_size=1, or "
-                "cache_prompt_embeds=False."
-            )
-        self.flow.prompt_embeddings = embeddings
 
     def _fingerprint(self) -> dict[str, Any]:
         args = self.args
@@ -454,7 +395,7 @@ class RolloutTrainer(Trainer):
         rollout_before = self.metrics.seconds["rollout"]
         with self.metrics.timed("train"):
             loss = super().training_step(*args, **kwargs)
-            self._end_if_interrupted()
+            self.end_if_interrupted()
         self.metrics.seconds["train"] -= self.metrics.seconds["rollout"] - rollout_before
         return loss
 
@@ -475,11 +416,11 @@ class RolloutTrainer(Trainer):
             autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
             error = check_replay(velocity, old_velocity, self.pipeline, level, autocast)
             self.metrics.add(replay_error=torch.tensor(error))
-        loss, ratio = self._loss(velocity.float(), old_velocity.float(), batch, level)
+        loss, ratio = self.loss(velocity.float(), old_velocity.float(), batch, level)
         if args.beta:
             with torch.no_grad(), self.accelerator.unwrap_model(model).disable_adapter():
                 base_velocity = self.flow.velocity(batch.sampled, level)
-            distance = self._base_distance(velocity.float(), base_velocity.float(), batch, level)
+            distance = self.base_distance(velocity.float(), base_velocity.float(), batch, level)
             loss = loss + args.beta * distance
             self.metrics.add(**{self.base_distance_name: distance.detach().mean()})
         self.metrics.add_ratio(ratio.detach(), args.epsilon, is_first_step=inputs.step == 0)
@@ -504,124 +445,9 @@ class RolloutTrainer(Trainer):
 
     def _roll_out(self, rollout: int) -> RolloutBuffer:
         """Sample the images of this process, score them, and derive from the rewards what is to be learned."""
-        args = self.args
-        batches, pending = self._sample_rollout(rollout)
-        self._wait_for(pending)
-        with self.metrics.timed("reward"):
-            rewards = torch.cat([each.result() for each in pending]).unflatten(0, (-1, args.num_generations))
-            self.reward_functions.on_rollout_end()
-        self._offload_components()
-        self._pictures.log_rollout(self.state, rewards, self.reward_functions)
-        self.metrics.add_rewards(rollout, rewards)
-        self.metrics.add_branches(torch.cat([b.sampled.endpoints for b in batches]), self._shared_noise(rollout))
-        scored = [
-            self._score_batch(batch, values)
-            for batch, values in zip(batches, rewards.split(args.per_device_prompt_batch_size))
-        ]
-        return RolloutBuffer(rollout, self._first_batch, scored, args.optimizer_steps_per_rollout)
+        return sample_rollout(self, rollout)
 
-    @property
-    def _first_batch(self) -> int:
-        """Global number of this process's first rollout batch."""
-        return self.args.process_index * self.args.num_rollout_batches
-
-    def _sample_rollout(self, rollout: int) -> tuple[list[_SampledBatch], list[PendingRewards]]:
-        """The batches of this process, as far as a signal lets them be sampled, and their rewards."""
-        args = self.args
-        size = args.per_device_prompt_batch_size
-        rows = rollout_rows(len(self.train_dataset), args.prompts_per_rollout, rollout, args.seed)
-        numbers = range(self._first_batch, self._first_batch + args.num_rollout_batches)
-        at_a_time = args.per_device_sampling_batch_size // size
-        batches, pending = [], []
-        bar = contextlib.nullcontext()
-        if self._progress is not None:
-            bar = self._progress.rollout_bar(rollout, len(numbers) * size)
-        with bar:
-            for start in range(0, len(numbers), at_a_time):
-                if self._is_told_to_end():
-                    break  # `_save_if_interrupted` ends the run
-                for each in pending:
-                    each.raise_errors()
-                sampled, rewards = self._sample_batches(rollout, numbers[start : start + at_a_time], rows)
-                batches += sampled
-                pending.append(rewards)
-                if self._progress is not None:
-                    bar.update(len(sampled) * size)
-        return batches, pending
-
-    def _sample_batches(
-        self, rollout: int, batches: Sequence[int], rows: list[int]
-    ) -> tuple[list[_SampledBatch], PendingRewards]:
-        """
-        Sample some batches at once, and have their images scored.
-
-        Args:
-            rollout (`int`): Number of the rollout, from 0.
-            batches (`Sequence[int]`): Global numbers of the batches, consecutive.
-            rows (`list[int]`): Rows of all prompts of the rollout in the training dataset.
-        """
-        args = self.args
-        branches, size = args.num_generations, args.per_device_prompt_batch_size
-        numbers = range(batches[0] * size, (batches[-1] + 1) * size)  # places of the prompts in the rollout
-        levels = [self._trained_levels(rollout, batch) for batch in batches]
-        columns = self.train_dataset[[rows[n] for n in numbers]]
-        prompts = columns[args.dataset_prompt_column]
-
-        self.flow.model = self.model_wrapped
-        with self.compute_loss_context_manager():
-            sampled = self.flow.rollout(
-                prompts,
-                self._noise_amounts(rollout, numbers),
-                seeds=self._seeds(rollout, numbers),
-                noise_seeds=[
-                    derive_seed(args.seed, rollout, n * branches + a, SAMPLER_NOISE)
-                    for n in numbers
-                    for a in range(branches)
-                ],
-                levels={level for one in levels for level in one},
-                columns={name: columns[name] for name in args.pipeline_columns or ()},
-            )
-        if not sampled.endpoints.isfinite().all():
-            raise WatchdogError(
-                f"{type(self.pipeline).__name__} has sampled latents that are not finite, in {sampled.endpoints.dtype}. Does "
-                "it sample well by itself, in this dtype and at this size? If so, lower the sampler's noise (`churn`, or "
-                "`noise_level`) or the learning rate."
-            )
-
-        repeated = {name: repeat_each(values, branches) for name, values in columns.items()}
-        with self.metrics.timed("reward"):
-            pending = self.reward_functions.submit(
-                sampled.images, repeated[args.dataset_prompt_column], self.state, repeated, branches
-            )
-        self._pictures.keep(self.state, sampled.images, prompts)
-        parts = self.flow.split(replace(sampled, images=None), levels)
-        if args.offload_trajectories:
-            parts = [part.on_host() for part in parts]
-        return [
-            _SampledBatch(part, its_levels, rows[batch * size : (batch + 1) * size])
-            for part, its_levels, batch in zip(parts, levels, batches)
-        ], pending
-
-    def _wait_for(self, pending: list[PendingRewards]) -> None:
-        """Wait for the rewards in the background. A signal ends the waiting, and the run."""
-        with self.metrics.timed("reward"):
-            while self.signals.received is None and not all(each.done() for each in pending):
-                time.sleep(0.005)
-        self._end_if_interrupted()
-        self._save_if_interrupted()
-
-    def _score_batch(self, batch: _SampledBatch, rewards: Tensor) -> ScoredBatch:
-        """A batch with what is to be learned from its rewards, shape [P, G, number of rewards]."""
-        sampled = batch.sampled
-        total = self.reward_functions.total(rewards).to(sampled.endpoints.device)
-        targets = self._targets(sampled, total, batch.rows)
-        return ScoredBatch(
-            sampled=replace(sampled, endpoints=None),
-            targets=host_copy(targets) if self.args.offload_trajectories else targets,
-            levels=batch.levels,
-        )
-
-    def _offload_components(self) -> None:
+    def offload_components(self) -> None:
         for hook in self._offload_hooks:
             hook.offload()
 
@@ -655,7 +481,7 @@ class RolloutTrainer(Trainer):
             raise ValueError(f"generate got {len(prompts)} prompts and {len(seeds)} seeds: give one seed for each.")
         with self.averaged_weights():
             images = self.evaluator.generate(prompts, seeds, columns or {}, **call_kwargs)
-        self._offload_components()
+        self.offload_components()
         return images
 
     def evaluate(
@@ -696,11 +522,11 @@ class RolloutTrainer(Trainer):
                 self.state,
                 on_images=show,
             )
-        self._offload_components()
+        self.offload_components()
         first_images = [(rewards, evaluation.rewards[:, 0])]
         if controls is not None:
             first_images.append((controls, evaluation.controls[:, 0]))
-        self._pictures.log_evaluation(
+        self.pictures.log_evaluation(
             self.state, shown, dataset[self.args.dataset_prompt_column], first_images, metric_key_prefix
         )
         metrics = summarize(evaluation, rewards, controls)
@@ -759,22 +585,22 @@ class RolloutTrainer(Trainer):
 
     # Signals ----------------------------------------------------------------------------------------------------------
 
-    def _end_if_interrupted(self) -> None:
+    def end_if_interrupted(self) -> None:
         """Between two batches: end the run, unless it is to be saved first."""
         if self.signals.received is not None and not self.args.save_on_signal:
             raise self.signals.exception(self._how_to_resume())
 
-    def _is_told_to_end(self) -> bool:
+    def is_told_to_end(self) -> bool:
         """
         True if this process has got a signal. If the run is to be saved and all processes take part in a forward pass, True
         if any of them has, so that all sample as many batches.
         """
         told = self.signals.received is not None
-        return self._any(told) if self.args.save_on_signal and is_sharded(self.model) else told
+        return self.any_process(told) if self.args.save_on_signal and is_sharded(self.model) else told
 
-    def _save_if_interrupted(self) -> None:
+    def save_if_interrupted(self) -> None:
         """Between two rollouts, called by all processes: save and end the run, if one of them was told to end."""
-        if not self.args.save_on_signal or not self._any(self.signals.received is not None):
+        if not self.args.save_on_signal or not self.any_process(self.signals.received is not None):
             return
         if self.checkpointer.existing(self.state.global_step) is None:
             self._save_checkpoint(self.model, trial=None)
@@ -782,7 +608,7 @@ class RolloutTrainer(Trainer):
             raise SystemExit(1)  # for another process, which says why
         raise self.signals.exception(self._how_to_resume())
 
-    def _any(self, value: bool) -> bool:
+    def any_process(self, value: bool) -> bool:
         return self.accelerator.reduce(torch.tensor(float(value), device=self.args.device), reduction="sum") > 0
 
     def _how_to_resume(self) -> str:
@@ -808,32 +634,7 @@ class RolloutTrainer(Trainer):
             if self.args.should_save:
                 self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
         self.state.best_model_checkpoint = self.checkpointer.existing(self.state.best_global_step)
-        self._on_checkpoint(self.checkpointer.path(step))
-
-    def _on_checkpoint(self, checkpoint: Path) -> None:
-        """Once all of a checkpoint is on the disk, on all processes: delete old ones, and push."""
-        pushes = self.hub.pushes_checkpoints
-        if pushes and self.args.hub_always_push:
-            self._finish_current_push()
-        if pushes and self._any(self.hub.is_pushing()):
-            # It may be reading an older checkpoint, which would be deleted, and the files of the result.
-            logger.info(f"Not pushed at step {self.state.global_step}: the push before it is not done.")
-            return
-        if self.args.should_save:
-            self.checkpointer.rotate(self.state.best_model_checkpoint)
-        if not pushes:
-            return
-        self._save_result(self.args.output_dir)
-        if not self.is_world_process_zero():
-            return
-        self.create_model_card()
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        by_steps = self.args.save_strategy == SaveStrategy.STEPS
-        place = f"step {self.state.global_step}" if by_steps else f"epoch {int(self.state.epoch)}"
-        self.hub.push_in_background(checkpoint, f"Training in progress, {place}")
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Trainer calls this before the checkpoint has its name; `_on_checkpoint` pushes when it has."""
+        publishing.publish_checkpoint(self, self.checkpointer.path(step))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         is_own_format = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
@@ -848,7 +649,7 @@ class RolloutTrainer(Trainer):
         if checkpoint is None:
             return
         if self.args.resume_with_changed_options and is_own_format:
-            self._apply_options(made)
+            set_options(self.optimizer, self.lr_scheduler, made)
         best, folder = self.state.best_global_step, Path(checkpoint).parent
         self.state.best_model_checkpoint = self.checkpointer.existing(best, folder)
         rollouts, inside = divmod(self.state.global_step, self.args.steps_per_rollout)
@@ -860,17 +661,6 @@ class RolloutTrainer(Trainer):
             )
         if self.averaging is not None:
             self.averaging.load(checkpoint, updates=rollouts)
-
-    def _apply_options(self, made: list[dict[str, Any]]) -> None:
-        """The learning rate, betas and the like of this run in the place of the checkpoint's."""
-        for group, own in zip(self.optimizer.param_groups, made):
-            group.update({name: value for name, value in own.items() if name != "params"})
-        scheduler = self.lr_scheduler
-        if hasattr(scheduler, "lr_lambdas"):
-            scheduler.base_lrs = [own.get("initial_lr", own["lr"]) for own in made]
-            for group, factor, rate in zip(self.optimizer.param_groups, scheduler.lr_lambdas, scheduler.base_lrs):
-                group["lr"] = rate * factor(scheduler.last_epoch)
-            scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
@@ -895,21 +685,11 @@ class RolloutTrainer(Trainer):
         """
         if _internal_call:
             super().save_model(output_dir, _internal_call)
-            return
-        self._finish_current_push()  # which reads the files
-        output_dir = output_dir or self.args.output_dir
-        self._save_result(output_dir)
-        if self.is_world_process_zero():
-            write_model_card(self._card_record(), output_dir)
-        if self.args.push_to_hub:
-            if Path(output_dir) != Path(self.args.output_dir):
-                self._save_result(self.args.output_dir)
-            try:
-                self._push_result("Model save", revision=self.args.hub_revision)
-            except PushError as error:
-                logger.warning(str(error))
+        else:
+            publishing.save(self, output_dir or self.args.output_dir)
 
-    def _save_result(self, output_dir: str) -> None:
+    def save_result(self, output_dir: str) -> None:
+        """`save_model` without a model card and without a push."""
         with self.averaged_weights():
             if self.args.use_peft:
                 super().save_model(output_dir, _internal_call=True)  # for which Trainer does not push
@@ -926,15 +706,45 @@ class RolloutTrainer(Trainer):
             save_diffusers_lora(self.pipeline, self.model, output_dir, state_dict)
             save_call_options(self.flow.call_kwargs, output_dir)
 
-    # The Hub ----------------------------------------------------------------------------------------------------------
+    def create_model_card(self, *args: Any, **options: Any) -> None:
+        """
+        Write README.md and its pictures into `output_dir`; arguments are those of
+        [`~trl_fdfo.training.publishing.write_card`].
+        """
+        publishing.write_card(self, self.args.output_dir, *args, **options)
 
-    @property
-    def hub_model_id(self) -> str | None:
-        return self.hub.repo_id
+    def push_to_hub(
+        self, commit_message: str | None = "End of training", blocking: bool = True, **options: Any
+    ) -> CommitInfo | Future | None:
+        """
+        Save the result, as `save_model` does, and push all of `output_dir` but its checkpoints. The samples of the model
+        card that nobody has made, by `trainer.comparison`, are made first. All processes must call it.
 
-    @hub_model_id.setter
-    def hub_model_id(self, repo_id: str | None) -> None:
-        self.hub.repo_id = repo_id
+        Args:
+            commit_message (`str`): Message of the commit.
+            blocking (`bool`): Wait until it is pushed.
+            **options: `token`, `revision` (branch) and `private`, which default to the options `hub_token`, `hub_revision`
+                and `hub_private_repo`; and arguments of `create_model_card`.
+
+        Returns:
+            `CommitInfo`: The commit; without `blocking` a future of it; None on all but the main process.
+
+        Raises:
+            PushError: It could not be pushed. Everything is on the disk, and the message says how to push it later.
+        """
+        self.finish_current_push()
+        self.save_result(self.args.output_dir)
+        return publishing.push(self, commit_message, blocking, **options)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Trainer calls this before the checkpoint has its name; `_save_checkpoint` publishes it when it has."""
+
+    def finish_current_push(self) -> None:
+        """Wait for the push in the background. A signal ends the waiting."""
+        self.hub.wait(lambda: self.signals.received is not None)
+
+    def _finish_current_push(self) -> None:
+        self.finish_current_push()
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """
@@ -946,137 +756,10 @@ class RolloutTrainer(Trainer):
         if self.is_world_process_zero():
             self.hub.create_repo_or_warn(token, private)
 
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs: Any,
-    ) -> CommitInfo | Future | None:
-        """
-        Save the result, as `save_model` does, and push all of `output_dir` but its checkpoints. The samples of the model
-        card that nobody has made, by `trainer.comparison`, are made first. All processes must call it.
+    @property
+    def hub_model_id(self) -> str | None:
+        return self.hub.repo_id
 
-        Args:
-            commit_message (`str`): Message of the commit.
-            blocking (`bool`): Wait until it is pushed.
-            token (`str`, *optional*): Default: `hub_token`, or the token of `hf auth login`.
-            revision (`str`, *optional*): Branch; default: `hub_revision`, or main.
-            private (`bool`, *optional*): Make a repo that is created private; default: `hub_private_repo`.
-            **kwargs: Arguments of `create_model_card`.
-
-        Returns:
-            `CommitInfo`: The commit; without `blocking` a future of it; None on all but the main process.
-
-        Raises:
-            PushError: It could not be pushed. Everything is on the disk, and the message says how to push it later.
-        """
-        self._finish_current_push()
-        self._save_result(self.args.output_dir)
-        return self._push_result(commit_message, blocking, token, revision, private, **kwargs)
-
-    def _push_result(
-        self,
-        commit_message: str | None,
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs: Any,
-    ) -> CommitInfo | Future | None:
-        """Push the files in `output_dir`, with a model card that shows images."""
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        if self.comparison is None:
-            self.comparison = self.compare()
-        self.comparison.complete()
-        self.create_model_card(**kwargs)
-        if not self.is_world_process_zero():
-            return None
-        if self.hub.repo_id is None:
-            self.hub.create_repo(token, private)
-            self.create_model_card(**kwargs)  # now that it knows its place
-        return self.hub.push(commit_message, blocking, token, revision)
-
-    def _finish_current_push(self) -> None:
-        self.hub.wait(lambda: self.signals.received is not None)
-
-    def create_model_card(
-        self,
-        model_name: str | None = None,
-        dataset_name: str | None = None,
-        tags: str | list[str] | None = None,
-        license: str | None = None,
-        base_model: str | None = None,
-    ) -> None:
-        """
-        Write README.md and its pictures into `output_dir`.
-
-        Args:
-            model_name (`str`, *optional*): Title of the card; default: the name of the repo, or of the output directory.
-            dataset_name (`str`, *optional*): Hub id of the prompts; default: the option `dataset_name`.
-            tags (`str` or `list[str]`, *optional*): Tags beside those that every card has.
-            license (`str`, *optional*): Default: the licence on the base model's card.
-            base_model (`str`, *optional*): Hub id of the base model; default: where the pipeline came from.
-        """
-        if self.is_world_process_zero():
-            record = self._card_record(
-                model_name=model_name,
-                tags=tags or (),
-                license=license,
-                base_model=base_model,
-                **({"dataset_name": dataset_name} if dataset_name is not None else {}),
-            )
-            write_model_card(record, self.args.output_dir)
-
-    def _card_record(self, **options: Any) -> CardRecord:
-        """Everything that the model card says; `options` are fields of the record in the place of their defaults."""
-        args, comparison = self.args, self.comparison
-        adapter = None
-        if args.use_peft:
-            adapter = "diffusers" if has_diffusers_format(self.pipeline, self.model) else "peft"
-        is_file = args.dataset_name is not None and is_file_name(args.dataset_name)
-        rollouts = round(self.state.global_step / args.steps_per_rollout)
-        rewards = self.reward_functions
-        fields = {
-            "algorithm": self.algorithm,
-            "paper": self.paper,
-            "repo_id": self.hub.repo_name,
-            "adapter": adapter,
-            "pipeline": PipelineRecord.of(self.pipeline, self.flow.call_kwargs, args.pipeline_columns or ()),
-            "training": TrainingRecord(
-                rewards=list(zip(rewards.names, rewards.weights.tolist())),
-                hyperparameters=self._hyperparameters(),
-                num_prompts=len(self.train_dataset),
-                first_prompt=self.train_dataset[0][args.dataset_prompt_column],
-                rollouts=rollouts,
-                images=rollouts * args.prompts_per_rollout * args.num_generations,
-                log_history=self.state.log_history,
-                prompt_file=Path(args.dataset_name).name if is_file else None,
-            ),
-            "samples": None,
-            "template": args.model_card_template,
-            "dataset_name": None if is_file else args.dataset_name,
-        }
-        if comparison is not None:
-            fields["samples"] = SampleRecord(
-                prompts=comparison.prompts,
-                images=comparison.images,
-                results=comparison.results,
-                held_out=comparison.held_out,
-                diversity=comparison.diversity.__name__,
-            )
-        return CardRecord(**{**fields, **options})
-
-    def _hyperparameters(self) -> dict[str, Any]:
-        args = self.args
-        names = ("prompts_per_rollout", "num_generations", *self.hyperparameters, *_HYPERPARAMETERS)
-        found = {name: getattr(args, name) for name in names}
-        if args.use_peft:
-            adapter = self.model.peft_config["default"]
-            # An adapter that is no LoRA may have neither.
-            found |= {"lora_r": getattr(adapter, "r", None), "lora_alpha": getattr(adapter, "lora_alpha", None)}
-        found["mixed_precision"] = "bf16" if args.bf16 else "fp16" if args.fp16 else None
-        found["num_processes"] = args.world_size
-        return found
+    @hub_model_id.setter
+    def hub_model_id(self, repo_id: str | None) -> None:
+        self.hub.repo_id = repo_id

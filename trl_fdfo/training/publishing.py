@@ -1,0 +1,177 @@
+"""The result of a run with its model card, on the disk and on the Hub."""
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo
+from transformers import Trainer
+from transformers.trainer_utils import SaveStrategy
+from transformers.utils import logging
+
+from ..pipeline.adapter_files import has_diffusers_format
+from ..saving.hub import PushError
+from ..saving.model_card import CardRecord, PipelineRecord, SampleRecord, TrainingRecord, write_model_card
+from .prompts import is_file_name
+
+
+logger = logging.get_logger(__name__)
+
+# On every model card, behind the algorithm's own.
+_HYPERPARAMETERS = (
+    *("timestep_fraction", "optimizer_steps_per_rollout", "num_iterations", "epsilon", "beta", "learning_rate"),
+    *("lr_scheduler_type", "weight_decay", "max_grad_norm", "ema_decay", "seed"),
+)
+
+
+def save(trainer: Trainer, output_dir: str) -> None:
+    """Write the result and its card, and push both with `push_to_hub`; a push that fails only warns."""
+    args = trainer.args
+    trainer.finish_current_push()  # which reads the files
+    trainer.save_result(output_dir)
+    write_card(trainer, output_dir)
+    if args.push_to_hub:
+        if Path(output_dir) != Path(args.output_dir):
+            trainer.save_result(args.output_dir)
+        try:
+            push(trainer, "Model save", revision=args.hub_revision)
+        except PushError as error:
+            logger.warning(str(error))
+
+
+def push(
+    trainer: Trainer,
+    commit_message: str | None,
+    blocking: bool = True,
+    token: str | None = None,
+    revision: str | None = None,
+    private: bool | None = None,
+    **card_options: Any,
+) -> CommitInfo | Future | None:
+    """
+    Push the files in `output_dir`, with a card that shows images. All processes must call it.
+
+    Raises:
+        PushError: It could not be pushed.
+    """
+    trainer.callback_handler.on_push_begin(trainer.args, trainer.state, trainer.control)
+    if trainer.comparison is None:
+        trainer.comparison = trainer.compare()
+    trainer.comparison.complete()
+    trainer.create_model_card(**card_options)
+    if not trainer.is_world_process_zero():
+        return None
+    if trainer.hub.repo_id is None:
+        trainer.hub.create_repo(token, private)
+        trainer.create_model_card(**card_options)  # now that it knows its place
+    return trainer.hub.push(commit_message, blocking, token, revision)
+
+
+def publish_checkpoint(trainer: Trainer, checkpoint: Path) -> None:
+    """Once all of a checkpoint is on the disk, on all processes: delete old ones, and push."""
+    args, hub = trainer.args, trainer.hub
+    if hub.pushes_checkpoints and args.hub_always_push:
+        trainer.finish_current_push()
+    if hub.pushes_checkpoints and trainer.any_process(hub.is_pushing()):
+        # It may be reading an older checkpoint, which would be deleted, and the files of the result.
+        logger.info(f"Not pushed at step {trainer.state.global_step}: the push before it is not done.")
+        return
+    if args.should_save:
+        trainer.checkpointer.rotate(trainer.state.best_model_checkpoint)
+    if not hub.pushes_checkpoints:
+        return
+    trainer.save_result(args.output_dir)
+    trainer.create_model_card()
+    if trainer.is_world_process_zero():
+        trainer.callback_handler.on_push_begin(args, trainer.state, trainer.control)
+        by_steps = args.save_strategy == SaveStrategy.STEPS
+        place = f"step {trainer.state.global_step}" if by_steps else f"epoch {int(trainer.state.epoch)}"
+        hub.push_in_background(checkpoint, f"Training in progress, {place}")
+
+
+def write_card(
+    trainer: Trainer,
+    folder: str | Path,
+    model_name: str | None = None,
+    dataset_name: str | None = None,
+    tags: str | Sequence[str] | None = None,
+    license: str | None = None,
+    base_model: str | None = None,
+) -> None:
+    """
+    Write README.md and its pictures into a folder. Only the main process does.
+
+    Args:
+        trainer ([`RolloutTrainer`]): The training so far.
+        folder (`str` or `Path`): Folder of the result.
+        model_name (`str`, *optional*): Title of the card; default: the name of the repo, or of the output directory.
+        dataset_name (`str`, *optional*): Hub id of the prompts; default: the option `dataset_name`.
+        tags (`str` or `list[str]`, *optional*): Tags beside those that every card has.
+        license (`str`, *optional*): Default: the licence on the base model's card.
+        base_model (`str`, *optional*): Hub id of the base model; default: where the pipeline came from.
+    """
+    if not trainer.is_world_process_zero():
+        return
+    args = trainer.args
+    is_file = args.dataset_name is not None and is_file_name(args.dataset_name)
+    adapter = None
+    if args.use_peft:
+        adapter = "diffusers" if has_diffusers_format(trainer.pipeline, trainer.model) else "peft"
+    record = CardRecord(
+        algorithm=trainer.algorithm,
+        paper=trainer.paper,
+        repo_id=trainer.hub.repo_name,
+        adapter=adapter,
+        pipeline=PipelineRecord.of(trainer.pipeline, trainer.flow.call_kwargs, args.pipeline_columns or ()),
+        training=_training_record(trainer, Path(args.dataset_name).name if is_file else None),
+        samples=_sample_record(trainer),
+        template=args.model_card_template,
+        model_name=model_name,
+        dataset_name=dataset_name or (None if is_file else args.dataset_name),
+        tags=tags or (),
+        license=license,
+        base_model=base_model,
+    )
+    write_model_card(record, folder)
+
+
+def _training_record(trainer: Trainer, prompt_file: str | None) -> TrainingRecord:
+    args, rewards = trainer.args, trainer.reward_functions
+    rollouts = round(trainer.state.global_step / args.steps_per_rollout)
+    return TrainingRecord(
+        rewards=list(zip(rewards.names, rewards.weights.tolist())),
+        hyperparameters=_hyperparameters(trainer),
+        num_prompts=len(trainer.train_dataset),
+        first_prompt=trainer.train_dataset[0][args.dataset_prompt_column],
+        rollouts=rollouts,
+        images=rollouts * args.prompts_per_rollout * args.num_generations,
+        log_history=trainer.state.log_history,
+        prompt_file=prompt_file,
+    )
+
+
+def _sample_record(trainer: Trainer) -> SampleRecord | None:
+    comparison = trainer.comparison
+    if comparison is None:
+        return None
+    return SampleRecord(
+        prompts=comparison.prompts,
+        images=comparison.images,
+        results=comparison.results,
+        held_out=comparison.held_out,
+        diversity=comparison.diversity.__name__,
+    )
+
+
+def _hyperparameters(trainer: Trainer) -> dict[str, Any]:
+    args = trainer.args
+    names = ("prompts_per_rollout", "num_generations", *trainer.hyperparameters, *_HYPERPARAMETERS)
+    found = {name: getattr(args, name) for name in names}
+    if args.use_peft:
+        adapter = trainer.model.peft_config["default"]
+        # An adapter that is no LoRA may have neither.
+        found |= {"lora_r": getattr(adapter, "r", None), "lora_alpha": getattr(adapter, "lora_alpha", None)}
+    found["mixed_precision"] = "bf16" if args.bf16 else "fp16" if args.fp16 else None
+    found["num_processes"] = args.world_size
+    return found

@@ -1,0 +1,130 @@
+"""
+A rollout of one process: the images of its prompts are sampled and scored, and the targets of the updates derived.
+
+Dimensions: P prompts of a batch, G branches, N = P x G samples.
+"""
+
+import contextlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import Trainer
+
+from ..pipeline.records import RolloutBatch, host_copy, repeat_each
+from ..rewards.reward_functions import PendingRewards
+from ..seeds import SAMPLER_NOISE, derive_seed
+from .buffer import RolloutBuffer, ScoredBatch
+from .prompts import rollout_rows
+from .watchdogs import WatchdogError
+
+
+@dataclass(frozen=True)
+class SampledBatch:
+    """A rollout batch, the levels that it is trained on, and the rows of its prompts in the dataset."""
+
+    sampled: RolloutBatch
+    levels: list[int]
+    rows: list[int]
+
+
+def sample_rollout(trainer: Trainer, rollout: int) -> RolloutBuffer:
+    """
+    Args:
+        trainer ([`RolloutTrainer`]): Gives the pipeline, the prompts, the rewards and the algorithm.
+        rollout (`int`): Number of the rollout, from 0.
+    """
+    args, metrics = trainer.args, trainer.metrics
+    first_batch = args.process_index * args.num_rollout_batches
+    numbers = range(first_batch, first_batch + args.num_rollout_batches)
+    batches, pending = _sample_all(trainer, rollout, numbers)
+    with metrics.timed("reward"):
+        while trainer.signals.received is None and not all(each.done() for each in pending):
+            time.sleep(0.005)
+    trainer.end_if_interrupted()
+    trainer.save_if_interrupted()
+    with metrics.timed("reward"):
+        rewards = torch.cat([each.result() for each in pending]).unflatten(0, (-1, args.num_generations))
+        trainer.reward_functions.on_rollout_end()
+    trainer.offload_components()
+    trainer.pictures.log_rollout(trainer.state, rewards, trainer.reward_functions)
+    metrics.add_rewards(rollout, rewards)
+    metrics.add_branches(torch.cat([b.sampled.endpoints for b in batches]), trainer.shared_noise(rollout))
+    scored = []
+    for batch, values in zip(batches, rewards.split(args.per_device_prompt_batch_size)):
+        total = trainer.reward_functions.total(values).to(batch.sampled.endpoints.device)
+        targets = trainer.targets(batch.sampled, total, batch.rows)
+        targets = host_copy(targets) if args.offload_trajectories else targets
+        scored.append(ScoredBatch(replace(batch.sampled, endpoints=None), targets, batch.levels))
+    return RolloutBuffer(rollout, first_batch, scored, args.optimizer_steps_per_rollout)
+
+
+def _sample_all(
+    trainer: Trainer, rollout: int, numbers: Sequence[int]
+) -> tuple[list[SampledBatch], list[PendingRewards]]:
+    """The batches of these global numbers, as far as a signal lets them be sampled, and their rewards."""
+    args = trainer.args
+    size = args.per_device_prompt_batch_size
+    rows = rollout_rows(len(trainer.train_dataset), args.prompts_per_rollout, rollout, args.seed)
+    at_a_time = args.per_device_sampling_batch_size // size
+    batches, pending = [], []
+    bar = contextlib.nullcontext()
+    if trainer.progress is not None:
+        bar = trainer.progress.rollout_bar(rollout, len(numbers) * size)
+    with bar:
+        for start in range(0, len(numbers), at_a_time):
+            if trainer.is_told_to_end():
+                break  # `save_if_interrupted` ends the run
+            for each in pending:
+                each.raise_errors()
+            sampled, rewards = _sample_some(trainer, rollout, numbers[start : start + at_a_time], rows)
+            batches += sampled
+            pending.append(rewards)
+            if trainer.progress is not None:
+                bar.update(len(sampled) * size)
+    return batches, pending
+
+
+def _sample_some(
+    trainer: Trainer, rollout: int, batches: Sequence[int], rows: list[int]
+) -> tuple[list[SampledBatch], PendingRewards]:
+    """Some batches in one call of the pipeline; `rows` are the rows of all prompts of the rollout."""
+    args, flow = trainer.args, trainer.flow
+    branches, size = args.num_generations, args.per_device_prompt_batch_size
+    numbers = range(batches[0] * size, (batches[-1] + 1) * size)  # places of the prompts in the rollout
+    levels = [trainer.trained_levels(rollout, batch) for batch in batches]
+    columns = trainer.train_dataset[[rows[n] for n in numbers]]
+    prompts = columns[args.dataset_prompt_column]
+    noise_seeds = [
+        derive_seed(args.seed, rollout, n * branches + a, SAMPLER_NOISE) for n in numbers for a in range(branches)
+    ]
+
+    flow.model = trainer.model_wrapped
+    with trainer.compute_loss_context_manager():
+        sampled = flow.rollout(
+            prompts,
+            trainer.noise_amounts(rollout, numbers),
+            trainer.initial_seeds(rollout, numbers),
+            noise_seeds,
+            levels={level for one in levels for level in one},
+            columns={name: columns[name] for name in args.pipeline_columns or ()},
+        )
+    if not sampled.endpoints.isfinite().all():
+        raise WatchdogError(
+            f"{type(trainer.pipeline).__name__} has sampled latents that are not finite, in {sampled.endpoints.dtype}. Does "
+            "it sample well by itself, in this dtype and at this size? If so, lower the sampler's noise (`churn`, or "
+            "`noise_level`) or the learning rate."
+        )
+
+    repeated = {name: repeat_each(values, branches) for name, values in columns.items()}
+    with trainer.metrics.timed("reward"):
+        pending = trainer.reward_functions.submit(
+            sampled.images, repeated[args.dataset_prompt_column], trainer.state, repeated, branches
+        )
+    trainer.pictures.keep(trainer.state, sampled.images, prompts)
+    parts = flow.split(replace(sampled, images=None), levels)
+    if args.offload_trajectories:
+        parts = [part.on_host() for part in parts]
+    batch_rows = [rows[batch * size : (batch + 1) * size] for batch in batches]
+    return [SampledBatch(*batch) for batch in zip(parts, levels, batch_rows)], pending
