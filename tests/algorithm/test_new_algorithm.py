@@ -72,8 +72,8 @@ def test_it_trains_evaluates_plans_and_makes_a_card(make, tmp_path, capsys):
     assert "Simple Statistical Gradient-Following Algorithms" in card and "| `churn` | 0.2 |" in card
 
 
-def test_it_resumes_to_the_bit(make):
-    whole = make(output_dir="whole")
+def test_it_resumes_to_the_bit(make, tmp_path):
+    whole = make(output_dir=str(tmp_path / "whole"))
     whole.train()
     begun = make()
     begun.train()

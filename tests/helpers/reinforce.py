@@ -25,7 +25,7 @@ from trl_fdfo.training.trainer import RolloutTrainer
 
 @dataclass
 class ReinforceConfig(RolloutConfig):
-    churn: float = option(0.2, "Fresh noise that drives the images of a prompt apart.")
+    churn: float = option(0.2)  # fresh noise that drives the images of a prompt apart
 
 
 class Targets(NamedTuple):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from ..training.config import RolloutConfig, option
+from ..training.config import RolloutConfig, option, with_help
 from ..training.config_checks import check_ranges, read_json_dict
 
 
@@ -17,6 +17,7 @@ DIRECTIONS = ("finite_difference", "reward_gradient")
 
 
 @dataclass
+@with_help
 class FDFOConfig(RolloutConfig):
     r"""
     Configuration of [`FDFOTrainer`] (arXiv 2603.12893): the options of [`RolloutConfig`] and the ones below. The defaults
@@ -60,19 +61,14 @@ class FDFOConfig(RolloutConfig):
     }
 
     # Step 1: paired rollouts
-    churn: float = option(0.0025, "Fresh noise that drives the branches apart, > 0.")
-    churn_schedule: str = option("constant", "Levels that get the churn.", choices=tuple(CHURN_SCHEDULES))
-    churn_kwargs: dict | str | None = option(
-        None,
-        "Shape of the schedule, as a dict or a JSON string. interval: location, location_std, width; prior: spread.",
-    )
-    shared_prefix: bool = option(
-        False, "interval: sample the branches as one until the churn begins.", changes_result=False
-    )
+    churn: float = option(0.0025)
+    churn_schedule: str = option("constant", choices=tuple(CHURN_SCHEDULES))
+    churn_kwargs: dict | str | None = option(None)
+    shared_prefix: bool = option(False, changes_result=False)
 
     # Steps 3 and 4: update
-    direction: str = option("finite_difference", "The direction of an update.", choices=DIRECTIONS)
-    whiten_direction: bool = option(True, "Divide the difference of the images by its mean square.")
+    direction: str = option("finite_difference", choices=DIRECTIONS)
+    whiten_direction: bool = option(True)
 
     def _check(self) -> None:
         super()._check()

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from transformers.utils import logging
 
-from ..training.config import RolloutConfig, option
+from ..training.config import RolloutConfig, option, with_help
 
 
 logger = logging.get_logger(__name__)
@@ -14,6 +14,7 @@ MAX_EPSILON = 0.05
 
 
 @dataclass
+@with_help
 class FlowGRPOConfig(RolloutConfig):
     r"""
     Configuration of [`FlowGRPOTrainer`] (Flow-GRPO, arXiv 2505.05470): the options of [`RolloutConfig`] and the ones below,
@@ -33,20 +34,26 @@ class FlowGRPOConfig(RolloutConfig):
             Weight of the KL divergence from the base model's step, a mean over the latent elements.
         timestep_fraction (`float`, defaults to `1.0`):
             Fraction of the noisy steps that are trained.
+        num_inference_steps (`int`, defaults to `10`):
+            Steps T of the sampler.
+        prompts_per_rollout (`int`, defaults to `48`):
+            Prompts of each rollout, over all processes.
+        per_device_prompt_batch_size (`int`, defaults to `1`):
+            Prompts that each process samples, and trains on, at a time.
+        learning_rate (`float`, defaults to `3e-4`):
+            Initial learning rate of AdamW.
     """
 
-    noise_level: float = option(0.7, "Scale of the SDE's diffusion.")
-    num_noisy_steps: int | None = option(
-        None, "Steps in a row that have noise and are trained. Default: all but the last."
-    )
+    noise_level: float = option(0.7)
+    num_noisy_steps: int | None = option(None)
 
     # Defaults of RolloutConfig that differ here
-    num_inference_steps: int = option(10, "Steps of the sampler.")
-    num_generations: int = option(24, "Images per prompt that are compared, at least 2.")
-    prompts_per_rollout: int = option(48, "Prompts per rollout, over all processes.")
-    per_device_prompt_batch_size: int = option(1, "Prompts sampled, and trained on, at a time by each process.")
-    epsilon: float = option(1e-4, "Half the width of the clip of the ratio.")
-    learning_rate: float = option(3e-4, "Initial learning rate of AdamW.")
+    num_inference_steps: int = option(10)
+    num_generations: int = option(24)
+    prompts_per_rollout: int = option(48)
+    per_device_prompt_batch_size: int = option(1)
+    epsilon: float = option(1e-4)
+    learning_rate: float = option(3e-4)
 
     def _check(self) -> None:
         super()._check()

@@ -54,15 +54,8 @@ def load_reward(spec: str) -> RewardFunction:
 
 def load_by_name(spec: str, names: dict[str, Callable[..., Any]], kind: str) -> Any:
     """
-    Load the object that a string names, in the form that [`load_reward`] explains.
-
-    Args:
-        spec (`str`): The string.
-        names (`dict[str, Callable]`): Packaged objects by name.
-        kind (`str`): Kind of the object, such as "reward", for errors.
-
-    Raises:
-        ValueError: `spec` has another form, names nothing that exists, or has unknown options.
+    Load the object that a string names, as [`load_reward`] explains, from the packaged `names` or from a module. `kind`
+    is the kind of the object, such as "reward", for errors.
     """
     if not isinstance(spec, str):
         raise ValueError(
@@ -70,17 +63,23 @@ def load_by_name(spec: str, names: dict[str, Callable[..., Any]], kind: str) -> 
             f"options in parentheses: \"{next(iter(names))}(dtype='bfloat16')\"."
         )
     path, options = _parse(spec, kind, example=next(iter(names)))
-    if ":" not in path:
-        if path not in names:
-            raise ValueError(
-                f"{kind} '{spec}' is neither one of {', '.join(names)}, nor of the form module:callable, such as "
-                f"my_module:my_{kind}."
-            )
-        return _construct(spec, names[path], options or {}, kind)
-    found = load_object(path, kind)
-    if options is None and not inspect.isclass(found):
-        return found
-    return _construct(spec, found, options or {}, kind)
+    if ":" in path:
+        found = load_object(path, kind)
+        if options is None and not inspect.isclass(found):
+            return found
+    elif path in names:
+        found = names[path]
+    else:
+        raise ValueError(
+            f"{kind} '{spec}' is neither one of {', '.join(names)}, nor of the form module:callable, such as "
+            f"my_module:my_{kind}."
+        )
+    signature, options = inspect.signature(found), options or {}
+    try:
+        signature.bind(**options)
+    except TypeError as error:
+        raise ValueError(f"{kind} '{spec}': {error}. It takes {signature}.") from None
+    return found(**options)
 
 
 def load_object(path: str, kind: str) -> Any:
@@ -135,12 +134,3 @@ def _parse(spec: str, kind: str, example: str) -> tuple[str, dict[str, Any] | No
             f"{kind} '{spec}': cannot read its options ({error}). Write them as literals with their names, such as "
             f"{example}(dtype='bfloat16', batch_size=8)."
         ) from None
-
-
-def _construct(spec: str, function: Any, options: dict[str, Any], kind: str) -> Any:
-    """Call a class or function with the options, after a check of their names."""
-    try:
-        inspect.signature(function).bind(**options)
-    except TypeError as error:
-        raise ValueError(f"{kind} '{spec}': {error}. It takes {inspect.signature(function)}.") from None
-    return function(**options)

@@ -54,8 +54,7 @@ class ImageReward(LearnedReward):
     Args:
         model (`str`): The published checkpoint: a file `ImageReward.pt`, or a Hub id or folder with this file.
         processor (`str`): Hub id or folder of the tokenizer of BERT (uncased).
-        dtype (`str` or `torch.dtype`): Type of the two encoders, such as `"bfloat16"`. The images of a prompt differ
-            little, and float32 tells them apart best.
+        dtype (`str` or `torch.dtype`): Type of the two encoders. As in [`CLIPReward`], float32 is best.
         device, batch_size, offload: As in [`LearnedReward`].
 
     Raises:
@@ -125,19 +124,13 @@ class ImageReward(LearnedReward):
     def _load(self, model: str, dtype: torch.dtype) -> nn.ModuleDict:
         """Load the two encoders in `dtype`, and the layers behind them in float32."""
         weights = load_weights(model, "ImageReward.pt")
-        head = linear_layers(
-            {name: weights.pop(name) for name in list(weights) if name.startswith("mlp.")},
-            self.text_config["hidden_size"],
-            model,
-        )
+        layers = {name: weights.pop(name) for name in list(weights) if name.startswith("mlp.")}
+        head = linear_layers(layers, self.text_config["hidden_size"], source=model)
         # The initial weights are replaced: they take neither memory nor random numbers of the run.
         with torch.random.fork_rng(devices=[]), init_empty_weights():
-            blip = nn.ModuleDict(
-                {
-                    "vision": BlipVisionModel(BlipVisionConfig(**self.vision_config)),
-                    "text": BlipTextModel(BlipTextConfig(**self.text_config), add_pooling_layer=False),
-                }
-            )
+            vision = BlipVisionModel(BlipVisionConfig(**self.vision_config))
+            text = BlipTextModel(BlipTextConfig(**self.text_config), add_pooling_layer=False)
+        blip = nn.ModuleDict({"vision": vision, "text": text})
         renamed = {_renamed(name): tensor for name, tensor in weights.items() if not name.startswith(UNUSED)}
         try:
             blip.load_state_dict(renamed, assign=True)

@@ -29,20 +29,15 @@ class JPEGCompressibility:
 
     def __call__(self, images: Sequence[Image.Image]) -> list[float]:
         """
-        Args:
-            images (`Sequence[PIL.Image.Image]`): N images, or N videos as lists of frames. A video scores the mean over
-                its frames.
-
-        Returns:
-            `list[float]`: N sizes in kilobytes (1000 bytes), negative.
+        Minus the sizes of N images in kilobytes (1000 bytes). A video is a list of frames, and scores the mean over them.
         """
         counts, frames = split_frames(images)
-        return mean_over_frames([-self._kilobytes(frame) for frame in frames], counts)
-
-    def _kilobytes(self, image: Image.Image) -> float:
-        buffer = io.BytesIO()
-        image.convert("RGB").save(buffer, format="JPEG", quality=self.quality)
-        return buffer.tell() / 1000
+        scores = []
+        for frame in frames:
+            buffer = io.BytesIO()
+            frame.convert("RGB").save(buffer, format="JPEG", quality=self.quality)
+            scores.append(-buffer.tell() / 1000)
+        return mean_over_frames(scores, counts)
 
 
 class JPEGIncompressibility(JPEGCompressibility):
@@ -53,11 +48,5 @@ class JPEGIncompressibility(JPEGCompressibility):
     """
 
     def __call__(self, images: Sequence[Image.Image]) -> list[float]:
-        """
-        Args:
-            images (`Sequence[PIL.Image.Image]`): As in [`JPEGCompressibility`].
-
-        Returns:
-            `list[float]`: N sizes in kilobytes (1000 bytes).
-        """
+        """The sizes in kilobytes of N images, or of N videos, as in [`JPEGCompressibility`]."""
         return [-size for size in super().__call__(images)]

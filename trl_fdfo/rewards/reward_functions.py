@@ -47,18 +47,15 @@ class RewardFunctions:
         if not self.functions:
             raise ValueError(f"{argument} is empty: give at least one reward function.")
         for function in self.functions:
-            if isinstance(function, str):
-                raise ValueError(
-                    f"{argument}={function!r} is a str, not a callable. By name: trl_fdfo.rewards.load_reward({function!r})."
-                )
-            if not callable(function):
-                raise ValueError(
-                    f"{argument}={function!r} is a {type(function).__name__}, not a callable "
-                    "`(images, prompts, **columns) -> one float per image`."
-                )
             if inspect.isclass(function):
                 raise ValueError(
                     f"{argument} has the class {function.__name__}: construct it, {function.__name__}(...)."
+                )
+            if not callable(function):
+                by_name = f" By name: trl_fdfo.rewards.load_reward({function!r})." if isinstance(function, str) else ""
+                raise ValueError(
+                    f"{argument}={function!r} is a {type(function).__name__}, not a callable "
+                    f"`(images, prompts, **columns) -> one float per image`.{by_name}"
                 )
         if weights is not None and len(weights) != len(self.functions):
             raise ValueError(
@@ -111,16 +108,9 @@ class RewardFunctions:
                         f"reward can have: {', '.join(known)}."
                     )
 
-    def __call__(
-        self,
-        images: Tensor,
-        prompts: Sequence[str],
-        trainer_state: TrainerState,
-        columns: dict[str, Sequence],
-        num_generations: int = 1,
-    ) -> Tensor:
-        """Call `submit` and wait for the result."""
-        return self.submit(images, prompts, trainer_state, columns, num_generations).result()
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Call `submit`, which explains the arguments, and wait for the result."""
+        return self.submit(*args, **kwargs).result()
 
     def submit(
         self,
@@ -192,9 +182,9 @@ class RewardFunctions:
         """The weight of each function, with its public attributes as settings."""
         described = {}
         for name, function, weight in zip(self.names, self.functions, self.weights.tolist()):
-            kinds = (str, int, float, bool, type(None))
-            settings = {k: v for k, v in getattr(function, "__dict__", {}).items() if not k.startswith("_")}
-            settings = ", ".join(f"{k}={v!r}" for k, v in sorted(settings.items()) if isinstance(v, kinds))
+            attributes = sorted(getattr(function, "__dict__", {}).items())
+            plain = [(k, v) for k, v in attributes if k[:1] != "_" and isinstance(v, (str, int, float, type(None)))]
+            settings = ", ".join(f"{k}={v!r}" for k, v in plain)
             described[name] = f"{weight:g}" + (f" ({settings})" if settings else "")
         return described
 
@@ -207,15 +197,9 @@ class RewardFunctions:
 
     def total(self, rewards: Tensor) -> Tensor:
         """
-        Weighted sum over the functions.
+        Weighted sum over R functions, [P, G, R] -> [P, G], for G branches of each of P prompts. NaN: does not apply.
 
-        Args:
-            rewards (`Tensor`): Rewards of P prompts x G branches by R functions, shape [P, G, R]; NaN where a function
-                does not apply.
-
-        Returns:
-            `Tensor`: Shape [P, G]. A function counts for a prompt only if it applies to all its branches; without such
-            a function the branches are NaN.
+        A function counts for a prompt only if it applies to all its branches; without such a function they are NaN.
         """
         applies = rewards.isfinite().all(dim=1, keepdim=True)
         total = (rewards * self.weights.to(rewards)).where(applies, 0).sum(dim=-1)
@@ -223,12 +207,7 @@ class RewardFunctions:
 
 
 class PendingRewards:
-    """
-    Rewards of one batch of images. Some may still be computed in the background.
-
-    Args:
-        results (`list[Tensor | Future]`): The N rewards of each function.
-    """
+    """Rewards of one batch of images, N by each function. Some may still be computed in the background."""
 
     def __init__(self, results: list[Tensor | Future]):
         self._results = results
@@ -248,9 +227,7 @@ class PendingRewards:
         return torch.stack([r.result() if isinstance(r, Future) else r for r in self._results], dim=1)
 
 
-def _arguments(
-    name: str, function: RewardFunction, arguments: dict[str, Any], pil_images: Callable[[], list]
-) -> dict[str, Any]:
+def _arguments(name: str, function: RewardFunction, arguments: dict[str, Any], pil_images: Callable) -> dict[str, Any]:
     """Select the arguments that the function's signature names."""
     if _attribute(function, "image_type", "pt") == "pil":
         arguments = {**arguments, "images": pil_images()}

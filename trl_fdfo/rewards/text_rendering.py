@@ -62,14 +62,8 @@ class TextRendering:
         self, images: Sequence[Image.Image], prompts: Sequence[str], text: Sequence[str | None] | None = None
     ) -> list[float | None]:
         """
-        Args:
-            images (`Sequence[PIL.Image.Image]`): N images, or N videos as lists of frames. A video scores the mean over
-                its frames.
-            prompts (`Sequence[str]`): N prompts.
-            text (`Sequence[str | None]`, *optional*): N requested texts, a column of the dataset.
-
-        Returns:
-            `list[float | None]`: N rewards in [0, 1]; None if no text is requested.
+        Rewards of N images, or of N videos as lists of frames (the mean over the frames): in [0, 1], or None if no text
+        is requested. The column `text` has N requested texts.
 
         Raises:
             ValueError: A requested text is not a string.
@@ -80,12 +74,9 @@ class TextRendering:
         return mean_over_frames(scores, counts)
 
     def _score(self, image: Image.Image, target: str) -> float:
-        return 1 - _edit_distance([_normalized(box) for box in self._read(image)], target) / len(target)
-
-    def _read(self, image: Image.Image) -> list[str]:
-        """The text boxes of an image in reading order."""
         result = self._ocr(image)
-        return [result.txts[n] for n in _reading_order(result.boxes)] if result.txts else []
+        boxes = [_normalized(result.txts[n]) for n in _reading_order(result.boxes)] if result.txts else []
+        return 1 - _edit_distance(boxes, target) / len(target)
 
 
 def _target(prompt: str, text: str | None) -> str:
@@ -115,11 +106,8 @@ def _normalized(text: str) -> str:
 
 def _reading_order(boxes: np.ndarray) -> list[int]:
     """
-    Sort boxes line by line from the top, each line from the left. Boxes share a line if their middles are closer than
-    half the larger height.
-
-    Args:
-        boxes (`np.ndarray`): Corners (x, y) of N boxes in pixels, shape [N, 4, 2].
+    Sort N boxes, corners (x, y) of shape [N, 4, 2], line by line from the top, each line from the left. Boxes share a
+    line if their middles are closer than half the larger height.
     """
     left, top = boxes.min(axis=1).T
     height = boxes[..., 1].max(axis=1) - top
@@ -127,10 +115,9 @@ def _reading_order(boxes: np.ndarray) -> list[int]:
     lines = []
     for n in np.argsort(middle):
         first = lines[-1][0] if lines else None
-        if first is not None and middle[n] - middle[first] < max(height[n], height[first]) / 2:
-            lines[-1].append(n)
-        else:
-            lines.append([n])
+        if first is None or middle[n] - middle[first] >= max(height[n], height[first]) / 2:
+            lines.append([])
+        lines[-1].append(n)
     return [n for line in lines for n in sorted(line, key=lambda n: left[n])]
 
 

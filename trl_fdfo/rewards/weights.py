@@ -13,11 +13,8 @@ from transformers.utils import cached_file
 
 def load_weights(name_or_path: str, filename: str) -> dict[str, Tensor]:
     """
-    Load the named tensors of a file to the CPU.
-
-    Args:
-        name_or_path (`str`): A .pth, .pt or .safetensors file, or a Hub id or folder with a file `filename`.
-        filename (`str`): Name of the file in that repository or folder.
+    Load the named tensors of a file to the CPU. `name_or_path` is a .pth, .pt or .safetensors file, or a Hub id or
+    folder with a file `filename`.
 
     Raises:
         OSError: The file does not exist.
@@ -56,7 +53,8 @@ def linear_layers(weights: dict[str, Tensor], width: int, source: str) -> nn.Seq
         ValueError: The weights are not linear layers from `width` numbers to one.
     """
     # Sort by number: a safetensors file has layers.10 before layers.2. Dropout layers leave gaps in the numbers.
-    names = sorted((name.removesuffix("weight") for name in weights if name.endswith("weight")), key=_numbers)
+    names = [name.removesuffix("weight") for name in weights if name.endswith("weight")]
+    names.sort(key=lambda name: [int(digits) for digits in re.findall(r"\d+", name)])
     widths = [width, *(weights[f"{name}weight"].shape[:1].numel() for name in names)]
     shapes = {}
     for name, width_in, width_out in zip(names, widths, widths[1:]):
@@ -76,17 +74,8 @@ def linear_layers(weights: dict[str, Tensor], width: int, source: str) -> nn.Seq
 
 
 def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """
-    A floating-point type, also by its name, such as "bfloat16".
-
-    Raises:
-        ValueError: `dtype` is not a floating-point type.
-    """
+    """A floating-point type, also by its name, such as "bfloat16"; a ValueError for any other `dtype`."""
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(f"dtype={dtype!r} must be a floating-point type, such as 'float32' or 'bfloat16'.")
     return found
-
-
-def _numbers(name: str) -> list[int]:
-    return [int(digits) for digits in re.findall(r"\d+", name)]

@@ -3,9 +3,11 @@
 import inspect
 import json
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from accelerate.utils import get_int_from_env
@@ -38,21 +40,31 @@ class _Metadata(dict):
         return {name: value for name, value in self.items() if name != "changes_result"}
 
 
-def option(default: Any, help: str, *, changes_result: bool = True, choices: tuple[str, ...] | None = None) -> Any:
+def option(default: Any, *, changes_result: bool = True, choices: tuple[str, ...] | None = None) -> Any:
     """
     A field of a config.
 
     Args:
         default: Its default.
-        help (`str`): Its line in `--help`.
         changes_result (`bool`): A run with another value ends in other weights, so it cannot resume from a checkpoint.
         choices (`tuple[str, ...]`, *optional*): The values that it may have.
     """
-    metadata = _Metadata(help=help, changes_result=changes_result, **({"choices": list(choices)} if choices else {}))
+    metadata = _Metadata(changes_result=changes_result, **({"choices": list(choices)} if choices else {}))
     return field(default=default, metadata=metadata)
 
 
+def with_help(config_class: type) -> type:
+    """Below `@dataclass`: `--help` shows the paragraph of each option in the docstring of its class."""
+    paragraphs = dict(re.findall(r"^ {8}(\w+) \(.*\):\n((?: {12}.*\n)+)", config_class.__doc__, re.MULTILINE))
+    for name, value in vars(config_class).items():
+        if isinstance(value, Field):
+            help_text = " ".join(paragraphs[name].split()).replace("%", "%%")
+            value.metadata = MappingProxyType(_Metadata(value.metadata, help=help_text))
+    return config_class
+
+
 @dataclass
+@with_help
 class RolloutConfig(TrainingArguments):
     r"""
     Options of online reinforcement learning: those of [`~transformers.TrainingArguments`] and the ones below. The defaults
@@ -223,6 +235,23 @@ class RolloutConfig(TrainingArguments):
             A jinja2 file in the place of the packaged template of README.md, `trl_fdfo/saving/model_card.md`, which
             names its variables.
 
+        > Options of TrainingArguments with another default
+
+        learning_rate (`float`, defaults to `3e-5`):
+            Initial learning rate of AdamW.
+        weight_decay (`float`, defaults to `1e-4`):
+            Weight decay of AdamW.
+        lr_scheduler_type (`str`, defaults to `"constant"`):
+            Learning rate schedule.
+        bf16 (`bool`, *optional*):
+            bfloat16 mixed precision. `None` uses it if the GPU has it and `fp16` is not set.
+        logging_steps (`float`, *optional*):
+            Optimizer steps between logs. `None`: one log per rollout.
+        eval_steps (`float`, *optional*):
+            Optimizer steps between evaluations, for `eval_strategy="steps"`. `None` takes `save_steps`.
+        save_steps (`float`, *optional*):
+            Optimizer steps between checkpoints, a multiple of the steps per rollout. `None`: every 10 rollouts.
+
     Derived (computed once, here):
         num_trained_levels (`int`): K = max(1, round(timestep_fraction x trainable levels)).
         num_rollout_batches (`int`): batches per process, prompts_per_rollout / (processes x
@@ -240,130 +269,78 @@ class RolloutConfig(TrainingArguments):
     renamed_options: ClassVar[dict[str, str]] = {}
 
     # Data
-    dataset_name: str | None = option(
-        None,
-        "Prompts: a Hub id or a txt, json, jsonl, csv or parquet file. Default: the packaged list.",
-        changes_result=False,
-    )
-    dataset_prompt_column: str = option("prompt", "Column that holds the prompts.", changes_result=False)
-    pipeline_columns: list[str] | None = option(None, "Columns that the pipeline's call gets too, such as `image`.")
+    dataset_name: str | None = option(None, changes_result=False)
+    dataset_prompt_column: str = option("prompt", changes_result=False)
+    pipeline_columns: list[str] | None = option(None)
 
     # Rollouts
-    num_rollouts: int = option(100, "Rollouts of the run.")
-    prompts_per_rollout: int = option(432, "Prompts per rollout, over all processes.")
-    per_device_prompt_batch_size: int = option(2, "Prompts sampled, and trained on, at a time by each process.")
-    num_generations: int = option(2, "Images per prompt that are compared, at least 2.")
-    num_inference_steps: int = option(40, "Steps of the sampler.")
-    guidance_scale: float | None = option(1.0, "Guidance of the pipeline; 1 is none.")
-    height: int | None = option(512, "Height of the images in pixels.")
-    width: int | None = option(512, "Width of the images in pixels.")
-    pipeline_kwargs: dict | str | None = option(
-        None, "Further arguments of the pipeline's call, as a dict or a JSON string."
-    )
+    num_rollouts: int = option(100)
+    prompts_per_rollout: int = option(432)
+    per_device_prompt_batch_size: int = option(2)
+    num_generations: int = option(2)
+    num_inference_steps: int = option(40)
+    guidance_scale: float | None = option(1.0)
+    height: int | None = option(512)
+    width: int | None = option(512)
+    pipeline_kwargs: dict | str | None = option(None)
 
     # Rewards
-    reward_weights: list[float] | None = option(
-        None, "Weight of each reward function; 1 each by default.", changes_result=False
-    )
+    reward_weights: list[float] | None = option(None, changes_result=False)
 
     # Updates
-    optimizer_steps_per_rollout: int = option(4, "Optimizer steps a rollout is split into.")
-    num_iterations: int = option(1, "Passes over each rollout.")
-    timestep_fraction: float = option(1.0, "Fraction of each rollout batch's noise levels that are trained.")
-    epsilon: float = option(0.03, "Half the width of the trust region of the ratio.")
-    beta: float = option(0.0, "Weight of the distance from the base model.")
+    optimizer_steps_per_rollout: int = option(4)
+    num_iterations: int = option(1)
+    timestep_fraction: float = option(1.0)
+    epsilon: float = option(0.03)
+    beta: float = option(0.0)
 
     # What is trained
-    use_peft: bool = option(True, "Train LoRA adapters; otherwise the whole transformer.")
-    lora_r: int = option(32, "Rank of the LoRA adapters.", changes_result=False)
-    lora_alpha: int = option(64, "Scale of the LoRA adapters.", changes_result=False)
-    lora_target_modules: list[str] | None = option(
-        None, "Layers that get an adapter. Default: the attention projections.", changes_result=False
-    )
-    adapter: str | None = option(
-        None, "LoRA adapter to continue: Hub id or path, of PEFT or diffusers.", changes_result=False
-    )
-    ema_decay: float | None = option(None, "Average the trained weights over rollouts for evaluation and saving.")
+    use_peft: bool = option(True)
+    lora_r: int = option(32, changes_result=False)
+    lora_alpha: int = option(64, changes_result=False)
+    lora_target_modules: list[str] | None = option(None, changes_result=False)
+    adapter: str | None = option(None, changes_result=False)
+    ema_decay: float | None = option(None)
 
     # Evaluation
-    num_eval_prompts: int | None = option(
-        None, "Training prompts to hold out and evaluate on, instead of an eval_dataset."
-    )
-    images_per_eval_prompt: int | None = option(
-        None, "Images per prompt in an evaluation. Default: 4 with eval_diversity, otherwise 1.", changes_result=False
-    )
-    eval_diversity: str | None = option(
-        None, "Measure of diversity: clip, dreamsim, pixels or module:callable.", changes_result=False
-    )
-    alarm_control_drop: float | None = option(
-        0.3, "Fall of a control reward, in standard deviations over prompts, for an alarm.", changes_result=False
-    )
-    alarm_diversity_drop: float | None = option(
-        0.3, "Fall of the diversity, as a fraction of the base model's, for an alarm.", changes_result=False
-    )
-    stop_on_alarm: bool = option(False, "End the run at an alarm, with a checkpoint.", changes_result=False)
+    num_eval_prompts: int | None = option(None)
+    images_per_eval_prompt: int | None = option(None, changes_result=False)
+    eval_diversity: str | None = option(None, changes_result=False)
+    alarm_control_drop: float | None = option(0.3, changes_result=False)
+    alarm_diversity_drop: float | None = option(0.3, changes_result=False)
+    stop_on_alarm: bool = option(False, changes_result=False)
 
     # Memory
-    offload_components: bool = option(
-        False, "Text encoders and VAE in host memory while a rollout is trained on.", changes_result=False
-    )
-    offload_trajectories: bool = option(
-        False, "Noisy latents and velocities of a rollout in host memory.", changes_result=False
-    )
-    cache_prompt_embeds: bool = option(
-        False, "Encode each prompt once, to disk; text encoders in host memory.", changes_result=False
-    )
-    quantization: str | None = option(None, "Bits of the frozen transformer under LoRA.", choices=QUANTIZATIONS)
-    vae_slicing: bool = option(False, "Decode one image at a time.", changes_result=False)
-    vae_tiling: bool = option(False, "Decode large images in tiles.")
+    offload_components: bool = option(False, changes_result=False)
+    offload_trajectories: bool = option(False, changes_result=False)
+    cache_prompt_embeds: bool = option(False, changes_result=False)
+    quantization: str | None = option(None, choices=QUANTIZATIONS)
+    vae_slicing: bool = option(False, changes_result=False)
+    vae_tiling: bool = option(False)
 
     # Speed
-    per_device_sampling_batch_size: int | None = option(
-        None, "Prompts sampled at a time, a multiple of those trained on at a time.", changes_result=False
-    )
-    attention_backend: str | None = option(
-        None, "Backend of attention in the transformer, of those that diffusers has.", changes_result=False
-    )
+    per_device_sampling_batch_size: int | None = option(None, changes_result=False)
+    attention_backend: str | None = option(None, changes_result=False)
 
     # Logging
-    logging_images_steps: int | None = option(
-        None,
-        "Optimizer steps between sheets of images, a multiple of the steps per rollout. 0: none. Default: 10 rollouts.",
-        changes_result=False,
-    )
-    num_prompts_to_log: int = option(4, "Prompts on a sheet of images.", changes_result=False)
+    logging_images_steps: int | None = option(None, changes_result=False)
+    num_prompts_to_log: int = option(4, changes_result=False)
 
     # Saving and resuming
-    save_on_signal: bool = option(
-        False, "Save at the next end of a rollout when SIGTERM or SIGINT ends the run.", changes_result=False
-    )
-    resume_with_changed_options: bool = option(
-        False, "Resume although something that changes the result differs.", changes_result=False
-    )
+    save_on_signal: bool = option(False, changes_result=False)
+    resume_with_changed_options: bool = option(False, changes_result=False)
 
     # Sharing
-    model_card_template: str | None = option(
-        None, "A jinja2 file in the place of the packaged template of README.md.", changes_result=False
-    )
+    model_card_template: str | None = option(None, changes_result=False)
 
     # Defaults of TrainingArguments that differ here
-    learning_rate: float = option(3e-5, "Initial learning rate of AdamW.")
-    weight_decay: float = option(1e-4, "Weight decay of AdamW.")
-    lr_scheduler_type: str = option("constant", "Learning rate schedule.")
-    bf16: bool | None = option(None, "bfloat16 mixed precision. Default: where the GPU has it and fp16 is not set.")
-    logging_steps: float | None = option(
-        None, "Optimizer steps between logs. Default: one log per rollout.", changes_result=False
-    )
-    eval_steps: float | None = option(
-        None,
-        "Optimizer steps between evaluations, for eval_strategy='steps'. Default: save_steps.",
-        changes_result=False,
-    )
-    save_steps: float | None = option(
-        None,
-        "Optimizer steps between checkpoints, a multiple of the steps per rollout. Default: 10 rollouts.",
-        changes_result=False,
-    )
+    learning_rate: float = option(3e-5)
+    weight_decay: float = option(1e-4)
+    lr_scheduler_type: str = option("constant")
+    bf16: bool | None = option(None)
+    logging_steps: float | None = option(None, changes_result=False)
+    eval_steps: float | None = option(None, changes_result=False)
+    save_steps: float | None = option(None, changes_result=False)
 
     def __new__(cls, *args: Any, **options: Any) -> "RolloutConfig":
         for name in options.keys() & cls.renamed_options.keys():
