@@ -26,7 +26,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ["a cat", "two dogs", "the sea", "red", "a box", "old man"]
 CLOCK = ("_time", "_runtime", "_per_second", "peak_memory", "total_flos")
-# What earlier revisions called a metric of FDFO.
+# Names of FDFO's metrics in earlier revisions, and their names now.
 RENAMED = {"kl": "base_distance"}
 
 
@@ -85,7 +85,7 @@ def trainer_of(config, pipeline=None, reward=redness, columns: dict | None = Non
 
 
 def checksums(trainer, images) -> dict[str, str]:
-    """Of the trained weights, of what was logged but times, and of images."""
+    """Checksums of the trained weights, of all logged metrics but times, and of images."""
     weights, metrics = hashlib.sha256(), []
     for name, parameter in sorted(trainer.model.named_parameters()):
         if parameter.requires_grad:

@@ -1,1 +1,1 @@
-"""What rewards, control rewards and diversity say of images."""
+"""Evaluations: images of prompts scored by rewards, control rewards and diversity."""

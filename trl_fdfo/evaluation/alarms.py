@@ -76,7 +76,7 @@ class Alarms(TrainerCallback):
         Warn of each metric that has fallen since the first evaluation in `state.log_history`; True if one has.
 
         Args:
-            metrics (`Mapping[str, float]`): Of an evaluation that is not yet in the history: `eval_reward`, of each control
+            metrics (`Mapping[str, float]`): An evaluation that is not yet in the history: `eval_reward`, for each control
                 `eval_controls/<name>/mean`, `std` and `se`, and `eval_diversity` and `eval_diversity_se`.
             state (`TrainerState`): State of the trainer.
         """
@@ -95,7 +95,7 @@ class Alarms(TrainerCallback):
             noise = MIN_ERRORS * math.hypot(first[error], metrics[error])
             bounds = [(relevant, measure), (noise, f"{MIN_ERRORS} standard errors of the difference")]
             bounds.append((MIN_FALL * abs(first[metric]), f"{MIN_FALL:g} of what it was"))
-            # Of one prompt alone the error is not known.
+            # One prompt gives no error, and so no bound.
             bound, measure = max(bounds) if math.isfinite(noise) else (math.inf, "")
             # NaN, where a control applies to no prompt, is no fall.
             if first[metric] - metrics[metric] > bound:

@@ -229,6 +229,6 @@ def _over_prompts(values: Tensor) -> tuple[float, float, float]:
     estimate = Estimate.of(values.tolist())
     if estimate.mean is None:
         return math.nan, math.nan, math.nan
-    # Of one prompt it is not known.
+    # One prompt gives no error.
     error = math.nan if estimate.standard_error is None else estimate.standard_error
     return estimate.mean, error * math.sqrt(estimate.num_prompts), error

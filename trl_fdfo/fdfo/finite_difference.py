@@ -39,7 +39,7 @@ def finite_difference(endpoints: Tensor, rewards: Tensor, whiten: bool = True) -
     Args:
         endpoints (`Tensor`): Final latents x_0, shape [P, G, ...], G >= 2.
         rewards (`Tensor`): Reward of each image, shape [P, G].
-        whiten (`bool`): Else the direction is delta_a itself.
+        whiten (`bool`): Divide by the mean square; otherwise the direction is delta_a itself.
 
     Returns:
         [`FiniteDifference`]: `direction`, shape [P, G, ...], and `reward_difference`, shape [P, G].
@@ -51,8 +51,8 @@ def finite_difference(endpoints: Tensor, rewards: Tensor, whiten: bool = True) -
 
 def reward_gradient(endpoints: Tensor, gradient: Tensor) -> FiniteDifference:
     """
-    What the finite difference estimates, for a reward that has a gradient: each branch is compared with one that is moved
-    along the gradient by as much as it differs from the mean of its prompt.
+    The exact counterpart of the finite difference, for a reward that has a gradient: each branch is compared with one that
+    is moved along the gradient by as much as it differs from the mean of its prompt.
 
     Args:
         endpoints (`Tensor`): Final latents x_0, shape [P, G, ...], G >= 2.

@@ -14,7 +14,7 @@ so that p(x_s | x_t) is a Gaussian and has a likelihood. With A_i the advantage 
 
 Two conventions of the field, which epsilon is to be read with: log p is the mean over the latent elements, not their sum
 (so that rho does not depend on the size of the image, and clips of 1e-5 to 1e-3 are usual), and sigma_t at t = 1, where it
-diverges, is that of the next level.
+diverges, takes the value of the next level.
 
 Dimensions: N samples, P prompts, G images per prompt.
 """
@@ -44,7 +44,7 @@ class Gaussian(NamedTuple):
 
 def sde_distribution(x_t: Tensor, velocity: Tensor, t: Tensor, s: Tensor, scale: float | Tensor) -> Gaussian:
     """
-    Where a step of the SDE may arrive.
+    The distribution of the arrivals of a step of the SDE.
 
     Args:
         x_t (`Tensor`): Noisy samples at level t, shape [N, ...].
@@ -66,7 +66,7 @@ def sde_distribution(x_t: Tensor, velocity: Tensor, t: Tensor, s: Tensor, scale:
 
 def sde_step(x_t: Tensor, velocity: Tensor, t: Tensor, s: Tensor, scale: float | Tensor, noise: Tensor) -> Tensor:
     """
-    One step of the sampler, with `noise` of unit variance of the shape of `x_t`; else as [`sde_distribution`].
+    One step of the sampler, with `noise` of unit variance of the shape of `x_t`; otherwise as [`sde_distribution`].
 
     Returns:
         `Tensor`: Noisy samples at level s, the shape of `x_t`.
@@ -106,9 +106,9 @@ def clipped_loss(x_s: Tensor, new: Gaussian, old: Gaussian, advantage: Tensor, e
     PPO's clipped loss of each sample; its gradient at ratio 1 is that of -A log p.
 
     Args:
-        x_s (`Tensor`): Where the step of the rollout arrived, shape [N, ...].
-        new ([`Gaussian`]): Where a step of the model in training arrives.
-        old ([`Gaussian`]): Where one of the model that sampled does.
+        x_s (`Tensor`): Arrival of the rollout's step, shape [N, ...].
+        new ([`Gaussian`]): Arrivals of a step of the model in training.
+        old ([`Gaussian`]): Arrivals of a step of the model that sampled.
         advantage (`Tensor`): A, shape [N].
         epsilon (`float`): Half the width of the trust region of the ratio, > 0.
 

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .questions import check_images
 from .reward_functions import checked_rewards
 from .vlm_score import VLMScore
 from .vlm_server import VLMServer
@@ -54,7 +53,6 @@ class PairwiseJudge:
         self.image_type = getattr(compare, "image_type", "pt")
         self.background = getattr(compare, "background", False)
         own = ("images", "prompts", "num_generations")
-        # A reward is called with the arguments that its signature names.
         parameters = list(inspect.signature(compare).parameters.values())
         positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         columns = parameters[3:]
@@ -68,6 +66,7 @@ class PairwiseJudge:
             raise ValueError(
                 f"{self.__name__} has an argument '{taken[0]}', which a judge gets for another purpose: rename it."
             )
+        # A reward is called with the arguments that its signature names.
         self.__signature__ = inspect.Signature(
             [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in own]
             + [p.replace(kind=max(p.kind, p.KEYWORD_ONLY)) for p in columns]
@@ -76,15 +75,8 @@ class PairwiseJudge:
 
     def __call__(self, images: Any, prompts: Sequence[str], num_generations: int, **columns: Any) -> Any:
         """
-        Args:
-            images: N images, tensors or PIL. The images of a prompt are adjacent.
-            prompts (`Sequence[str]`): N prompts.
-            num_generations (`int`): G images per prompt.
-            **columns: Further arguments of `compare`, N values each.
-
-        Returns:
-            `list[float | None]`: N rewards in log odds, which sum to 0 over each prompt; an awaitable if `compare` is
-            `async`.
+        N rewards in log odds, which sum to 0 over each prompt; None without an opinion. An awaitable if `compare` is
+        `async`. The `num_generations` images of a prompt are adjacent; `columns` are further arguments of `compare`.
         """
         if num_generations < 2:
             return [None] * len(prompts)
@@ -95,33 +87,24 @@ class PairwiseJudge:
         ]
         first, second = map(list, zip(*pairs))
         # Two calls of the same shape, so that swapping the images swaps the answers to the bit.
-        answers = [
-            self.compare(
-                _take(images, one),
-                _take(images, other),
-                _take(prompts, one),
-                **{name: _take(values, one) if name != "trainer_state" else values for name, values in columns.items()},
-            )
-            for one, other in ((first, second), (second, first))
-        ]
-        if any(map(inspect.isawaitable, answers)):
-            return self._awaited_rewards(answers, prompts, first, second, num_generations)
-        return self._rewards(answers, prompts, first, second, num_generations)
+        answers = []
+        for one, other in ((first, second), (second, first)):
+            further = {name: v if name == "trainer_state" else _take(v, one) for name, v in columns.items()}
+            answers.append(self.compare(_take(images, one), _take(images, other), _take(prompts, one), **further))
 
-    async def _awaited_rewards(self, answers: list, *args: Any) -> list[float | None]:
-        return self._rewards(await asyncio.gather(*answers), *args)
+        def combined(answers: Sequence) -> list[float | None]:
+            asked = _take(prompts, first)
+            forward, backward = (checked_rewards(self.__name__, answer, asked, of="pairs") for answer in answers)
+            preference = (forward - backward) / (2 * num_generations)
+            rewards = torch.zeros(len(prompts))
+            rewards.index_add_(0, torch.tensor(first), preference)
+            rewards.index_add_(0, torch.tensor(second), -preference)
+            return [None if value != value else value for value in rewards.tolist()]
 
-    def _rewards(
-        self, answers: Sequence, prompts: Sequence[str], first: list[int], second: list[int], num_generations: int
-    ) -> list[float | None]:
-        forward, backward = (
-            checked_rewards(self.__name__, answer, _take(prompts, first), of="pairs") for answer in answers
-        )
-        preference = (forward - backward) / (2 * num_generations)
-        rewards = torch.zeros(len(prompts))
-        rewards.index_add_(0, torch.tensor(first), preference)
-        rewards.index_add_(0, torch.tensor(second), -preference)
-        return [None if value != value else value for value in rewards.tolist()]
+        async def awaited() -> list[float | None]:
+            return combined(await asyncio.gather(*answers))
+
+        return awaited() if any(map(inspect.isawaitable, answers)) else combined(answers)
 
 
 def vlm_judge(url: str | list[str] | None = None, question: str = "comparison", **options: Any) -> PairwiseJudge:
@@ -134,7 +117,7 @@ def vlm_judge(url: str | list[str] | None = None, question: str = "comparison", 
         **options: Further arguments of [`VLMServer`] or [`VLMScore`].
     """
     vlm = VLMScore(question=question, **options) if url is None else VLMServer(url, question=question, **options)
-    check_images(vlm.question, 2)
+    vlm.question.check_images(2)
     judge = PairwiseJudge(vlm.compare)
     judge.__name__ = "vlm_judge"
     return judge

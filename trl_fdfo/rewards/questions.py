@@ -1,7 +1,11 @@
 """Questions to a VLM about images, with the two words whose probabilities are its answer."""
 
 import re
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, replace
+
+from PIL import Image
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,19 @@ class Question:
         """The question about the image(s) of this prompt."""
         return self.template.replace("{prompt}", prompt)
 
+    def check_images(self, images: int) -> None:
+        """Raise a ValueError if the question is about one image and is asked about two, or vice versa."""
+        if self.images == 2 and images == 1:
+            raise ValueError(
+                f"The question {self.template!r} compares two images, and a score is of one. As a reward, compare the "
+                "images of a prompt: `vlm_judge`, or PairwiseJudge(vlm.compare)."
+            )
+        if self.images == 1 and images == 2:
+            raise ValueError(
+                f"The question {self.template!r} is about one image, and a judge shows two: take question='comparison', "
+                "or one of your own about the first and the second image."
+            )
+
 
 # The first question is from arXiv 2603.12893. The comparison is answered by letters, which are one token in
 # vocabularies of byte-level BPE and SentencePiece; Llama's vocabulary splits digits.
@@ -68,12 +85,7 @@ QUESTIONS = {
 
 def get_question(question: str, target: str | None = None, contrast: str | None = None) -> Question:
     """
-    A preset, or a question of the user's own.
-
-    Args:
-        question (`str`): Name of a preset of `QUESTIONS`, or a template.
-        target (`str`, *optional*): The word that speaks for the image. Default: the preset's word, or `"Yes"`.
-        contrast (`str`, *optional*): The word that speaks against the image. Default: the preset's word, or `"No"`.
+    A preset of `QUESTIONS` by its name, or a question of the user's own, with other words if they are given.
 
     Raises:
         ValueError: [`Question`] refuses the arguments, or `question` is a single word but names no preset.
@@ -82,31 +94,51 @@ def get_question(question: str, target: str | None = None, contrast: str | None 
         raise ValueError(
             f"question={question!r} is no preset and no question: name one of {_names()}, or ask something."
         )
-    preset = QUESTIONS.get(question) or Question(question)
-    return replace(
-        preset,
-        target=preset.target if target is None else target,
-        contrast=preset.contrast if contrast is None else contrast,
-    )
+    words = {name: word for name, word in (("target", target), ("contrast", contrast)) if word is not None}
+    return replace(QUESTIONS.get(question) or Question(question), **words)
 
 
-def check_images(question: Question, images: int) -> None:
-    """
-    Check that a question fits the number of images, 1 or 2, that it is asked about.
+class VLMReward:
+    """The base class of rewards that ask a VLM a [`Question`]. Subclasses call `ask_about` and implement `log_odds`."""
 
-    Raises:
-        ValueError: The question is about one image and is asked about two, or vice versa.
-    """
-    if question.images == 2 and images == 1:
-        raise ValueError(
-            f"The question {question.template!r} compares two images, and a score is of one. As a reward, compare the images "
-            "of a prompt: `vlm_judge`, or PairwiseJudge(vlm.compare)."
-        )
-    if question.images == 1 and images == 2:
-        raise ValueError(
-            f"The question {question.template!r} is about one image, and a judge shows two: take question='comparison', or "
-            "one of your own about the first and the second image."
-        )
+    image_type = "pil"
+
+    def ask_about(self, question: str, target: str | None, contrast: str | None) -> None:
+        """Set the question, as in [`get_question`], and a name of the reward that tells presets apart."""
+        self.question = get_question(question, target, contrast)
+        self.__name__ = f"{type(self).__name__}_{question}" if question in QUESTIONS else type(self).__name__
+
+    def compare(
+        self, first: Sequence[Image.Image], second: Sequence[Image.Image], prompts: Sequence[str]
+    ) -> Tensor | Awaitable[Tensor]:
+        """
+        Ask the question about two images at once. Judges prefer a place as well as an image: ask in both orders.
+
+        Args:
+            first (`Sequence[PIL.Image.Image]`): N images that the target favours.
+            second (`Sequence[PIL.Image.Image]`): N images that the contrast favours.
+            prompts (`Sequence[str]`): N prompts.
+
+        Returns:
+            `Tensor`: N log odds that the first is better, as from `log_odds`.
+        """
+        self.question.check_images(2)
+        return self.log_odds(list(zip(first, second)), [self.question.ask(prompt) for prompt in prompts])
+
+    compare.image_type = "pil"
+
+    def log_odds(self, images: Sequence[Sequence[Image.Image]], questions: Sequence[str]) -> Tensor | Awaitable[Tensor]:
+        """
+        The log odds of the answers to N questions.
+
+        Args:
+            images (`Sequence[Sequence[PIL.Image.Image]]`): The image(s) of each question.
+            questions (`Sequence[str]`): N questions.
+
+        Returns:
+            `Tensor`: N times log p(target) - log p(contrast), float32 on the CPU; an awaitable from a server.
+        """
+        raise NotImplementedError
 
 
 def _names() -> str:

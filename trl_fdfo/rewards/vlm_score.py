@@ -22,10 +22,10 @@ from transformers import (
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from .learned_reward import LearnedReward, load_pretrained
-from .questions import QUESTIONS, check_images, get_question
+from .questions import VLMReward
 
 
-class VLMScore(LearnedReward):
+class VLMScore(VLMReward, LearnedReward):
     """
     The answer of a VLM to a question about each image: 0 to 100, higher is better.
 
@@ -69,29 +69,22 @@ class VLMScore(LearnedReward):
         batch_size: int = 16,
         offload: bool = False,
     ):
-        self.question = get_question(question, target, contrast)
-        self.__name__ = f"{type(self).__name__}_{question}" if question in QUESTIONS else type(self).__name__
+        self.ask_about(question, target, contrast)
         # Check the words before the weights are loaded: errors appear in seconds.
         self.processor = _load_processor(model)
         tokenizer = self.processor.tokenizer
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        self.words = [
-            _token(tokenizer, name, word, model)
-            for name, word in (("target", self.question.target), ("contrast", self.question.contrast))
-        ]
+        words = {"target": self.question.target, "contrast": self.question.contrast}
+        self.words = [_token(tokenizer, name, word, model) for name, word in words.items()]
         if self.words[0] == self.words[1]:
             raise ValueError(
-                f"target={self.question.target!r} and contrast={self.question.contrast!r} are the same token of {model}: "
-                "the score compares how likely two answers are. Name two."
+                f"target={words['target']!r} and contrast={words['contrast']!r} are the same token of {model}: the score "
+                "compares how likely two answers are. Name two."
             )
-        super().__init__(
-            load_pretrained(AutoModelForImageTextToText, model, dtype=dtype),
-            device=device,
-            batch_size=batch_size,
-            offload=offload,
-        )
+        vlm = load_pretrained(AutoModelForImageTextToText, model, dtype=dtype)
+        super().__init__(vlm, device=device, batch_size=batch_size, offload=offload)
         self.model.generation_config = GenerationConfig(
             max_new_tokens=1,
             do_sample=False,
@@ -106,57 +99,18 @@ class VLMScore(LearnedReward):
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         """Scores of a batch in [0, 100], shape [batch]."""
-        check_images(self.question, 1)
+        self.question.check_images(1)
         questions = [self.question.ask(prompt) for prompt in prompts]
         return 100 * self.log_odds([[image] for image in images], questions).sigmoid()
 
-    def compare(self, first: Sequence[Image.Image], second: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        """
-        Ask the question about two images at once. Judges prefer a place as well as an image: ask in both orders.
-
-        Args:
-            first (`Sequence[PIL.Image.Image]`): N images that the target favours.
-            second (`Sequence[PIL.Image.Image]`): N images that the contrast favours.
-            prompts (`Sequence[str]`): N prompts.
-
-        Returns:
-            `Tensor`: N log odds that the first is better, float32 on the CPU.
-        """
-        check_images(self.question, 2)
-        return self.log_odds(list(zip(first, second)), [self.question.ask(prompt) for prompt in prompts])
-
-    compare.image_type = "pil"
-
-    @torch.no_grad()
     def log_odds(self, images: Sequence[Sequence[Image.Image]], questions: Sequence[str]) -> Tensor:
-        """
-        The log odds of the answers to N questions.
-
-        Args:
-            images (`Sequence[Sequence[PIL.Image.Image]]`): The image(s) of each question.
-            questions (`Sequence[str]`): N questions.
-
-        Returns:
-            `Tensor`: N times logit(target) - logit(contrast), float32 on the CPU.
-        """
-        self.model.to(self.device)
-        batches = range(0, len(questions), self.batch_size)
-        odds = [self._log_odds(images[i : i + self.batch_size], questions[i : i + self.batch_size]) for i in batches]
-        return torch.cat(odds).cpu()
+        return self._in_batches(self._log_odds, images, questions)
 
     def _log_odds(self, images: Sequence[Sequence[Image.Image]], questions: Sequence[str]) -> Tensor:
-        conversations = [
-            [
-                {
-                    "role": "user",
-                    "content": [
-                        *({"type": "image", "image": image} for image in shown),
-                        {"type": "text", "text": question},
-                    ],
-                }
-            ]
-            for shown, question in zip(images, questions)
-        ]
+        conversations = []
+        for shown, question in zip(images, questions):
+            content = [*({"type": "image", "image": image} for image in shown), {"type": "text", "text": question}]
+            conversations.append([{"role": "user", "content": content}])
         inputs = self.processor.apply_chat_template(
             conversations,
             add_generation_prompt=True,
@@ -205,12 +159,7 @@ def _load_processor(name_or_path: str) -> ProcessorMixin:
 
 
 def _token(tokenizer: PreTrainedTokenizerBase, argument: str, word: str, model: str) -> int:
-    """
-    The id of a word that is one token. `argument` is the name of the word's argument, for the error.
-
-    Raises:
-        ValueError: The word is not one token.
-    """
+    """The id of a word that is one token, otherwise a ValueError that names the word's `argument`."""
     tokens = tokenizer.encode(word, add_special_tokens=False)
     if _is_token(tokenizer, word):
         return tokens[0]

@@ -18,14 +18,14 @@ from PIL import Image
 from torch import Tensor
 
 from ..media import mean_over_frames, split_frames
-from .questions import QUESTIONS, check_images, get_question
+from .questions import VLMReward
 
 
 # At these log odds the score is within 0.01 of 0 or 100.
 _SETTLED = math.log(100 / 0.01 - 1)
 
 
-class VLMServer:
+class VLMServer(VLMReward):
     """
     The answer of a VLM on a server to a question about each image: 0 to 100, higher is better.
 
@@ -68,8 +68,6 @@ class VLMServer:
         VLMServerError: In a call: the server refused a request, or did not answer in `max_retries + 1` attempts.
     """
 
-    image_type = "pil"
-
     def __init__(
         self,
         url: str | list[str],
@@ -85,8 +83,7 @@ class VLMServer:
         api_key: str | None = None,
         extra_body: dict[str, Any] | None = None,
     ):
-        self.question = get_question(question, target, contrast)
-        self.__name__ = f"{type(self).__name__}_{question}" if question in QUESTIONS else type(self).__name__
+        self.ask_about(question, target, contrast)
         self.urls = [_base_url(each) for each in ([url] if isinstance(url, str) else url)]
         if not self.urls:
             raise ValueError("url=[] of VLMServer names no server: give one, such as http://localhost:8000/v1.")
@@ -112,59 +109,13 @@ class VLMServer:
         self._random = random.Random()
 
     async def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        """
-        Args:
-            images (`Sequence[PIL.Image.Image]`): N images, or N videos as lists of frames. A video scores the mean over
-                its frames.
-            prompts (`Sequence[str]`): N prompts.
-
-        Returns:
-            `Tensor`: N scores, float32.
-
-        Raises:
-            VLMServerError: The server refused a request, or did not answer.
-        """
-        check_images(self.question, 1)
+        """Score N images, or N videos as lists of frames (the mean over the frames): float32, shape [N]."""
+        self.question.check_images(1)
         counts, frames, questions = split_frames(images, map(self.question.ask, prompts))
         odds = await self.log_odds([[frame] for frame in frames], questions)
         return mean_over_frames(100 * odds.sigmoid(), counts)
 
-    async def compare(
-        self, first: Sequence[Image.Image], second: Sequence[Image.Image], prompts: Sequence[str]
-    ) -> Tensor:
-        """
-        Ask the question about two images at once. Judges prefer a place as well as an image: ask in both orders.
-
-        Args:
-            first (`Sequence[PIL.Image.Image]`): N images that the target favours.
-            second (`Sequence[PIL.Image.Image]`): N images that the contrast favours.
-            prompts (`Sequence[str]`): N prompts.
-
-        Returns:
-            `Tensor`: N log odds that the first is better, float32.
-
-        Raises:
-            VLMServerError: The server refused a request, or did not answer.
-        """
-        check_images(self.question, 2)
-        return await self.log_odds(list(zip(first, second)), [self.question.ask(prompt) for prompt in prompts])
-
-    compare.image_type = "pil"
-
     async def log_odds(self, images: Sequence[Sequence[Image.Image]], questions: Sequence[str]) -> Tensor:
-        """
-        The log odds of the answers to N questions.
-
-        Args:
-            images (`Sequence[Sequence[PIL.Image.Image]]`): The image(s) of each question.
-            questions (`Sequence[str]`): N questions.
-
-        Returns:
-            `Tensor`: N times log p(target) - log p(contrast), float32.
-
-        Raises:
-            VLMServerError: The server refused a request, or did not answer.
-        """
         # The Hub's client brings its HTTP library (httpx or httpx2, by its version). Its hooks are removed: they forbid
         # requests if HF_HUB_OFFLINE is set, as on nodes that reach their own server but not the Hub.
         client = get_async_session()
@@ -233,7 +184,12 @@ class VLMServer:
             raise _RequestFailed(f"no log probabilities in {answer}") from None
 
     def _body(self, images: Sequence[Image.Image], question: str) -> bytes:
-        content = [{"type": "image_url", "image_url": {"url": _data_url(image)}} for image in images]
+        content = []
+        for image in images:
+            buffer = io.BytesIO()
+            image.save(buffer, format="PNG")
+            url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+            content.append({"type": "image_url", "image_url": {"url": url}})
         content.append({"type": "text", "text": question})
         fields = {
             "model": self.model,
@@ -301,12 +257,6 @@ def _log_odds(answer: Any, target: str, contrast: str) -> float:
     if not math.isfinite(odds):
         raise ValueError
     return odds
-
-
-def _data_url(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _base_url(url: str) -> str:

@@ -24,7 +24,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 MANIFEST = "manifest.json"
-# The underscore keeps them out of what Trainer pushes.
+# Names with an underscore are not pushed.
 SAVING, ABANDONED = "_saving", "_abandoned"
 
 
@@ -34,8 +34,8 @@ def commit(staged: Path, final: Path, run: dict[str, Any]) -> None:
 
     Args:
         staged (`Path`): The folder, on the file system of `final`.
-        final (`Path`): Its name from now on; what has this name already is replaced.
-        run (`dict`): What [`changes`] compares, as JSON values.
+        final (`Path`): Its name from now on; a checkpoint that has this name is replaced.
+        run (`dict`): The fingerprint that [`changes`] compares, as JSON values.
     """
     files = {str(path.relative_to(staged)): path for path in sorted(staged.rglob("*")) if path.is_file()}
     contents = {
@@ -54,7 +54,7 @@ def commit(staged: Path, final: Path, run: dict[str, Any]) -> None:
 @contextlib.contextmanager
 def removed_on_error(folder: Path, is_writer: bool = True) -> Iterator[None]:
     """
-    Leave nothing of a checkpoint that cannot be written, such as what fills a disk.
+    Leave nothing of a checkpoint that cannot be written, such as on a full disk.
 
     Raises:
         RuntimeError: Writing failed.
@@ -74,7 +74,7 @@ def removed_on_error(folder: Path, is_writer: bool = True) -> Iterator[None]:
 
 
 def fault(checkpoint: str | Path) -> str | None:
-    """What is wrong with a checkpoint, or None: all files of its manifest are there, with their sizes and checksums."""
+    """The fault of a checkpoint; None if all files of its manifest are there, with their sizes and checksums."""
     checkpoint = Path(checkpoint)
     if not checkpoint.is_dir():
         return "there is no such folder"
@@ -104,7 +104,7 @@ def fault(checkpoint: str | Path) -> str | None:
 
 def newest_good_checkpoint(output_dir: str | Path) -> Path | None:
     """
-    The newest checkpoint in `output_dir` without a fault; None where there is no checkpoint. Warns of those it skips.
+    The newest checkpoint in `output_dir` without a fault; None if there is no checkpoint. Warns of each that it skips.
 
     Raises:
         ValueError: All have faults.
@@ -124,8 +124,8 @@ def newest_good_checkpoint(output_dir: str | Path) -> Path | None:
 
 def set_aside_after(output_dir: str | Path, step: int) -> None:
     """
-    Move the checkpoints of steps after `step`, where a run begins, into `_abandoned/`: they are of another run, or
-    damaged, and would be taken for its newest.
+    Move the checkpoints after `step`, where a run begins, into `_abandoned/`: they belong to another run or are damaged,
+    and would be taken for its newest.
     """
     for checkpoint in map(Path, sort_checkpoints(output_dir, PREFIX_CHECKPOINT_DIR)):
         if int(checkpoint.name.rpartition("-")[2]) > step:
@@ -138,10 +138,10 @@ def set_aside_after(output_dir: str | Path, step: int) -> None:
 
 
 def changes(checkpoint: str | Path, run: dict[str, Any]) -> list[str]:
-    """What differs between the run that wrote a checkpoint and this one, as `name: before -> now`."""
+    """Differences between the run that wrote a checkpoint and this one, as `name: before -> now`."""
     before = json.loads(Path(checkpoint, MANIFEST).read_text())["run"]
     now = json.loads(json.dumps(run))
-    # An option that one of them does not know came with a newer version, and is at its default.
+    # An option that only one of them knows came with a newer version, and has its default.
     common = [
         name for name in before.keys() | now.keys() if name in before and name in now or name.startswith("adapter.")
     ]

@@ -67,7 +67,7 @@ def with_help(config_class: type) -> type:
 @with_help
 class RolloutConfig(TrainingArguments):
     r"""
-    Options of online reinforcement learning: those of [`~transformers.TrainingArguments`] and the ones below. The defaults
+    Options of online reinforcement learning: [`~transformers.TrainingArguments`] and the options below. The defaults
     suit Stable Diffusion 3.5 Medium at 512 pixels.
 
     An epoch of the Trainer is one rollout and the optimizer steps on it: `save_strategy="epoch"` saves after each
@@ -265,7 +265,7 @@ class RolloutConfig(TrainingArguments):
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "pipeline_kwargs"]
 
-    # Options that had another name in an earlier version, and what to write instead.
+    # Options that had another name in an earlier version, and their new spelling.
     renamed_options: ClassVar[dict[str, str]] = {}
 
     # Data
@@ -466,7 +466,7 @@ class RolloutConfig(TrainingArguments):
         self._derive("num_train_epochs", self.num_rollouts)
 
     def _derive(self, name: str, value: int) -> None:
-        """Set an option of `TrainingArguments` that follows from ours; one that was set to something else is refused."""
+        """Set an option of `TrainingArguments` that follows from ours; refuse another value."""
         given, default = getattr(self, name), TrainingArguments.__dataclass_fields__[name].default
         if given not in (default, value):
             raise ValueError(

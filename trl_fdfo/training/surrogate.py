@@ -1,4 +1,4 @@
-"""What the loss of an algorithm returns."""
+"""The return value of an algorithm's loss."""
 
 from typing import NamedTuple
 

@@ -27,9 +27,8 @@ from ..metric_names import ALARM, EVAL_PREFIX
 from ..pipeline.adapter_files import save_call_options, save_diffusers_lora
 from ..pipeline.flow import PipelineFlow
 from ..pipeline.options import compile_blocks, keep_out_of_ddp
-from ..pipeline.records import Rehearsal, RolloutBatch
+from ..pipeline.records import Rehearsal
 from ..pipeline.replay_check import check_replay
-from ..pipeline.schedulers import RolloutScheduler
 from ..pipeline.trained import trained_module
 from ..planning.memory import Engine
 from ..planning.plan import RunPlan
@@ -40,13 +39,14 @@ from ..rewards.reward_functions import RewardFunction, RewardFunctions
 from ..saving.checkpointer import Checkpointer, set_options
 from ..saving.fingerprint import fingerprint
 from ..saving.hub import HubPusher
-from ..saving.model_card import Paper, check_template
+from ..saving.model_card import check_template
 from ..saving.sharded_weights import is_sharded, save_whole_pipeline
 from ..saving.signals import Signals
 from ..saving.weight_averaging import WeightAveraging
 from ..seeds import EVALUATION, derive_seed
 from . import publishing
-from .buffer import MicroBatch, RolloutBuffer, ScoredBatch
+from .algorithm import Algorithm
+from .buffer import MicroBatch, RolloutBuffer
 from .config import RolloutConfig
 from .engines import adapt_to_trainer, prepare_for_engine
 from .metrics import RolloutMetrics
@@ -62,17 +62,16 @@ from .setup import (
     prepare_pipeline,
     rehearse,
 )
-from .surrogate import SurrogateLoss
 from .watchdogs import Watchdogs
 
 
 logger = logging.get_logger(__name__)
 
 
-class RolloutTrainer(Trainer):
+class RolloutTrainer(Algorithm, Trainer):
     """
-    Online reinforcement learning of a diffusers flow-matching pipeline. A subclass is an algorithm: it says how much noise
-    a rollout has, what is learned from its rewards, and the loss. docs/algorithms.md shows a whole one.
+    Online reinforcement learning of a diffusers flow-matching pipeline. A subclass implements an
+    [`~trl_fdfo.training.algorithm.Algorithm`].
 
     Each epoch of the Trainer is one rollout: `_prepare_inputs` samples the images when the buffer is empty,
     `compute_loss` replays one noise level of one batch of them. Everything else is `transformers.Trainer`.
@@ -92,13 +91,6 @@ class RolloutTrainer(Trainer):
         peft_config (`PeftConfig`, *optional*): Adapter in the place of the default LoRA.
 
     Attributes:
-        algorithm (`str`): Name of the algorithm.
-        paper ([`~trl_fdfo.saving.model_card.Paper`]): Its paper.
-        config_class (`type[RolloutConfig]`): Its options.
-        scheduler_class (`type[RolloutScheduler]`): Its sampler.
-        hyperparameters (`tuple[str, ...]`): Its own options on a model card.
-        latents_per_target (`int`): Float32 tensors of the latents' shape that `targets` keeps of each sample.
-        base_distance_name (`str`): Metric of the distance that `beta` weighs.
         evaluator ([`~trl_fdfo.evaluation.evaluator.Evaluator`]): Samples and scores without training.
         checkpointer ([`~trl_fdfo.saving.checkpointer.Checkpointer`]): What the run resumes from and writes.
         hub ([`~trl_fdfo.saving.hub.HubPusher`]): Pushes.
@@ -111,14 +103,6 @@ class RolloutTrainer(Trainer):
     Raises:
         ValueError: Something would fail, or would train something else than was asked for: before the first rollout.
     """
-
-    algorithm: str
-    paper: Paper
-    config_class: type[RolloutConfig]
-    scheduler_class: type[RolloutScheduler]
-    hyperparameters: tuple[str, ...] = ()
-    latents_per_target = 0
-    base_distance_name = "base_distance"
 
     args: RolloutConfig
     comparison: BeforeAfter | None = None
@@ -192,55 +176,6 @@ class RolloutTrainer(Trainer):
             allow_changes=config.resume_with_changed_options,
             save_total_limit=config.save_total_limit,
         )
-
-    # The algorithm ----------------------------------------------------------------------------------------------------
-
-    @classmethod
-    def shares_prefix(cls, config: RolloutConfig) -> bool:
-        """True if the branches of a prompt are sampled as one for as long as their noise leaves them identical."""
-        return False
-
-    def noise_amounts(self, rollout: int, numbers: Sequence[int]) -> Tensor:
-        """
-        How much noise the sampler adds at each level, shape [T + 1], or at each level for each prompt, shape [P, T + 1].
-
-        Args:
-            rollout (`int`): Number of the rollout, from 0.
-            numbers (`Sequence[int]`): Places of the P prompts in the rollout over all processes: all random draws follow
-                from these and the seed.
-        """
-        raise NotImplementedError
-
-    def initial_seeds(self, rollout: int, numbers: Sequence[int]) -> list[int]:
-        """Seeds of the initial noise: one per prompt, which its branches share, or one per branch."""
-        raise NotImplementedError
-
-    def trained_levels(self, rollout: int, batch: int) -> list[int]:
-        """The K noise levels that a rollout batch, by its global number, is trained on, in the order of training."""
-        raise NotImplementedError
-
-    def targets(self, sampled: RolloutBatch, rewards: Tensor, rows: list[int]) -> tuple[Tensor, ...]:
-        """
-        What the loss learns from a batch, tensors with N samples in front.
-
-        Args:
-            sampled ([`RolloutBatch`]): The batch, with its endpoints [P, G, ...].
-            rewards (`Tensor`): Total rewards, shape [P, G], NaN where none applies.
-            rows (`list[int]`): Rows of the P prompts in the training dataset.
-        """
-        raise NotImplementedError
-
-    def loss(self, velocity: Tensor, old_velocity: Tensor, batch: ScoredBatch, level: int) -> SurrogateLoss:
-        """Loss and ratio of each sample, shape [N], from its velocity now and in the rollout, in float32."""
-        raise NotImplementedError
-
-    def base_distance(self, velocity: Tensor, base_velocity: Tensor, batch: ScoredBatch, level: int) -> Tensor:
-        """The distance that `beta` weighs: of each sample's velocity from the base model's, shape [N]."""
-        raise NotImplementedError
-
-    def shared_noise(self, rollout: int) -> float | None:
-        """Mean share of their noise that the branches of a prompt have in common; None if they are independent."""
-        return None
 
     # Setup ------------------------------------------------------------------------------------------------------------
 

@@ -102,7 +102,7 @@ class Watchdogs:
             distance (`float`): `branch_distance` of a rollout over all processes.
             shared_noise (`float`, *optional*): Share of their noise that branches have in common, prod 1 / (1 + gamma_i);
                 None if they are independent.
-            dtype (`torch.dtype`): Of the latents.
+            dtype (`torch.dtype`): Type of the latents.
 
         Raises:
             WatchdogError: All images of each prompt are the same.
