@@ -44,17 +44,19 @@ def middle_frame(images: Tensor) -> Tensor:
     return frames[len(frames) // 2]
 
 
-def spread_frames(sample: Tensor, count: int) -> list[Tensor]:
-    """An image [3, H, W] as a list of one; of a video [F, 3, H, W] at most `count` evenly spread frames [3, H, W]."""
-    if sample.ndim == 3:
-        return [sample]
-    places = torch.linspace(0, len(sample) - 1, min(len(sample), count)).round().long().tolist()
-    return [sample[place] for place in places]
+def evenly_spread(count: int, most: int) -> list[int]:
+    """At most `most` places out of `count`."""
+    return torch.linspace(0, count - 1, min(count, most)).round().long().tolist()
+
+
+def spread_frames(sample: Tensor, most: int) -> list[Tensor]:
+    """An image [3, H, W] as a list of one; of a video [F, 3, H, W] at most `most` evenly spread frames [3, H, W]."""
+    return [sample] if sample.ndim == 3 else [sample[place] for place in evenly_spread(len(sample), most)]
 
 
 def split_frames(images: Sequence, *columns: Iterable) -> tuple[list, ...]:
     """
-    Put the frames of N videos in one row, for a score of single images; `mean_over_frames` then averages each video.
+    Put the frames of N samples in one row, for a score of single images; `mean_over_frames` then averages each video.
 
     Args:
         images (`Sequence`): N PIL images, or N lists of PIL frames. An image is a video of one frame.
@@ -70,14 +72,8 @@ def split_frames(images: Sequence, *columns: Iterable) -> tuple[list, ...]:
 
 def mean_over_frames(scores: Any, counts: Sequence[int]) -> Any:
     """
-    Average the scores of the frames that `split_frames` has put in one row.
-
-    Args:
-        scores (`Tensor` or `list[float | None]`): One score (or vector) per frame.
-        counts (`Sequence[int]`): Number of frames of each of N samples.
-
-    Returns:
-        `Tensor` or `list[float | None]`: N means; None if a frame has None.
+    Average the scores (or vectors) of the frames that `split_frames` has put in one row, by the numbers of frames: a
+    tensor, or a list that has None for a video if one of its frames has None.
     """
     if isinstance(scores, Tensor):
         return torch.stack([frames.mean(dim=0) for frames in scores.split(counts)])

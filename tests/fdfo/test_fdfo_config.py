@@ -53,7 +53,7 @@ def documented(config_class):
 def test_the_command_line_takes_every_option():
     arguments = ["--output_dir", "out", "--use_cpu", "true", "--churn_schedule", "interval", "--stop_on_alarm", "false"]
     (config,) = TrlParser(FDFOConfig).parse_args_and_config([*arguments, "--churn_kwargs", '{"width": 0.3}'])
-    assert config.churn_kwargs == {"location": 0.0, "location_std": 1.0, "width": 0.3}
+    assert config.churn_shape() == {"location": 0.0, "location_std": 1.0, "width": 0.3}
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_what_the_batch_errors_name_does_work():
 
 @pytest.mark.skipif(is_torch_bf16_gpu_available(), reason="this machine has bfloat16")
 def test_bf16_is_resolved_where_unset():
-    assert paper().bf16 is False
+    assert not paper().bf16
     assert paper(bf16=True).bf16 is True
 
 

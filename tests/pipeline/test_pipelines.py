@@ -289,7 +289,7 @@ def test_usual_scheduler_of_another_kind_is_replaced(name):
 
 
 DOCS = Path(__file__).parents[2] / "docs" / "pipelines.md"
-BEGIN, END = "<!-- table: made by tests/test_pipelines.py -->\n", "<!-- end of table -->\n"
+BEGIN, END = "<!-- table: made by tests/pipeline/test_pipelines.py -->\n", "<!-- end of table -->\n"
 
 
 def test_docs_show_what_was_found():

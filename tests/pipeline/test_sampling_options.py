@@ -78,7 +78,7 @@ def test_shared_prefix_samples_one_branch_until_the_churn_begins(make_trainer):
     apart = make_trainer(**options)
     apart.train()
     shared = make_trainer(**options, shared_prefix=True)
-    gammas = shared._noise_amounts(0, range(4))
+    gammas = shared.noise_amounts(0, range(4))
     counts = count_samples(shared)
     shared.train()
     assert_same_run(apart, shared)

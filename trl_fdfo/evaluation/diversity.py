@@ -29,7 +29,7 @@ from ..rewards.clip import CLIPReward
 from ..rewards.learned_reward import load_pretrained
 
 
-Distance = Callable[[Tensor, Tensor], Tensor]
+Distance = Callable[[Tensor, Tensor], Tensor]  # from two tensors [..., D] to [...]
 
 
 def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
@@ -44,16 +44,7 @@ def rms_distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def mean_pairwise_distance(features: Tensor, distance: Distance = cosine_distance) -> Tensor:
-    """
-    Mean distance over all pairs of images of each prompt.
-
-    Args:
-        features (`Tensor`): Features of S images of each of P prompts, shape [P, S, D]; S at least 2.
-        distance (`Callable`): Callable from two tensors [..., D] to [...].
-
-    Returns:
-        `Tensor`: Mean distance of each prompt, shape [P].
-    """
+    """Mean distance over all pairs of the S images of each of P prompts, at least 2 each: [P, S, D] -> [P]."""
     first, second = torch.combinations(torch.arange(features.shape[1])).unbind(dim=1)
     # One prompt at a time: all pairs of all prompts would take many times the memory of the images.
     return torch.stack([distance(images[first], images[second]).mean() for images in features])
@@ -61,13 +52,10 @@ def mean_pairwise_distance(features: Tensor, distance: Distance = cosine_distanc
 
 class Diversity:
     """
-    Mean distance of two images of a prompt.
+    Mean distance of two images of a prompt. Its `__name__`, such as "clip_distance", is its name in tables.
 
     Args:
         features (`Callable`): A feature space, as described at the top of this file.
-
-    Attributes:
-        __name__ (`str`): Name of the diversity in tables, such as "clip_distance".
 
     Raises:
         ValueError: `features`, or its `distance`, is not callable.
@@ -87,14 +75,11 @@ class Diversity:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """
-        Measure the diversity of the images of each prompt.
+        Diversity of each prompt, shape [P], float32 on the CPU; 0 if all images of a prompt are equal.
 
         Args:
             images (`Tensor`): Floats in [0, 1], S images of each of P prompts, shape [P, S, 3, H, W], on any device.
                 The diversity of videos [P, S, F, 3, H, W] is the mean over F of the diversity of simultaneous frames.
-
-        Returns:
-            `Tensor`: Diversity of each prompt, shape [P], float32 on the CPU; 0 if all images of a prompt are equal.
 
         Raises:
             ValueError: The images have another shape, a prompt has a single image, or the features are not finite
@@ -139,24 +124,21 @@ class PixelFeatures:
 
 class CLIPFeatures:
     """
-    CLIP's embeddings, compared by the cosine: content more than layout.
-
-    The weights are loaded at the first images.
+    CLIP's embeddings, compared by the cosine: content more than layout. The weights are loaded at the first images.
 
     Args:
-        model, processor, dtype, device, batch_size: As in [`~trl_fdfo.rewards.clip.CLIPReward`].
-        offload (`bool`): Keep the model on the CPU between calls.
+        model, processor, dtype, device, batch_size, offload: As in [`~trl_fdfo.rewards.clip.CLIPReward`]. With
+            `offload`, the model is on the CPU between calls.
 
     Raises:
         OSError: The model or the processor does not exist.
     """
 
     __name__ = "clip"
-    distance = staticmethod(cosine_distance)
 
     def __init__(
         self,
-        model: str = "openai/clip-vit-large-patch14",
+        model: str = CLIPReward.default_model,
         processor: str | None = None,
         *,
         dtype: str | torch.dtype = "float32",
@@ -192,15 +174,12 @@ class _EmbedImages(CLIPReward):
 class DreamSimFeatures:
     """
     DreamSim (arXiv 2306.09344), trained on human judgements of similarity: layout and content. Needs
-    `trl_fdfo[dreamsim]`.
-
-    The weights are loaded at the first images. They are downloaded to PyTorch's cache (`TORCH_HOME`).
+    `trl_fdfo[dreamsim]`. The weights are loaded at the first images, and downloaded to PyTorch's cache (`TORCH_HOME`).
 
     Args:
         kind (`str`): The package's `dreamsim_type`: "ensemble", its default and best, or a single model, such as
             "dino_vitb16", which takes about a third of the time.
-        device (`str` or `torch.device`, *optional*): Device of the model. Default: the device of this process.
-        batch_size (`int`): Images embedded at a time.
+        device, batch_size: As in [`~trl_fdfo.rewards.learned_reward.LearnedReward`].
 
     Raises:
         ImportError: The package `dreamsim` is not installed.
@@ -208,7 +187,6 @@ class DreamSimFeatures:
     """
 
     __name__ = "dreamsim"
-    distance = staticmethod(cosine_distance)
 
     def __init__(self, kind: str = "ensemble", *, device: str | torch.device | None = None, batch_size: int = 16):
         if importlib.util.find_spec("dreamsim") is None:
@@ -260,7 +238,7 @@ def load_diversity(spec: str) -> Diversity:
 
 def load_working_diversity(spec: str, image_size: tuple[int, int], device: torch.device) -> Diversity:
     """
-    The same, tried on noise: a run would find out after its first rollouts.
+    Call `load_diversity` and try the diversity on noise: otherwise a run would find out after its first rollouts.
 
     Args:
         spec (`str`): As in `load_diversity`.
@@ -268,7 +246,7 @@ def load_working_diversity(spec: str, image_size: tuple[int, int], device: torch
         device (`torch.device`): Device of the images.
 
     Raises:
-        ValueError: It cannot be measured, such as without its weights.
+        ValueError: The diversity cannot be measured, such as without its weights.
     """
     noise = torch.rand(1, 2, 3, *image_size, generator=torch.Generator().manual_seed(0))
     try:

@@ -16,19 +16,11 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Estimate:
-    """
-    A mean over prompts with its standard error.
+    """A mean over prompts with its standard error, from the spread over prompts."""
 
-    Attributes:
-        mean (`float`, *optional*): Mean over the prompts that have a value; None without such prompts.
-        standard_error (`float`, *optional*): Standard error of the mean, from the spread over prompts; None with fewer
-            than two.
-        num_prompts (`int`): Number of prompts that have a value.
-    """
-
-    mean: float | None
-    standard_error: float | None
-    num_prompts: int
+    mean: float | None  # over the prompts that have a value; None without such prompts
+    standard_error: float | None  # None with fewer than two prompts that have a value
+    num_prompts: int  # that have a value
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Estimate":
@@ -43,10 +35,7 @@ class Estimate:
         )
 
     def text(self, sign: str = "") -> str:
-        """
-        Text such as "21.34 ± 0.12": the error with two digits, the mean to the same place. `sign="+"` shows the sign of
-        positive means too.
-        """
+        """Text such as "21.34 ± 0.12": two digits of the error, the mean to the same place. `sign="+"` shows a plus."""
         if self.mean is None:
             return "-"
         if not self.standard_error:
@@ -57,12 +46,8 @@ class Estimate:
 
 def markdown_table(estimates: dict[str, dict[str, Estimate]], differences: dict[str, dict[str, Estimate]]) -> str:
     """
-    A table with a row for each metric and a column for each model, in Markdown, aligned.
-
-    Args:
-        estimates (`dict[str, dict[str, Estimate]]`): Metrics of each model. The first model is the base.
-        differences (`dict[str, dict[str, Estimate]]`): Differences of a model's metrics from the base, shown beside the
-            model.
+    A table with a row for each metric and a column for each model, in Markdown, aligned. `estimates` has the metrics of
+    each model, the base first. `differences` from the base are shown beside the model.
     """
     base, metrics = next(iter(estimates.items()))
     columns = [["", *metrics]]

@@ -100,10 +100,10 @@ class FDFOConfig(RolloutConfig):
             )
 
     def _check_churn_kwargs(self) -> None:
-        """Also fills in the defaults of the schedule."""
+        """Also reads them, if they are a JSON string."""
         defaults = CHURN_SCHEDULES[self.churn_schedule]
-        given = read_json_dict("churn_kwargs", self.churn_kwargs, "the shape of the churn schedule") or {}
-        for name, value in given.items():
+        self.churn_kwargs = read_json_dict("churn_kwargs", self.churn_kwargs, "the shape of the churn schedule")
+        for name, value in (self.churn_kwargs or {}).items():
             if name not in defaults:
                 takes = ", ".join(defaults) or "none"
                 raise ValueError(
@@ -115,9 +115,13 @@ class FDFOConfig(RolloutConfig):
                 raise ValueError(f"churn_kwargs has {name}={value}: it must not be negative.")
             if name == "width" and value <= 0:
                 raise ValueError(f"churn_kwargs has {name}={value}: it must be > 0.")
-        self.churn_kwargs = {**defaults, **given}
+
+    def churn_shape(self) -> dict[str, float]:
+        """The shape of the schedule: `churn_kwargs`, and the defaults of what it leaves out."""
+        return CHURN_SCHEDULES[self.churn_schedule] | (self.churn_kwargs or {})
 
     def result_options(self) -> dict[str, Any]:
         options = super().result_options()
         # One name for each, under which the checkpoints of version 0.1 have them.
-        return options | {f"churn_{name}": value for name, value in options.pop("churn_kwargs").items()}
+        del options["churn_kwargs"]
+        return options | {f"churn_{name}": value for name, value in self.churn_shape().items()}

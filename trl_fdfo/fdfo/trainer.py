@@ -57,7 +57,7 @@ class FDFOTrainer(RolloutTrainer):
         return [derive_seed(self.args.seed, rollout, n, INITIAL_NOISE) for n in numbers]
 
     def noise_amounts(self, rollout: int, numbers: Sequence[int]) -> Tensor:
-        args, shape = self.args, self.args.churn_kwargs
+        args, shape = self.args, self.args.churn_shape()
         if args.churn_schedule == "constant":
             return constant_churn(self.sigmas, args.churn)
         draws = [np.random.default_rng([args.seed, rollout, n, CHURN]).standard_normal() for n in numbers]

@@ -25,15 +25,11 @@ def reward_curve(log_history: Sequence[Mapping[str, Any]], path: str | Path) -> 
     functions = parts(logs[0], REWARD) if logs else {}
     # Each curve has axes of its own: the scales of rewards differ.
     curves = {"mean reward": REWARD, **(functions if len(functions) > 1 else {})}
-    figure = Figure(figsize=(6, 3.5 if len(curves) == 1 else 2 * len(curves)), dpi=150, layout="constrained")
-    panels = figure.subplots(len(curves), sharex=True, squeeze=False)[:, 0]
+    figure, panels = _panels(len(curves), height=3.5 if len(curves) == 1 else 2 * len(curves))
     for axes, (label, metric) in zip(panels, curves.items()):
-        axes.plot([_rollout(log) for log in logs], [log[metric] for log in logs], linewidth=2)
+        _plot(axes, logs, metric, linewidth=2)
         axes.set_ylabel(label)
         axes.ticklabel_format(useOffset=False)
-        axes.grid(alpha=0.3)
-    panels[-1].set_xlabel("rollout")
-    panels[-1].xaxis.get_major_locator().set_params(integer=True)
     figure.savefig(path)
 
 
@@ -49,38 +45,43 @@ def evaluation_curves(log_history: Sequence[Mapping[str, Any]], path: str | Path
         path (`str` or `Path`): File to write.
     """
     reward, diversity = EVAL_PREFIX + REWARD, EVAL_PREFIX + DIVERSITY
-    trained = [log for log in log_history if REWARD in log]
     logs = [log for log in log_history if reward in log]
     controls = parts(dict.fromkeys(name for log in logs for name in log), EVAL_PREFIX + CONTROL)
-    panels = [("reward", reward, "C0")]
-    panels += [(f"control {name}", metric, "C2") for name, metric in controls.items()]
+    curves = [("reward", reward, "C0"), *((f"control {name}", metric, "C2") for name, metric in controls.items())]
     if any(diversity in log for log in logs):
-        panels.append(("diversity", diversity, "C4"))
-    alarms = [_rollout(log) for log in logs if log.get(EVAL_PREFIX + ALARM)]
-    figure = Figure(figsize=(6, 0.6 + 1.7 * len(panels)), dpi=150, layout="constrained")
-    rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, (title, metric, color) in zip(rows, panels):
-        for number, rollout in enumerate(alarms):
+        curves.append(("diversity", diversity, "C4"))
+    alarms = [log for log in logs if log.get(EVAL_PREFIX + ALARM)]
+    figure, panels = _panels(len(curves), height=0.6 + 1.7 * len(curves))
+    for axes, (title, metric, color) in zip(panels, curves):
+        for number, rollout in enumerate(_rollouts(alarms)):
             axes.axvline(rollout, color="C3", linestyle=":", label="alarm" if number == 0 else None)
-        shown = [log for log in logs if metric in log]
-        rollouts, values = [_rollout(log) for log in shown], [log[metric] for log in shown]
         if metric == reward:
-            steps, rewards = [_rollout(log) for log in trained], [log[REWARD] for log in trained]
-            axes.plot(steps, rewards, "C7", lw=1, label="rollouts")
-            axes.plot(rollouts, values, color, marker="o", markersize=3, label="evaluations")
-        else:
-            axes.plot(rollouts, values, color, marker="o", markersize=3)
-            errors = [log[standard_error(metric)] for log in shown]
-            low, high = ([v + sign * 2 * error for v, error in zip(values, errors)] for sign in (-1, 1))
-            axes.fill_between(rollouts, low, high, color=color, alpha=0.15, linewidth=0)
+            _plot(axes, [log for log in log_history if REWARD in log], REWARD, color="C7", lw=1, label="rollouts")
+        shown = [log for log in logs if metric in log]
+        _plot(axes, shown, metric, color=color, marker="o", markersize=3, label="evaluations")
+        if metric != reward:
+            bounds = [[log[metric] + 2 * sign * log[standard_error(metric)] for log in shown] for sign in (-1, 1)]
+            axes.fill_between(_rollouts(shown), *bounds, color=color, alpha=0.15, linewidth=0)
         axes.set_title(title, fontsize=10, loc="left")
-        axes.grid(alpha=0.3)
     # The legend stands above the axes, where it hides no curve.
-    rows[0].legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, borderaxespad=0.2)
-    rows[-1].set_xlabel("rollout")
-    rows[-1].xaxis.get_major_locator().set_params(integer=True)
+    panels[0].legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, borderaxespad=0.2)
     figure.savefig(path)
 
 
-def _rollout(log: Mapping[str, Any]) -> float:
-    return log.get("epoch", 0.0)
+def _panels(count: int, height: float) -> tuple[Figure, Any]:
+    """Return a figure of `count` axes, one below the other, over the number of the rollout."""
+    figure = Figure(figsize=(6, height), dpi=150, layout="constrained")
+    panels = figure.subplots(count, sharex=True, squeeze=False)[:, 0]
+    for axes in panels:
+        axes.grid(alpha=0.3)
+    panels[-1].set_xlabel("rollout")
+    panels[-1].xaxis.get_major_locator().set_params(integer=True)
+    return figure, panels
+
+
+def _plot(axes: Any, logs: Sequence[Mapping[str, Any]], metric: str, **style: Any) -> None:
+    axes.plot(_rollouts(logs), [log[metric] for log in logs], **style)
+
+
+def _rollouts(logs: Sequence[Mapping[str, Any]]) -> list[float]:
+    return [log.get("epoch", 0.0) for log in logs]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 from transformers import TrainerCallback, TrainerState
@@ -36,11 +37,9 @@ class PictureLogger(TrainerCallback):
         num_prompts (`int`): Prompts on a sheet, at most.
     """
 
-    FOLDER = "pictures"
-
     def __init__(self, handler: CallbackHandler, output_dir: str, every: int | None, num_prompts: int):
         self._handler = handler
-        self._folder = Path(output_dir, self.FOLDER)
+        self._folder = Path(output_dir, "pictures")
         self._every = every
         self._num_prompts = num_prompts
         self._kept: list[tuple[str, list[Image.Image]]] = []
@@ -50,12 +49,8 @@ class PictureLogger(TrainerCallback):
 
     def keep(self, state: TrainerState, images: Tensor, prompts: Sequence[str]) -> None:
         """
-        Keep the first images of a rollout until their rewards are known, if its sheet is due.
-
-        Args:
-            state (`TrainerState`): State of the trainer.
-            images (`Tensor`): Floats in [0, 1], shape [N, 3, H, W]; videos [N, F, 3, H, W].
-            prompts (`Sequence[str]`): P prompts, with N / P consecutive images each.
+        Keep the first images of a rollout until their rewards are known, if its sheet is due. `images` are in [0, 1],
+        shape [N, 3, H, W], or videos [N, F, 3, H, W]: N / P consecutive ones for each of P prompts.
         """
         if self._is_off(state) or state.global_step % self._every:
             return
@@ -85,7 +80,6 @@ class PictureLogger(TrainerCallback):
         Show one image of each of the first prompts of an evaluation with its rewards.
 
         Args:
-            state (`TrainerState`): State of the trainer.
             images (`Sequence[Tensor]`): This process's images, [3, H, W] each, or videos, [F, 3, H, W] each.
             prompts (`Sequence[str]`): One prompt per image.
             rewards (`Sequence[tuple[RewardFunctions, Tensor]]`): Functions and the rewards that they returned, shape
@@ -99,10 +93,8 @@ class PictureLogger(TrainerCallback):
         labels = [label for [label] in _labels(values[shown, None], functions)]
         for functions, values in controls:
             labels = ["\n".join([label, *map(_label, functions.names, v)]) for label, v in zip(labels, values.tolist())]
-        panels = [
-            Panel(picture(image), f"{label}\n{prompt}")
-            for image, prompt, label in zip(images[shown], prompts[shown], labels)
-        ]
+        labels = [f"{label}\n{prompt}" for label, prompt in zip(labels, prompts[shown])]
+        panels = [Panel(picture(image), label) for image, label in zip(images[shown], labels)]
         self._log(prefix, [Section("", rows_of(panels, columns=4))], state.global_step)
 
     def _is_off(self, state: TrainerState) -> bool:
@@ -137,8 +129,6 @@ class MetricsFile(TrainerCallback):
     checkpoint, so no step occurs twice.
     """
 
-    NAME = "metrics.jsonl"
-
     def __init__(self):
         self._path: Path | None = None
         # Logs of this process before `train`, such as an evaluation of the base model.
@@ -146,7 +136,7 @@ class MetricsFile(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            self._path = Path(args.output_dir, self.NAME)
+            self._path = Path(args.output_dir, "metrics.jsonl")
             self._write("w", state.log_history or self._before)
             self._before = []
 
@@ -171,11 +161,8 @@ class MetricsFile(TrainerCallback):
 def _labels(rewards: Tensor, functions: RewardFunctions) -> list[list[str]]:
     """Return lines of text for rewards [P, G, R]: the total, and each reward if there are several."""
     names = ["total", *functions.names] if len(functions.names) > 1 else ["reward"]
-    values = [functions.total(rewards), *rewards.unbind(dim=-1)]
-    return [
-        ["\n".join(map(_label, names, branch)) for branch in zip(*prompt)]
-        for prompt in zip(*(value.tolist() for value in values))
-    ]
+    values = torch.cat([functions.total(rewards)[..., None], rewards], dim=-1).tolist()
+    return [["\n".join(map(_label, names, branch)) for branch in prompt] for prompt in values]
 
 
 def _label(name: str, value: float) -> str:

@@ -18,9 +18,6 @@ class RolloutProgressCallback(ProgressCallback):
     bar counts its prompts.
     """
 
-    SHOWN = (REWARD, deviation(REWARD))
-    SHOWN_OF_EVALUATION = (EVAL_PREFIX + REWARD, EVAL_PREFIX + CONTROL, EVAL_PREFIX + DIVERSITY)
-
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._evaluated: dict[str, str] = {}
@@ -37,11 +34,11 @@ class RolloutProgressCallback(ProgressCallback):
             return
         if REWARD in logs:
             rollout = round(state.global_step / args.steps_per_rollout)
-            shown = {"rollout": f"{rollout}/{args.num_rollouts}", **_short(logs, self.SHOWN)}
-            self.training_bar.set_postfix({**shown, **self._evaluated})
+            shown = _short(logs, REWARD, deviation(REWARD))
+            self.training_bar.set_postfix({"rollout": f"{rollout}/{args.num_rollouts}", **shown, **self._evaluated})
             return
         if EVAL_PREFIX + REWARD in logs:
-            self._evaluated = _short(logs, self.SHOWN_OF_EVALUATION)
+            self._evaluated = _short(logs, EVAL_PREFIX + REWARD, EVAL_PREFIX + CONTROL, EVAL_PREFIX + DIVERSITY)
             if logs.get(EVAL_PREFIX + ALARM):
                 self._evaluated["ALARM"] = "see the log"
             self.training_bar.set_postfix(self._evaluated)
@@ -105,7 +102,7 @@ def peak_memory(device: torch.device) -> tuple[int, str]:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "of the whole process"
 
 
-def _short(logs: Mapping[str, float], names: tuple[str, ...]) -> dict[str, str]:
+def _short(logs: Mapping[str, float], *names: str) -> dict[str, str]:
     return {name: f"{logs[name]:.3g}" for name in names if name in logs}
 
 

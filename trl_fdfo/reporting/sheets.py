@@ -30,32 +30,19 @@ FONTS = ("DejaVuSans.ttf", "Arial.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicod
 
 
 class Panel(NamedTuple):
-    """
-    Attributes:
-        picture (`Image`): A result of the function `picture`.
-        label (`str`): Text below the picture. Its line breaks are kept.
-    """
-
-    picture: Image.Image
-    label: str
+    picture: Image.Image  # a result of the function `picture`
+    label: str  # text below the picture; its line breaks are kept
 
 
 class Section(NamedTuple):
-    """
-    Attributes:
-        title (`str`): Text above the rows, such as a prompt; "" for none.
-        rows (`list[list[Panel]]`): Rows of panels.
-    """
-
-    title: str
+    title: str  # text above the rows, such as a prompt; "" for none
     rows: list[list[Panel]]
 
 
 def picture(image: Tensor) -> Image.Image:
     """
-    Convert an image, floats in [0, 1], shape [3, H, W]; of a video [F, 3, H, W] some frames side by side.
-
-    Values that are not finite become black.
+    Convert an image, floats in [0, 1], shape [3, H, W], or some frames of a video [F, 3, H, W], side by side. Values that
+    are not finite become black.
     """
     line = image.new_ones(3, image.shape[-2], max(1, image.shape[-1] // 64))
     strip = [part for frame in spread_frames(image, FRAMES) for part in (line, frame)][1:]
@@ -83,10 +70,9 @@ def sheet(sections: Sequence[Section]) -> Image.Image:
 
     drawn: list[tuple[int, int, Image.Image, bool]] = []  # left, top, image, and True if it gets an edge
     page_width = columns * (width + GAP) - GAP
-    y = MARGIN
-    for number, section in enumerate(sections):
-        if number > 0:
-            y += MARGIN
+    y = 0
+    for section in sections:
+        y += MARGIN
         if section.title:
             title = _text(section.title, title_font, page_width)
             drawn.append((0, y, title, False))
@@ -112,13 +98,8 @@ def before_after_grid(
     prompts: Sequence[str], before: Tensor, after: Tensor, titles: tuple[str, str] = ("before", "after")
 ) -> Image.Image:
     """
-    Draw the images of some prompts before training and, below them, the images from the same seeds after training.
-
-    Args:
-        prompts (`Sequence[str]`): P prompts, which label the columns.
-        before (`Tensor`): Images in [0, 1], shape [P, S, 3, H, W], S seeds per prompt.
-        after (`Tensor`): Images from the same seeds, in the shape of `before`.
-        titles (`tuple[str, str]`): Labels of the two halves.
+    Draw the images of P prompts, which label the columns, before training and, below them, after training. `before` and
+    `after` are images in [0, 1] from the same S seeds, shape [P, S, 3, H, W]. `titles` label the two halves.
     """
     largest = min(max((SHEET_WIDTH - 2 * MARGIN) // len(prompts) - GAP, SMALLEST), LARGEST)
     halves = [

@@ -28,9 +28,7 @@ class JPEGCompressibility:
         self.quality = quality
 
     def __call__(self, images: Sequence[Image.Image]) -> list[float]:
-        """
-        Minus the sizes of N images in kilobytes (1000 bytes). A video is a list of frames, and scores the mean over them.
-        """
+        """Minus the sizes of N images in kilobytes (1000 bytes); of N videos, lists of frames, the mean over frames."""
         counts, frames = split_frames(images)
         scores = []
         for frame in frames:

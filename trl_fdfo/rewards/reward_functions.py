@@ -182,9 +182,8 @@ class RewardFunctions:
         """The weight of each function, with its public attributes as settings."""
         described = {}
         for name, function, weight in zip(self.names, self.functions, self.weights.tolist()):
-            attributes = sorted(getattr(function, "__dict__", {}).items())
-            plain = [(k, v) for k, v in attributes if k[:1] != "_" and isinstance(v, (str, int, float, type(None)))]
-            settings = ", ".join(f"{k}={v!r}" for k, v in plain)
+            public = sorted((k, v) for k, v in getattr(function, "__dict__", {}).items() if not k.startswith("_"))
+            settings = ", ".join(f"{k}={v!r}" for k, v in public if isinstance(v, (str, int, float, type(None))))
             described[name] = f"{weight:g}" + (f" ({settings})" if settings else "")
         return described
 

@@ -80,8 +80,8 @@ class VLMScore(VLMReward, LearnedReward):
         self.words = [_token(tokenizer, name, word, model) for name, word in words.items()]
         if self.words[0] == self.words[1]:
             raise ValueError(
-                f"target={words['target']!r} and contrast={words['contrast']!r} are the same token of {model}: the score "
-                "compares how likely two answers are. Name two."
+                f"target={words['target']!r} and contrast={words['contrast']!r} are the same token of {model}: the "
+                "score compares how likely two answers are. Name two."
             )
         vlm = load_pretrained(AutoModelForImageTextToText, model, dtype=dtype)
         super().__init__(vlm, device=device, batch_size=batch_size, offload=offload)

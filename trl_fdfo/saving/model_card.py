@@ -23,7 +23,7 @@ from huggingface_hub.errors import HTTPError
 from torch import Tensor
 from transformers.utils import logging
 
-from ..media import makes_video, middle_frame
+from ..media import evenly_spread, makes_video, middle_frame
 from ..metric_names import EVAL_PREFIX, REWARD
 from ..pipeline.loading import base_model_name
 from ..pipeline.trained import trained_module
@@ -41,22 +41,13 @@ _GRID_PROMPTS, _GRID_SEEDS = 9, 3  # seeds are images per prompt
 
 @dataclass(frozen=True)
 class Paper:
-    """
-    The paper of an algorithm.
-
-    Attributes:
-        title (`str`): The whole title.
-        authors (`Sequence[str]`): Each as "Last, First".
-        arxiv_id (`str`): Number on arXiv, such as "2505.05470".
-        year (`int`): Year of publication.
-        key (`str`): Key of the BibTeX entry.
-    """
+    """The paper of an algorithm."""
 
     title: str
-    authors: Sequence[str]
-    arxiv_id: str
+    authors: Sequence[str]  # each as "Last, First"
+    arxiv_id: str  # such as "2505.05470"
     year: int
-    key: str
+    key: str  # of the BibTeX entry
 
     @property
     def url(self) -> str:
@@ -78,29 +69,16 @@ class Paper:
 
 @dataclass(frozen=True)
 class PipelineRecord:
-    """
-    The pipeline that was trained, and how it was called. `PipelineRecord.of` reads it from the pipeline.
-
-    Attributes:
-        class_name (`str`): Name of its class.
-        dtype (`torch.dtype`): Type of the trained module's weights.
-        call_kwargs (`Mapping[str, Any]`): Arguments of its call in training. The card shows the literals.
-        columns (`Sequence[str]`): Dataset columns that were passed to its call, such as images to edit.
-        makes_video (`bool`): True if it makes videos.
-        absent (`Sequence[str]`): Components that this pipeline does without and the base model may have, such as a
-            large text encoder.
-        hub_id (`str`, *optional*): Hub id that it was loaded from.
-        folder (`str`, *optional*): Name of the local folder that it was loaded from.
-    """
+    """The pipeline that was trained, and how it was called."""
 
     class_name: str
-    dtype: torch.dtype
-    call_kwargs: Mapping[str, Any]
-    columns: Sequence[str] = ()
+    dtype: torch.dtype  # of the trained module's weights
+    call_kwargs: Mapping[str, Any]  # arguments of its call in training; the card shows the literals
+    columns: Sequence[str] = ()  # dataset columns that were passed to its call, such as images to edit
     makes_video: bool = False
-    absent: Sequence[str] = ()
-    hub_id: str | None = None
-    folder: str | None = None
+    absent: Sequence[str] = ()  # components that the base model may have, such as a large text encoder, and it lacks
+    hub_id: str | None = None  # Hub id that it was loaded from
+    folder: str | None = None  # name of the local folder that it was loaded from
 
     @classmethod
     def of(
@@ -122,108 +100,50 @@ class PipelineRecord:
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """
-    The training so far.
+    """The training so far."""
 
-    Attributes:
-        rewards (`Sequence[tuple[str, float]]`): Name and weight of each reward.
-        hyperparameters (`Mapping[str, Any]`): Values by name, in the order of the card. The card leaves out None.
-        num_prompts (`int`): Number of training prompts.
-        first_prompt (`str`): The first of them.
-        rollouts (`int`): Number of rollouts.
-        images (`int`): Images that were sampled and scored.
-        log_history (`Sequence[Mapping[str, Any]]`): `trainer.state.log_history`.
-        prompt_file (`str`, *optional*): Name of the file of the prompts, without its folder.
-    """
-
-    rewards: Sequence[tuple[str, float]]
-    hyperparameters: Mapping[str, Any]
+    rewards: Sequence[tuple[str, float]]  # name and weight of each reward
+    hyperparameters: Mapping[str, Any]  # by name, in the order of the card, which leaves out None
     num_prompts: int
     first_prompt: str
     rollouts: int
-    images: int
-    log_history: Sequence[Mapping[str, Any]]
-    prompt_file: str | None = None
+    images: int  # that were sampled and scored
+    log_history: Sequence[Mapping[str, Any]]  # `trainer.state.log_history`
+    prompt_file: str | None = None  # name of the file of the prompts, without its folder
 
 
 @dataclass(frozen=True)
 class SampleRecord:
-    """
-    Samples of P prompts from the same seeds, before and after training.
-
-    Attributes:
-        prompts (`Sequence[str]`): The P prompts.
-        images (`Mapping[str, Tensor]`): Floats in [0, 1] by the name of a column, such as "before" and "after", shape
-            [P, S, 3, H, W]; videos [P, S, F, 3, H, W]. The card shows samples only if "after" is there.
-        results (`Mapping[str, Mapping[str, float]]`): Metrics by the name of a column. A column may be missing.
-        held_out (`bool`): True if the prompts were held out of training.
-        diversity (`str`): Name of the metric of diversity.
-    """
+    """Samples of P prompts from the same seeds, before and after training, by the names of the card's columns."""
 
     prompts: Sequence[str]
-    images: Mapping[str, Tensor]
-    results: Mapping[str, Mapping[str, float]]
-    held_out: bool
-    diversity: str
+    images: Mapping[str, Tensor]  # in [0, 1], [P, S, 3, H, W]; videos [P, S, F, 3, H, W]; shown only with "after"
+    results: Mapping[str, Mapping[str, float]]  # metrics of a column, which may be missing
+    held_out: bool  # True if the prompts were held out of training
+    diversity: str  # name of the metric of diversity
 
 
 @dataclass(frozen=True)
 class CardRecord:
-    """
-    Everything that a model card says.
-
-    ```python
-    CardRecord(
-        algorithm="FDFO",
-        paper=Paper(title, authors, arxiv_id, year, key),
-        repo_id="me/my-lora",
-        adapter="diffusers",
-        pipeline=PipelineRecord.of(pipeline, call_kwargs, columns),
-        training=TrainingRecord(
-            rewards, hyperparameters, num_prompts, first_prompt, rollouts, images, log_history, prompt_file
-        ),
-        samples=SampleRecord(prompts, images, results, held_out, diversity),
-        template="my_card.md",
-    )
-    ```
-
-    Attributes:
-        algorithm (`str`): Name of the algorithm.
-        paper ([`Paper`]): Its paper.
-        repo_id (`str`): Hub id of the result, or the name of its folder.
-        adapter (`str`, *optional*): "diffusers" if `load_lora_weights` opens the adapter, "peft" if only PEFT opens it,
-            None if the whole module was trained.
-        pipeline ([`PipelineRecord`]): The pipeline that was trained.
-        training ([`TrainingRecord`]): The training so far.
-        samples ([`SampleRecord`], *optional*): Samples before and after training.
-        template (`str` or `Path`, *optional*): Template in place of the packaged one.
-        model_name (`str`, *optional*): Title of the card. Default: the last part of `repo_id`.
-        dataset_name (`str`, *optional*): Hub id of the prompts.
-        tags (`str` or `Sequence[str]`): Tags beside those that every card has.
-        license (`str`, *optional*): Default: the licence on the base model's card.
-        base_model (`str`, *optional*): Hub id of the base model. Default: `pipeline.hub_id`.
-    """
+    """Everything that a model card says."""
 
     algorithm: str
     paper: Paper
-    repo_id: str
-    adapter: str | None
+    repo_id: str  # Hub id of the result, or the name of its folder
+    adapter: str | None  # "diffusers" if `load_lora_weights` opens it, "peft" if only PEFT does, None: whole module
     pipeline: PipelineRecord
     training: TrainingRecord
     samples: SampleRecord | None = None
-    template: str | Path | None = None
-    model_name: str | None = None
-    dataset_name: str | None = None
-    tags: str | Sequence[str] = ()
-    license: str | None = None
-    base_model: str | None = None
+    template: str | Path | None = None  # in place of the packaged one
+    model_name: str | None = None  # title of the card; default: the last part of `repo_id`
+    dataset_name: str | None = None  # Hub id of the prompts
+    tags: str | Sequence[str] = ()  # beside the tags that every card has
+    license: str | None = None  # default: the licence on the base model's card
+    base_model: str | None = None  # Hub id; default: `pipeline.hub_id`
 
 
 def check_template(path: str) -> None:
-    """
-    Raises:
-        ValueError: `path` is no jinja2 template, or the template does not show the metadata.
-    """
+    """Raise a ValueError if `path` is no jinja2 template, or the template does not show the metadata."""
     try:
         text = Path(path).read_text(encoding="utf-8")
         jinja2.Environment().parse(text)
@@ -240,35 +160,33 @@ def write_model_card(record: CardRecord, folder: str | Path) -> None:
     """Write README.md and its pictures into `folder`. Only one process calls it."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    training = record.training
-    samples = record.samples if record.samples is not None and "after" in record.samples.images else None
-    widget = _save_widget(samples, folder) if samples is not None else []
+    pipeline, training, samples = record.pipeline, record.training, record.samples
+    if samples is not None and "after" not in samples.images:
+        samples = None
+    widget = _save_widget(samples, folder) if samples is not None else None
+    source = "a list of its own" if training.prompt_file is None else f"`{training.prompt_file}`"
+    if record.dataset_name is not None:
+        source = f"[{record.dataset_name}](https://huggingface.co/datasets/{record.dataset_name})"
+    hyperparameters = {name: value for name, value in training.hyperparameters.items() if value is not None}
+    packages = [(name, version(name)) for name in _FRAMEWORKS]
     card = ModelCard.from_template(
         _metadata(record, widget),
         template_path=str(record.template or PACKAGED_TEMPLATE),
         model_name=record.model_name or record.repo_id.rpartition("/")[2],
         algorithm=record.algorithm,
         paper=record.paper,
-        pipeline=record.pipeline.class_name,
+        pipeline=pipeline.class_name,
         is_adapter=record.adapter is not None,
         has_widget=bool(widget),
         snippet=usage_snippet(record),
-        sampling=list(_literals(record.pipeline.call_kwargs).items()),
+        sampling=list(_literals(pipeline.call_kwargs).items()),
         rewards=[(name, f"{weight:g}") for name, weight in training.rewards],
-        prompts=f"{training.num_prompts:,} prompts from {_source(record)}",
+        prompts=f"{training.num_prompts:,} prompts from {source}",
         rollouts=f"{training.rollouts:,}",
         images=f"{training.images:,}",
         duration=_training_time(training.log_history),
-        hyperparameters=[
-            (name, value.value if isinstance(value, Enum) else value)
-            for name, value in training.hyperparameters.items()
-            if value is not None
-        ],
-        versions=[
-            ("trl_fdfo", version("trl_fdfo")),
-            ("torch", torch.__version__),
-            *((name, version(name)) for name in _FRAMEWORKS),
-        ],
+        hyperparameters=[(k, v.value if isinstance(v, Enum) else v) for k, v in hyperparameters.items()],
+        versions=[("trl_fdfo", version("trl_fdfo")), ("torch", torch.__version__), *packages],
         **_results(samples),
         before_after=_save_before_after(samples, folder),
         **_save_curves(training.log_history, folder),
@@ -363,13 +281,6 @@ def _license(base_model: str | None) -> dict[str, str]:
 # Text -----------------------------------------------------------------------------------------------------------------
 
 
-def _source(record: CardRecord) -> str:
-    if record.dataset_name is not None:
-        return f"[{record.dataset_name}](https://huggingface.co/datasets/{record.dataset_name})"
-    file = record.training.prompt_file
-    return "a list of its own" if file is None else f"`{file}`"
-
-
 def _results(samples: SampleRecord | None) -> dict[str, Any]:
     """Return the template's variables for the table of results."""
     if samples is None:
@@ -408,7 +319,7 @@ def _save_widget(samples: SampleRecord, folder: Path) -> list[dict[str, Any]]:
     (folder / "images").mkdir(exist_ok=True)
     images = middle_frame(samples.images["after"])
     widget = []
-    for number, place in enumerate(_spread(len(samples.prompts), _WIDGET_PROMPTS)):
+    for number, place in enumerate(evenly_spread(len(samples.prompts), _WIDGET_PROMPTS)):
         name = f"images/{number}.png"
         picture(images[place, 0]).save(folder / name)
         widget.append({"text": samples.prompts[place], "output": {"url": name}})
@@ -416,11 +327,11 @@ def _save_widget(samples: SampleRecord, folder: Path) -> list[dict[str, Any]]:
 
 
 def _save_before_after(samples: SampleRecord | None, folder: Path) -> str | None:
-    """Draw the first column of samples above "after", and return the name of the file; None if there is one column."""
+    """Draw the first column of samples above "after": the name of the file, or None if there is only one column."""
     if samples is None or len(samples.images) < 2:
         return None
     titles = (next(iter(samples.images)), "after")
-    shown = _spread(len(samples.prompts), _GRID_PROMPTS)
+    shown = evenly_spread(len(samples.prompts), _GRID_PROMPTS)
     before, after = (middle_frame(samples.images[title])[shown, :_GRID_SEEDS] for title in titles)
     name = "before_after.png"
     before_after_grid([samples.prompts[place] for place in shown], before, after, titles).save(folder / name)
@@ -428,7 +339,7 @@ def _save_before_after(samples: SampleRecord | None, folder: Path) -> str | None
 
 
 def _save_curves(log_history: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, str | None]:
-    """Draw the curves that have at least two points, and return the names of their files; None for the others."""
+    """Draw the curves that have at least two points: the names of their files, or None."""
     made: dict[str, str | None] = {"reward_curve": None, "evaluation": None}
     try:
         from ..reporting.curves import evaluation_curves, reward_curve
@@ -441,8 +352,3 @@ def _save_curves(log_history: Sequence[Mapping[str, Any]], folder: Path) -> dict
             made[name] = f"{name}.png"
             draw(log_history, folder / made[name])
     return made
-
-
-def _spread(count: int, most: int) -> list[int]:
-    """Return at most `most` places out of `count`, evenly spread."""
-    return torch.linspace(0, count - 1, min(count, most)).round().long().tolist()

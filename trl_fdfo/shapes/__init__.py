@@ -15,6 +15,7 @@ is the square root of its area, so shapes of one size have equal area.
 Dimensions: N images, K = 3 shapes, H = W = 32.
 """
 
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,35 +45,26 @@ _RADIUS = 0.5642
 _ARM_LENGTH, _ARM_WIDTH = 1.3019, 0.4687  # area = width (2 length - width), width = 0.36 length
 _SIDE, _HEIGHT = 1.5197, 1.3161
 # Reach of each shape of area 1 from its centroid: sideways, up, down.
-_REACH = torch.tensor(
-    [
-        [_RADIUS, _RADIUS, _RADIUS],
-        [_ARM_LENGTH / 2, _ARM_LENGTH / 2, _ARM_LENGTH / 2],
-        [_SIDE / 2, _HEIGHT * 2 / 3, _HEIGHT / 3],
-    ]
-)
+_REACH = torch.tensor([[_RADIUS] * 3, [_ARM_LENGTH / 2] * 3, [_SIDE / 2, _HEIGHT * 2 / 3, _HEIGHT / 3]])
 
 
 def captions() -> list[str]:
     """The 54 captions in a fixed order: colours outermost, then shapes, then backgrounds."""
     return [
         f"a {color} {shape} on a {background} background"
-        for color in COLORS
-        for shape in SHAPES
-        for background in BACKGROUNDS
+        for color, shape, background in itertools.product(COLORS, SHAPES, BACKGROUNDS)
     ]
 
 
 def load_pipeline(**kwargs):
     """
-    Load the packaged pipeline, without network access.
+    Load the packaged pipeline, without network access. The weights are stored in float16 and loaded in float32.
 
     Call the pipeline with `max_sequence_length=0` and `num_inference_steps=8`. Otherwise it appends empty tokens for
     the third text encoder, which it lacks, and its transformer has never seen such tokens.
 
     Args:
-        **kwargs: Arguments of `DiffusionPipeline.from_pretrained`. Default: `dtype=torch.float32`; the weights are
-            stored in float16.
+        **kwargs: Arguments of `DiffusionPipeline.from_pretrained`, such as another `dtype`.
     """
     # Imported here: the reward and the metrics need neither diffusers nor transformers.
     from ..pipeline.loading import load_pipeline
@@ -105,15 +97,10 @@ def parse(prompts: Sequence[str]) -> torch.Tensor:
 
 def coverage(center: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
     """
-    Anti-aliased masks of all three shapes.
+    Anti-aliased masks [..., K, H, W] of all three shapes, by `center` [..., 2], the centroid (x, y), and `size` [...].
 
-    Args:
-        center (`[..., 2]`): Centroid (x, y) in pixels; the image spans [0, 32].
-        size (`[...]`): Square root of the area, in pixels.
-
-    Returns:
-        `[..., K, H, W]`: Part of each pixel that the shape covers, in [0, 1], estimated from the distance between the
-        pixel's centre and the nearest edge.
+    The mask is the part of each pixel that the shape covers, in [0, 1], estimated from the distance between the pixel's
+    centre and the nearest edge.
     """
     pixels = torch.arange(IMAGE_SIZE, device=center.device) + 0.5
     x = pixels - center[..., 0, None, None]  # [..., 1, W]
@@ -198,11 +185,9 @@ def best_iou(mask: torch.Tensor) -> torch.Tensor:
     """
     center, size = moments(mask)
     best = torch.zeros(len(mask), len(SHAPES), device=mask.device)
-    for scale in (0.85, 0.93, 1.0, 1.08, 1.15):
-        for dx in (-1, 0, 1):
-            for dy in (-1, 0, 1):
-                shift = torch.tensor([dx, dy], device=mask.device)
-                best = torch.maximum(best, iou(mask[:, None], coverage(center + shift, size * scale)))
+    for scale, *shift in itertools.product((0.85, 0.93, 1.0, 1.08, 1.15), (-1, 0, 1), (-1, 0, 1)):
+        shifted = center + torch.tensor(shift, device=mask.device)
+        best = torch.maximum(best, iou(mask[:, None], coverage(shifted, size * scale)))
     return best
 
 
@@ -227,10 +212,6 @@ def reward(images: torch.Tensor, prompts: Sequence[str], **kwargs) -> torch.Tens
     Each term lies in [0, 1] and has a slope for wrong images too: otherwise RL stalls. The mask comes from the contrast
     of the image, so the shape counts in any colour. Colours are compared pixel by pixel, so a shape in two colours
     gains nothing from their average.
-
-    Args:
-        images (`[N, 3, 32, 32]`): Images in [0, 1].
-        prompts (`list[str]` of length N): Captions of this world.
 
     Returns:
         `[N]`, float32 in [0, 1]; images by `render` score 0.9 to 1.

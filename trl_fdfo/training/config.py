@@ -1,5 +1,7 @@
 """Options that every algorithm has. Each algorithm's own stand in the `config.py` of its folder."""
 
+import copy
+import functools
 import inspect
 import json
 import math
@@ -31,6 +33,20 @@ _INHERITED_RESULT_OPTIONS = (
     *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "optim_args"),
     *("lr_scheduler_kwargs", "warmup_steps", "fp16", "seed"),
 )
+
+
+class _Derived(int):
+    """A number or switch that follows from other options, so that `dataclasses.replace` computes it anew."""
+
+    def __new__(cls, value: int | bool) -> "_Derived":
+        derived = super().__new__(cls, value)
+        derived.plain = value.plain if isinstance(value, _Derived) else value
+        return derived
+
+    def __repr__(self) -> str:
+        return repr(self.plain)
+
+    __str__ = __repr__
 
 
 class _Metadata(dict):
@@ -67,8 +83,8 @@ def with_help(config_class: type) -> type:
 @with_help
 class RolloutConfig(TrainingArguments):
     r"""
-    Options of online reinforcement learning: [`~transformers.TrainingArguments`] and the options below. The defaults
-    suit Stable Diffusion 3.5 Medium at 512 pixels.
+    Options of online reinforcement learning: [`~transformers.TrainingArguments`] and the options below. The defaults suit
+    images of 512 pixels.
 
     An epoch of the Trainer is one rollout and the optimizer steps on it: `save_strategy="epoch"` saves after each
     rollout, and the logged `epoch` counts rollouts.
@@ -235,6 +251,17 @@ class RolloutConfig(TrainingArguments):
             A jinja2 file in the place of the packaged template of README.md, `trl_fdfo/saving/model_card.md`, which
             names its variables.
 
+        > Options of TrainingArguments that follow from others
+
+        num_train_epochs (`float`, *optional*):
+            `num_rollouts`. Another value is refused.
+        per_device_train_batch_size (`int`, *optional*):
+            Images of a micro-batch, `per_device_prompt_batch_size x num_generations`. Another value is refused.
+        gradient_accumulation_steps (`int`, *optional*):
+            Micro-batches per optimizer step, num_rollout_batches x K / M. Another value is refused.
+        per_device_eval_batch_size (`int`, *optional*):
+            Images that each process samples at a time in an evaluation. `None` takes `per_device_train_batch_size`.
+
         > Options of TrainingArguments with another default
 
         learning_rate (`float`, defaults to `3e-5`):
@@ -257,7 +284,8 @@ class RolloutConfig(TrainingArguments):
         num_rollout_batches (`int`): batches per process, prompts_per_rollout / (processes x
             per_device_prompt_batch_size).
         steps_per_rollout (`int`): optimizer steps between two rollouts, M x num_iterations.
-        gradient_accumulation_steps (`int`): micro-batches per optimizer step, num_rollout_batches x K / M.
+
+    `dataclasses.replace` works for every option, and an assignment before a trainer is built takes full effect.
 
     Raises:
         ValueError: An option has an impossible value, or two options contradict each other.
@@ -333,6 +361,12 @@ class RolloutConfig(TrainingArguments):
     # Sharing
     model_card_template: str | None = option(None, changes_result=False)
 
+    # Options of TrainingArguments that follow from others
+    num_train_epochs: float | None = option(None, changes_result=False)
+    per_device_train_batch_size: int | None = option(None, changes_result=False)
+    gradient_accumulation_steps: int | None = option(None, changes_result=False)
+    per_device_eval_batch_size: int | None = option(None, changes_result=False)
+
     # Defaults of TrainingArguments that differ here
     learning_rate: float = option(3e-5)
     weight_decay: float = option(1e-4)
@@ -347,7 +381,27 @@ class RolloutConfig(TrainingArguments):
             raise TypeError(f"{name}={options[name]!r} has a new name: {cls.renamed_options[name]}.")
         return super().__new__(cls)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "_given" not in self.__dict__ or name not in self._own_options() or value == self.__dict__.get(name):
+            object.__setattr__(self, name, value)
+        elif self._is_in_use:
+            raise ValueError(
+                f"{name}={value!r} comes too late: a trainer was built with {name}={getattr(self, name)!r}. Build one with "
+                f"dataclasses.replace(config, {name}={value!r})."
+            )
+        else:  # checked, and with everything that follows from it
+            self.__dict__.update(vars(type(self)(**{**self._given, name: value})))
+
+    def hold(self) -> None:
+        """Refuse to change from here on: a trainer is built on these options."""
+        self.__dict__["_is_in_use"] = True
+
     def __post_init__(self):
+        given = {}
+        for name in (field.name for field in fields(self)):
+            if isinstance(getattr(self, name), _Derived):
+                setattr(self, name, None)
+            given[name] = getattr(self, name)
         config_checks.check_types(self, self._own_options())
         config_checks.check_pipeline_kwargs(self, OPTIONS_OF_CALL)
         self._check()
@@ -360,6 +414,7 @@ class RolloutConfig(TrainingArguments):
         self._fill_in_defaults()
         config_checks.check_intervals(self)
         self._resolve_bf16()
+        derived = [field.name for field in fields(self) if isinstance(getattr(self, field.name), _Derived)]
         try:
             super().__post_init__()
         except json.JSONDecodeError as error:
@@ -367,6 +422,8 @@ class RolloutConfig(TrainingArguments):
                 name: getattr(self, name) for name in self._VALID_DICT_FIELDS if isinstance(getattr(self, name), str)
             }
             raise ValueError(f"One of {options} is not valid JSON: {error}.") from None
+        for name in derived:  # it has made plain integers of some
+            setattr(self, name, _Derived(getattr(self, name)))
         config_checks.check_gradient_checkpointing(self)
         config_checks.check_learning_rate_schedule(self)
         # Under ZeRO-3 every model of transformers that is loaded from here on would be sharded and could not be called:
@@ -383,6 +440,7 @@ class RolloutConfig(TrainingArguments):
                 f"`accelerate launch --num_processes {self.n_gpu} ...`."
             )
             self._n_gpu = 1
+        self.__dict__ |= {"_given": given, "_is_in_use": False}
 
     def _check(self) -> None:
         """
@@ -418,19 +476,24 @@ class RolloutConfig(TrainingArguments):
             names.remove("num_rollouts")
         return json.loads(json.dumps({name: getattr(self, name) for name in names}, default=str))
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Trainer pickles its arguments beside the weights, and a push uploads them: nothing of the machine or its user.
-        return {**_redacted(self.__dict__), "hub_token": None}
+    def redacted(self) -> "RolloutConfig":
+        """A copy for a file that may be shared, without folders of this machine and without the token."""
+        redacted = copy.copy(self)
+        redacted.__dict__ |= {**_redacted(self.__dict__), "hub_token": None, "_given": {}}
+        return redacted
 
     def to_dict(self) -> dict[str, Any]:
         # Trackers write this into files, and TensorBoard's files are pushed.
-        return _redacted(super().to_dict())
+        options = super().to_dict()
+        return _redacted({n: value.plain if isinstance(value, _Derived) else value for n, value in options.items()})
 
-    def _own_options(self) -> dict[str, Any]:
+    @classmethod
+    @functools.cache
+    def _own_options(cls) -> dict[str, Any]:
         """The options that are not of `TrainingArguments`, or have another default here, with their types."""
-        classes = [c for c in reversed(type(self).__mro__) if issubclass(c, RolloutConfig)]
+        classes = [c for c in reversed(cls.__mro__) if issubclass(c, RolloutConfig)]
         annotations = {name: kind for c in classes for name, kind in inspect.get_annotations(c).items()}
-        names = {field.name for field in fields(self)}
+        names = {field.name for field in fields(cls)}
         return {name: kind for name, kind in annotations.items() if name in names}
 
     # Derived options --------------------------------------------------------------------------------------------------
@@ -467,13 +530,13 @@ class RolloutConfig(TrainingArguments):
 
     def _derive(self, name: str, value: int) -> None:
         """Set an option of `TrainingArguments` that follows from ours; refuse another value."""
-        given, default = getattr(self, name), TrainingArguments.__dataclass_fields__[name].default
-        if given not in (default, value):
+        given = getattr(self, name)
+        if given not in (None, value):
             raise ValueError(
                 f"{name}={given} cannot be set: it follows from the other options and is {value} here. Set num_rollouts, "
                 "prompts_per_rollout, per_device_prompt_batch_size, optimizer_steps_per_rollout or timestep_fraction."
             )
-        setattr(self, name, value)
+        setattr(self, name, _Derived(value))
 
     def _fill_in_defaults(self) -> None:
         """Options whose default follows from others."""
@@ -483,6 +546,7 @@ class RolloutConfig(TrainingArguments):
             "save_steps": ten_rollouts,
             "logging_images_steps": ten_rollouts,
             "per_device_sampling_batch_size": self.per_device_prompt_batch_size,
+            "per_device_eval_batch_size": self.per_device_train_batch_size,
             "images_per_eval_prompt": 1 if self.eval_diversity is None else 4,
             # Every adapter takes part in every forward pass; searching for those that do not costs time.
             "ddp_find_unused_parameters": not self.use_peft,
@@ -491,9 +555,9 @@ class RolloutConfig(TrainingArguments):
         }
         for name, default in defaults.items():
             if getattr(self, name) is None:
-                setattr(self, name, default)
+                setattr(self, name, _Derived(default))
         if self.eval_steps is None:
-            self.eval_steps = self.save_steps
+            self.eval_steps = _Derived(self.save_steps) if self.save_steps >= 1 else self.save_steps
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "eval_reward"
         # A loss that is not finite ends the run: nothing is left to filter, and the filter waits for the device.
@@ -511,7 +575,7 @@ class RolloutConfig(TrainingArguments):
     def _resolve_bf16(self) -> None:
         available = self._has_bf16()
         if self.bf16 is None:
-            self.bf16 = available and not self.fp16
+            self.bf16 = _Derived(available and not self.fp16)
         elif self.bf16 and not available and not self.use_cpu:
             raise ValueError(
                 "bf16=True, but this machine has no GPU with bfloat16. Leave bf16 unset to use what the machine can do, "

@@ -16,7 +16,7 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer, TrainerCallback, set_seed
-from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.utils import logging
 
 from ..evaluation.alarms import Alarms
@@ -176,6 +176,7 @@ class RolloutTrainer(Algorithm, Trainer):
             allow_changes=config.resume_with_changed_options,
             save_total_limit=config.save_total_limit,
         )
+        config.hold()
 
     # Setup ------------------------------------------------------------------------------------------------------------
 
@@ -195,7 +196,7 @@ class RolloutTrainer(Algorithm, Trainer):
             self.control_functions,
             prompt_column=args.dataset_prompt_column,
             sampled_columns=args.pipeline_columns or (),
-            batch_size=1 if args.pipeline_columns else args.per_device_train_batch_size,
+            batch_size=1 if args.pipeline_columns else args.per_device_eval_batch_size,
             device=args.device,
             disable_tqdm=args.disable_tqdm,
         )
@@ -632,12 +633,16 @@ class RolloutTrainer(Algorithm, Trainer):
                 save_whole_pipeline(self.pipeline, output_dir, self.args.should_save)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        output_dir = output_dir or self.args.output_dir
         super()._save(output_dir, state_dict)
-        if isinstance(self.model, PeftModel) and self.args.should_save:
+        if not self.args.should_save:
+            return
+        # Trainer has pickled its arguments as they are, and a push uploads them.
+        torch.save(self.args.redacted(), Path(output_dir, TRAINING_ARGS_NAME))
+        if isinstance(self.model, PeftModel):
             # A run resumes from PEFT's file of a checkpoint; a pipeline uses diffusers' file, with the average.
             if self.averaging is not None:
                 state_dict = self.averaging.state_dict()
-            output_dir = output_dir or self.args.output_dir
             save_diffusers_lora(self.pipeline, self.model, output_dir, state_dict)
             save_call_options(self.flow.call_kwargs, output_dir)
 

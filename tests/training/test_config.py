@@ -1,0 +1,162 @@
+"""A config as a value: copies, `dataclasses.replace`, assignments, and files that it is written to."""
+
+import copy
+import dataclasses
+import multiprocessing
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from transformers.trainer_utils import SchedulerType
+
+from trl_fdfo import FDFOConfig, FlowGRPOConfig
+
+
+def make(**options):
+    return FDFOConfig(**{"output_dir": "/data/runs/a", "report_to": [], "use_cpu": True, **options})
+
+
+GIVEN = {"dataset_name": "/data/prompts.txt", "adapter": "/data/lora", "hub_token": "hf_secret", "num_rollouts": 7}
+
+
+def spawned(config, queue):
+    queue.put((config.output_dir, config.dataset_name, config.hub_token, config.num_train_epochs))
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda config: pickle.loads(pickle.dumps(config))])
+def test_a_copy_is_the_same(copied):
+    config = make(**GIVEN)
+    twin = copied(config)
+    for field in dataclasses.fields(config):
+        assert getattr(twin, field.name) == getattr(config, field.name), field.name
+    assert (twin.output_dir, twin.dataset_name, twin.hub_token) == ("/data/runs/a", "/data/prompts.txt", "hf_secret")
+    twin.num_rollouts = 9
+    assert twin.num_train_epochs == 9 and config.num_train_epochs == 7
+
+
+def test_a_spawned_process_gets_all_of_it():
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=spawned, args=(make(**GIVEN), queue))
+    process.start()
+    assert queue.get(timeout=120) == ("/data/runs/a", "/data/prompts.txt", "hf_secret", 7)
+    process.join()
+
+
+def test_nothing_private_is_written(make_trainer, tmp_path):
+    trainer = make_trainer(output_dir=str(tmp_path / "secret_folder" / "out"), hub_token="hf_secret", num_rollouts=1)
+    trainer.train()
+    trainer.save_model()
+    assert trainer.args.hub_token == "hf_secret" and trainer.args.output_dir.startswith(str(tmp_path))
+    written = Path(trainer.args.output_dir, "training_args.bin")
+    for secret in ("hf_secret", "secret_folder", str(tmp_path)):
+        assert secret.encode() not in written.read_bytes()
+        assert secret not in str(trainer.args.to_dict())
+    loaded = torch.load(written, weights_only=False)
+    assert (
+        loaded.output_dir == "out" and loaded.num_rollouts == 1 and loaded.learning_rate == trainer.args.learning_rate
+    )
+
+
+OTHER_VALUES = {
+    "num_rollouts": 50,
+    "prompts_per_rollout": 8,
+    "per_device_prompt_batch_size": 4,
+    "num_generations": 3,
+    "num_inference_steps": 10,
+    "optimizer_steps_per_rollout": 2,
+    "num_iterations": 3,
+    "timestep_fraction": 0.25,
+    "use_peft": False,
+    "eval_diversity": "pixels",
+    "save_steps": 8,
+    "churn_schedule": "interval",
+    "learning_rate": 1e-3,
+    "ema_decay": 0.5,
+    "seed": 3,
+    "save_strategy": "epoch",
+    "per_device_sampling_batch_size": 6,
+    "fp16": False,
+}
+
+
+def comparable(config):
+    options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    options["accelerator_config"] = str(options["accelerator_config"])
+    derived = ("num_trained_levels", "num_rollout_batches", "steps_per_rollout")
+    return options | {name: getattr(config, name) for name in derived}
+
+
+@pytest.mark.parametrize("config_class", [FDFOConfig, FlowGRPOConfig])
+@pytest.mark.parametrize("name", OTHER_VALUES)
+def test_replaced_and_assigned_options_take_full_effect(name, config_class):
+    value = OTHER_VALUES[name]
+    if name == "churn_schedule" and config_class is FlowGRPOConfig:
+        return
+    settings = {"output_dir": "a", "report_to": [], "use_cpu": True}
+    expected = comparable(config_class(**settings, **{name: value}))
+    config = config_class(**settings)
+    assert comparable(dataclasses.replace(config, **{name: value})) == expected
+    if name in config_class._own_options():
+        setattr(config, name, value)
+        assert comparable(config) == expected
+
+
+def test_replace_keeps_what_was_given():
+    config = make(logging_steps=4, save_steps=8, lr_scheduler_type="cosine", churn_schedule="prior", churn_kwargs={})
+    config = dataclasses.replace(config, optimizer_steps_per_rollout=2, num_rollouts=5)
+    assert (config.logging_steps, config.save_steps, config.num_train_epochs) == (4, 8, 5)
+    assert config.lr_scheduler_type == SchedulerType.COSINE and config.logging_images_steps == 20
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("epsilon", -1, "epsilon=-1 must be > 0"),
+        ("prompts_per_rollout", 7, "prompts_per_rollout=7 cannot be split evenly"),
+        ("gradient_accumulation_steps", 1, "gradient_accumulation_steps=1 cannot be set: it follows"),
+        ("churn_schedule", "linear", "churn_schedule='linear' is not one of"),
+    ],
+)
+def test_a_wrong_assignment_is_refused_and_changes_nothing(name, value, message):
+    config = make()
+    before = comparable(config)
+    with pytest.raises(ValueError, match=message):
+        setattr(config, name, value)
+    assert comparable(config) == before
+
+
+def test_an_assignment_after_the_trainer_is_refused(make_trainer):
+    trainer = make_trainer()
+    with pytest.raises(
+        ValueError, match=r"num_rollouts=3 comes too late.*dataclasses.replace\(config, num_rollouts=3\)"
+    ):
+        trainer.args.num_rollouts = 3
+    trainer.args.eval_on_start = False  # Trainer's own, which its callbacks set
+    assert dataclasses.replace(trainer.args, num_rollouts=3).num_train_epochs == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_train_epochs": 3}, "num_train_epochs=3 cannot be set: .* is 100 here. Set num_rollouts"),
+        ({"per_device_train_batch_size": 8}, "per_device_train_batch_size=8 cannot be set: .* is 4 here"),
+        ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps=1 cannot be set: .* is 2160 here"),
+    ],
+)
+def test_the_defaults_of_trainer_are_refused_like_other_values(options, message):
+    with pytest.raises(ValueError, match=message):
+        make(**options)
+    assert make(num_train_epochs=100, gradient_accumulation_steps=2160, per_device_train_batch_size=4)
+
+
+def test_evaluations_sample_as_many_at_a_time_as_they_are_told(make_trainer):
+    sizes = []
+    trainer = make_trainer(per_device_eval_batch_size=3)
+    generate = trainer.flow.generate
+    trainer.flow.generate = lambda prompts, *args, **kwargs: (
+        sizes.append(len(prompts)) or generate(prompts, *args, **kwargs)
+    )
+    trainer.generate(["a cat"] * 7, range(7))
+    assert sizes == [3, 3, 1] and make_trainer().args.per_device_eval_batch_size == 4
