@@ -56,14 +56,12 @@ def spread_frames(sample: Tensor, most: int) -> list[Tensor]:
 
 def split_frames(images: Sequence, *columns: Iterable) -> tuple[list, ...]:
     """
-    Put the frames of N samples in one row, for a score of single images; `mean_over_frames` then averages each video.
-
-    Args:
-        images (`Sequence`): N PIL images, or N lists of PIL frames. An image is a video of one frame.
-        *columns (`Iterable`): N values each, such as the prompts.
+    Put the frames of N PIL images or videos in one row, for a score of single images; `mean_over_frames` then averages
+    each video. An image is a video of one frame.
 
     Returns:
-        `tuple`: Number of frames of each sample; all frames; and each column with its value repeated for every frame.
+        `tuple`: Number of frames of each sample; all frames; and each of the columns, such as the prompts, with its N
+        values repeated for every frame.
     """
     videos = [image if isinstance(image, (list, tuple)) else [image] for image in images]
     repeated = ([value for value, video in zip(column, videos) for _ in video] for column in columns)

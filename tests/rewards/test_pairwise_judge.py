@@ -53,7 +53,7 @@ def test_three_branches_get_the_least_squares_rewards():
     batch = images(0.0, 0.25, 1.0)
     rewards = score(PairwiseJudge(biased), batch, ["x"] * 3, 3)
     # Consistent preferences are matched exactly.
-    torch.testing.assert_close(rewards, torch.tensor([0.0, 0.25, 1.0]) - 1.25 / 3)
+    torch.testing.assert_close(rewards, torch.tensor([0.0, 0.25, 1.0], dtype=torch.float64) - 1.25 / 3)
     # A judge who runs in circles: a over b, b over c, c over a.
     circle = {(0.0, 0.25): 1.0, (0.25, 1.0): 1.0, (1.0, 0.0): 1.0}
 
@@ -61,7 +61,7 @@ def test_three_branches_get_the_least_squares_rewards():
         pairs = [(brightness(a), brightness(b)) for a, b in zip(first, second)]
         return [circle.get(pair, -1.0) for pair in pairs]
 
-    torch.testing.assert_close(score(PairwiseJudge(circular), batch, ["x"] * 3, 3), torch.zeros(3))
+    torch.testing.assert_close(score(PairwiseJudge(circular), batch, ["x"] * 3, 3), torch.zeros(3, dtype=torch.float64))
 
 
 def test_async_judge_is_asked_both_ways_at_once():

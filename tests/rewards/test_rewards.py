@@ -25,7 +25,7 @@ def test_one_value_per_image_and_function():
 
     rewards = call([brightness, lambda images, prompts: [len(prompt) for prompt in prompts]])
     assert rewards.shape == (4, 2)
-    torch.testing.assert_close(rewards[:, 0], IMAGES.mean(dim=(1, 2, 3)))
+    torch.testing.assert_close(rewards[:, 0], IMAGES.mean(dim=(1, 2, 3)).double())
     assert (rewards[:, 1] == 1).all()
 
 
@@ -271,4 +271,4 @@ def test_rewards_on_another_device_and_of_another_type():
 
 def test_integers_and_bfloat16_are_numbers():
     rewards = call([lambda images: torch.arange(4), lambda images: torch.full((4,), 0.5, dtype=torch.bfloat16)])
-    assert rewards.dtype == torch.float32 and rewards.tolist() == [[i, 0.5] for i in range(4)]
+    assert rewards.dtype == torch.float64 and rewards.tolist() == [[i, 0.5] for i in range(4)]

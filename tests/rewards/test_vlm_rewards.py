@@ -232,8 +232,8 @@ class Server(ThreadingHTTPServer):
     """
     Serves a tiny VLM on the loopback interface, as vLLM does.
 
-    `fault(n)` says what goes wrong with the n-th request, if anything: an HTTP status, `"close"` (the connection),
-    `"hang"`, or the text of an answer.
+    `fault(n)` says what goes wrong with the n-th request, if anything: an HTTP status, alone or with headers, `"close"`
+    (the connection), `"hang"`, or the text of an answer.
     """
 
     daemon_threads = True
@@ -291,13 +291,16 @@ class Handler(BaseHTTPRequestHandler):
             server.stopped.wait()
         elif fault == "close":
             self.close_connection = True
-        elif isinstance(fault, int):
-            self.reply(fault, f"status {fault}, said to {self.headers['authorization']}")
+        elif isinstance(fault, (int, tuple)):
+            status, headers = fault if isinstance(fault, tuple) else (fault, {})
+            self.reply(status, f"status {status}, said to {self.headers['authorization']}", headers)
         else:
             self.reply(200, fault or json.dumps(server.answer(body)))
 
-    def reply(self, status: int, text: str):
+    def reply(self, status: int, text: str, headers: dict | None = None):
         self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
         self.send_header("content-length", str(len(text.encode())))
         self.end_headers()
         self.wfile.write(text.encode())
@@ -534,6 +537,57 @@ def test_a_word_that_is_not_listed_counts_where_that_settles_the_score():
 def test_a_word_that_is_missed_is_an_error(top, message):
     with pytest.raises(VLMServerError, match=message + ".*The question must ask for its words"):
         served_log_odds(top, ("x", -20.0))
+
+
+@pytest.mark.parametrize(
+    "top",
+    [
+        {"<think>": -1e-5, "Yes": -13.0, "No": -14.0},
+        {"YES": -0.01, "Yes": -6.0, "No": -7.0},
+        {"\n": -0.02, "Yes": -5.0, "No": -9.0},
+    ],
+)
+def test_an_answer_that_begins_with_something_else_is_no_score(top):
+    first = next(iter(top))
+    with pytest.raises(VLMServerError, match="together have a probability of .*enable_thinking") as told:
+        served_log_odds(top, (first, top[first]))
+    assert repr(first) in str(told.value)
+
+
+def test_a_model_that_says_something_else_is_refused(qwen):
+    folder, _ = qwen
+    reward = VLMScore(str(folder), device="cpu")
+    head = reward.model.get_output_embeddings()
+    reward(IMAGES[:2], PROMPTS[:2])
+    head.bias = torch.nn.Parameter(torch.zeros(head.out_features))
+    head.bias.data[reward.words] = -30.0
+    with pytest.raises(ValueError, match=r"'Yes' and 'No' together have a probability of .*the likeliest tokens are '"):
+        reward(IMAGES[:2], PROMPTS[:2])
+
+
+def test_a_busy_server_says_when_to_come_back(qwen):
+    folder, reference = qwen
+    with serving(reference, fail((429, {"Retry-After": "0.7"}))) as server:
+        start = time.monotonic()
+        ask(server.url, backoff=0.001)
+        assert time.monotonic() - start >= 0.7 and len(server.bodies) == 2
+
+
+def test_a_proxy_that_catches_a_server_of_ones_own_is_named(monkeypatch):
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("no_proxy", "")
+    with pytest.raises(VLMServerError, match=r"through the proxy http://127.0.0.1:\d+ .* add 127.0.0.1 to NO_PROXY"):
+        ask(f"http://127.0.0.1:{free_port()}", max_retries=0)
+
+
+def test_an_answer_without_log_probabilities_says_so():
+    answer = json.dumps({"choices": [{"message": {"content": "Yes"}, "logprobs": None}]})
+    with (
+        serving(fault=lambda n: answer) as server,
+        pytest.raises(VLMServerError, match="logprobs: null.*vLLM or SGLang") as told,
+    ):
+        ask(server.url, max_retries=0)
+    assert "Is it up" not in str(told.value)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ callable from two tensors [pairs, D] to [pairs]; the default is `cosine_distance
 """
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -154,21 +154,13 @@ class CLIPFeatures:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Embed images [N, 3, H, W] in [0, 1]: vectors of length 1, shape [N, width], float32 on the CPU."""
-        pictures = to_pil(images)
-        features = self._clip(pictures, [""] * len(pictures))
+        features = self._clip.in_batches(self._clip.embed_images, to_pil(images))
         self._clip.on_rollout_end()  # offload the model
         return features
 
     @cached_property
-    def _clip(self) -> "_EmbedImages":
-        return _EmbedImages(self.model, self.processor, **self._options)
-
-
-class _EmbedImages(CLIPReward):
-    """A CLIP reward whose scores are the embeddings of the images."""
-
-    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        return self.embed_images(images)
+    def _clip(self) -> CLIPReward:
+        return CLIPReward(self.model, self.processor, **self._options)
 
 
 class DreamSimFeatures:
@@ -221,12 +213,9 @@ FEATURES = {"clip": CLIPFeatures, "dreamsim": DreamSimFeatures, "pixels": PixelF
 
 def load_diversity(spec: str) -> Diversity:
     """
-    The diversity in the feature space that a string names.
-
-    Args:
-        spec (`str`): "clip", "dreamsim" or "pixels", or `module:name` of a feature space, as described at the top of
-            this file, on the Python path or in the working directory. Options may follow in parentheses, as for a
-            reward: `"clip(model='openai/clip-vit-base-patch32')"`.
+    The diversity in the feature space that a string names: "clip", "dreamsim", "pixels", or `module:name` of a feature
+    space, as described at the top of this file, on the Python path or in the working directory. Options may follow in
+    parentheses, as for a reward: `"clip(model='openai/clip-vit-base-patch32')"`.
 
     Raises:
         ImportError: A package is missing.
@@ -238,12 +227,8 @@ def load_diversity(spec: str) -> Diversity:
 
 def load_working_diversity(spec: str, image_size: tuple[int, int], device: torch.device) -> Diversity:
     """
-    Call `load_diversity` and try the diversity on noise: otherwise a run would find out after its first rollouts.
-
-    Args:
-        spec (`str`): As in `load_diversity`.
-        image_size (`tuple[int, int]`): Height and width in pixels.
-        device (`torch.device`): Device of the images.
+    Call `load_diversity` and try the diversity on noise of `image_size`, height and width in pixels, on the device of
+    the images: otherwise a run would find out after its first rollouts.
 
     Raises:
         ValueError: The diversity cannot be measured, such as without its weights.

@@ -1,4 +1,4 @@
-"""Curves of a run: the rewards of its rollouts, and its evaluations."""
+"""Curves of a run, drawn into a file from `trainer.state.log_history`: the rewards of its rollouts, its evaluations."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,13 +14,7 @@ except ImportError as error:
 
 
 def reward_curve(log_history: Sequence[Mapping[str, Any]], path: str | Path) -> None:
-    """
-    Draw the mean reward of each rollout and, with several reward functions, the mean of each function.
-
-    Args:
-        log_history (`Sequence[Mapping]`): `trainer.state.log_history`.
-        path (`str` or `Path`): File to write.
-    """
+    """Draw the mean reward of each rollout and, with several reward functions, the mean of each function."""
     logs = [log for log in log_history if REWARD in log]
     functions = parts(logs[0], REWARD) if logs else {}
     # Each curve has axes of its own: the scales of rewards differ.
@@ -35,14 +29,10 @@ def reward_curve(log_history: Sequence[Mapping[str, Any]], path: str | Path) -> 
 
 def evaluation_curves(log_history: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     """
-    Draw the evaluations of a run, a panel each for the training reward, each control reward, and the diversity.
+    Draw the evaluations of a run, at least one: panels for the training reward, each control reward, and the diversity.
 
     The bands around control rewards and diversity are twice the standard error of the mean over prompts. Vertical lines
     mark evaluations with an alarm. The panel of the reward also shows the rollouts.
-
-    Args:
-        log_history (`Sequence[Mapping]`): `trainer.state.log_history`, with at least one evaluation.
-        path (`str` or `Path`): File to write.
     """
     reward, diversity = EVAL_PREFIX + REWARD, EVAL_PREFIX + DIVERSITY
     logs = [log for log in log_history if reward in log]

@@ -80,8 +80,7 @@ class PictureLogger(TrainerCallback):
         Show one image of each of the first prompts of an evaluation with its rewards.
 
         Args:
-            images (`Sequence[Tensor]`): This process's images, [3, H, W] each, or videos, [F, 3, H, W] each.
-            prompts (`Sequence[str]`): One prompt per image.
+            images (`Sequence[Tensor]`): This process's images, [3, H, W] each, or videos, [F, 3, H, W], one per prompt.
             rewards (`Sequence[tuple[RewardFunctions, Tensor]]`): Functions and the rewards that they returned, shape
                 [N, number of functions]: the training rewards first, then the control rewards.
             prefix (`str`): Start of the file's name.

@@ -18,13 +18,9 @@ class RolloutProgressCallback(ProgressCallback):
     bar counts its prompts.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self._evaluated: dict[str, str] = {}
-
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
-        self._evaluated = {}
+        self._evaluated: dict[str, str] = {}  # shown values of the latest evaluation
         if self.training_bar is not None:
             self.training_bar.set_description("train")
             self.training_bar.unit = "step"
@@ -59,14 +55,11 @@ class RolloutProgressCallback(ProgressCallback):
 class FirstRolloutReport(TrainerCallback):
     """
     Prints the time of the first rollout and of its updates, and the time that is left, once per call of `train`.
-
-    Args:
-        seconds (`Mapping[str, float]`): Seconds since the start of `train` in `"rollout"`, and in its part `"reward"`.
+    `seconds` since the start of `train` are those in `"rollout"`, and in its part `"reward"`.
     """
 
     def __init__(self, seconds: Mapping[str, float]):
         self.seconds = seconds
-        self._start: float | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._rollouts_before = state.global_step // args.steps_per_rollout

@@ -41,8 +41,8 @@ class Section(NamedTuple):
 
 def picture(image: Tensor) -> Image.Image:
     """
-    Convert an image, floats in [0, 1], shape [3, H, W], or some frames of a video [F, 3, H, W], side by side. Values that
-    are not finite become black.
+    Convert an image, floats in [0, 1], shape [3, H, W], or some frames of a video [F, 3, H, W], side by side. Values
+    that are not finite become black.
     """
     line = image.new_ones(3, image.shape[-2], max(1, image.shape[-1] // 64))
     strip = [part for frame in spread_frames(image, FRAMES) for part in (line, frame)][1:]
@@ -103,7 +103,7 @@ def before_after_grid(
     """
     largest = min(max((SHEET_WIDTH - 2 * MARGIN) // len(prompts) - GAP, SMALLEST), LARGEST)
     halves = [
-        [[_scaled(picture(image), largest) for image in images[:, seed]] for seed in range(images.shape[1])]
+        [[_scaled(picture(image), largest) for image in row] for row in images.unbind(dim=1)]
         for images in (before, after)
     ]
     width, height = max(halves[0][0][0].width, SMALLEST), halves[0][0][0].height

@@ -40,9 +40,8 @@ class AestheticScore(CLIPReward):
     ):
         super().__init__(model, processor, dtype=dtype, device=device, batch_size=batch_size, offload=offload)
         # The head stays on the CPU: it is small, and so are the embeddings.
-        self.head = linear_layers(
-            load_weights(head, "aesthetic-model.pth"), self.model.config.projection_dim, source=head
-        )
+        weights = load_weights(head, "aesthetic-model.pth")
+        self.head = linear_layers(weights, self.model.config.projection_dim, source=head)
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         return self.head(self.embed_images(images).cpu()).squeeze(-1)

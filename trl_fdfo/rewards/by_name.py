@@ -83,12 +83,7 @@ def load_by_name(spec: str, names: dict[str, Callable[..., Any]], kind: str) -> 
 
 
 def load_object(path: str, kind: str) -> Any:
-    """
-    Import `"module:name"` from the Python path or the working directory. `kind` is the kind of the object, for errors.
-
-    Raises:
-        ValueError: `path` has another form, or the module or the name does not exist.
-    """
+    """Import `"module:name"` from the Python path or the working directory; a ValueError if it does not exist."""
     module_name, separator, name = path.partition(":")
     if not (module_name and separator and name):
         raise ValueError(f"{kind} '{path}' is not of the form module:callable, such as my_module:my_{kind}.")
@@ -108,15 +103,10 @@ def load_object(path: str, kind: str) -> Any:
 def reward_table() -> str:
     """A table of `REWARDS` with the first lines of their docstrings, for `--help`."""
     width = max(map(len, REWARDS))
-    lines = [f"  {name:{width}}  {inspect.getdoc(reward).splitlines()[0]}" for name, reward in REWARDS.items()]
-    return "\n".join(
-        [
-            "rewards:",
-            *lines,
-            f"  {'module:callable':{width}}  A reward of your own, on the Python path or in the working directory.",
-            "options follow in parentheses: --reward \"pickscore(dtype='bfloat16', offload=True)\"",
-        ]
-    )
+    rows = {name: inspect.getdoc(reward).splitlines()[0] for name, reward in REWARDS.items()}
+    rows["module:callable"] = "A reward of your own, on the Python path or in the working directory."
+    options = "options follow in parentheses: --reward \"pickscore(dtype='bfloat16', offload=True)\""
+    return "\n".join(["rewards:", *(f"  {name:{width}}  {text}" for name, text in rows.items()), options])
 
 
 def _parse(spec: str, kind: str, example: str) -> tuple[str, dict[str, Any] | None]:

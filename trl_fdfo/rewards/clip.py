@@ -1,7 +1,6 @@
 """The base class of rewards that embed with CLIP."""
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from PIL import Image
@@ -33,8 +32,8 @@ class CLIPReward(LearnedReward):
         ValueError: The tokenizer does not belong to the model.
     """
 
-    default_model: ClassVar[str] = "openai/clip-vit-large-patch14"
-    default_processor: ClassVar[str | None] = None
+    default_model = "openai/clip-vit-large-patch14"
+    default_processor: str | None = None
 
     def __init__(
         self,
@@ -77,11 +76,8 @@ class CLIPReward(LearnedReward):
 
     def embed_prompts(self, prompts: Sequence[str]) -> Tensor:
         """Embeddings of length 1, float32, shape [batch, width]."""
+        longest = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(
-            list(prompts),
-            padding=True,
-            truncation=True,
-            max_length=self.model.config.text_config.max_position_embeddings,
-            return_tensors="pt",
+            list(prompts), padding=True, truncation=True, max_length=longest, return_tensors="pt"
         ).to(self.model.device)
         return normalize(self.model.get_text_features(**tokens).pooler_output.float(), dim=-1)

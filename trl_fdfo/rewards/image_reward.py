@@ -54,7 +54,7 @@ class ImageReward(LearnedReward):
     Args:
         model (`str`): The published checkpoint: a file `ImageReward.pt`, or a Hub id or folder with this file.
         processor (`str`): Hub id or folder of the tokenizer of BERT (uncased).
-        dtype (`str` or `torch.dtype`): Type of the two encoders. As in [`CLIPReward`], float32 is best.
+        dtype (`str` or `torch.dtype`): Type of the encoders, such as `"bfloat16"`; float32 tells images apart best.
         device, batch_size, offload: As in [`LearnedReward`].
 
     Raises:
@@ -131,7 +131,12 @@ class ImageReward(LearnedReward):
             vision = BlipVisionModel(BlipVisionConfig(**self.vision_config))
             text = BlipTextModel(BlipTextConfig(**self.text_config), add_pooling_layer=False)
         blip = nn.ModuleDict({"vision": vision, "text": text})
-        renamed = {_renamed(name): tensor for name, tensor in weights.items() if not name.startswith(UNUSED)}
+        renamed = {}
+        for name, tensor in weights.items():
+            if not name.startswith(UNUSED):
+                for old, new in NAMES.items():
+                    name = name.replace(old, new)
+                renamed[name] = tensor
         try:
             blip.load_state_dict(renamed, assign=True)
         except RuntimeError as error:
@@ -139,9 +144,3 @@ class ImageReward(LearnedReward):
         blip.to(dtype)
         blip["head"] = head
         return blip
-
-
-def _renamed(name: str) -> str:
-    for old, new in NAMES.items():
-        name = name.replace(old, new)
-    return name

@@ -46,32 +46,27 @@ class LearnedReward:
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         """Score N images, or N videos as lists of frames (the mean over the frames): float32 on the CPU, shape [N]."""
         counts, frames, prompts = split_frames(images, prompts)
-        return mean_over_frames(self._in_batches(self.score, frames, prompts), counts)
+        return mean_over_frames(self.in_batches(self.score, frames, prompts), counts)
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         """Score a batch: shape [batch], on any device."""
         raise NotImplementedError
 
-    def on_rollout_end(self) -> None:
-        if self.offload:
-            self.model.to("cpu")
-
     @torch.no_grad()
-    def _in_batches(self, score: Callable[[Sequence, Sequence], Tensor], *columns: Sequence) -> Tensor:
-        """Call `score` on `batch_size` values of each column at a time: float32 on the CPU, shape [N]."""
+    def in_batches(self, score: Callable[..., Tensor], *columns: Sequence) -> Tensor:
+        """Call `score` on `batch_size` of the N values of each column at a time: float32 on the CPU, shape [N, ...]."""
         self.model.to(self.device)
         starts = range(0, len(columns[0]), self.batch_size)
         scores = [score(*(column[start : start + self.batch_size] for column in columns)) for start in starts]
         return torch.cat(scores).float().cpu()
 
+    def on_rollout_end(self) -> None:
+        if self.offload:
+            self.model.to("cpu")
+
 
 def load_pretrained(model_class: type, name_or_path: str, **kwargs: Any) -> PreTrainedModel:
-    """
-    `model_class.from_pretrained`, without remote code.
-
-    Raises:
-        OSError: The folder or model does not exist.
-    """
+    """`model_class.from_pretrained`, without remote code; an OSError if the folder or model does not exist."""
     try:
         return model_class.from_pretrained(name_or_path, trust_remote_code=False, **kwargs)
     except OSError as error:

@@ -96,7 +96,7 @@ class PairwiseJudge:
             asked = _take(prompts, first)
             forward, backward = (checked_rewards(self.__name__, answer, asked, of="pairs") for answer in answers)
             preference = (forward - backward) / (2 * num_generations)
-            rewards = torch.zeros(len(prompts))
+            rewards = torch.zeros(len(prompts), dtype=torch.float64)
             rewards.index_add_(0, torch.tensor(first), preference)
             rewards.index_add_(0, torch.tensor(second), -preference)
             return [None if value != value else value for value in rewards.tolist()]

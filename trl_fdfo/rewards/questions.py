@@ -13,20 +13,14 @@ class Question:
     """
     A question with two possible answers.
 
-    Args:
-        template (`str`): The question. `{prompt}` is replaced by the prompt of the image.
-        target (`str`): The word that speaks for the image, or for the first of two.
-        contrast (`str`): The word that speaks against the image, or for the second of two.
-        images (`int`, *optional*): Number of images in the question: 1, or 2 that are compared. None: unknown.
-
     Raises:
         ValueError: The template is empty or has braces other than `{prompt}`, or the words are the same.
     """
 
-    template: str
-    target: str = "Yes"
-    contrast: str = "No"
-    images: int | None = None
+    template: str  # the question; `{prompt}` is replaced by the prompt of the image
+    target: str = "Yes"  # the word that speaks for the image, or for the first of two
+    contrast: str = "No"  # the word that speaks against the image, or for the second of two
+    images: int | None = None  # number of images in the question: 1, or 2 that are compared; None: unknown
 
     def __post_init__(self):
         if not self.template.strip():
@@ -98,10 +92,24 @@ def get_question(question: str, target: str | None = None, contrast: str | None 
     return replace(QUESTIONS.get(question) or Question(question), **words)
 
 
+# The least probability of the two words together. Below it an answer begins with something else, such as "<think>".
+MIN_PROBABILITY = 0.01
+
+
 class VLMReward:
     """The base class of rewards that ask a VLM a [`Question`]. Subclasses call `ask_about` and implement `log_odds`."""
 
     image_type = "pil"
+
+    def unanswered(self, probability: float, likeliest: dict[str, float]) -> str:
+        """Why an answer says nothing, from the probability of its words and of the likeliest first tokens."""
+        said = ", ".join(f"{token!r} ({likely:.3g})" for token, likely in likeliest.items())
+        return (
+            f"{self.question.target!r} and {self.question.contrast!r} together have a probability of {probability:.2g} as the "
+            f"first token of an answer, and the likeliest tokens are {said}. A score of the rest would be noise. Let the "
+            "`question` ask for its words alone, name the model's own words in `target` and `contrast`, or turn off its "
+            "thinking (of a server: extra_body={'chat_template_kwargs': {'enable_thinking': False}})"
+        )
 
     def ask_about(self, question: str, target: str | None, contrast: str | None) -> None:
         """Set the question, as in [`get_question`], and a name of the reward that tells presets apart."""
@@ -112,15 +120,8 @@ class VLMReward:
         self, first: Sequence[Image.Image], second: Sequence[Image.Image], prompts: Sequence[str]
     ) -> Tensor | Awaitable[Tensor]:
         """
-        Ask the question about two images at once. Judges prefer a place as well as an image: ask in both orders.
-
-        Args:
-            first (`Sequence[PIL.Image.Image]`): N images that the target favours.
-            second (`Sequence[PIL.Image.Image]`): N images that the contrast favours.
-            prompts (`Sequence[str]`): N prompts.
-
-        Returns:
-            `Tensor`: N log odds that the first is better, as from `log_odds`.
+        Ask the question about two images at once: N log odds that the first, which the target favours, is better than the
+        second, as from `log_odds`. Judges prefer a place as well as an image: ask in both orders.
         """
         self.question.check_images(2)
         return self.log_odds(list(zip(first, second)), [self.question.ask(prompt) for prompt in prompts])
@@ -129,14 +130,8 @@ class VLMReward:
 
     def log_odds(self, images: Sequence[Sequence[Image.Image]], questions: Sequence[str]) -> Tensor | Awaitable[Tensor]:
         """
-        The log odds of the answers to N questions.
-
-        Args:
-            images (`Sequence[Sequence[PIL.Image.Image]]`): The image(s) of each question.
-            questions (`Sequence[str]`): N questions.
-
-        Returns:
-            `Tensor`: N times log p(target) - log p(contrast), float32 on the CPU; an awaitable from a server.
+        The log odds log p(target) - log p(contrast) of the answers to N questions, each about its image(s): float32 on
+        the CPU, shape [N]; an awaitable from a server.
         """
         raise NotImplementedError
 

@@ -1,26 +1,37 @@
 """Calls a user's reward functions and checks what they return."""
 
+import ast
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import inspect
 import math
+import queue
+import tempfile
 import threading
+import weakref
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence, Set
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerState
 
 from ..media import to_pil
+from ..redaction import without_folders
 
 
 RewardFunction = Callable[..., Any]
 
 # Every reward can take these arguments, and the columns of the dataset.
 ARGUMENTS = ("images", "prompts", "trainer_state", "num_generations")
+
+
+class RewardError(RuntimeError):
+    """A reward ended with something that is no error of its own, such as SystemExit."""
 
 
 class RewardFunctions:
@@ -61,7 +72,7 @@ class RewardFunctions:
             raise ValueError(
                 f"reward_weights has {len(weights)} values for {len(self.functions)} reward function(s): give one each."
             )
-        self.weights = torch.tensor(weights if weights is not None else [1.0] * len(self.functions))
+        self.weights = torch.tensor(weights or [1.0] * len(self.functions), dtype=torch.float64)
         self.names = _unique([_attribute(f, "__name__", type(f).__name__) for f in self.functions])
         for name, function in zip(self.names, self.functions):
             image_type = _attribute(function, "image_type", "pt")
@@ -70,7 +81,7 @@ class RewardFunctions:
             _parameters(name, function)
         # Each reward has a single thread, so it need not be thread-safe.
         self._workers = {
-            name: ThreadPoolExecutor(max_workers=1)
+            name: _Worker(name)
             for name, function in zip(self.names, self.functions)
             if _attribute(function, "background", False)
         }
@@ -126,7 +137,6 @@ class RewardFunctions:
         Args:
             images (`Tensor`): Floats in [0, 1], shape [N, 3, H, W]; videos [N, F, 3, H, W].
             prompts (`Sequence[str]`): N prompts.
-            trainer_state (`TrainerState`): State of the trainer.
             columns (`dict[str, Sequence]`): Columns of the dataset, N values each.
             num_generations (`int`): Images per prompt. The images of a prompt are adjacent.
 
@@ -165,7 +175,7 @@ class RewardFunctions:
             ValueError: The result of a function has no gradient.
         """
         arguments = columns | dict(zip(ARGUMENTS, (images, list(prompts), trainer_state, num_generations)))
-        total = torch.zeros(len(images), device=images.device)
+        total = torch.zeros(len(images), device=images.device)  # in the float32 of the images
         for name, function, weight in zip(self.names, self.functions, self.weights.tolist()):
             # PIL images carry no gradient, so every function receives tensors, and may refuse them.
             result = function(**_arguments(name, function, arguments, lambda: images))
@@ -179,11 +189,10 @@ class RewardFunctions:
         return total
 
     def describe(self) -> dict[str, str]:
-        """The weight of each function, with its public attributes as settings."""
+        """The weight of each function, and the settings that it was made with; nothing that each process has anew."""
         described = {}
         for name, function, weight in zip(self.names, self.functions, self.weights.tolist()):
-            public = sorted((k, v) for k, v in getattr(function, "__dict__", {}).items() if not k.startswith("_"))
-            settings = ", ".join(f"{k}={v!r}" for k, v in public if isinstance(v, (str, int, float, type(None))))
+            settings = ", ".join(f"{k}={v}" for k, v in sorted(_settings(function).items()))
             described[name] = f"{weight:g}" + (f" ({settings})" if settings else "")
         return described
 
@@ -209,7 +218,7 @@ class PendingRewards:
     """Rewards of one batch of images, N by each function. Some may still be computed in the background."""
 
     def __init__(self, results: list[Tensor | Future]):
-        self._results = results
+        self._results = results  # a future's result is the rewards, or the error
 
     def done(self) -> bool:
         """True if every function has finished."""
@@ -218,12 +227,47 @@ class PendingRewards:
     def raise_errors(self) -> None:
         """Raise the error of a function that has failed, without waiting for the others."""
         for result in self._results:
-            if isinstance(result, Future) and result.done():
-                result.result()
+            if not isinstance(result, Future) or result.done():
+                _rewards_of(result)
 
     def result(self) -> Tensor:
-        """Wait for the rewards: on the CPU, shape [N, R] for R functions; NaN where a function does not apply."""
-        return torch.stack([r.result() if isinstance(r, Future) else r for r in self._results], dim=1)
+        """Wait for the rewards: float64 on the CPU, shape [N, R] for R functions; NaN where a function does not apply."""
+        return torch.stack([_rewards_of(result) for result in self._results], dim=1)
+
+
+def _rewards_of(result: Tensor | Future) -> Tensor:
+    rewards = result.result() if isinstance(result, Future) else result
+    if isinstance(rewards, Exception):
+        raise rewards
+    return rewards
+
+
+class _Worker:
+    """
+    Runs the calls of one reward in a thread, one after the other. Unlike an executor's, this thread never holds the exit
+    of the process.
+    """
+
+    def __init__(self, name: str):
+        self._calls: queue.SimpleQueue = queue.SimpleQueue()
+        threading.Thread(target=_run, args=(self._calls,), name=f"reward {name}", daemon=True).start()
+        weakref.finalize(self, self._calls.put, None)
+
+    def submit(self, call: Callable[[], Any]) -> Future:
+        """A future of the pair (return value, what was raised): a future cannot hold every exception."""
+        future: Future = Future()
+        self._calls.put((future, call))
+        return future
+
+
+def _run(calls: queue.SimpleQueue) -> None:
+    while (each := calls.get()) is not None:
+        future, call = each
+        try:
+            outcome = call(), None
+        except BaseException as error:
+            outcome = None, error
+        future.set_result(outcome)
 
 
 def _arguments(name: str, function: RewardFunction, arguments: dict[str, Any], pil_images: Callable) -> dict[str, Any]:
@@ -236,27 +280,39 @@ def _arguments(name: str, function: RewardFunction, arguments: dict[str, Any], p
     return {p.name: arguments[p.name] for p in parameters if p.name in arguments}
 
 
-async def _in_thread(worker: ThreadPoolExecutor, call: Callable[[], Any]) -> Any:
-    result = await asyncio.get_running_loop().run_in_executor(worker, call)
+async def _in_thread(worker: _Worker, call: Callable[[], Any]) -> Any:
+    result, error = await asyncio.wrap_future(worker.submit(call))
+    if error is not None:
+        raise error
     return await result if inspect.isawaitable(result) else result
 
 
-async def _awaited(name: str, result: Awaitable, prompts: list[str]) -> Tensor:
-    with _blamed(name, prompts):
-        values = await result
-    return checked_rewards(name, values, prompts)
+async def _awaited(name: str, result: Awaitable, prompts: list[str]) -> Tensor | Exception:
+    """The rewards, or the error: asyncio makes anew, without their notes, some errors that it passes between threads."""
+    try:
+        with _blamed(name, prompts):
+            values = await result
+        return checked_rewards(name, values, prompts)
+    except Exception as error:
+        return error
 
 
 @contextlib.contextmanager
 def _blamed(name: str, prompts: list[str]) -> Iterator[None]:
-    """Add the name of the reward to any error raised."""
+    """Name the reward in any error raised. Its SystemExit, StopIteration and the like become a [`RewardError`]."""
+    where = f"the reward '{name}' on a batch of {len(prompts)} images, the first for {prompts[0]!r}"
     try:
         yield
-    except Exception as error:
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+            raise  # the user's
+        if not isinstance(error, Exception) or isinstance(error, StopIteration):
+            text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            # `contextlib` would let a StopIteration through that is the cause of a RuntimeError.
+            cause = None if isinstance(error, StopIteration) else error
+            raise RewardError(f"{text} was raised by {where}. A reward raises an error, or returns None.") from cause
         if hasattr(error, "add_note"):  # Python 3.11
-            error.add_note(
-                f"Raised by the reward '{name}' on a batch of {len(prompts)} images, the first for {prompts[0]!r}."
-            )
+            error.add_note(f"Raised by {where}.")
         raise
 
 
@@ -264,7 +320,13 @@ def _blamed(name: str, prompts: list[str]) -> Iterator[None]:
 def _background_loop() -> asyncio.AbstractEventLoop:
     """An event loop in its own thread: the main thread feeds the GPU, and in a notebook already runs a loop."""
     loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="async rewards", daemon=True).start()
+
+    def run() -> None:
+        while True:
+            with contextlib.suppress(BaseException):  # of a task that a reward has made; its awaiter gets it too
+                loop.run_forever()
+
+    threading.Thread(target=run, name="async rewards", daemon=True).start()
     return loop
 
 
@@ -279,16 +341,24 @@ def _attribute(function: RewardFunction, name: str, default: Any) -> Any:
 
 def _parameters(name: str, function: RewardFunction) -> list[inspect.Parameter]:
     try:
-        return list(inspect.signature(function).parameters.values())
+        # The call of a module takes anything and passes it on.
+        signature = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
     except (TypeError, ValueError):
         raise ValueError(
             f"Reward '{name}' does not say which arguments it takes. Wrap it: `def {name}(images, prompts): ...`."
         ) from None
+    parameters = list(signature.parameters.values())
+    if parameters and all(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
+        raise ValueError(
+            f"Reward '{name}' takes only *{parameters[0].name}, but rewards are called by keyword. Wrap it: "
+            f"`def {name}(images, prompts): ...`."
+        )
+    return parameters
 
 
 def checked_rewards(name: str, result: Any, prompts: Sequence[str], of: str = "images") -> Tensor:
     """
-    The result of a reward as float32 on the CPU, shape [N], with NaN for None. `of` names the N samples in errors.
+    The result of a reward as float64 on the CPU, shape [N], with NaN for None. `of` names the N samples in errors.
 
     Raises:
         ValueError: The result is not one finite number or None for each of the N prompts.
@@ -298,6 +368,10 @@ def checked_rewards(name: str, result: Any, prompts: Sequence[str], of: str = "i
         raise ValueError(
             f"Reward '{name}' returned a tensor of shape {list(result.shape)} for {len(prompts)} {of}: {should}, shape "
             f"[{len(prompts)}]."
+        )
+    if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping):
+        raise ValueError(
+            f"Reward '{name}' returned scores and a {type(result[1]).__name__}, as TRL's DDPO has it: return the scores alone."
         )
     values = result.detach().cpu().tolist() if isinstance(result, Tensor) else result
     if isinstance(values, (str, Mapping, Set)):
@@ -326,9 +400,49 @@ def checked_rewards(name: str, result: Any, prompts: Sequence[str], of: str = "i
                 "it does not apply."
             )
         rewards.append(reward)
-    return torch.tensor(rewards)
+    return torch.tensor(rewards, dtype=torch.float64)
 
 
 def _unique(names: list[str]) -> list[str]:
     """Number the names that occur again (two lambdas, two instances of a class)."""
     return [name if names.index(name) == i else f"{name}_{names[: i + 1].count(name)}" for i, name in enumerate(names)]
+
+
+def _settings(function: RewardFunction) -> dict[str, str]:
+    """
+    What a reward was made with, as text: arguments of a `functools.partial`, public attributes of a function, and those of
+    an object that are arguments of its constructor or attributes of its class. Others of an object, such as a counter or
+    the time of its start, say nothing of the next run.
+    """
+    if isinstance(function, functools.partial):
+        bound = {f"argument {number}": value for number, value in enumerate(function.args)} | function.keywords
+        return _settings(function.func) | _as_text(bound)
+    if inspect.ismethod(function):
+        return _settings(function.__self__)
+    public = {name: value for name, value in getattr(function, "__dict__", {}).items() if not name.startswith("_")}
+    if not inspect.isfunction(function) and type(function).__init__ is not object.__init__:
+        made_with = inspect.signature(type(function)).parameters
+        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in made_with.values()):
+            public = {n: value for n, value in public.items() if n in made_with or hasattr(type(function), n)}
+    return _as_text(public)
+
+
+def _as_text(values: Mapping[str, Any]) -> dict[str, str]:
+    """The values that have a text which is the same in each process, and no folder of this machine."""
+    texts = {}
+    for name, value in values.items():
+        if isinstance(value, (str, Path)) and Path(value).is_relative_to(tempfile.gettempdir()):
+            continue
+        value = without_folders(value)
+        if isinstance(value, (str, int, float, type(None))) or dataclasses.is_dataclass(value) or _is_literal(value):
+            texts[name] = repr(value)
+        elif callable(value):
+            texts[name] = f"{getattr(value, '__qualname__', type(value).__qualname__)} {_settings(value) or ''}".strip()
+    return texts
+
+
+def _is_literal(value: Any) -> bool:
+    try:
+        return bool(ast.literal_eval(repr(value)) == value)
+    except (SyntaxError, ValueError, TypeError, RuntimeError):
+        return False

@@ -22,7 +22,7 @@ from transformers import (
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from .learned_reward import LearnedReward, load_pretrained
-from .questions import VLMReward
+from .questions import MIN_PROBABILITY, VLMReward
 
 
 class VLMScore(VLMReward, LearnedReward):
@@ -54,7 +54,8 @@ class VLMScore(VLMReward, LearnedReward):
         device, offload: As in [`LearnedReward`].
 
     Raises:
-        ValueError: [`get_question`] refuses the question, a word is not one token, or the model has no chat template.
+        ValueError: [`get_question`] refuses the question, a word is not one token, or the model has no chat template. In a
+            call: the two words together have little probability, because the answer begins with something else.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class VLMScore(VLMReward, LearnedReward):
         return 100 * self.log_odds([[image] for image in images], questions).sigmoid()
 
     def log_odds(self, images: Sequence[Sequence[Image.Image]], questions: Sequence[str]) -> Tensor:
-        return self._in_batches(self._log_odds, images, questions)
+        return self.in_batches(self._log_odds, images, questions)
 
     def _log_odds(self, images: Sequence[Sequence[Image.Image]], questions: Sequence[str]) -> Tensor:
         conversations = []
@@ -121,8 +122,17 @@ class VLMScore(VLMReward, LearnedReward):
         ).to(self.device, self.model.dtype)
         # `generate` corrects the positions for left padding in each architecture, and computes only the last logits.
         # It is not synchronized, because processes may have different numbers of questions.
-        target, contrast = self.model.generate(**inputs, synced_gpus=False).logits[0][:, self.words].float().T
-        return target - contrast
+        logits = self.model.generate(**inputs, synced_gpus=False).logits[0].float()
+        words = logits[:, self.words]
+        probability = (words.logsumexp(dim=-1) - logits.logsumexp(dim=-1)).exp()
+        if probability.min() < MIN_PROBABILITY:
+            worst = probability.argmin()
+            likeliest = logits[worst].softmax(dim=-1).topk(5)
+            tokens = [self.processor.tokenizer.decode([token]) for token in likeliest.indices.tolist()]
+            raise ValueError(
+                f"{self.__name__}: {self.unanswered(probability[worst], dict(zip(tokens, likeliest.values.tolist())))}."
+            )
+        return words[:, 0] - words[:, 1]
 
     def _words_in_float32(self, head: torch.nn.Linear, inputs: tuple[Tensor], logits: Tensor) -> Tensor:
         bias = None if head.bias is None else head.bias[self.words].float()

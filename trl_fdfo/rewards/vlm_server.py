@@ -11,6 +11,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import torch
 from huggingface_hub import get_async_session
@@ -18,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..media import mean_over_frames, split_frames
-from .questions import VLMReward
+from .questions import MIN_PROBABILITY, VLMReward
 
 
 # At these log odds the score is within 0.01 of 0 or 100.
@@ -29,9 +30,8 @@ class VLMServer(VLMReward):
     """
     The answer of a VLM on a server to a question about each image: 0 to 100, higher is better.
 
-    This is the score of [`VLMScore`], from the server's log probabilities of the first token of the answer.
-
-    Start a server by
+    This is the score of [`VLMScore`], from the server's log probabilities of the first token of the answer. Start a
+    server by
 
     ```sh
     vllm serve Qwen/Qwen2.5-VL-7B-Instruct --port 8000 --limit-mm-per-prompt '{"image": 2}'
@@ -84,7 +84,12 @@ class VLMServer(VLMReward):
         extra_body: dict[str, Any] | None = None,
     ):
         self.ask_about(question, target, contrast)
-        self.urls = [_base_url(each) for each in ([url] if isinstance(url, str) else url)]
+        self.urls = []
+        for each in [url] if isinstance(url, str) else url:
+            parts = urlsplit(each)
+            if parts.scheme not in ("http", "https") or not parts.netloc:
+                raise ValueError(f"url={each!r} of VLMServer must be a base URL such as http://localhost:8000/v1.")
+            self.urls.append(each.rstrip("/") + ("" if parts.path.strip("/") else "/v1"))
         if not self.urls:
             raise ValueError("url=[] of VLMServer names no server: give one, such as http://localhost:8000/v1.")
         if not 1 <= max_concurrency <= 100:
@@ -133,11 +138,11 @@ class VLMServer(VLMReward):
         """The log odds of one question, which is asked until it is answered."""
         turn = next(self._turns)
         start = asyncio.get_running_loop().time()
-        body = None
+        body, failure = None, _RequestFailed("nothing")
         for attempt in range(self.max_retries + 1):
             if attempt > 0:
                 wait = min(60, self.backoff * 2 ** (attempt - 1))
-                await asyncio.sleep(wait * self._random.uniform(0.5, 1))
+                await asyncio.sleep(max(wait * self._random.uniform(0.5, 1), failure.retry_after))
             url = self.urls[(turn + attempt) % len(self.urls)]
             async with self._semaphore():
                 if body is None:
@@ -152,10 +157,9 @@ class VLMServer(VLMReward):
             + (f" over {len(self.urls)} URLs" if len(self.urls) > 1 else "")
             + f", the last with {failure}. "
             + (
-                "The question must ask for its words: change `question`, `target` or `contrast`."
-                if isinstance(failure, _WordMissing)
-                else f"Is it up (`vllm serve {self.model} --port 8000`)? Does it keep up with timeout={self.timeout:g} s "
-                f"and max_concurrency={self.max_concurrency}?"
+                failure.advice
+                or f"Is it up (`vllm serve {self.model} --port 8000`)? Does it keep up with timeout={self.timeout:g} s "
+                f"and max_concurrency={self.max_concurrency}?{_proxy_in_the_way(url)}"
             )
         )
 
@@ -172,16 +176,31 @@ class VLMServer(VLMReward):
             raise _RequestFailed(self._redacted(f"{type(error).__name__}: {error}")) from None
         answer = f"HTTP {response.status_code}: {self._redacted(response.text)[:300]}"
         if response.status_code in (408, 429) or response.status_code >= 500:
-            raise _RequestFailed(answer)
+            raise _RequestFailed(answer, _seconds(response.headers.get("retry-after")))
         if not response.is_success:
             raise VLMServerError(
                 f"{url} refused a request with {answer}. Check the url, which ends in /v1, the api_key, and that "
                 f"model={self.model!r} is a name that it serves: {url}/models lists them."
             )
         try:
-            return _log_odds(response.json(), self.question.target, self.question.contrast)
+            completion = response.json()
+            if completion["choices"][0]["logprobs"] is None:
+                raise _RequestFailed(
+                    f"no log probabilities (logprobs: null) in {answer}",
+                    advice="The score is made of them: serve the model with vLLM or SGLang, whose servers give them.",
+                )
+            return self._odds_of(completion)
         except (ValueError, LookupError, TypeError):
             raise _RequestFailed(f"no log probabilities in {answer}") from None
+
+    def _odds_of(self, completion: Any) -> float:
+        odds, logprobs = _log_odds(completion, self.question.target, self.question.contrast)
+        probabilities = {token: math.exp(logprob) for token, logprob in logprobs.items()}
+        probability = sum(probabilities.get(word, 0.0) for word in (self.question.target, self.question.contrast))
+        if probability < MIN_PROBABILITY:
+            likeliest = dict(list(reversed(probabilities.items()))[:5])
+            raise VLMServerError(f"{self.__name__}: {self.unanswered(probability, likeliest)}.")
+        return odds
 
     def _body(self, images: Sequence[Image.Image], question: str) -> bytes:
         content = []
@@ -223,20 +242,40 @@ class VLMServerError(RuntimeError):
 
 
 class _RequestFailed(Exception):
-    """A request failed for a reason that can be temporary."""
-
-
-class _WordMissing(_RequestFailed):
-    """A word is not among the listed tokens, and its likelihood could matter."""
-
-
-def _log_odds(answer: Any, target: str, contrast: str) -> float:
     """
-    log p(target) - log p(contrast) of a chat completion.
+    A request failed for a reason that can be temporary. `retry_after` are the seconds that the server asks for, and `advice`
+    says what helps if the failure lasts.
+    """
+
+    def __init__(self, message: str, retry_after: float = 0.0, advice: str | None = None):
+        super().__init__(message)
+        self.retry_after, self.advice = retry_after, advice
+
+
+def _seconds(retry_after: str | None) -> float:
+    """The seconds of a Retry-After header, at most ten minutes; a date is left to the usual wait."""
+    try:
+        return min(600.0, max(0.0, float(retry_after or 0)))
+    except ValueError:
+        return 0.0
+
+
+def _proxy_in_the_way(url: str) -> str:
+    """A hint if the environment sends requests for this URL through a proxy."""
+    parts = urlsplit(url)
+    proxy = getproxies().get(parts.scheme)
+    if proxy is None or proxy_bypass(parts.netloc):
+        return ""
+    return f" Requests go through the proxy {proxy} of the environment: for a server of yours, add {parts.hostname} to NO_PROXY."
+
+
+def _log_odds(answer: Any, target: str, contrast: str) -> tuple[float, dict[str, float]]:
+    """
+    log p(target) - log p(contrast) of a chat completion, and the log probabilities of the listed tokens, the likeliest
+    last; a ValueError, LookupError or TypeError for any other answer.
 
     Raises:
-        _WordMissing: A word is not among the listed tokens, and its likelihood could matter.
-        ValueError, LookupError, TypeError: The answer is not a chat completion with log probabilities.
+        _RequestFailed: A word is not among the listed tokens, and its likelihood could matter.
     """
     token = answer["choices"][0]["logprobs"]["content"][0]
     listed = [(each["token"], float(each["logprob"])) for each in token["top_logprobs"]]
@@ -251,16 +290,10 @@ def _log_odds(answer: Any, target: str, contrast: str) -> float:
     settled = odds <= -_SETTLED if missing == [target] else odds >= _SETTLED
     if missing and (len(missing) == 2 or not settled):
         likeliest = {text: round(logprob, 2) for text, logprob in list(reversed(logprobs.items()))[:10]}
-        raise _WordMissing(
-            f"an answer that lacks the token {' and '.join(map(repr, missing))}, whose likeliest tokens are {likeliest}"
+        raise _RequestFailed(
+            f"an answer that lacks the token {' and '.join(map(repr, missing))}, whose likeliest tokens are {likeliest}",
+            advice="The question must ask for its words: change `question`, `target` or `contrast`.",
         )
     if not math.isfinite(odds):
         raise ValueError
-    return odds
-
-
-def _base_url(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise ValueError(f"url={url!r} of VLMServer must be a base URL such as http://localhost:8000/v1.")
-    return url.rstrip("/") + ("" if parts.path.strip("/") else "/v1")
+    return odds, logprobs

@@ -41,12 +41,11 @@ def load_weights(name_or_path: str, filename: str) -> dict[str, Tensor]:
 
 def linear_layers(weights: dict[str, Tensor], width: int, source: str) -> nn.Sequential:
     """
-    A stack of linear layers, in float32, that maps an embedding to one number.
+    A stack of linear layers, in float32, that maps an embedding of `width` numbers to one number.
 
     Args:
         weights (`dict[str, Tensor]`): Weight [out, in] and bias [out] of each layer, such as `layers.0.weight` and
             `layers.0.bias`. The numbers in the names give the order.
-        width (`int`): Width of the embedding.
         source (`str`): Origin of the weights, for the error.
 
     Raises:

@@ -91,8 +91,7 @@ def parse(prompts: Sequence[str]) -> torch.Tensor:
     return torch.tensor(rows).reshape(-1, 3)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Drawing
+# Drawing --------------------------------------------------------------------------------------------------------------
 
 
 def coverage(center: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
@@ -142,8 +141,7 @@ def render(prompts: Sequence[str], generator: torch.Generator | None = None) -> 
     return mask * foreground + (1 - mask) * behind
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Seeing
+# Seeing ---------------------------------------------------------------------------------------------------------------
 
 
 def find_mask(images: torch.Tensor) -> torch.Tensor:
@@ -201,8 +199,7 @@ def _cores(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (4 * mask - 3).clamp(min=0), (1 - 4 * mask).clamp(min=0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Judging
+# Judging --------------------------------------------------------------------------------------------------------------
 
 
 def reward(images: torch.Tensor, prompts: Sequence[str], **kwargs) -> torch.Tensor:
