@@ -56,13 +56,16 @@ CELLS = [(10, 0.25), (10, 1.0), (20, 0.25), (20, 1.0)]  # steps T, fraction of t
 TUNED_STEPS, FRACTIONS = 10, (0.25, 1.0)  # 10 steps are tuned; 20 steps take their settings
 TARGETS = (0.65, 0.70, 0.75, 0.80)
 
-FDFO_CHURN = {"churn_schedule": "prior", "churn": 0.26}
+FDFO_CHURN = {"churn_schedule": "prior", "churn": 0.26, "churn_kwargs": {"spread": 0.0}}
 ABLATIONS: dict[str, dict[str, Any]] = {
     "prior churn 0.065": {"churn": 0.065},
     "prior churn 1": {"churn": 1.0},
-    "constant churn 0.026": {"churn_schedule": "constant", "churn": 0.026},
-    "constant churn 0.0025": {"churn_schedule": "constant", "churn": 0.0025},
-    "interval churn 0.26": {"churn_schedule": "interval"},
+    "constant churn 0.026": {"churn_schedule": "constant", "churn": 0.026, "churn_kwargs": None},
+    "constant churn 0.0025": {"churn_schedule": "constant", "churn": 0.0025, "churn_kwargs": None},
+    "interval churn 0.26": {
+        "churn_schedule": "interval",
+        "churn_kwargs": {"location": 0.0, "location_std": 1.0, "width": 0.5, "spread": 0.0},
+    },
     "G = 3": {"num_generations": 3},
     "G = 4": {"num_generations": 4},
     "beta 0.025": {"beta": 0.025},

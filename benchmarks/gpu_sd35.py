@@ -160,8 +160,8 @@ ROWS = [
     Row("quantization int8", {"quantization": "int8"}),
     Row("adamw_bnb_8bit", {"optim": "adamw_bnb_8bit"}),
     Row("vae_slicing, 8 prompts", {"vae_slicing": True, "per_device_prompt_batch_size": 8}),
-    Row("interval churn", {"churn_schedule": "interval", "churn": 0.1}),
-    Row("interval churn, shared_prefix", {"churn_schedule": "interval", "churn": 0.1, "shared_prefix": True}),
+    Row("interval churn", {"churn_schedule": "interval", "churn": 1.0}),
+    Row("interval churn, shared_prefix", {"churn_schedule": "interval", "churn": 1.0, "shared_prefix": True}),
     Row(
         "all that saves memory",
         {

@@ -6,8 +6,9 @@ A table of rewards and diversity: a base model and adapters on it, on the same p
     accelerate launch examples/evaluate.py --model stabilityai/stable-diffusion-3.5-medium --adapter out \
         --adapter user/other-adapter --prompts held_out.txt --reward pickscore --reward hpsv2 --reward clip --reward vlm
 
-Writes into `output` results.json, with the values of every prompt, all settings and versions, and grid.png, with the images
-of the first prompts. Processes share the prompts, and give the same results as one.
+Adapters are named and sampled as in generate.py. Writes into `output` results.json, with the values of every prompt, all
+settings and versions, and grid.png, with the images of the first prompts. Processes share the prompts, and give the same
+results as one.
 
 The images of a prompt are not independent: they are averaged before the mean and its standard error over prompts are taken.
 All models have the same prompts and seeds: the difference from the base model is taken prompt by prompt, and its standard

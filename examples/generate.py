@@ -6,8 +6,9 @@ A page of images: a base model and adapters on it, side by side, from the same s
     python examples/generate.py --model stabilityai/stable-diffusion-3.5-medium --adapter out --adapter user/other-adapter \
         --prompts prompts.txt --seeds 3 --guidance_scale 4.5 --output grid.png
 
-An adapter is a folder or a Hub id, with the files of diffusers or of PEFT. Images are sampled as the adapter was trained,
-by the generation_config.json beside it, unless an option here says otherwise.
+An adapter is a folder, a file or a place on the Hub (docs/sharing.md), in the format of diffusers or of PEFT. Images are
+sampled as the adapter was trained, by the generation_config.json beside it, unless an option here says otherwise. Without
+that file set the steps and the guidance.
 """
 
 from dataclasses import dataclass, field

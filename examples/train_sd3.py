@@ -3,6 +3,7 @@ Post-train Stable Diffusion 3 (or any diffusers flow-matching pipeline) with FDF
 
     accelerate launch examples/train_sd3.py --config examples/recipes/shapes.yaml          # a laptop, minutes
     accelerate launch examples/train_sd3.py --config examples/recipes/combined.yaml        # the paper's setting
+    accelerate launch examples/train_sd3.py --config examples/recipes/combined_guidance_2.yaml   # and with guidance
     accelerate launch examples/train_sd3.py --config examples/recipes/pickscore.yaml \
         --reward pickscore --reward my_module:my_reward --reward_weights 1.0 2.0           # with a reward of your own
 
@@ -24,11 +25,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset
-from trl import TrlParser
 
 from trl_fdfo import shapes
 from trl_fdfo.cli.algorithms import ALGORITHMS
-from trl_fdfo.cli.arguments import RepeatableFlag, parse
+from trl_fdfo.cli.arguments import Parser, RepeatableFlag, parse
 from trl_fdfo.planning.without_weights import planned
 from trl_fdfo.reporting.logs import finite
 from trl_fdfo.rewards.by_name import load_object, load_reward
@@ -72,7 +72,7 @@ class ScriptArguments:
 def main(args: list[str] | None = None) -> None:
     args = sys.argv[1:] if args is None else args
     # The algorithm decides which options there are.
-    script, *_ = TrlParser(ScriptArguments, add_help=False, allow_abbrev=False).parse_args_and_config(
+    script, *_ = Parser(ScriptArguments, partial=True, add_help=False).parse_args_and_config(
         args, return_remaining_strings=True
     )
     trainer_class = ALGORITHMS[script.algorithm]

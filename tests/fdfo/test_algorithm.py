@@ -112,23 +112,47 @@ def test_churn_schedules():
     assert (prior[:, 1:] == 0).all() and (prior[:, 0] > 0).all()
 
 
-def test_bump_ends_four_widths_from_its_centre():
-    sigmas = noise_levels(40)
-    gammas = interval_churn(sigmas, 0.8, torch.zeros(1, dtype=torch.float64), 0.5)[0]
-    inside = (sigmas.logit().abs() <= 2) & (sigmas < 1)
-    assert 0 < inside.sum() < 39
-    assert torch.equal(gammas > 0, inside)
-    # What is cut off was next to nothing.
-    t = sigmas[1:-1]
-    density = (-0.5 * (t.logit() / 0.5) ** 2).exp() / (t * (1 - t))
-    torch.testing.assert_close(gammas[1:-1].log1p(), 0.8 * density / density.sum(), rtol=0, atol=2e-4)
+def published_density(sigmas, location, width):
+    """The logit-normal density at the levels but the first and the last, in float64, normalised, shape [P, T - 1]."""
+    t = sigmas[1:-1].double()
+    deviation = (t.logit() - location[:, None].double()) / width
+    density = (-0.5 * deviation**2).exp() / (width * (2 * torch.pi) ** 0.5 * t * (1 - t))
+    return density / density.sum(dim=1, keepdim=True)
 
 
-def test_narrow_bump_far_from_every_level_falls_on_the_nearest():
+def test_interval_is_the_density_without_a_cut_off():
+    sigmas, location = noise_levels(40).float(), torch.tensor([-2.0, 0.0, 1.0, 4.0])
+    gammas = interval_churn(sigmas, 1.0, location, 0.25)
+    expected = torch.expm1(published_density(sigmas, location, 0.25))
+    torch.testing.assert_close(gammas[:, 1:-1].double(), expected, rtol=1e-4, atol=1e-37)
+    assert not gammas[:, [0, -1]].any()
+    # As far as float32 reaches: 14.4 widths.
+    distance = (sigmas[1:-1].logit() - location[:, None]).abs() / 0.25
+    assert (gammas[:, 1:-1][distance < 14.3] > 0).all() and not gammas[:, 1:-1][distance > 14.5].any()
+    assert (distance > 14.5).any() and ((distance > 13) & (distance < 14.3)).any()
+
+
+def test_a_bump_that_reaches_one_level_alone_is_all_there():
     sigmas = noise_levels(10)
-    gammas = interval_churn(sigmas, 0.8, torch.tensor([50.0], dtype=torch.float64), 0.01)
-    assert gammas.isfinite().all()
-    assert gammas[0, 1].log1p().item() == pytest.approx(0.8)
+    gammas = interval_churn(sigmas, 0.8, sigmas[4:5].logit() + 0.01, 0.01)
+    assert gammas[0, 4].log1p().item() == pytest.approx(0.8) and gammas.count_nonzero() == 1
+
+
+@pytest.mark.parametrize("location", [50.0, -50.0])
+def test_a_bump_that_reaches_no_level_is_spread_evenly_over_all_of_them(location):
+    # Not on the nearest: the branches of the last level are too close for a direction.
+    sigmas = noise_levels(10).float()
+    gammas = interval_churn(sigmas, 0.8, torch.tensor([location, 0.0]), 0.25)
+    torch.testing.assert_close(gammas[0, :-1].log1p(), torch.full((10,), 0.08))
+    assert gammas[0, -1] == 0 and gammas[1, 0] == 0
+
+
+def test_interval_takes_a_weight_for_each_prompt():
+    sigmas, location = noise_levels(40), torch.tensor([0.0, 1.0, 50.0], dtype=torch.float64)
+    weights = torch.tensor([0.1, 1.0, 3.0], dtype=torch.float64)
+    gammas = interval_churn(sigmas, weights, location, 0.25)
+    torch.testing.assert_close(gammas.log1p().sum(dim=1), weights)
+    assert torch.equal(gammas[1], interval_churn(sigmas, 1.0, location[1:2], 0.25)[0])
 
 
 # Step 3 ---------------------------------------------------------------------------------------------------------------

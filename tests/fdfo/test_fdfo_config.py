@@ -1,5 +1,5 @@
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def documented(config_class):
 def test_the_command_line_takes_every_option():
     arguments = ["--output_dir", "out", "--use_cpu", "true", "--churn_schedule", "interval", "--stop_on_alarm", "false"]
     (config,) = TrlParser(FDFOConfig).parse_args_and_config([*arguments, "--churn_kwargs", '{"width": 0.3}'])
-    assert config.churn_shape() == {"location": 0.0, "location_std": 1.0, "width": 0.3}
+    assert config.churn_shape() == {"location": 1.0, "location_std": 1.5, "width": 0.3, "spread": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -71,14 +71,51 @@ def test_the_shape_of_the_churn_is_checked(options, message):
         paper(**options)
 
 
+PUBLISHED = {
+    "constant": (0.0025, {}),
+    "interval": (1.0, {"location": 1.0, "location_std": 1.5, "width": 0.25, "spread": 0.0}),
+    "prior": (0.1, {"spread": 1.0}),
+}
+
+
+@pytest.mark.parametrize("schedule", PUBLISHED)
+def test_a_schedule_alone_has_the_published_churn(schedule):
+    assigned = paper()
+    assigned.churn_schedule = schedule
+    (parsed,) = TrlParser(FDFOConfig).parse_args_and_config(
+        ["--output_dir", "out", "--use_cpu", "true", "--churn_schedule", schedule]
+    )
+    for config in (paper(churn_schedule=schedule), replace(paper(), churn_schedule=schedule), assigned, parsed):
+        assert (config.churn, config.churn_shape()) == PUBLISHED[schedule]
+        assert config.to_dict()["churn"] == config.result_options()["churn"] == PUBLISHED[schedule][0]
+    # A schedule that is left again leaves nothing behind.
+    assert replace(config, churn_schedule="constant").churn == 0.0025
+
+
+@pytest.mark.parametrize("schedule", PUBLISHED)
+def test_a_churn_that_is_given_is_kept(schedule):
+    config = replace(paper(churn=0.2), churn_schedule=schedule)
+    assert config.churn == 0.2 and replace(config, num_rollouts=3).churn == 0.2
+
+
+def test_a_fraction_that_follows_is_computed_anew_too():
+    config = replace(paper(save_steps=0.1, save_strategy="no"), save_steps=0.2)
+    assert config.eval_steps == 0.2 and type(config.to_dict()["eval_steps"]) is float
+
+
 def test_an_old_name_says_the_new_one():
-    with pytest.raises(TypeError, match=r'churn_width=0.3 has a new name: churn_kwargs=\{"width": ...\}'):
+    with pytest.raises(TypeError, match=r'churn_width=0.3. `churn_width` is `churn_kwargs=\{"width": ...\}` here'):
         paper(churn_schedule="interval", churn_width=0.3)
 
 
 def test_the_fingerprint_has_the_names_of_earlier_checkpoints():
-    options = paper(churn_schedule="interval", churn_kwargs={"width": 0.3}).result_options()
-    assert options["churn_width"] == 0.3 and options["churn_location_std"] == 1.0 and "churn_kwargs" not in options
+    given = {"location": 0.5, "location_std": 2.0, "width": 0.3, "spread": 0.1}
+    options = paper(churn_schedule="interval", churn=0.5, churn_kwargs=given).result_options()
+    assert {name: value for name, value in options.items() if name.startswith("churn")} == {
+        "churn_schedule": "interval",
+        "churn": 0.5,
+        **{f"churn_{name}": value for name, value in given.items()},
+    }
     assert "logging_steps" not in options and "stop_on_alarm" not in options and options["epsilon"] == 0.03
 
 

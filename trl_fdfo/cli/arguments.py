@@ -1,17 +1,17 @@
 """Command lines: what the scripts of examples/ have in common, and how they are parsed."""
 
 import argparse
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import yaml
 from datasets import Dataset
 from trl import TrlParser
 
 from ..rewards.by_name import reward_table
 from ..training.config import RolloutConfig
+from ..training.migration import unknown_options
 from ..training.prompts import check_prompts, is_file_name, load_prompts
 
 
@@ -27,29 +27,73 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Shows defaults, and the table of rewards line by line."""
 
 
+class Parser(TrlParser):
+    """
+    TRL's parser, without abbreviations and with short errors. A YAML file may write `learning-rate`, as the command line.
+
+    Args:
+        classes (`type` or `Sequence[type]`): Dataclasses.
+        partial (`bool`): Pass over options of other dataclasses.
+        **kwargs: Arguments of [`~trl.TrlParser`].
+    """
+
+    def __init__(self, classes: type | Sequence[type], partial: bool = False, **kwargs: Any):
+        super().__init__(classes, allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
+        self.partial = partial
+
+    def parse_args_and_config(self, args: Iterable[str] | None = None, **kwargs: Any) -> tuple[Any, ...]:
+        args = sys.argv[1:] if args is None else args
+        split = [arg.split("=", 1) if arg.startswith("--config=") else [arg] for arg in args]
+        return super().parse_args_and_config([part for parts in split for part in parts], **kwargs)
+
+    def set_defaults_with_config(self, **options: Any) -> list[str]:
+        plain = {name.replace("-", "_"): value for name, value in options.items()}
+        if len(plain) < len(options):
+            twice = [name for name in options if "-" in name and name.replace("-", "_") in options]
+            raise ValueError(f"The config file has {', '.join(twice)} twice, with `-` and with `_`.")
+        self._refuse_unknown(_flat(plain, self._names()))
+        return super().set_defaults_with_config(**plain)
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        # Before argparse looks for what is missing, which may be there under a wrong name.
+        flags = [arg.partition("=")[0] for arg in args or () if arg.startswith("--") and " " not in arg]
+        unknown = [flag for flag in flags if flag != "--" and flag not in self._option_string_actions]
+        self._refuse_unknown([flag[2:].replace("-", "_") for flag in unknown])
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """As argparse does, without all options."""
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
+
+    def _names(self) -> set[str]:
+        return {action.dest for action in self._actions}
+
+    def _refuse_unknown(self, given: Iterable[str] | Mapping[str, Any]) -> None:
+        configs = [each for each in self.dataclass_types if issubclass(each, RolloutConfig)]
+        owner = " with ".join([self.prog, *(each.__name__.removeprefix("Planned") for each in configs)])
+        renamed = {name: new for each in configs for name, new in each.renamed_options.items()}
+        error = None if self.partial else unknown_options(owner, given, self._names(), renamed)
+        if error:
+            raise ValueError(error)
+
+
 def parse(classes: type | Sequence[type], args: list[str] | None = None) -> tuple[Any, ...]:
     """
     Dataclasses from a command line and, with `--config`, a YAML file. `--help` also lists the rewards.
 
     Raises:
-        ValueError: An option has a new name, or an impossible value.
+        ValueError: An option does not exist, or has an impossible value.
     """
-    parser = TrlParser(classes, epilog=reward_table(), formatter_class=HelpFormatter)
-    for config_class in [classes] if isinstance(classes, type) else classes:
-        if issubclass(config_class, RolloutConfig):
-            _refuse_renamed(args or [], config_class.renamed_options)
-    return parser.parse_args_and_config(args)
+    return Parser(classes, epilog=reward_table()).parse_args_and_config(args)
 
 
-def _refuse_renamed(args: Sequence[str], renamed: dict[str, str]) -> None:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", type=Path)
-    path = parser.parse_known_args(args)[0].config
-    given = {arg.lstrip("-").partition("=")[0].replace("-", "_") for arg in args if arg.startswith("--")}
-    if path is not None and path.is_file():
-        given |= (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).keys()
-    for name in given & renamed.keys():
-        raise ValueError(f"{name} has a new name: {renamed[name]}.")
+def _flat(options: dict[str, Any], names: set[str]) -> dict[str, Any]:
+    """`{"sample": {"num_steps": 10}}` as `{"sample.num_steps": 10}`, unless `sample` is an option."""
+    flat = {}
+    for name, value in options.items():
+        inner = value if isinstance(value, dict) and name not in names else None
+        flat |= {f"{name}.{key}": one for key, one in inner.items()} if inner else {name: value}
+    return flat
 
 
 @dataclass
@@ -59,14 +103,23 @@ class InferenceArguments:
     model: str = field(metadata={"help": "Hub id or path of the pipeline, or `shapes` for the packaged tiny one."})
     prompts: list[str] = field(metadata={"help": "Prompts, or one txt, json, jsonl, csv or parquet file of them."})
     adapter: list[str] = field(
-        default_factory=list, metadata={"help": "Folder or Hub id. Repeat for several.", "action": RepeatableFlag}
+        default_factory=list,
+        metadata={
+            "help": "Folder or .safetensors file of an adapter, or owner/name, owner/name@revision or either with /folder "
+            "on the Hub. Repeat for several.",
+            "action": RepeatableFlag,
+        },
     )
     num_inference_steps: int | None = field(default=None, metadata={"help": "Steps of the sampler."})
     guidance_scale: float | None = field(default=None, metadata={"help": "Guidance of the pipeline; 1 is none."})
     height: int | None = field(default=None, metadata={"help": "Height of the images in pixels."})
     width: int | None = field(default=None, metadata={"help": "Width of the images in pixels."})
     pipeline_kwargs: str | None = field(
-        default=None, metadata={"help": "Further arguments of the pipeline's call, as a JSON string."}
+        default=None,
+        metadata={
+            "help": "Further arguments of the pipeline's call, as a JSON string. {} accepts the pipeline's own settings for "
+            "an adapter without a generation_config.json."
+        },
     )
 
     def __post_init__(self):

@@ -23,9 +23,6 @@ import torch
 from torch import Tensor
 
 
-BUMP_REACH = 4.0  # standard deviations
-
-
 def churn_start(x: Tensor, gamma: float | Tensor, noise: Tensor) -> Tensor:
     """
     Mix fresh noise into the initial noise of each branch, at t = 1.
@@ -82,33 +79,31 @@ def constant_churn(sigmas: Tensor, gamma: float) -> Tensor:
     return gammas
 
 
-def interval_churn(sigmas: Tensor, weight: float, location: Tensor, width: float) -> Tensor:
+def interval_churn(sigmas: Tensor, weight: float | Tensor, location: Tensor, width: float) -> Tensor:
     """
     All churn around one noise level: gamma_i = exp(weight p_i) - 1, where p is a logit-normal density at the levels,
-    normalised over the schedule. The branches of a prompt are identical until the first level that the bump reaches.
+    normalised over the schedule. The branches of a prompt are identical until the first level whose gamma is not 0.
 
     Args:
-        sigmas (`Tensor`): Noise levels t_0 > ... > t_T = 0 in [0, 1], shape [T + 1].
-        weight (`float`): Total churn, the sum over the levels of log(1 + gamma_i), >= 0.
+        sigmas (`Tensor`): Noise levels t_0 > ... > t_T = 0 in [0, 1], shape [T + 1], in a run float32.
+        weight (`float` or `Tensor`): Total churn, the sum over the levels of log(1 + gamma_i), >= 0: for all prompts, or
+            one per prompt, shape [P].
         location (`Tensor`): Centre of the bump in logit(t) = log(t / (1 - t)), one per prompt, shape [P].
         width (`float`): Standard deviation of the bump in logit(t), > 0.
 
     Returns:
-        `Tensor`: Churn of each level for each prompt, shape [P, T + 1]. It is 0 at t = 1 and at t = 0, where the
-        density vanishes, and at levels more than [`BUMP_REACH`] widths from the centre.
+        `Tensor`: Churn of each level for each prompt, shape [P, T + 1], and 0 at t = 0. It is 0 at t = 1 and at levels
+        whose density underflows, which in float32 are those more than 14.4 widths from the centre. If the densities of
+        all levels underflow, the churn is spread evenly over all levels but t = 0.
     """
-    inside = (sigmas > 0) & (sigmas < 1)
-    t = sigmas[inside]
-    # In logarithms: far from a narrow bump every density underflows, and their normalised value is still defined.
-    deviation = ((t.logit() - location[:, None]) / width).abs()
-    log_density = -0.5 * deviation**2 - (t * (1 - t)).log()
-    # Cut off where less than 1e-4 of it is left, but for the nearest level: a density is never exactly 0, and the branches
-    # would differ, by next to nothing, from the start.
-    reach = deviation.amin(dim=-1, keepdim=True).clamp(min=BUMP_REACH)
-    log_density = log_density.masked_fill(deviation > reach, -torch.inf)
-    gammas = sigmas.new_zeros(len(location), len(sigmas))
-    gammas[:, inside] = torch.expm1(weight * log_density.softmax(dim=-1))
-    return gammas
+    deviation = (sigmas.logit() - location[:, None]) / width
+    # At t = 1 and t = 0 it is 0 / 0: the density vanishes there.
+    density = ((-0.5 * deviation.square()).exp() / (sigmas * (1 - sigmas))).nan_to_num(nan=0.0)
+    # The nearest level in the place of all would often be the last, where the branches come out so close to each other
+    # that the whitened direction explodes.
+    density[:, :-1] += (density.sum(dim=1, keepdim=True) == 0).to(density.dtype)
+    share = density / density.sum(dim=1, keepdim=True)
+    return torch.expm1(torch.as_tensor(weight, dtype=sigmas.dtype).view(-1, 1) * share)
 
 
 def prior_churn(sigmas: Tensor, weight: Tensor) -> Tensor:

@@ -10,8 +10,17 @@ class ChurnScheduler(RolloutScheduler):
     """FDFO's sampler: the noise of a level is its churn gamma."""
 
     def start(self, x: Tensor) -> Tensor:
-        return churn_start(x.float(), self.noise_amounts[:, 0], self._draw(x, 0)).to(x.dtype)
+        if self.first_step > 0:
+            # The latents are an image with noise: only the sampler can change one without the other.
+            if (self.noise_amounts[:, 0] > 0).any() and not (self.noise_amounts[:, 1:] > 0).any():
+                raise ValueError(
+                    f"All churn is at the first noise level, and the pipeline starts late, at step {self.first_step} of its "
+                    "schedule, where no churn can be added: the images of a prompt would be identical. Set "
+                    "churn_schedule='constant' or 'interval', or strength=1.0 in `pipeline_kwargs`."
+                )
+            return x
+        return churn_start(x, self.noise_amounts[:, 0], self._draw(x, 0))
 
     def advance(self, x_t: Tensor, velocity: Tensor, step: int) -> Tensor:
-        t, s = self.sigmas[step], self.sigmas[step + 1]
+        t, s = self.noise_levels[step], self.noise_levels[step + 1]
         return churn_step(x_t, velocity, t, s, self.noise_amounts[:, step + 1], self._draw(x_t, step + 1))

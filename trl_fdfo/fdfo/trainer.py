@@ -10,11 +10,11 @@ from ..pipeline.records import RolloutBatch, repeat_each
 from ..saving.model_card import Paper
 from ..seeds import CHURN, INITIAL_NOISE, derive_seed
 from ..training.buffer import ScoredBatch, trained_levels
-from ..training.surrogate import SurrogateLoss
+from ..training.surrogate import SurrogateLoss, in_float32
 from ..training.trainer import RolloutTrainer
 from ..training.watchdogs import WatchdogError
 from .churn import constant_churn, interval_churn, prior_churn
-from .config import FDFOConfig
+from .config import MAX_CHURN, FDFOConfig
 from .finite_difference import FiniteDifference, finite_difference, reward_gradient
 from .loss import surrogate_loss
 from .scheduler import ChurnScheduler
@@ -60,12 +60,17 @@ class FDFOTrainer(RolloutTrainer):
         args, shape = self.args, self.args.churn_shape()
         if args.churn_schedule == "constant":
             return constant_churn(self.sigmas, args.churn)
-        draws = [np.random.default_rng([args.seed, rollout, n, CHURN]).standard_normal() for n in numbers]
-        draws = torch.tensor(draws, dtype=torch.float32)
+        draws = [np.random.default_rng([args.seed, rollout, n, CHURN]).standard_normal(2) for n in numbers]
+        first, second = torch.tensor(np.stack(draws), dtype=torch.float32).unbind(dim=1)
         if args.churn_schedule == "interval":
-            location = shape["location"] + shape["location_std"] * draws
-            return interval_churn(self.sigmas, args.churn, location, shape["width"])
-        return prior_churn(self.sigmas, args.churn * (shape["spread"] * draws).exp())
+            location = shape["location"] + shape["location_std"] * first
+            return interval_churn(self.sigmas, self._weights(second), location, shape["width"])
+        return prior_churn(self.sigmas, self._weights(first))
+
+    def _weights(self, draws: Tensor) -> Tensor:
+        """Total churn of each prompt, log-normal over the prompts, from normal draws, shape [P]."""
+        # Beyond its bound nothing is left of the image, and exp soon overflows.
+        return (self.args.churn * (self.args.churn_shape()["spread"] * draws).exp()).clamp(max=MAX_CHURN)
 
     def shared_noise(self, rollout: int) -> float:
         gammas = torch.atleast_2d(self.noise_amounts(rollout, range(self.args.prompts_per_rollout)))
@@ -80,7 +85,7 @@ class FDFOTrainer(RolloutTrainer):
         else:
             direction, reward_difference = finite_difference(endpoints, rewards, self.args.whiten_direction)
         # A prompt to which no reward applies teaches nothing.
-        return FiniteDifference(direction.flatten(0, 1), reward_difference.flatten().nan_to_num(nan=0.0))
+        return FiniteDifference(direction.flatten(0, 1), in_float32(reward_difference.flatten().nan_to_num(nan=0.0)))
 
     def _reward_gradient(self, sampled: RolloutBatch, rows: list[int]) -> Tensor:
         """dR/dx_0 through the decoder and the rewards, the shape of the endpoints, [P, G, ...]."""

@@ -1,0 +1,141 @@
+"""Command lines and YAML files: wrong names and types are named in one line, and nothing is taken for something else."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+from trl_fdfo import FDFOConfig, FlowGRPOConfig
+from trl_fdfo.cli.arguments import InferenceArguments, Parser, parse
+from trl_fdfo.planning.without_weights import planned
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SCRIPT = runpy.run_path(str(EXAMPLES / "train_sd3.py"))
+GIVEN = ["--output_dir", "out", "--use_cpu", "true", "--report_to", "none"]
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Writes a YAML file, and returns the arguments that name it."""
+
+    def write(text: str) -> list[str]:
+        (tmp_path / "recipe.yaml").write_text(text)
+        return ["--config", str(tmp_path / "recipe.yaml")]
+
+    return write
+
+
+def train(*args):
+    return parse((SCRIPT["ScriptArguments"], FDFOConfig), [*GIVEN, *args])
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--rewards", "clip"], "with FDFOConfig has no option rewards. Did you mean `reward`"),
+        (["--lora_rank", "8"], "has no option lora_rank. Did you mean .*`lora_r`"),
+        (["--num_rollout", "3"], "has no option num_rollout. Did you mean `num_rollouts`"),
+        (["--num-rollout=3"], "has no option num_rollout. Did you mean `num_rollouts`"),
+        (["--churn-width", "0.3"], r"`churn_width` is `churn_kwargs=\{\"width\": ...\}` here"),
+        (["--reward_funcs", "clip"], "`reward_funcs` is `reward` here"),
+        (["--model_name_or_path", "a"], "`model_name_or_path` is `model` here"),
+        (["--config.sample.num_steps=40"], "`config.sample.num_steps` is `num_inference_steps` here"),
+        (["--use_vllm"], "There is no `use_vllm`: the pipeline itself samples the images"),
+    ],
+)
+def test_an_unknown_option_is_refused_with_what_was_meant(args, message):
+    with pytest.raises(ValueError, match=message):
+        train(*args)
+    # Also by the script itself, whose first look at the command line is for the algorithm alone.
+    with pytest.raises(ValueError, match=message):
+        SCRIPT["main"]([*GIVEN, *args])
+
+
+def test_a_wrong_name_is_told_before_what_is_missing(capsys):
+    with pytest.raises(ValueError, match="has no option models. Did you mean `model`"):
+        parse(InferenceArguments, ["--models", "shapes", "--prompts", "a cat"])
+    with pytest.raises(SystemExit):
+        parse(InferenceArguments, ["--prompts", "a cat"])
+    assert "the following arguments are required: --model" in capsys.readouterr().err
+
+
+def test_an_option_of_another_algorithm_is_refused():
+    with pytest.raises(ValueError, match="with FlowGRPOConfig has no option churn"):
+        SCRIPT["main"]([*GIVEN, "--algorithm", "flow_grpo", "--churn", "0.3"])
+    with pytest.raises(ValueError, match="with FDFOConfig has no option foo"):
+        parse(planned(FDFOConfig), [*GIVEN, "--foo", "1"])
+    (config,) = parse(FlowGRPOConfig, [*GIVEN, "--noise_level", "0.5"])
+    assert config.noise_level == 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("num_rolouts: 3", "has no option num_rolouts=3. Did you mean `num_rollouts`"),
+        ("num-rolouts: 3", "has no option num_rolouts=3. Did you mean `num_rollouts`"),
+        ("train_learning_rate: 1.0e-4", "`train_learning_rate` is `learning_rate` here"),
+        ("sample: {num_steps: 10}", "no option sample.num_steps=10. `sample.num_steps` is `num_inference_steps` here"),
+        ("learning-rate: 0.1\nlearning_rate: 0.2", "has learning-rate twice, with `-` and with `_`"),
+    ],
+)
+def test_a_yaml_file_is_read_as_strictly(recipe, text, message):
+    with pytest.raises(ValueError, match=message):
+        train(*recipe(text))
+
+
+def test_a_yaml_file_may_write_names_as_the_command_line(recipe):
+    text = "learning-rate: 0.1\nnum-report-prompts: 3\nchurn_schedule: interval\nchurn-kwargs: {width: 0.3}\n"
+    flag, path = recipe(text)
+    for args in ([flag, path], [f"{flag}={path}"]):
+        script, config = train(*args, "--churn-kwargs", '{"width": 0.4}')
+        assert (config.learning_rate, script.num_report_prompts, config.churn_shape()["width"]) == (0.1, 3, 0.4)
+    assert train(flag, path)[1].churn_shape()["width"] == 0.3
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--num_rollouts", "ten"], "argument --num_rollouts/--num-rollouts: invalid int value: 'ten'"),
+        (
+            ["--num_report_prompts", "ten"],
+            "argument --num_report_prompts/--num-report-prompts: invalid int value: 'ten'",
+        ),
+        (["--churn_schedule", "linear"], "invalid choice: 'linear' (choose from 'constant', 'interval', 'prior')"),
+        (["--algorithm", "ppo"], "invalid choice: 'ppo'"),
+        (["--learning_rate"], "expected one argument"),
+    ],
+)
+def test_a_wrong_type_prints_the_error_alone(capsys, args, message):
+    with pytest.raises(SystemExit) as ended:
+        SCRIPT["main"]([*GIVEN, *args])
+    error = capsys.readouterr().err.strip()
+    assert message in error and error.endswith("(--help lists the options)") and "\n" not in error
+    assert ended.value.code == 2
+
+
+def test_a_partial_parser_passes_over_the_rest(recipe):
+    args = [*GIVEN, *recipe("num_rollouts: 3\nalgorithm: flow_grpo\n"), "--noise_level", "0.5"]
+    script, rest = Parser(SCRIPT["ScriptArguments"], partial=True).parse_args_and_config(
+        args, return_remaining_strings=True
+    )
+    assert script.algorithm == "flow_grpo"
+    assert rest == ["--num_rollouts", "3", *GIVEN, "--noise_level", "0.5"]
+
+
+@pytest.mark.parametrize("path", sorted((EXAMPLES / "recipes").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_recipe_parses(path):
+    config_class = FlowGRPOConfig if "flow_grpo" in path.stem else FDFOConfig
+    script, config = parse(
+        (SCRIPT["ScriptArguments"], config_class), ["--config", str(path), *GIVEN[2:], "--bf16", "false"]
+    )
+    if script.model != "shapes":  # the paper's setting
+        assert config.pipeline_kwargs == {"max_sequence_length": 128}
+        assert (config.churn, config.churn_schedule, config.num_inference_steps) == (0.0025, "constant", 40)
+        assert (
+            config.dataset_name == "yuvalkirstain/pickapic_v1_no_images" and config.dataset_prompt_column == "caption"
+        )
+        guidance = {"combined_guidance_2": 2.0, "combined_guidance_4.5": 4.5}
+        assert config.guidance_scale == guidance.get(path.stem, 1.0)
+    elif config_class is FDFOConfig:
+        assert (config.churn_schedule, config.churn, config.churn_shape()) == ("prior", 0.26, {"spread": 0.0})
