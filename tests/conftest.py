@@ -1,8 +1,10 @@
+# First: it sets the environment before torch and huggingface_hub are imported.
+from tiny_runs import PROMPTS, redness  # isort: skip
+
 import pytest
 import tiny_pipelines
 import torch
 from datasets import Dataset
-from tiny_runs import PROMPTS, redness
 
 from trl_fdfo import FDFOConfig, FDFOTrainer
 

@@ -3,6 +3,8 @@ Where the random numbers of a run come from: each from a seed that follows from 
 never from what was drawn before. So a result depends neither on the number of processes nor on where a run was resumed.
 """
 
+import operator
+
 import numpy as np
 
 
@@ -11,5 +13,9 @@ INITIAL_NOISE, SAMPLER_NOISE, CHURN, EVALUATION, NOISY_STEPS = range(5)
 
 
 def derive_seed(*numbers: int) -> int:
-    """A 64-bit seed that depends on all of the numbers, so that streams of random numbers do not overlap."""
+    """
+    A 64-bit seed that depends on all of the numbers, so that streams of random numbers do not overlap. They are whole and
+    not negative, of Python, numpy or torch.
+    """
+    numbers = [operator.index(number) for number in numbers]
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])

@@ -92,8 +92,8 @@ def test_the_packaged_pipeline_needs_no_settings(tmp_path):
         (("--prompts", "a", "--seeds", "0"), r"seeds=0 must be at least 1"),
         (("--prompts", "a", "--output", "grid.doc"), r"output='grid.doc' does not end in a format of pictures"),
         (("--prompts", "a", "--adapter", "empty"), r"adapter='empty' has neither pytorch_lora_weights"),
-        (("--prompts", "a", "--adapter", "./away"), r"adapter='./away' is neither a folder nor an adapter on the Hub"),
-        (("--prompts", "a", "--adapter", "away/adapter"), r"adapter='away/adapter' is neither a folder nor an adapter"),
+        (("--prompts", "a", "--adapter", "./away"), r"adapter='./away' is no folder or file here, and was not"),
+        (("--prompts", "a", "--adapter", "away/adapter"), r"adapter='away/adapter' is no folder or file here, and"),
         (("--prompts", "a", "--pipeline_kwargs", "{"), r"pipeline_kwargs='{' is not a JSON object"),
         (("--prompts", "a", "--pipeline_kwargs", "3"), r"pipeline_kwargs='3' is not a JSON object"),
         (

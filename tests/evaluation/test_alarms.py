@@ -221,6 +221,7 @@ def shapes_run(folder, reward_fn, **options):
         pipeline_kwargs={"max_sequence_length": 0},
         churn_schedule="prior",
         churn=0.26,
+        churn_kwargs={"spread": 0.0},
         epsilon=0.2,
         learning_rate=1e-3,
         eval_strategy="steps",

@@ -25,7 +25,7 @@ def contents(checkpoint: Path) -> dict[str, object]:
 
 
 def assert_equal(one: object, other: object, where: str = "") -> None:
-    """To the bit, through dicts, lists and tensors."""
+    """Compare dicts, lists and tensors to the bit. `where` is the path to the values, for the message."""
     assert type(one) is type(other), where
     if isinstance(one, dict):
         assert one.keys() == other.keys(), where

@@ -1,10 +1,10 @@
 """
-Trains a tiny SD3 in the ways that test_distributed.py looks at, and writes what it compares:
+Trains a tiny SD3 in several processes, and writes the results that test_distributed.py compares:
 
     torchrun --nproc_per_node 2 tests/helpers/distributed_run.py FOLDER
 
-FOLDER has what test_distributed.py has made: a pipeline, and the run of one process; it gets the results of process 0. All
-is done in the same two processes, for what takes longest is to start them.
+test_distributed.py has put a pipeline and the run of one process into FOLDER. Process 0 writes its results there. The
+same two processes do everything, because starting them takes longest.
 """
 
 import gc
@@ -26,7 +26,7 @@ from trl_fdfo import FDFOConfig, FDFOTrainer
 from trl_fdfo.saving.sharded_weights import trained_parameters, whole_values
 
 
-# Several processes sample more at a time than the one that they are compared with, from embeddings on disk.
+# The several processes sample larger batches than the single one, and read prompt embeddings from the disk.
 SAMPLING = {"per_device_sampling_batch_size": 4, "cache_prompt_embeds": True}
 
 
@@ -35,14 +35,14 @@ def brightness(images):
 
 
 def build(output_dir: str, make_pipeline=tiny_pipelines.sd3, reward=tiny_runs.redness, **options) -> FDFOTrainer:
-    """A trainer whose global settings, and batch per process, do not depend on the number of processes."""
+    """A trainer whose global settings and batch size per process do not depend on the number of processes."""
     defaults = {
         "output_dir": output_dir,
         "num_rollouts": 2,
         "prompts_per_rollout": 8,
         "per_device_prompt_batch_size": 2,
         "num_inference_steps": 4,
-        # Three levels and two steps: the units of a batch are not the same in every step.
+        # Three levels over two steps: each step trains other levels of a batch.
         "timestep_fraction": 0.75,
         "optimizer_steps_per_rollout": 2,
         "num_iterations": 2,
@@ -50,7 +50,7 @@ def build(output_dir: str, make_pipeline=tiny_pipelines.sd3, reward=tiny_runs.re
         "width": 16,
         "pipeline_kwargs": {"max_sequence_length": 8},
         "churn": 0.2,
-        # Of the order of the adapter's gradients: a wrong batch would show.
+        # As large as the adapter's gradients, so that a wrong batch changes the step.
         "adam_epsilon": 1e-4,
         "learning_rate": 1e-2,
         "beta": 0.1,
@@ -76,13 +76,13 @@ def build(output_dir: str, make_pipeline=tiny_pipelines.sd3, reward=tiny_runs.re
 
 
 def run(output_dir: str, checkpoint: str | None = None, **options) -> tuple[FDFOTrainer, dict]:
-    """The trainer after its run, and what it ended with."""
+    """Build and train: the trainer and its results."""
     trainer = build(output_dir, **options)
     return trainer, finished(trainer, checkpoint)
 
 
 def finished(trainer: FDFOTrainer, checkpoint: str | None = None) -> dict:
-    """What a trainer ends with, once it has run."""
+    """Train, evaluate, save and generate: the results."""
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate()
     trainer.save_model()
@@ -103,7 +103,7 @@ def finished(trainer: FDFOTrainer, checkpoint: str | None = None) -> dict:
 
 
 def assert_same(found: dict, expected: dict) -> None:
-    # The wrapper's prefix aside, the same weights.
+    """Fail unless two runs have the same weights, images and rewards, up to rounding."""
     assert found["weights"].keys() == expected["weights"].keys()
     moved = 0.0
     for name, weight in expected["weights"].items():
@@ -124,7 +124,7 @@ def finish() -> None:
 
 
 class Traffic(TrainerCallback):
-    """Every collective of the backend, whoever calls it, as its name and how many numbers a process gives to it."""
+    """Records every collective of gloo: its name, and how many numbers each process puts in."""
 
     def __init__(self):
         self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True)
@@ -141,7 +141,7 @@ class Traffic(TrainerCallback):
 
 
 def measure_traffic(folder: Path) -> dict:
-    """What passes between the processes in two rollouts, and what one of them has recorded."""
+    """Numbers that pass between the processes in two rollouts, and numbers that one process records."""
     traffic = Traffic()
     trainer = build(str(folder / "traffic"), save_strategy="no", eval_strategy="no")
     trainer.add_callback(traffic)

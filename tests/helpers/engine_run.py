@@ -1,10 +1,10 @@
 """
-Trains a tiny SD3 with DeepSpeed or FSDP2 in the ways that test_engines.py looks at, and writes what it compares:
+Trains a tiny SD3 with DeepSpeed or FSDP2, and writes the results that test_engines.py compares:
 
     accelerate launch --config_file ... tests/helpers/engine_run.py FOLDER
 
-FOLDER has the models that test_engines.py has made, and gets the results of process 0. On GPUs it trains in bfloat16, and
-only once. With a Python file instead, and its arguments, it runs that.
+test_engines.py has put models into FOLDER. Process 0 writes its results there. On GPUs the program trains in bfloat16,
+and only once. If it is given a Python file with arguments instead, it runs that file.
 """
 
 import importlib.util
@@ -37,15 +37,15 @@ WITHOUT_ADAPTER = {"use_peft": False, "beta": 0.0, "learning_rate": 1e-3}
 
 
 def scores(folder: Path) -> list[float]:
-    """Of rewards that are loaded now, by name."""
+    """Scores of a CLIP and a VLM reward that are loaded now."""
     images = [Image.linear_gradient("L").rotate(angle).resize((64, 64)).convert("RGB") for angle in (0, 90, 200)]
     rewards = [CLIPScore(str(folder / "clip")), VLMScore(str(folder / "vlm"))]
     return torch.cat([reward(images, tiny_runs.PROMPTS[:3]) for reward in rewards]).tolist()
 
 
 def elements(model: torch.nn.Module) -> list[int]:
-    """Of the weights that each process holds."""
-    trained_parameters(model)  # shards again what FSDP2 has left whole
+    """How many numbers of the weights each process holds."""
+    trained_parameters(model)  # shards the weights again that FSDP2 has left whole
     weights = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in model.parameters()]
     counts = [None] * dist.get_world_size()
     dist.all_gather_object(counts, sum(weight.numel() for weight in weights))
@@ -53,7 +53,7 @@ def elements(model: torch.nn.Module) -> list[int]:
 
 
 def interrupted(images, prompts, trainer_state):
-    """A reward; in the second rollout, one process alone is told to end."""
+    """Redness that sends SIGTERM to process 1 alone, in the second rollout."""
     if trainer_state.epoch and dist.get_rank() == 1:
         os.kill(os.getpid(), signal.SIGTERM)
     return tiny_runs.redness(images, prompts)
@@ -63,10 +63,10 @@ def main(folder: Path) -> None:
     results = {}
 
     def make_pipeline() -> StableDiffusion3Pipeline:
-        # As users do: after the config, with which ZeRO-3 begins for transformers.
+        # Users load models after the config, and ZeRO-3 begins for transformers with the config.
         results["scores after the config"] = scores(folder)
         if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not GPU:
-            # Accelerate has FSDP on GPUs alone, and nothing but this keeps it from CPUs.
+            # Accelerate enables FSDP on GPUs only, although FSDP runs on CPUs too.
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         dtype = torch.bfloat16 if GPU else torch.float32
         return StableDiffusion3Pipeline.from_pretrained(
@@ -116,7 +116,7 @@ if __name__ == "__main__":
     if not GPU and importlib.util.find_spec("deepspeed"):
         import deepspeed
 
-        # Else it compiles, for a minute, what is faster than gloo between the processes of one machine.
+        # Otherwise DeepSpeed compiles its shared-memory communication for a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if sys.argv[1].endswith(".py"):
         sys.argv = sys.argv[1:]

@@ -1,9 +1,15 @@
 """
-Enough of the Hub's API, over HTTP on loopback, to push to it and to load from it. Everything is in memory.
+A Hub on loopback that takes pushes and serves downloads. Everything is in memory.
 
-The name of a repo says how it misbehaves: `create-403` answers 403 when it is to be created, `commit-500` answers 500 to
-every commit but the first, `once-429` to the second at its first try, `away` closes the connection instead of an answer,
-and `slow` answers when somebody has asked for `/release`.
+The name of a repo says how it misbehaves:
+
+| repo | behaviour |
+|---|---|
+| `create-403` | answers 403 to its creation |
+| `commit-500` | answers 500 to every commit but the first |
+| `once-429` | answers 429 to the first try of its second commit |
+| `away` | closes the connection instead of answering |
+| `slow` | answers a commit after somebody has asked for `/release` |
 """
 
 import base64
@@ -45,7 +51,7 @@ class FakeHub(ThreadingHTTPServer):
     `with FakeHub(token) as hub:` serves at `hub.url`.
 
     Attributes:
-        repos (`dict[str, Repo]`): What has been pushed.
+        repos (`dict[str, Repo]`): The repos that have been created, with their commits.
         log (`list[tuple[str, str]]`): Method and path of each request.
         refused (`list[str]`): Paths of the requests that came without the token.
     """
@@ -71,7 +77,7 @@ class FakeHub(ThreadingHTTPServer):
         self.server_close()
 
     def add(self, name: str, folder: Path) -> None:
-        """A repo that is there from the beginning."""
+        """Create a repo from the files of a folder."""
         files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         self.repos[name] = Repo(private=False, branches={"main": [Commit("1" * 40, "all of it", files, time.time())]})
 
@@ -79,7 +85,7 @@ class FakeHub(ThreadingHTTPServer):
         return self.repos[repo].at(revision).files
 
     def messages(self, repo: str, revision: str = "main") -> list[str]:
-        """Of its commits, but the empty first one."""
+        """Messages of the commits, without the empty first one."""
         return [commit.message for commit in self.repos[repo].branches[revision][1:]]
 
 
@@ -131,7 +137,7 @@ class Handler(BaseHTTPRequestHandler):
         return self.commit(name, repo, revision, [json.loads(line) for line in body.splitlines()])
 
     def validate(self, content):
-        """The checks of the Hub that matter here: the header is YAML, and its values are of the right kinds."""
+        """Check a model card as the Hub does: its header is YAML, with values of the right kinds."""
         errors = []
         try:
             data = yaml.safe_load(re.match(r"---\n(.*?)\n---\n", content, flags=re.DOTALL).group(1))
@@ -166,7 +172,7 @@ class Handler(BaseHTTPRequestHandler):
             is_again = name in self.server.failed
             self.server.failed.add(name)
             if status and not (status.group(1) == "once" and is_again):
-                # With the shortest pause before the next try that huggingface_hub knows, a second.
+                # huggingface_hub waits a second before the next try, its shortest pause.
                 return self.answer({"error": "as its name says"}, status=int(status.group(2)), Retry_After=0)
             if name.endswith("away"):
                 self.close_connection = True

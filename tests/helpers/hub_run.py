@@ -1,10 +1,10 @@
 """
-Pushes to a Hub and loads from it, for test_hub.py, in a process of its own because huggingface_hub reads HF_ENDPOINT and
-HF_HUB_OFFLINE when it is imported:
+Pushes to a Hub and loads from it, for test_hub.py:
 
     HF_ENDPOINT=http://127.0.0.1:PORT FAKE_HUB_TOKEN=... python tests/helpers/hub_run.py FOLDER quick|patient
 
-Writes FOLDER/KIND.json: what each of these scenarios returned.
+It is a process of its own, because huggingface_hub reads HF_ENDPOINT and HF_HUB_OFFLINE when it is imported. Writes the
+results of the scenarios of this kind into FOLDER/KIND.json.
 """
 
 import json
@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 
-os.environ["HF_HUB_OFFLINE"] = "0"  # which tiny_runs would set to 1
+os.environ["HF_HUB_OFFLINE"] = "0"  # tiny_runs would set it to 1
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -47,7 +47,7 @@ def redness(images, prompts):
 
 
 class Warnings(logging.Handler):
-    """What users are told, and since when the trainer waits for a push."""
+    """Keeps the messages that users see."""
 
     def __init__(self):
         super().__init__()
@@ -95,7 +95,7 @@ def image(pipeline):
 
 
 def strategy(name, then_push=False, **options):
-    """Train with a strategy, save (which pushes), and load the result back from the Hub by both routes."""
+    """Train with a strategy, save, which also pushes, and load the result from the Hub with diffusers and with PEFT."""
     trainer = build(name, **options)
     trainer.train()
     trainer.save_model()
@@ -117,7 +117,7 @@ def strategy(name, then_push=False, **options):
 
 
 def end():
-    """With all that a run can write: averaged weights, TensorBoard's logs, a token in the options."""
+    """Push at the end, with everything that a run can write: averaged weights, TensorBoard's logs, a token."""
     return strategy("end", hub_strategy="end", ema_decay=0.5, report_to=["tensorboard"], then_push=True)
 
 
@@ -136,7 +136,7 @@ def all_checkpoints():
 
 
 def resume():
-    """Another machine goes on from what was pushed: of a run that was stopped after two of three rollouts, or in between."""
+    """Another machine resumes from a pushed checkpoint: the last of a stopped run, or an earlier one of a whole run."""
     stopped = build("stopped", hub_strategy="checkpoint", num_rollouts=2)
     stopped.train()
     whole = load_pipeline(BASE)
@@ -151,7 +151,7 @@ def resume():
 
 
 def page():
-    """A page of the base and what was pushed, both by their Hub ids."""
+    """A page of images of the base and the pushed adapter, by their Hub ids."""
     generate = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "generate.py"))["main"]
     os.chdir(FOLDER)
     generate(["--model", BASE, "--adapter", "me/end", "--prompts", "a cat", "--seeds", "1", "--output", "hub.png"])
@@ -161,7 +161,7 @@ def page():
 
 
 def adapter():
-    """Go on from what was pushed, by its Hub id, and from a repo that has only the format of diffusers."""
+    """Continue a pushed adapter, by its Hub id, from both formats and from the format of diffusers alone."""
     files = snapshot_download(
         "me/checkpoint", allow_patterns="pytorch_lora_weights.safetensors", local_dir=FOLDER / "d"
     )
@@ -182,7 +182,7 @@ def adapter():
 
 
 def full():
-    """Without an adapter the whole pipeline is pushed."""
+    """Push the whole pipeline of a run without an adapter."""
     trainer = build("full", use_peft=False, hub_strategy="every_save", learning_rate=1e-3, ema_decay=0.5)
     trainer.train()
     trainer.save_model()
@@ -192,7 +192,7 @@ def full():
 
 
 def late():
-    """Pushed once it is trained, without the option and under the name of the folder."""
+    """Push after the training, without the option, under the name of the folder."""
     trainer = build("late", push_to_hub=False, hub_model_id=None, num_rollouts=1)
     trainer.train()
     trainer.push_to_hub()
@@ -202,7 +202,7 @@ def late():
 
 
 def card():
-    """Validated by the Hub, and its snippet run as printed."""
+    """Let the Hub validate each model card, and run its snippet as printed."""
     results = {}
     for name in ("end", "full"):
         text = ModelCard.load(f"me/{name}")
@@ -224,7 +224,7 @@ def card():
 
 
 def failing(name, save=True, **options):
-    """The Hub fails in the middle: what the run does, what the user is told, and what is on the disk."""
+    """The Hub fails in the middle of a run: its steps, the warnings and the saved weights."""
     warnings.messages.clear()
     trainer = build(name, **{"hub_strategy": "checkpoint", "hub_always_push": False, **options})
     trainer.train()
@@ -243,7 +243,7 @@ def failing(name, save=True, **options):
 
 
 def command():
-    """The command that a warning gives, run when the Hub is back: here under another name."""
+    """Run the command that a warning gives when the Hub is back, here for a repo of another name."""
     failed = failing("commit-500", save=False)
     line = next(message for message in failed["warnings"] if "hf upload" in message)
     words = shlex.split(line[line.index("hf upload") :].replace("me/commit-500", "me/later"))
@@ -259,7 +259,7 @@ def command():
 
 
 def slow():
-    """Training does not wait for the Hub, nor does it push what is still being pushed."""
+    """Training does not wait for a slow Hub, and starts no push while one is running."""
     warnings.messages.clear()
     trainer = build("slow", hub_strategy="every_save", hub_always_push=False)
     times = []
@@ -285,7 +285,7 @@ def refused(name):
 
 
 def unreachable():
-    """Nothing answers when the run starts, and something does when it ends."""
+    """The Hub does not answer when the run starts, and answers when the run ends."""
     warnings.messages.clear()
     trainer = build("create-503")
     at_start = list(warnings.messages)
@@ -295,7 +295,7 @@ def unreachable():
     return {"at_start": at_start, "later": warnings.messages[len(at_start) :]}
 
 
-# huggingface_hub tries the patient ones again and again: they run in a process beside the others.
+# huggingface_hub repeats its requests in the patient scenarios, so that they run in a process beside the others.
 SCENARIOS = {
     "quick": [end, every_save, checkpoint, all_checkpoints, resume, adapter, full, late, card, page]
     + [slow, unreachable]

@@ -1,11 +1,11 @@
 """
-Kills a run again and again, resumes it, and says whether it ended as the run that was never killed:
+Kills a run again and again and resumes it, beside a whole run that is never killed:
 
     python tests/helpers/kill_run.py FOLDER PROCESSES KILLS SEED
 
-Each run is one process, or several with gloo, forked from this one, which has only imported what they need. Kills are
-SIGKILL to all of them, dealt in turn to the three phases: while images are sampled, while they are trained on, and while a
-checkpoint is written. Writes FOLDER/result.json.
+A run is one process, or several with gloo. They are forked from this process, which has only imported their modules.
+Each kill is a SIGKILL to all of them, in turn while images are sampled, while they are trained on, and while a
+checkpoint is written. Writes FOLDER/result.json, and leaves the outputs of both runs in FOLDER.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from trl_fdfo.saving.checkpoint_files import SAVING
 
 
 with contextlib.suppress(ImportError):
-    import deepspeed  # noqa: F401  accelerate imports it where it is installed: once, here, and not in every run
+    import deepspeed  # noqa: F401  accelerate would import it in every run
 
 
 PHASES = ("rollout", "update", "save")
@@ -40,13 +40,13 @@ CONTEXT = multiprocessing.get_context("fork")
 
 
 class MarkedTrainer(FDFOTrainer):
-    """Tells the process that will kill it what it is doing."""
+    """Tells the killing process which phase it is in."""
 
     phase = None  # a shared integer
     times = None  # how often each phase has begun, shared
 
     def run_plan(self):
-        return ""  # which takes a second or two in each of many processes
+        return ""  # a plan takes a second or two in each of many processes
 
     def _mark(self, name):
         if self.is_world_process_zero():
@@ -125,7 +125,12 @@ def start(output_dir, processes):
 
 
 def killed_at(runs, phase, times, target, number, delay):
-    """Kill the run `delay` seconds into the `number`th phase of the kind; the phase that was hit, or None at its end."""
+    """
+    Kill the run `delay` seconds after the phase `target` has begun for the `number`th time.
+
+    Returns:
+        `str` or `None`: The phase that the kill hit; None if the run ended before.
+    """
     while times[PHASES.index(target)] < number or PHASES[phase.value] != target:
         if not all(process.is_alive() for process in runs):
             return None
@@ -136,7 +141,7 @@ def killed_at(runs, phase, times, target, number, delay):
         process.kill()
     for process in runs:
         process.join()
-    # One that ended by itself in that moment was not killed.
+    # A run that ended by itself in that moment was not killed.
     return hit if any(process.exitcode == -signal.SIGKILL for process in runs) else None
 
 
@@ -151,10 +156,10 @@ def main(folder, processes, kills, seed):
     while len(hits) < kills:
         target = PHASES[len(hits) % 3]
         runs, phase, times = start(killed, processes)
-        # The lengths of the phases here, about.
+        # About the lengths of the phases on a CPU.
         delay = rng.uniform(0, {"rollout": 0.02, "update": 0.08, "save": 0.005}[target])
         hit = killed_at(runs, phase, times, target, rng.choice([1, 1, 2]), delay)
-        if hit is None:  # it ended before: once more from the middle
+        if hit is None:  # the run ended before the kill: start again from its middle
             for process in runs:
                 process.join()
             codes += [process.exitcode for process in runs]

@@ -7,7 +7,7 @@ from trl_fdfo.reporting.sheets import GAP, MARGIN
 
 
 def panels(path: str, rows: int, columns: int) -> list[list[np.ndarray]]:
-    """The pictures of 16 pixels, magnified 16 times, of a sheet with sections of equal heights."""
+    """Each picture as 16 x 16 pixels; the sheet shows them magnified 16 times, in sections of equal heights."""
     page = np.asarray(Image.open(path))
     framed = [y for y in range(page.shape[0]) if (page[y, MARGIN : MARGIN + 256] == 192).all()]
     tops = [y + 1 for y, next_y in zip(framed, framed[1:]) if next_y - y == 257]

@@ -1,6 +1,6 @@
 """
-A whole algorithm: REINFORCE on FDFO's sampler. The reward of an image, less the mean of its prompt, weighs the pull of the
-velocity toward that image's own noise and endpoint:
+A whole algorithm: REINFORCE on FDFO's sampler. Each image pulls the velocity toward its own noise and endpoint, weighed
+by its reward less the mean reward of its prompt:
 
     L = A mean((v - (x_t - x_0) / t)^2),    A = R - mean R
 
@@ -19,7 +19,7 @@ from trl_fdfo.saving.model_card import Paper
 from trl_fdfo.seeds import INITIAL_NOISE, derive_seed
 from trl_fdfo.training.buffer import trained_levels
 from trl_fdfo.training.config import RolloutConfig, option
-from trl_fdfo.training.surrogate import SurrogateLoss
+from trl_fdfo.training.surrogate import SurrogateLoss, in_float32
 from trl_fdfo.training.trainer import RolloutTrainer
 
 
@@ -56,7 +56,7 @@ class ReinforceTrainer(RolloutTrainer):
 
     def targets(self, sampled, rewards, rows):
         advantage = rewards - rewards.mean(dim=1, keepdim=True)
-        return Targets(sampled.endpoints.float().flatten(0, 1), advantage.flatten().nan_to_num(nan=0.0))
+        return Targets(sampled.endpoints.float().flatten(0, 1), in_float32(advantage.flatten().nan_to_num(nan=0.0)))
 
     def loss(self, velocity, old_velocity, batch, level):
         x_t, (endpoint, advantage) = batch.sampled.x_t[level].float(), batch.targets

@@ -37,7 +37,7 @@ def clip_model() -> CLIPModel:
 
 
 def vary(model: nn.Module) -> nn.Module:
-    """Give a model weights so large that its output depends on the input: the usual ones leave it nearly constant."""
+    """Give a model large weights. With the usual ones its output hardly depends on its input."""
     for name, parameter in model.named_parameters():
         if name.endswith("weight") and parameter.ndim > 1:
             nn.init.normal_(parameter, std=1.5 * parameter[0].numel() ** -0.5)

@@ -1,10 +1,10 @@
-"""Prompts and a reward for runs of a second, and one thread: what tests, helper programs and benchmarks share."""
+"""Prompts, a reward and one thread for runs of a second, shared by tests, helper programs and benchmarks."""
 
 import gc
 import os
 
 
-# Before torch is imported: more threads make these tiny runs slower, and their bits depend on the number.
+# Set before torch is imported: more threads make these tiny runs slower, and change the last bits of their results.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -12,7 +12,7 @@ import torch
 
 
 torch.set_num_threads(1)
-# Accelerate collects garbage at each start of a run. The imports have left none.
+# Accelerate collects garbage at each start of a run. Make it skip all imported objects.
 gc.collect()
 gc.freeze()
 

@@ -1,4 +1,4 @@
-"""Real VLMs of transformers at tiny size with random weights, saved to a folder as published ones are."""
+"""Real VLMs of transformers at tiny size with random weights, saved like published ones."""
 
 import json
 from pathlib import Path
@@ -20,15 +20,15 @@ from transformers import (
 
 WORDS = ["Yes", "No", "A", "B"]
 
-# Its words are one token each, those of a line as they stand after a space.
+# Each word is one token. In a line, its token includes the space before it.
 TEXT = [*WORDS, "user", "assistant", "Does this image match the caption? Answer Yes or No.", "Very Good"]
 
-# A checkpoint has such settings, as those of Qwen. None shall change a score.
+# Published checkpoints, such as Qwen's, have settings like these. They must not change a score.
 GENERATION = {"do_sample": True, "repetition_penalty": 1.5, "temperature": 0.1, "top_k": 1, "top_p": 0.1}
 
 
 def qwen2_5_vl(folder: Path, seed: int = 0) -> None:
-    """Rotary positions in three dimensions; 4 to 16 tokens per image, by its size. Its processor has a part for videos."""
+    """Rotary positions in three dimensions, 4 to 16 tokens per image, by its size. The processor also takes videos."""
     special = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
     tokenizer = _tokenizer(special)
     prompt = "<|im_start|>assistant\n"
@@ -43,7 +43,7 @@ def qwen2_5_vl(folder: Path, seed: int = 0) -> None:
 
 
 def llava(folder: Path, seed: int = 0) -> None:
-    """Rotary positions in one dimension; 16 tokens per image."""
+    """Rotary positions in one dimension, 16 tokens per image."""
     tokenizer = _tokenizer(["<image>"], pad_token="<|endoftext|>")
     prompt = "ASSISTANT:"
     torch.manual_seed(seed)
@@ -84,9 +84,9 @@ def _chat_template(start: str, image: str, end: str, prompt: str) -> str:
 
 @torch.no_grad()
 def _save_model(model: PreTrainedModel, tokenizer: Qwen2Tokenizer, prompt: str, folder: Path) -> None:
-    # As if trained to answer by one of the words: after the prompt their logits are large and alike, all others small.
+    # A trained VLM would answer one of the words: make their logits large and alike after the prompt, all others small.
     inputs = tokenizer(prompt, return_tensors="pt")
-    model.get_input_embeddings().weight[inputs.input_ids[0, -1]] *= 16  # so that much the same follows any image
+    model.get_input_embeddings().weight[inputs.input_ids[0, -1]] *= 16  # so that the answer depends little on the image
     hidden = model.eval()(**inputs, output_hidden_states=True).hidden_states[-1][0, -1]
     words = [tokenizer.convert_tokens_to_ids(word) for word in WORDS]
     answers = model.lm_head.weight[words] + 2 * hidden

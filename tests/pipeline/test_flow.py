@@ -1,8 +1,10 @@
+import pickle
 from dataclasses import replace
 
 import pytest
 import tiny_pipelines
 import torch
+from datasets import Dataset
 from diffusers import (
     AdaptiveProjectedGuidance,
     AutoencoderKL,
@@ -19,8 +21,11 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.schedulers.scheduling_flow_match_heun_discrete import FlowMatchHeunDiscreteScheduler
+from tiny_pipelines import conditioned
 
+from trl_fdfo import FDFOTrainer
 from trl_fdfo.fdfo.churn import constant_churn
+from trl_fdfo.flow_grpo.scheduler import SDEScheduler
 from trl_fdfo.pipeline import schedulers
 from trl_fdfo.pipeline.checks import check_pipeline
 from trl_fdfo.pipeline_flow import PipelineFlow, ReplayError, check_replay
@@ -229,26 +234,92 @@ def test_stochastic_sampling_is_refused():
         check_pipeline(pipeline)
 
 
+def flow_sampler(scheduler_class):
+    return scheduler_class(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+
+
+class SquaredLevels(FlowMatchEulerDiscreteScheduler):
+    """Noise levels of its own, which its config does not tell."""
+
+    def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
+        super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
+        self.sigmas, self.timesteps = self.sigmas**2, 1000 * self.sigmas[:-1] ** 2
+
+
+class OwnStep(FlowMatchEulerDiscreteScheduler):
+    def step(self, *args, **kwargs):
+        return super().step(*args, **kwargs)
+
+
+def shifted(shift):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_shift(shift)
+    return scheduler
+
+
 @pytest.mark.parametrize(
-    "scheduler",
+    ("scheduler", "levels"),
     [
-        FlowMatchHeunDiscreteScheduler(shift=3.0),
-        UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
-        DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        (UniPCMultistepScheduler, [1, 0.9, 0.75, 0.5, 0]),
+        (DPMSolverMultistepScheduler, [1, 0.9, 0.75, 0.5, 0]),
+        (lambda: FlowMatchHeunDiscreteScheduler(shift=3.0), [1, 0.8577, 0.6022, 0.00893, 0]),
+        (lambda: FlowMatchEulerDiscreteScheduler(shift=3.0), [1, 0.8577, 0.6022, 0.00893, 0]),
+        (lambda: shifted(7.0), [1, 0.9336, 0.7793, 0.02059, 0]),
+        (lambda: SquaredLevels(shift=3.0), [1, 0.7356, 0.3626, 0.0000797, 0]),
     ],
-    ids=lambda scheduler: type(scheduler).__name__,
+    ids=["UniPC", "DPM++", "Heun", "Euler", "set_shift", "subclass"],
 )
-def test_another_sampler_of_a_flow_is_replaced_by_euler_with_its_shift(scheduler, caplog):
+def test_noise_levels_are_those_of_the_scheduler_that_was_given(scheduler, levels):
+    pipeline = tiny_pipelines.sd3()
+    pipeline.scheduler = flow_sampler(scheduler) if isinstance(scheduler, type) else scheduler()
+    given = pipeline.scheduler
+    flow = make_flow(pipeline=pipeline)
+    torch.testing.assert_close(flow.rehearse(["a"]).sigmas, torch.tensor(levels).float(), rtol=2e-3, atol=1e-6)
+    batch = roll_out(flow)
+    for level in range(STEPS):
+        assert torch.equal(flow.velocity(batch, level), batch.velocities[level])
+    # Without churn a rollout is Euler's sampler between these levels.
+    plain = roll_out(flow, gamma=0.0)
+    sigmas = flow.rehearse(["a"]).sigmas
+    x = plain.x_t[0]
+    for level in range(STEPS):
+        torch.testing.assert_close(plain.x_t[level], x)
+        x = x + (sigmas[level + 1] - sigmas[level]) * plain.velocities[level]
+    torch.testing.assert_close(plain.endpoints.flatten(0, 1), x)
+    torch.testing.assert_close(flow.generate(PROMPTS, [0, 1, 2]), plain.images[::2], rtol=0, atol=1e-5)
+    assert pipeline.scheduler is given and type(given) is type(flow.pipeline.scheduler)
+    if type(given).step is FlowMatchEulerDiscreteScheduler.step:
+        # The user's own call.
+        arguments = plain.call_kwargs | {"generator": [torch.Generator().manual_seed(n // 2) for n in range(6)]}
+        assert torch.equal(plain.images, pipeline(**arguments)[0])
+
+
+@pytest.mark.parametrize("make", [lambda: OwnStep(shift=3.0), lambda: flow_sampler(UniPCMultistepScheduler)])
+def test_a_step_that_is_replaced_is_named(make, caplog):
     schedulers.logger.warning_once.cache_clear()  # another test in this process may have been warned
     pipeline = tiny_pipelines.sd3()
-    expected = roll_out(make_flow())  # its scheduler is Euler's with shift 3
-    pipeline.scheduler = scheduler
-    flow = make_flow(pipeline=pipeline)
-    batch = roll_out(flow)
-    assert torch.equal(batch.endpoints, expected.endpoints)
-    assert torch.equal(flow.velocity(batch, 2), batch.velocities[2])
-    assert pipeline.scheduler is scheduler
-    assert f"{type(scheduler).__name__} is replaced" in caplog.text and "same shift of 3.0" in caplog.text
+    pipeline.scheduler = make()
+    make_flow(pipeline=pipeline)
+    name = type(pipeline.scheduler).__name__
+    assert f"Euler's steps replace those of {name}, between the noise levels of {name}" in caplog.text
+
+
+def test_noise_levels_that_do_not_fall_are_refused():
+    pipeline = tiny_pipelines.sd3()
+    pipeline.scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, final_sigmas_type="sigma_min"
+    )
+    with pytest.raises(
+        ValueError, match=r"noise levels of StableDiffusion3Pipeline must fall .*take another scheduler"
+    ):
+        make_flow(pipeline=pipeline).rehearse(["a"])
+
+
+def test_a_shift_that_is_set_later_changes_no_noise_level_of_the_flow():
+    flow = make_flow()
+    before = flow.rehearse(["a"]).sigmas
+    flow.pipeline.scheduler.set_shift(7.0)
+    assert torch.equal(flow.rehearse(["a"]).sigmas, before)
 
 
 def test_sdxl_is_refused():
@@ -347,3 +418,138 @@ def test_skip_layer_guidance_depends_on_the_step_and_is_replayed():
     plain = replace(batch, call_kwargs={**batch.call_kwargs, "skip_guidance_layers": None})
     for level in range(STEPS):
         assert torch.equal(flow.velocity(plain, level), batch.velocities[level]) == (level not in (1, 2))
+
+
+def test_attention_processors_are_back_after_a_replay_is_cut_short():
+    flow = make_flow(pipeline=conditioned.sd3_pag(), guidance_scale=1.0)
+    before = dict(flow.pipeline.transformer.attn_processors)
+    batch = roll_out(flow)
+    for level in range(STEPS):
+        assert torch.equal(flow.velocity(batch, level), batch.velocities[level])
+        assert flow.pipeline.transformer.attn_processors == before
+
+
+def test_transformer_can_be_pickled_after_a_replay():
+    flow = make_flow()
+    flow.velocity(roll_out(flow), 1)
+    other = pickle.loads(pickle.dumps(flow.pipeline.transformer))
+    assert all(torch.equal(a, b) for a, b in zip(other.parameters(), flow.pipeline.transformer.parameters()))
+
+
+def test_branches_see_the_same_image_and_share_their_noise():
+    flow = make_flow(pipeline=conditioned.img2img(), strength=1.0)
+    columns = conditioned.image(1)
+    sigmas = flow.rehearse(["a"], columns, 2).sigmas
+    batch = flow.rollout(["a cat"], constant_churn(sigmas, 0.0), [0], [1, 2], range(STEPS), columns)
+    assert torch.equal(batch.x_t[0][0], batch.x_t[0][1])
+    assert torch.equal(batch.endpoints[:, 0], batch.endpoints[:, 1])
+    # At strength 1 the initial latents are the noise of the seed alone.
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    packed = flow.pipeline._pack_latents(latents, 1, 4, 8, 8)
+    assert torch.equal(batch.x_t[0][:1], packed)
+
+
+def test_images_do_not_depend_on_what_the_process_drew_before():
+    flow = make_flow("sd3", pipeline=conditioned.sd3_controlnet())
+    columns = conditioned.control_image(1)
+    arguments = (["a cat"], constant_churn(flow.rehearse(["a"], columns).sigmas, 0.2), [0], [1, 2], [0], columns)
+    first = flow.rollout(*arguments)
+    state = torch.get_rng_state()
+    torch.manual_seed(123)
+    torch.rand(7)
+    before = torch.get_rng_state()
+    assert torch.equal(flow.rollout(*arguments).images, first.images)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.set_rng_state(state)
+
+
+@pytest.mark.parametrize(("strength", "steps"), [(0.5, 8), (0.3, 13), (1.0, 4)])
+def test_a_schedule_that_starts_late_takes_as_many_steps_as_the_option_says(strength, steps, make_config):
+    trainer = FDFOTrainer(
+        make_config(
+            per_device_prompt_batch_size=1,
+            pipeline_columns=["image"],
+            pipeline_kwargs={"strength": strength, "max_sequence_length": 8},
+        ),
+        conditioned.img2img(),
+        lambda images, prompts, **columns: images.mean(dim=(1, 2, 3)),
+        Dataset.from_dict({"prompt": ["a cat"] * 4, **conditioned.image(4)}),
+    )
+    scheduled = trainer.flow.call_kwargs["num_inference_steps"]
+    assert len(trainer.sigmas) == STEPS + 1 and scheduled - int(scheduled * (1 - strength)) == STEPS
+    assert scheduled <= steps
+    assert (trainer.sigmas[0] < 1) == (strength < 1)
+    trainer.train()
+    assert trainer.state.global_step == 4
+
+
+def test_churn_at_the_start_alone_is_refused_if_the_schedule_starts_late():
+    flow = make_flow(pipeline=conditioned.img2img(), strength=0.5)
+    columns = conditioned.image(1)
+    amounts = torch.zeros(STEPS + 1)
+    amounts[0] = 0.1
+    with pytest.raises(
+        ValueError, match="All churn is at the first noise level.*starts late, at step 2 .*strength=1.0"
+    ):
+        flow.rollout(["a cat"], amounts, [0], [1, 2], range(2), columns)
+
+
+def test_a_likelihood_of_changed_latents_is_refused():
+    flow = make_flow(pipeline=conditioned.inpaint(), strength=1.0, scheduler_class=SDEScheduler)
+    columns = conditioned.image_and_mask(1)
+    with pytest.raises(ValueError, match="changes its latents between two steps"):
+        flow.rollout(["a cat"], torch.full((STEPS + 1,), 0.3), [0], [1, 2], range(STEPS), columns)
+
+
+class WithMemory(type(tiny_pipelines.sd3())):
+    """Changes its transformer from call to call."""
+
+    def check_inputs(self, *args, **kwargs):
+        self.transformer.proj_out.bias.data.add_(0.1)
+
+
+def test_what_cannot_be_replayed_is_found_at_construction(make_trainer):
+    scored = []
+
+    def reward(images, prompts):
+        scored.append(len(images))
+        return images.mean(dim=(1, 2, 3))
+
+    with pytest.raises(ReplayError, match="The replay of WithMemory is not exact"):
+        make_trainer(WithMemory(**parts_of(tiny_pipelines.sd3())), reward)
+    # In training mode, as in a run.
+    pipeline = tiny_pipelines.sd3()
+    pipeline.transformer.proj_out = torch.nn.Sequential(pipeline.transformer.proj_out, torch.nn.Dropout(0.3))
+    with pytest.raises(ReplayError, match="Likely causes: dropout"):
+        make_trainer(pipeline, reward)
+    assert scored == []
+
+
+def parts_of(pipeline):
+    return {
+        name: part for name, part in pipeline.components.items() if name not in ("image_encoder", "feature_extractor")
+    }
+
+
+class Fails(type(tiny_pipelines.sd3())):
+    """Cannot be called a third time: a rehearsal and a rollout call it, then a replay."""
+
+    calls = 0
+
+    def check_inputs(self, *args, **kwargs):
+        self.calls += 1
+        if self.calls == 3:
+            raise RuntimeError("once too often")
+
+
+def test_an_error_of_the_trial_names_the_call():
+    flow = make_flow(pipeline=Fails(**parts_of(tiny_pipelines.sd3())))
+    flow.rehearse(["a"])
+    with pytest.raises(ValueError, match="A rollout of Fails with .*'num_inference_steps': 2.*RuntimeError: once too"):
+        flow.try_replay("a cat")
+
+
+def test_construction_leaves_the_modes_of_the_layers(make_trainer):
+    trainer = make_trainer()
+    assert not trainer.pipeline.transformer.pos_embed.training
+    assert trainer.flow.model is trainer.pipeline.transformer

@@ -131,7 +131,9 @@ def test_what_is_no_adapter_of_this_pipeline_is_refused(make_trainer, saved, tmp
     saved(target_modules=["attn.to_q"])
     refused(tmp_path / "none", "is no folder or file here, and was not found on the Hub")
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "has neither adapter_config.json nor a .safetensors file")
+    refused(
+        tmp_path / "empty", "has neither pytorch_lora_weights.safetensors .* nor adapter_config.json .*, and 0 other"
+    )
     # One matrix missing; of another size; another family.
     weights = load_file(tmp_path / "peft" / PEFT)
     name, value = next(iter(weights.items()))
@@ -195,3 +197,23 @@ def test_both_formats_of_one_folder_are_the_averaged_weights(make_trainer, tmp_p
     for pipeline in (by_diffusers, by_peft):
         loaded = PipelineFlow(pipeline, num_generations=2, **trainer.flow.call_kwargs)
         assert torch.equal(loaded.generate(PROMPTS[:1], [0]), image)
+
+
+def test_what_load_lora_weights_makes_of_the_names_of_peft_and_of_bfloat16(saved, tmp_path):
+    """As docs/sharing.md says: it loads nothing of PEFT's file, and rounds its own to the dtype of the pipeline."""
+    saved(r=4)
+    base = tiny_pipelines.sd3().transformer.state_dict()
+    pipeline = tiny_pipelines.sd3()
+    pipeline.load_lora_weights(str(tmp_path / "peft"), weight_name=PEFT)
+    assert pipeline.transformer.state_dict().keys() == base.keys()
+    by_diffusers, by_peft = (tiny_pipelines.sd3().to(torch.bfloat16) for _ in range(2))
+    by_diffusers.load_lora_weights(str(tmp_path / "diffusers"))
+    PeftModel.from_pretrained(by_peft.transformer, tmp_path / "peft")
+    for pipeline, dtype in ((by_diffusers, torch.bfloat16), (by_peft, torch.float32)):
+        weights = [weight for name, weight in pipeline.transformer.named_parameters() if "lora_" in name]
+        assert {weight.dtype for weight in weights} == {dtype}
+
+
+def test_lora_of_parameters_has_no_file_that_diffusers_cannot_load(saved, tmp_path):
+    saved(target_modules=[], target_parameters=["attn.to_q.weight"])
+    assert (tmp_path / "peft" / PEFT).is_file() and not (tmp_path / "diffusers" / DIFFUSERS).exists()

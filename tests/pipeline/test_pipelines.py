@@ -30,7 +30,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class Family:
     build: Callable
     calls: dict[str, dict]
-    images: Callable | None = None  # makes the images that the pipeline edits
+    images: Callable | None = None  # makes the images that the pipeline is given, or its columns
+
+
+def conditioned(name: str, columns: str | None = None) -> Family:
+    module = importlib.import_module("tiny_pipelines.conditioned")
+    return Family(getattr(module, name), module.CALLS[name], columns and getattr(module, columns))
 
 
 def family(name: str, build: str = "build", with_images: bool = False) -> Family:
@@ -71,6 +76,15 @@ FAMILIES = {
     "Chroma": family("chroma"),
     "CogView 4": family("cogview4"),
     "Wan (video)": family("wan"),
+    "FLUX.1 Fill": conditioned("fill", "image_and_mask"),
+    "FLUX.1 Control": conditioned("control", "control_image"),
+    "FLUX.1 ControlNet": conditioned("controlnet", "control_image"),
+    "FLUX.1 inpainting": conditioned("inpaint", "image_and_mask"),
+    "FLUX.1 image to image": conditioned("img2img", "image"),
+    "Stable Diffusion 3 inpainting": conditioned("sd3_inpaint", "image_and_mask"),
+    "Stable Diffusion 3 image to image": conditioned("sd3_img2img", "image"),
+    "Stable Diffusion 3 ControlNet": conditioned("sd3_controlnet", "control_image"),
+    "Stable Diffusion 3 perturbed attention": conditioned("sd3_pag"),
 }
 CALLS = [(name, call) for name in FAMILIES for call in FAMILIES[name].calls]
 
@@ -82,8 +96,8 @@ def num_prompts(name):
 
 def columns_of(name, count):
     """Arguments beside the prompt: the images that the pipeline edits, if it does."""
-    images = FAMILIES[name].images
-    return {"image": images(count)} if images is not None else {}
+    columns = FAMILIES[name].images(count) if FAMILIES[name].images is not None else {}
+    return columns if isinstance(columns, dict) else {"image": columns}
 
 
 def first_call(name):
@@ -92,13 +106,13 @@ def first_call(name):
 
 def make_flow(name, call, dtype=torch.float32):
     pipeline = FAMILIES[name].build().to(dtype)
-    return PipelineFlow(pipeline, num_generations=2, num_inference_steps=STEPS, **call)
+    return PipelineFlow(pipeline, num_generations=2, **{"num_inference_steps": STEPS, **call})
 
 
 def roll_out(flow, name, seed=0, gamma=0.2):
     count = num_prompts(name)
     columns = columns_of(name, count)
-    sigmas = flow.rehearse(["a cat"], {column: values[:1] for column, values in columns.items()}).sigmas
+    sigmas = flow.rehearse(["a cat"], {column: values[:1] for column, values in columns.items()}, 2).sigmas
     return flow.rollout(
         ["a cat", "two dogs in a garden"][:count],
         constant_churn(sigmas, gamma),
@@ -210,6 +224,7 @@ def test_gradients_reach_every_lora_matrix(name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_whole_trainer_and_saved_lora(name, make_config, tmp_path):
     call = dict(first_call(name))
+    call.pop("num_inference_steps", None)  # the trainer finds it
     columns = columns_of(name, 4)
     config = make_config(
         num_rollouts=1,

@@ -440,3 +440,28 @@ def test_script_plans_the_packaged_pipeline(tmp_path, capsys):
 def test_script_says_how_to_get_configs(tmp_path):
     with pytest.raises(OSError, match='hf download somebody/no-such-model --exclude "\\*.safetensors"'):
         run_script("--plan", "--model", "somebody/no-such-model", "--output_dir", tmp_path / "out")
+
+
+def test_hooks_of_a_user_are_not_called_by_the_plan(make_trainer):
+    seen = []
+
+    class Hook:
+        def __call__(self, module, args, kwargs=None, output=None):
+            seen.append([type(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)])
+
+        def __deepcopy__(self, memo):
+            raise AssertionError("a hook may hold a file or a lock")
+
+    pipeline = tiny_pipelines.sd3()
+    block = pipeline.transformer.transformer_blocks[0]
+    block.register_forward_pre_hook(Hook())
+    pipeline.transformer.register_forward_hook(Hook(), with_kwargs=True)
+    block.register_full_backward_hook(Hook())
+    pipeline.vae.decoder.register_forward_hook(Hook())
+    trainer = make_trainer(pipeline)
+    called = len(seen)
+    plan = trainer.run_plan()
+    assert plan.failure is None and plan.training.peak > 0
+    assert len(seen) == called > 0
+    assert all(kind is torch.Tensor for kinds in seen for kind in kinds)
+    assert len(block._forward_pre_hooks) == 1

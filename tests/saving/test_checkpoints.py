@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, and what a run may go on from."""
+"""A checkpoint is whole or is not there, a run resumes from the newest whole one, and only its own run does."""
 
 import json
 import os
@@ -15,9 +15,11 @@ import tiny_pipelines
 import torch
 from checkpoint_contents import assert_equal, contents
 from conftest import trained_weights
-from tiny_runs import redness
+from datasets import Dataset
+from tiny_runs import PROMPTS, redness
 from transformers import TrainerCallback
 
+from trl_fdfo import FDFOTrainer
 from trl_fdfo.saving.checkpoint_files import MANIFEST, fault, newest_good_checkpoint
 
 
@@ -48,7 +50,7 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(damaged)
 
 
-def test_everything_of_a_resumed_run_is_that_of_the_whole_one(make_trainer, tmp_path):
+def test_a_resumed_run_ends_in_the_checkpoint_of_the_whole_run(make_trainer):
     options = {"save_strategy": "epoch", "ema_decay": 0.5, "lr_scheduler_type": "cosine", "num_rollouts": 4}
     options |= {"eval_dataset": None, "logging_steps": 1}
     whole = make_trainer(**options)
@@ -64,8 +66,32 @@ def test_everything_of_a_resumed_run_is_that_of_the_whole_one(make_trainer, tmp_
     assert_equal(found, expected)
 
 
+@pytest.mark.parametrize("use_peft", [True, False])
+def test_a_resumed_run_ends_in_the_weights_and_images_of_the_whole_run(make_trainer, use_peft):
+    options = {"num_rollouts": 3, "save_strategy": "epoch", "ema_decay": 0.5, "use_peft": use_peft}
+    whole = make_trainer(**options)
+    whole.train()
+    averaged = whole.generate(PROMPTS, range(6))
+    resumed = make_trainer(**options)
+    resumed.train(resume_from_checkpoint=f"{resumed.args.output_dir}/checkpoint-2")
+    assert resumed.state.global_step == 6
+    expected = trained_weights(whole)
+    for name, weight in trained_weights(resumed).items():
+        assert torch.equal(weight, expected[name]), name
+    assert torch.equal(resumed.generate(PROMPTS, range(6)), averaged)
+
+
+def test_averaging_can_start_with_a_resumed_run(make_trainer, caplog):
+    make_trainer(num_rollouts=1, save_strategy="epoch").train()
+    resumed = make_trainer(num_rollouts=2, ema_decay=0.5, resume_with_changed_options=True)
+    resumed.train(resume_from_checkpoint=f"{resumed.args.output_dir}/checkpoint-2")
+    assert resumed.state.global_step == 4
+    assert "the average over rollouts starts from its weights" in caplog.text
+    assert "with changes: ema_decay: None -> 0.5" in caplog.text
+
+
 def saved(folder) -> list[str]:
-    """All that is there beside the logs."""
+    """The names in a folder, without the logs."""
     found = Path(folder).iterdir() if Path(folder).exists() else ()
     return sorted(path.name for path in found if path.name not in ("metrics.jsonl", "pictures"))
 
@@ -97,7 +123,7 @@ def test_newest_good_checkpoint_is_taken(make_trainer, trained, caplog, damage, 
     assert f"Not resuming from {trained / 'checkpoint-4'}: " in caplog.text
     (reported,) = [record.message for record in caplog.records if "Not resuming" in record.message]
     assert re.search(message, reported)
-    # From checkpoint-2: a bad one has been replaced since.
+    # The run resumed from checkpoint-2 and has replaced the bad checkpoint.
     assert resumed.state.global_step == 6 and fault(trained / "checkpoint-4") is None
     damage(trained / "checkpoint-4")
     with pytest.raises(ValueError, match=f"Cannot resume from .*checkpoint-4: {message}"):
@@ -105,7 +131,7 @@ def test_newest_good_checkpoint_is_taken(make_trainer, trained, caplog, damage, 
 
 
 def test_checkpoint_of_another_name_is_resumed_from(make_trainer, trained):
-    """Such as the folder `last-checkpoint` that Trainer pushes to the Hub."""
+    """Trainer pushes a folder `last-checkpoint` to the Hub."""
     shutil.copytree(trained / "checkpoint-2", trained.parent / "last-checkpoint")
     assert resume(make_trainer, str(trained.parent / "last-checkpoint")).state.global_step == 6
     assert (trained / "_abandoned" / "checkpoint-4").is_dir()
@@ -116,17 +142,15 @@ def test_no_checkpoint_to_resume_from(make_trainer, trained):
         truncate(trained / f"checkpoint-{step}" / ADAPTER)
     with pytest.raises(ValueError, match=r"no checkpoint to resume from in .*checkpoint-4: .* bytes.*checkpoint-2: "):
         resume(make_trainer)
-    with pytest.raises(ValueError, match=r"Cannot resume from .*checkpoint-8: there is no such folder"):
-        resume(make_trainer, trained / "checkpoint-8")
 
 
 def test_resuming_before_the_first_checkpoint_starts_from_the_beginning(make_trainer, caplog):
-    """So that a job that is run again whenever it was preempted has one command."""
+    """A job that is started again after each preemption needs only one command."""
     resumed = resume(make_trainer, "true", rollouts=1)
     assert resumed.state.global_step == 2 and "yet: the run starts from the beginning" in caplog.text
 
 
-def test_changed_learning_rate_is_that_of_the_resumed_run(make_trainer, trained):
+def test_a_resumed_run_takes_its_new_learning_rate(make_trainer, trained):
     changed = {"learning_rate": 1e-2, "weight_decay": 0.5, "adam_beta2": 0.9, "adam_epsilon": 1e-4}
     resumed = resume(make_trainer, resume_with_changed_options=True, save_strategy="epoch", **changed)
     (group,) = torch.load(trained / "checkpoint-6" / "optimizer.pt", weights_only=True)["param_groups"][:1]
@@ -140,7 +164,7 @@ def test_checkpoints_of_an_abandoned_run_are_set_aside(make_trainer, trained, ca
     assert saved(trained) == ["_abandoned", "checkpoint-6"]
     assert fault(trained / "_abandoned" / "checkpoint-4") is None
     assert "checkpoint-4 is not of the run that begins at step 2: moved to" in caplog.text
-    # A run that does not resume begins at step 0.
+    # A new run begins at step 0, so the checkpoints after it are set aside too.
     make_trainer(num_rollouts=1, save_strategy="epoch").train()
     names = sorted(path.name for path in (trained / "_abandoned").iterdir())
     assert names == ["checkpoint-4", "checkpoint-6"] and newest_good_checkpoint(trained) == trained / "checkpoint-2"
@@ -161,10 +185,6 @@ def test_damaged_manifest_is_skipped(make_trainer, trained, caplog, manifest):
 
 
 def test_reward_of_another_setting_or_another_column_is_another_run(make_config, trained):
-    from datasets import Dataset
-
-    from trl_fdfo import FDFOTrainer
-
     class Scaled:
         def __init__(self, scale):
             self.scale = scale
@@ -182,18 +202,17 @@ def test_reward_of_another_setting_or_another_column_is_another_run(make_config,
         ValueError, match=r"rewards: \{'Scaled': '1 \(scale=1.0\)'\} -> \{'Scaled': '1 \(scale=-1.0\)'\}"
     ):
         train(-1.0, [1, 2], resume_from_checkpoint=True)
-    with pytest.raises(ValueError, match=r"dataset \(checksum of its text and numbers\)"):
+    with pytest.raises(ValueError, match=r"dataset \(checksum of all its text and numbers\)"):
         train(1.0, [1, 3], resume_from_checkpoint=True)
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"learning_rate": 1e-4}, r"from another run: learning_rate: 0.001 -> 0.0001\. Set them back"),
         ({"churn": 0.1, "beta": 0.5}, r"beta: 0.0 -> 0.5; churn: 0.2 -> 0.1"),
         ({"adam_beta2": 0.9}, r"adam_beta2: 0.999 -> 0.9"),
         ({"lora_r": 8}, r"weights and optimizer of another run: adapter.r: 4 -> 8\. No run can go on"),
-        ({"prompts": ["other"] * 6}, r"dataset \(checksum of its text and numbers\)"),
+        ({"prompts": ["other"] * 6}, r"dataset \(checksum of all its text and numbers\)"),
         ({"reward_fn": lambda images: [0.0] * len(images)}, r"rewards: \{'redness': '1'\} -> \{'<lambda>': '1'\}"),
         ({"reward_weights": [2.0]}, r"rewards: \{'redness': '1'\} -> \{'redness': '2'\}"),
         ({"pipeline": lambda: tiny_pipelines.flux()}, r"pipeline: 'StableDiffusion3Pipeline' -> 'FluxPipeline'"),
@@ -209,7 +228,7 @@ def test_run_that_differs_is_refused(make_trainer, trained, changed, message):
         resume(make_trainer, **changed)
 
 
-def test_what_does_not_change_the_result_may_change(make_trainer, trained, tmp_path):
+def test_options_that_do_not_change_the_result_may_change(make_trainer, trained):
     resumed = resume(make_trainer, logging_steps=1, save_strategy="no", rollouts=4, disable_tqdm=False)
     assert resumed.state.global_step == 8
     resumed = resume(make_trainer, learning_rate=1e-4, resume_with_changed_options=True)
@@ -217,8 +236,6 @@ def test_what_does_not_change_the_result_may_change(make_trainer, trained, tmp_p
 
 
 def test_moved_folder_keeps_its_best_checkpoint(make_trainer, tmp_path):
-    from datasets import Dataset
-
     options = {
         "eval_dataset": Dataset.from_dict({"prompt": ["a", "b"]}),
         "eval_strategy": "epoch",
@@ -230,7 +247,7 @@ def test_moved_folder_keeps_its_best_checkpoint(make_trainer, tmp_path):
     best = trainer.state.best_model_checkpoint
     assert Path(best).is_dir()
     state = (Path(trainer.args.output_dir) / "checkpoint-4" / "trainer_state.json").read_text()
-    # Neither the folders of this machine nor its user.
+    # The folders of this machine may name its user.
     assert str(tmp_path) not in state
     moved = tmp_path / "moved"
     shutil.move(trainer.args.output_dir, moved)
@@ -241,7 +258,7 @@ def test_moved_folder_keeps_its_best_checkpoint(make_trainer, tmp_path):
 
 def test_full_disk_ends_the_run_and_leaves_the_older_checkpoints(make_trainer, tmp_path):
     class FillDisk(TrainerCallback):
-        """No file may grow beyond 4 kB from the second save on: what a full disk does to a write."""
+        """From the second save on no file may exceed 4 kB: a write fails as on a full disk."""
 
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == 3:
@@ -260,14 +277,14 @@ def test_full_disk_ends_the_run_and_leaves_the_older_checkpoints(make_trainer, t
 
 
 def test_read_only_folder_ends_the_run_and_leaves_the_older_checkpoints(make_trainer):
-    folder = tempfile.mkdtemp()  # not in tmp_path, which lets no other user through
+    folder = tempfile.mkdtemp()  # other users cannot enter tmp_path
     os.chmod(folder, 0o755)
 
     class Lock(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == 3:
                 out.chmod(0o555)
-                if os.geteuid() == 0:  # whom no permission stops
+                if os.geteuid() == 0:  # no permission stops root
                     os.seteuid(65534)
 
     trainer = make_trainer(num_rollouts=3, save_strategy="epoch", callbacks=[Lock()], output_dir=f"{folder}/out")
@@ -282,12 +299,6 @@ def test_read_only_folder_ends_the_run_and_leaves_the_older_checkpoints(make_tra
     assert saved(out) == ["checkpoint-2"]
     assert resume(make_trainer, output_dir=str(out)).state.global_step == 6
     shutil.rmtree(folder)
-
-
-def test_weights_alone_are_not_resumed_from(make_trainer):
-    make_trainer(num_rollouts=1, save_strategy="epoch", save_only_model=True).train()
-    with pytest.raises(ValueError, match=r"has no optimizer.pt: it was saved with save_only_model=True"):
-        resume(make_trainer)
 
 
 def test_nothing_is_saved_inside_a_rollout(make_trainer, caplog):
@@ -316,7 +327,7 @@ class Kill(TrainerCallback):
 
 
 def killing_reward(number, calls, times=1):
-    """Redness, and a signal (or several, a while apart) at one of its calls: while a rollout is sampled."""
+    """Redness that sends a signal in some of its calls, while a rollout is sampled: `times` signals, a second apart."""
     counted = []
 
     def redness_and_signal(images, prompts):
@@ -325,7 +336,7 @@ def killing_reward(number, calls, times=1):
             for n in range(times):
                 time.sleep(n and 1.1)
                 os.kill(os.getpid(), number)
-                os.kill(os.getpid(), number)  # passed on by a launcher: it is the same
+                os.kill(os.getpid(), number)  # a launcher passes the same signal on
         return redness(images, prompts)
 
     redness_and_signal.__name__ = "redness"
@@ -338,13 +349,13 @@ def checkpoints(trainer):
 
 @pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
 @pytest.mark.parametrize("where", ["rollout", "update"])
-def test_signal_ends_the_run_and_it_goes_on(make_trainer, number, error, where, caplog):
+def test_a_run_that_a_signal_ended_goes_on(make_trainer, number, error, where, caplog):
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     options = {"num_rollouts": 3, "save_strategy": "steps", "save_steps": 4, "save_on_signal": True}
     expected = make_trainer(**options)
     expected.train()
     shutil.rmtree(expected.args.output_dir)
-    # The third call of the reward is in the second rollout, the third step too.
+    # The third call of the reward is in the second rollout, and so is the third step.
     stop = {"reward_fn": killing_reward(number, [3])} if where == "rollout" else {"callbacks": [Kill(number, 3)]}
     killed = make_trainer(**options, **stop)
     with pytest.raises(error) as raised:
@@ -354,7 +365,7 @@ def test_signal_ends_the_run_and_it_goes_on(make_trainer, number, error, where, 
         assert raised.value.code == 128 + signal.SIGTERM
     message = str(raised.value) if number == signal.SIGINT else caplog.text
     assert f"{number.name} ended the run after step" in message and "--resume_from_checkpoint true" in message
-    # While images are sampled nothing of the rollout is in the weights, and they are saved at once.
+    # Until all images are sampled the weights hold nothing of the rollout, so they are saved at once.
     assert checkpoints(killed) == (["checkpoint-2"] if where == "rollout" else ["checkpoint-4"])
     resumed = make_trainer(**options)
     resumed.train(resume_from_checkpoint=True)

@@ -211,6 +211,6 @@ def test_options_are_scrubbed_of_paths_and_token(tmp_path):
         report_to=[],
         use_cpu=True,
     )
-    for options in (config.to_dict(), config.__getstate__()):
+    for options in (config.to_dict(), vars(config.redacted())):
         assert (options["output_dir"], options["dataset_name"]) == ("out", "p.csv")
         assert str(tmp_path) not in repr(options) and TOKEN not in repr(options)

@@ -1,5 +1,6 @@
 """Model cards without a Hub; the tests that need a Hub are in test_hub.py."""
 
+import ast
 import re
 import zipfile
 from dataclasses import replace
@@ -340,3 +341,44 @@ def test_wheel_has_the_template(tmp_path):
         pytest.skip("no wheel can be built here: hatchling cannot be installed")
     (wheel,) = tmp_path.glob("*.whl")
     assert "trl_fdfo/saving/model_card.md" in zipfile.ZipFile(wheel).namelist()
+
+
+# Backticks and pipes --------------------------------------------------------------------------------------------------
+
+
+def fenced_code(text) -> list[str]:
+    """Contents of the fenced blocks of a Markdown text, by CommonMark's rule for fences of backticks."""
+    blocks, fence = [], None
+    for line in text.splitlines():
+        ticks = re.match(r" {0,3}(`{3,})([^`]*)$", line)
+        if fence is None and ticks:
+            fence, block = ticks[1], []
+        elif fence is not None and ticks and len(ticks[1]) >= len(fence) and not ticks[2].strip():
+            blocks.append("\n".join(block))
+            fence = None
+        elif fence is not None:
+            block.append(line)
+    assert fence is None
+    return blocks
+
+
+@pytest.mark.parametrize("prompt", ["plain", "```", "a ```python cat```", "`````\n```", "one ` tick"])
+def test_backticks_of_a_prompt_are_inside_the_code(tmp_path, prompt):
+    record = replace(
+        RECORD,
+        training=replace(TRAINING, first_prompt=prompt, rewards=[("a`b", 1.0), ("c|d", 2.0)]),
+        pipeline=replace(PIPELINE, call_kwargs={"negative_prompt": "``` bad", "height": 16}),
+    )
+    write_model_card(record, tmp_path)
+    text = card_of(tmp_path).text
+    assert fenced_code(text) == [usage_snippet(record), PAPER.bibtex]
+    assert ast.parse(fenced_code(text)[0])
+    cells = [line.count("|") - line.count("\\|") for line in text[text.index("| reward |") :].splitlines()[:4]]
+    assert cells == [3, 3, 3, 3]
+
+
+def test_the_card_shows_literals_alone(tmp_path):
+    call = {"height": 16, "attention_kwargs": {"scale": torch.ones(1)}, "steps": [print], "sigmas": [1.0, 0.5]}
+    card = written(tmp_path, pipeline=replace(PIPELINE, call_kwargs={**call, "callback": print}))
+    assert "trained with `height=16`, `sigmas=[1.0, 0.5]`: other" in card.text
+    assert 'pipeline("a cat", height=16, sigmas=[1.0, 0.5])' in card.text

@@ -774,7 +774,7 @@ TABLE = [
     bad(generate(["a"], [1], height=30), "30", "have to be divisible by 4", "height 28"),
     bad(generate(["a"], [1], steps=3), "'steps'", "unexpected keyword argument", error=TypeError),
     # Typing a command line --------------------------------------------------------------------------------------------
-    bad(script("--foo", "1"), "['--foo', '1']", "not used"),
+    bad(script("--foo", "1"), "FDFOConfig has no option foo"),
     bad(script(num_rollouts="ten"), "--num_rollouts", "invalid int value: 'ten'", error=SystemExit),
     bad(script(use_cpu="maybe"), "got maybe", "expected one of yes/no", error=SystemExit),
     bad(script(churn_schedule="linear"), "'linear'", "choose from", error=SystemExit),
@@ -792,7 +792,7 @@ TABLE = [
     # Writing a recipe -------------------------------------------------------------------------------------------------
     bad(script("--config", "none.yaml"), "none.yaml", "No such file", error=FileNotFoundError),
     bad(script(recipe="- a\n"), "recipe.yaml", "must contain a YAML mapping"),
-    bad(script(recipe="num_rolouts: 3\n"), "['--num_rolouts', '3']", "Unknown arguments from config file"),
+    bad(script(recipe="num_rolouts: 3\n"), "no option num_rolouts=3", "Did you mean `num_rollouts`"),
     bad(script(recipe="num_rollouts: 2.5\n", num_rollouts=None), "num_rollouts=2.5 is a float", "must be int"),
     bad(script(recipe="num_rollouts: ten\n", num_rollouts=None), "value: 'ten'", "--num_rollouts", error=SystemExit),
     bad(

@@ -1,8 +1,9 @@
 """
-Over random configurations: a run trains, or it is refused when it is constructed. Nothing fails later.
+A run with random options trains, or is refused when it is constructed. Nothing fails later.
 
-The examples are the same in each run of the suite. For others: `HYPOTHESIS_EXAMPLES=1000 pytest tests/test_properties.py`
-draws that many at random.
+Each run of the suite draws the same examples. To draw a thousand others:
+
+    HYPOTHESIS_EXAMPLES=1000 pytest tests/training/test_properties.py
 """
 
 import collections
@@ -24,7 +25,7 @@ from trl_fdfo import FDFOConfig, FDFOTrainer
 
 EXAMPLES = int(os.environ.get("HYPOTHESIS_EXAMPLES", 0))
 
-# Each is right by itself; together they may still be refused, such as where batches cannot be split evenly.
+# Each value is right by itself. Several together may still be refused, if batches cannot be split evenly for example.
 OPTIONS = {
     "prompts_per_rollout": st.integers(1, 6),
     "per_device_prompt_batch_size": st.integers(1, 3),
@@ -84,7 +85,7 @@ OPTIONS = {
     "logging_first_step": st.booleans(),
 }
 
-# Each is wrong by itself.
+# Each value is wrong by itself.
 BAD_VALUES = {
     "prompts_per_rollout": [0, -1, 2.5],
     "per_device_prompt_batch_size": [0, "2"],
@@ -132,13 +133,13 @@ ONE_BAD_VALUE = [{name: value} for name, values in BAD_VALUES.items() for value 
 
 @st.composite
 def runs(draw):
-    """Options of a run, and whether it has an `eval_dataset`."""
+    """Options of a run, and True if it has an `eval_dataset`."""
     options = draw(st.fixed_dictionaries({}, optional=OPTIONS))
     return options | draw(st.just({}) | st.just({}) | st.sampled_from(ONE_BAD_VALUE)), draw(st.booleans())
 
 
 def outcome(options: dict, has_eval_dataset: bool) -> str:
-    """`"trained"` or `"refused"`, asserting that it is one of them."""
+    """Construct and train a run. Returns `"trained"` or `"refused"`, and fails for every other outcome."""
     defaults = {
         "num_rollouts": 2,
         "prompts_per_rollout": 2,
@@ -179,7 +180,7 @@ def outcome(options: dict, has_eval_dataset: bool) -> str:
 
 @pytest.fixture
 def frozen_modules():
-    """Trainer collects garbage in each run, which takes longer than the run itself: let it pass over what is imported."""
+    """Trainer collects garbage in each run, which takes longer than the run. Make it skip all imported objects."""
     gc.collect()
     gc.freeze()
     yield
@@ -188,7 +189,7 @@ def frozen_modules():
 
 @pytest.mark.parametrize("options", ONE_BAD_VALUE, ids=str)
 def test_a_bad_value_is_refused_by_itself(options):
-    # Some are only read where there is an evaluation, or where it saves by steps.
+    # Some options are read only if the run evaluates, or saves by steps.
     used = {"eval_strategy": "epoch"} if options.keys() & {"metric_for_best_model", "eval_diversity"} else {}
     used |= {"save_strategy": "steps", "optimizer_steps_per_rollout": 2} if "save_steps" in options else {}
     assert outcome({**used, **options}, has_eval_dataset=True) == "refused"
@@ -210,5 +211,5 @@ def test_a_run_trains_or_is_refused_when_it_is_constructed(frozen_modules):
         outcomes[outcome(*run)] += 1
 
     check()
-    # Where nearly all are of one kind the examples say little of the other.
+    # The examples must be enough of both kinds.
     assert outcomes["trained"] >= 15 and outcomes["refused"] >= 15, outcomes

@@ -84,7 +84,7 @@ def test_unrelated_images_are_at_a_distance_of_one(make_trainer):
     trainer = make_trainer(num_rollouts=1)
     for branches in (2, 3):
         endpoints = torch.randn(300, branches, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-        trainer.metrics.add_branches(endpoints, shared_noise=1.0)
+        trainer.metrics.add_branches([endpoints], shared_noise=1.0)
         assert trainer.metrics.values["branch_distance"][-1].item() == pytest.approx(1.0, abs=0.01)
 
 

@@ -13,7 +13,7 @@ from transformers.utils import logging
 from ..metric_names import CONTROL, REWARD, part
 from ..pipeline.records import repeat_each
 from .diversity import load_diversity
-from .evaluator import Evaluator, summarize
+from .evaluator import DifferentSizesError, Evaluator, read_rows, summarize
 
 
 logger = logging.get_logger(__name__)
@@ -70,7 +70,9 @@ class BeforeAfter:
         self.held_out = held_out
         self._evaluator, self._generate, self._state = evaluator, generate, state
         self._untrained, self._metrics = untrained, metrics
-        self._columns = {name: repeat_each(values, images_per_prompt) for name, values in dataset[:num_prompts].items()}
+        rows = range(min(num_prompts, len(dataset)))
+        columns = read_rows(dataset, rows, evaluator.needed_columns(dataset))
+        self._columns = {name: repeat_each(values, images_per_prompt) for name, values in columns.items()}
         self._all_prompts = self._columns[prompt_column]
         self._images_per_prompt = images_per_prompt
         self.prompts = self._all_prompts[::images_per_prompt]
@@ -92,14 +94,17 @@ class BeforeAfter:
     def complete(self) -> None:
         """
         Sample "after" from the weights as they are now and, if nothing was sampled before training, the untrained model.
-        All processes must call it. Warns if a reward fails.
+        All processes must call it. Warns if a reward fails, or if the images have different sizes.
         """
-        if not self.images and self._untrained is not None:
-            name, untrained = self._untrained
-            with untrained():
-                self._sample(name)
-        if self._after_step != self._state().global_step:
-            self._sample("after")
+        try:
+            if not self.images and self._untrained is not None:
+                name, untrained = self._untrained
+                with untrained():
+                    self._sample(name)
+            if self._after_step != self._state().global_step:
+                self._sample("after")
+        except DifferentSizesError as error:
+            logger.warning(f"The model card has no images: {error}")
         for name in self.images.keys() - self.results.keys():
             try:
                 self._score(name)

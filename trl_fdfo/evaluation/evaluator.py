@@ -5,14 +5,17 @@ and diversity say of them.
 Dimensions: P prompts, S images of each, R rewards, C control rewards.
 """
 
+import contextlib
+import inspect
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather
+from accelerate.utils import gather, gather_object
 from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -38,6 +41,10 @@ class Evaluation:
     rewards: Tensor
     controls: Tensor | None
     diversity: Tensor | None
+
+
+class DifferentSizesError(ValueError):
+    """Images of different sizes, where a tensor holds all of them."""
 
 
 class Evaluator:
@@ -83,18 +90,30 @@ class Evaluator:
     def generate(
         self, prompts: Sequence[str], seeds: Sequence[int], columns: dict[str, Sequence], **call_kwargs: Any
     ) -> Tensor:
-        """One image per prompt and seed, on the CPU, whole on each process, [N, ...]; all processes must call it."""
+        """
+        One image per prompt and seed, on the CPU, whole on each process, [N, ...]; all processes must call it.
+
+        Raises:
+            DifferentSizesError: The images differ in size, which `sampled_columns` decide.
+        """
         columns = {name: columns[name] for name in self._sampled_columns}
         images = []
         for numbers in self._batches(self._share(len(prompts)), self._batch_size, "sampling"):
             images.append(
                 self._sample(
                     [prompts[n] for n in numbers],
-                    [seeds[n] for n in numbers],
+                    [operator.index(seeds[n]) for n in numbers],
                     {name: [values[n] for n in numbers] for name, values in columns.items()},
                     **call_kwargs,
                 )
             )
+        if columns:
+            sizes = sorted({tuple(size) for size in gather_object([list(batch.shape[-2:]) for batch in images])})
+            if len(sizes) > 1:
+                raise DifferentSizesError(
+                    f"The images of these rows have different sizes (height, width), such as {sizes[0]} and {sizes[-1]}, "
+                    "and are returned as one tensor: sample rows of one size at a time."
+                )
         return gather(torch.cat(images)).cpu()[: len(prompts)]
 
     def evaluate(
@@ -121,14 +140,16 @@ class Evaluator:
             on_images (`Callable`): Called with the number of each prompt of this process and its images [S, ...].
             title (`str`): Title of the progress bar.
         """
-        columns = dataset[:]
+        needed = self.needed_columns(dataset)
         if prompts_at_a_time is None:
             prompts_at_a_time = max(1, self._batch_size // images_per_prompt)
         pending, diversity = [], []
         for numbers in self._batches(self._share(len(dataset)), prompts_at_a_time, title):
-            rows = {name: repeat_each([v[n] for n in numbers], images_per_prompt) for name, v in columns.items()}
-            seeds = [seed_of(n, image) for n in numbers for image in range(images_per_prompt)]
-            images = self._sample_in_batches(rows, seeds)
+            columns = read_rows(dataset, numbers, needed)
+            rows = {name: repeat_each(values, images_per_prompt) for name, values in columns.items()}
+            seeds = [operator.index(seed_of(n, image)) for n in numbers for image in range(images_per_prompt)]
+            with noted(f"Raised by the rows {numbers} of the evaluated dataset."):
+                images = self._sample_in_batches(rows, seeds)
             for batch in pending:
                 for scores in batch:
                     scores.raise_errors()
@@ -165,6 +186,10 @@ class Evaluator:
         rewards, *controls = (values.unflatten(0, images.shape[:2]) for values in scores)
         return Evaluation(rewards, controls[0] if controls else None, None)
 
+    def needed_columns(self, dataset: Dataset) -> list[str]:
+        """The columns of a dataset that are sampled with, or that a reward takes."""
+        return needed_columns(dataset, self._kinds(), [self._prompt_column, *self._sampled_columns])
+
     def _kinds(self) -> list[RewardFunctions]:
         return [functions for functions in (self.rewards, self.controls) if functions is not None]
 
@@ -188,6 +213,65 @@ class Evaluator:
         per_process = -(-total // processes.num_processes)
         first = processes.process_index * per_process
         return [number % total for number in range(first, first + per_process)]
+
+
+def needed_columns(dataset: Dataset, rewards: Sequence[RewardFunctions], others: Sequence[str]) -> list[str]:
+    """The columns of a dataset that the rewards take, and `others`."""
+    functions = [function for each in rewards for function in each.functions]
+    parameters = [p for function in functions for p in inspect.signature(function).parameters.values()]
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    taken = {*others, *(parameter.name for parameter in parameters)}
+    return [name for name in dataset.column_names if takes_all or name in taken]
+
+
+def read_rows(
+    dataset: Dataset, rows: Sequence[int], columns: Sequence[str], name: str = "the evaluated dataset"
+) -> dict[str, list]:
+    """
+    Values of some rows, by column. Columns that nothing uses are not read: an image there may be damaged.
+
+    Args:
+        dataset (`datasets.Dataset`): Prompts, with their columns.
+        rows (`Sequence[int]`): Numbers of the rows.
+        columns (`Sequence[str]`): Columns to read; a transform of the dataset reads all.
+        name (`str`): Name of the dataset in errors.
+
+    Raises:
+        ValueError: A row cannot be read.
+    """
+    if dataset.format["type"] != "custom":
+        dataset = dataset.select_columns(list(columns))
+    try:
+        return dataset[list(rows)]
+    except Exception as error:  # of a decoder, without the number of the row
+        place = next(
+            ((row, column) for row in rows for column in columns if not _is_readable(dataset, row, column)), None
+        )
+        if place is None:
+            raise
+        raise ValueError(
+            f"Row {place[0]} of {name} cannot be read: its column '{place[1]}' is damaged or missing "
+            f"({type(error).__name__}: {error}). Mend it, or leave the row out (`dataset.select`)."
+        ) from error
+
+
+def _is_readable(dataset: Dataset, row: int, column: str) -> bool:
+    try:
+        dataset[column][row]
+    except Exception:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def noted(note: str) -> Iterator[None]:
+    """Add a note to any error raised."""
+    try:
+        yield
+    except Exception as error:
+        if hasattr(error, "add_note"):  # Python 3.11
+            error.add_note(note)
+        raise
 
 
 def summarize(

@@ -12,5 +12,5 @@ class SDEScheduler(RolloutScheduler):
     records_arrivals = True
 
     def advance(self, x_t: Tensor, velocity: Tensor, step: int) -> Tensor:
-        t, s = self.sigmas[step], self.sigmas[step + 1]
+        t, s = self.noise_levels[step], self.noise_levels[step + 1]
         return sde_step(x_t, velocity, t, s, self.noise_amounts[:, step + 1], self._draw(x_t, step + 1))

@@ -13,7 +13,7 @@ from ..pipeline.records import RolloutBatch
 from ..saving.model_card import Paper
 from ..seeds import INITIAL_NOISE, NOISY_STEPS, derive_seed
 from ..training.buffer import ScoredBatch, trained_levels
-from ..training.surrogate import SurrogateLoss
+from ..training.surrogate import SurrogateLoss, in_float32
 from ..training.trainer import RolloutTrainer
 from .config import FlowGRPOConfig
 from .scheduler import SDEScheduler
@@ -77,11 +77,11 @@ class FlowGRPOTrainer(RolloutTrainer):
         return [steps[level] for level in levels]
 
     def targets(self, sampled: RolloutBatch, rewards: Tensor, rows: list[int]) -> tuple[Tensor]:
-        return (group_advantages(rewards).flatten().nan_to_num(nan=0.0),)
+        return (in_float32(group_advantages(rewards).flatten().nan_to_num(nan=0.0)),)
 
     def _arrival(self, velocity: Tensor, batch: ScoredBatch, level: int) -> Gaussian:
         """The distribution of the arrivals of a step from this level with this velocity."""
-        t, s = self.sigmas[level], self.sigmas[level + 1]
+        t, s = batch.sampled.sigmas[level], batch.sampled.sigmas[level + 1]
         return sde_distribution(batch.sampled.x_t[level].float(), velocity, t, s, self.args.noise_level)
 
     def loss(self, velocity: Tensor, old_velocity: Tensor, batch: ScoredBatch, level: int) -> SurrogateLoss:

@@ -1,20 +1,23 @@
 """Reads adapter files in PEFT's and diffusers' format, and writes files in diffusers' format."""
 
+import functools
 import inspect
 import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from diffusers import DiffusionPipeline
-from huggingface_hub import snapshot_download
+from diffusers.utils import convert_unet_state_dict_to_peft
+from huggingface_hub import parse_hf_uri, snapshot_download
+from huggingface_hub.constants import ENDPOINT
 from huggingface_hub.errors import HTTPError
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
-from peft.utils import CONFIG_NAME
-from safetensors import SafetensorError
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .checks import check_no_adapter
-from .trained import TRAINED, trained_module
+from .checks import check_own_layers, check_trainable
+from .trained import TRAINED, restore_point, trained_module
 
 
 CALL_OPTIONS = "generation_config.json"
@@ -23,44 +26,92 @@ DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 _PEFT_PREFIX = "base_model.model."
 
 
+class OtherComponentsError(ValueError):
+    """An adapter has weights for other components of the pipeline than the transformer."""
+
+
+def find_adapter(name_or_path: str) -> Path:
+    """
+    The folder or file of an adapter; from the Hub its files are downloaded, without those of checkpoints in subfolders.
+
+    Args:
+        name_or_path (`str`): Folder or file here; or `owner/name`, `owner/name@revision`, either with `/folder` or
+            `/folder/file.safetensors` after it, or the address of such a page of the Hub.
+
+    Raises:
+        ValueError: There is no such adapter.
+    """
+    path = Path(name_or_path)
+    if not path.exists():
+        path = _download(name_or_path)
+    if path.is_dir() and not (path / CONFIG_NAME).is_file() and not (path / DIFFUSERS_FILE).is_file():
+        files = list(path.glob("*.safetensors"))
+        if len(files) != 1:
+            raise ValueError(
+                f"adapter='{name_or_path}' has neither {DIFFUSERS_FILE} (diffusers) nor {CONFIG_NAME} (PEFT), and "
+                f"{len(files)} other .safetensors files: name the folder or the file."
+            )
+        return files[0]
+    return path
+
+
+def _download(name: str) -> Path:
+    try:
+        place = parse_hf_uri(name if "://" in name else f"hf://{name}", ENDPOINT)
+        if place.type != "model":
+            raise ValueError(f"a {place.type} of the Hub holds no adapter")
+        inside = PurePosixPath(place.path_in_repo)
+        folder = inside.parent if inside.suffix == ".safetensors" else inside
+        files = [str(folder / file) for file in (CONFIG_NAME, CALL_OPTIONS, "adapter_model.bin", "*.safetensors")]
+        repo = snapshot_download(
+            place.id, revision=place.revision, allow_patterns=files, ignore_patterns=[str(folder / "*/*")]
+        )
+    except (OSError, HTTPError, ValueError) as error:
+        raise ValueError(
+            f"adapter='{name}' is no folder or file here, and was not found on the Hub ({error})."
+        ) from error
+    path = Path(repo, inside)
+    if not path.exists():
+        raise ValueError(f"adapter='{name}': {place.id} has no adapter in '{inside}'.")
+    return path
+
+
 def read_adapter(pipeline: DiffusionPipeline, name_or_path: str) -> tuple[PeftConfig, dict[str, Tensor]]:
     """
     Read an adapter that was trained before, with the rank and alpha of its files; the pipeline is left as it is.
 
     Args:
         pipeline (`DiffusionPipeline`): The pipeline that the adapter is for.
-        name_or_path (`str`): Hub id, folder or .safetensors file, in PEFT's format, or in any that
-            `pipeline.load_lora_weights` reads. If a folder has both, PEFT's is taken.
+        name_or_path (`str`): The adapter, as [`find_adapter`] takes it, in PEFT's format, or in any that
+            `pipeline.load_lora_weights` converts. If a folder has both, PEFT's is taken.
 
     Returns:
         `tuple[PeftConfig, dict[str, Tensor]]`: The arguments of [`add_adapter`].
 
     Raises:
-        ValueError: There is no such adapter, or it has weights for other components than the transformer.
+        OtherComponentsError: It has weights for other components than the transformer.
+        ValueError: There is no such adapter, it is in no format that can be read whole, or the pipeline has one already.
     """
-    check_no_adapter(pipeline)
-    path = Path(name_or_path)
-    if not path.exists():
-        try:
-            # The adapter of the repo itself, not of its checkpoints.
-            names = [CONFIG_NAME, "adapter_model.bin", "*.safetensors"]
-            path = Path(snapshot_download(str(name_or_path), allow_patterns=names, ignore_patterns=["*/*"]))
-        except (OSError, HTTPError, ValueError) as error:
-            raise ValueError(
-                f"adapter='{name_or_path}' is no folder or file here, and was not found on the Hub ({error})."
-            ) from error
+    check_own_layers(pipeline)
+    check_trainable(pipeline)
+    path = find_adapter(name_or_path)
+    if path.name == SAFETENSORS_WEIGHTS_NAME and (path.parent / CONFIG_NAME).is_file():
+        path = path.parent
     try:
         if (path / CONFIG_NAME).is_file():
             peft_config = PeftConfig.from_pretrained(path)
             weights = load_peft_weights(str(path), device="cpu")
         else:
             peft_config, weights = _read_by_diffusers(pipeline, path)
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+    except OtherComponentsError:
+        raise
+    except (OSError, LookupError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"adapter='{name_or_path}' cannot be read ({type(error).__name__}: {error})") from error
     # Options of its earlier training do not apply here.
     peft_config.inference_mode, peft_config.task_type, peft_config.auto_mapping = False, None, None
-    if hasattr(peft_config, "lora_dropout"):
-        peft_config.lora_dropout = 0.0
+    for name in vars(peft_config):
+        if name.endswith("dropout"):
+            setattr(peft_config, name, 0.0)
     return peft_config, weights
 
 
@@ -70,39 +121,62 @@ def _read_by_diffusers(pipeline: DiffusionPipeline, path: Path) -> tuple[PeftCon
             f"{path} has no {CONFIG_NAME}, and {type(pipeline).__name__} has no LoRA loader of its own: give it PEFT's "
             "files, an adapter_config.json beside an adapter_model.safetensors."
         )
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    if len(files) > 1:
-        files = [file for file in files if file.name == DIFFUSERS_FILE]
-    if not files:
-        raise ValueError(f"{path} has neither {CONFIG_NAME} nor a .safetensors file, or has several: name the file.")
+    file = path if path.is_file() else path / DIFFUSERS_FILE
+    with safe_open(file, "pt") as stored:
+        if any("dora_scale" in name for name in stored.keys()):
+            raise ValueError(f"{file} is a DoRA, whose `dora_scale` diffusers would drop: give it in PEFT's format.")
+    transformer = trained_module(pipeline)
     # diffusers converts the formats of other programs, and finds the rank and alpha of each layer.
-    stored = pipeline.lora_state_dict(files[0].parent, weight_name=files[0].name)
-    other = sorted({name.partition(".")[0] for name in stored} - {TRAINED})
+    arguments = {"weight_name": file.name, "adapter_name": "default"}
+    stored = pipeline.lora_state_dict(file.parent, weight_name=file.name)
+    components = {name.partition(".")[0] for name in stored}
+    if components == {TRAINED}:
+        load = pipeline.load_lora_weights
+        stored = {name.removeprefix(f"{TRAINED}."): value for name, value in stored.items()}
+    elif all(_layer(name) in dict(transformer.named_modules()) for name in stored):
+        load = functools.partial(transformer.load_lora_adapter, prefix=None)  # saved by the transformer itself
+    elif components <= pipeline.components.keys():
+        raise OtherComponentsError(
+            f"{file} has weights for {', '.join(sorted(components - {TRAINED}))}, and only the transformer is trained here. "
+            "Make the adapter part of the pipeline with `load_lora_weights`, `fuse_lora` and `unload_lora_weights`, and give "
+            "that."
+        )
+    else:
+        raise ValueError(
+            f"{file} has names such as {min(stored)}, which diffusers does not convert for {type(pipeline).__name__}. "
+            f"Give it with diffusers' names, {TRAINED}.<layer>.lora_A.weight, or as PEFT's files, an adapter_config.json "
+            f"beside an adapter_model.safetensors. `load_lora_weights` would load nothing of it."
+        )
+    restore = restore_point(pipeline)
+    try:
+        load(file.parent, **arguments)
+        peft_config = transformer.peft_config["default"]
+        names = get_peft_model_state_dict(transformer, adapter_name="default").keys()
+    finally:
+        restore()
+    if not any("lora_A" in name for name in stored):
+        stored = convert_unet_state_dict_to_peft(stored)
+    other = sorted(names ^ stored.keys())
     if other:
         raise ValueError(
-            f"{files[0]} has weights for {', '.join(other)}, and only the transformer is trained here. Make the adapter "
-            "part of the pipeline with `load_lora_weights`, `fuse_lora` and `unload_lora_weights`, and give that."
+            f"{len(other)} of its weights, such as {other[0]}, have no counterpart in a LoRA of "
+            f"{type(transformer).__name__}, and would be left out: it is cut short, or the adapter of another model."
         )
-    transformer = trained_module(pipeline)
-    try:
-        pipeline.load_lora_weights(files[0].parent, weight_name=files[0].name, adapter_name="default")
-        weights = get_peft_model_state_dict(transformer, adapter_name="default")
-        # Loading has rounded the weights to the dtype of the transformer: take the weights of the file.
-        exact = {name: stored.get(f"{TRAINED}.{name}") for name in weights}
-        return transformer.peft_config["default"], {
-            f"{_PEFT_PREFIX}{name}": stored_value
-            if (stored_value := exact[name]) is not None and stored_value.shape == value.shape
-            else value
-            for name, value in weights.items()
-        }
-    finally:
-        pipeline.unload_lora_weights()
+    # The weights of the file: loading has rounded them to the dtype of the transformer.
+    return peft_config, {f"{_PEFT_PREFIX}{name}": value for name, value in stored.items()}
+
+
+def _layer(name: str) -> str:
+    """The layer whose LoRA the weight of this name is part of."""
+    return name.partition(".lora")[0]
 
 
 def has_diffusers_format(pipeline: DiffusionPipeline, model: PeftModel) -> bool:
     """Tell if `pipeline.load_lora_weights` can load the adapter of `model` with its alpha."""
     save = getattr(pipeline, "save_lora_weights", None)
-    if save is None or not isinstance(model.peft_config["default"], LoraConfig):
+    peft_config = model.peft_config["default"]
+    # diffusers cannot load a LoRA of parameters that are no layers.
+    if save is None or not isinstance(peft_config, LoraConfig) or peft_config.target_parameters:
         return False
     return f"{TRAINED}_lora_adapter_metadata" in inspect.signature(save).parameters
 

@@ -4,11 +4,18 @@ import inspect
 import math
 from collections.abc import Iterable
 
+from accelerate.hooks import AlignDevicesHook, SequentialHook
 from diffusers import DiffusionPipeline
+from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 
-from .schedulers import euler_scheduler
+from .schedulers import check_scheduler
 from .trained import TRAINED, frozen_modules, trained_module
+
+
+# Names that wrappers give to the module that they wrap: `torch.compile`, DDP, FSDP, activation checkpointing.
+_WRAPPED = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def check_pipeline(pipeline: DiffusionPipeline) -> None:
@@ -26,11 +33,11 @@ def check_pipeline(pipeline: DiffusionPipeline) -> None:
     if missing:
         raise ValueError(f"{name} has no {', '.join(missing)}: load it whole.")
     try:
-        scheduler = euler_scheduler(pipeline.scheduler)
+        check_scheduler(pipeline.scheduler)
     except (AttributeError, ValueError) as error:
         raise ValueError(f"{name} cannot be trained: {error}") from None
     for option in ("stochastic_sampling", "invert_sigmas"):
-        if scheduler.config.get(option):
+        if pipeline.scheduler.config.get(option):
             raise ValueError(
                 f"The scheduler of {name} has `{option}=True`, which changes the sampler that a rollout replaces. "
                 f"Set `pipeline.scheduler.register_to_config({option}=False)` if the model allows it."
@@ -38,6 +45,7 @@ def check_pipeline(pipeline: DiffusionPipeline) -> None:
     for part in (TRAINED, "encode_prompt", "prepare_latents"):
         if getattr(pipeline, part, None) is None:
             raise ValueError(f"{name} has no `{part}`, which is needed to sample from it and to replay its steps.")
+    check_own_layers(pipeline)
     steps = _scheduler_steps(pipeline)
     if steps is not None and steps > 1:
         raise ValueError(
@@ -100,18 +108,55 @@ def check_resolution(pipeline: DiffusionPipeline, height: int | None, width: int
             )
 
 
-def check_no_adapter(pipeline: DiffusionPipeline) -> None:
+def check_own_layers(pipeline: DiffusionPipeline) -> None:
     """
     Raises:
-        ValueError: The transformer has an adapter already.
+        ValueError: The layers of the transformer do not have the names that its class gives them, under which another
+            pipeline would find trained weights: it is wrapped or compiled, or its attention is fused.
     """
+    for path, module in trained_module(pipeline).named_modules():
+        layer = "`" + ".".join(filter(None, [f"pipeline.{TRAINED}", path])) + "`"
+        wrapped = next(iter(module._modules), None)
+        if wrapped in _WRAPPED and len(module._modules) == 1:
+            raise ValueError(
+                f"{layer} is a {type(module).__name__}, a wrapper: the names of its weights hold `{wrapped}`, and no other "
+                f"pipeline would find them in a saved file. Give the module itself, its `{wrapped}`. To compile it, set "
+                "torch_compile=True; for several processes the trainer wraps it."
+            )
+        if getattr(module, "fused_projections", False):
+            raise ValueError(
+                f"{layer} is fused, by `fuse_qkv_projections`: no plain pipeline would find the weights of its fused layers "
+                f"in a saved file. Load the pipeline anew without it. (`pipeline.{TRAINED}.unfuse_qkv_projections()` leaves "
+                "these layers in some models.)"
+            )
+
+
+def check_trainable(pipeline: DiffusionPipeline) -> None:
+    """
+    Raises:
+        ValueError: The transformer has an adapter already, or hooks load the weights of a component layer by layer.
+    """
+    name = type(pipeline).__name__
     if any(isinstance(layer, BaseTunerLayer) for layer in trained_module(pipeline).modules()):
         raise ValueError(
-            f"The transformer of this {type(pipeline).__name__} already has an adapter, from an earlier trainer or from "
-            "`load_lora_weights`. Load the pipeline anew; to go on from an adapter, name it in the option `adapter`; to "
-            "train a new one on top of it, make it part of the pipeline with `pipeline.fuse_lora()` and "
-            "`pipeline.unload_lora_weights()`."
+            f"The transformer of this {name} already has an adapter, from an earlier trainer or from `load_lora_weights`. "
+            "Load the pipeline anew; to go on from an adapter, name it in the option `adapter`; to train a new one on top "
+            "of it, make it part of the pipeline with `pipeline.fuse_lora()` and `pipeline.unload_lora_weights()`."
         )
+    for key, part in pipeline.components.items():
+        if isinstance(part, nn.Module) and any(map(_loads_its_weights, part.modules())):
+            raise ValueError(
+                f"`{key}` of this {name} is offloaded layer by layer (`enable_sequential_cpu_offload`, "
+                "`enable_group_offload` or the like): the trainer could neither move it nor train it. Load the pipeline "
+                "without; to save memory set offload_components=True, gradient_checkpointing=True or quantization."
+            )
+
+
+def _loads_its_weights(module: nn.Module) -> bool:
+    hook = getattr(module, "_hf_hook", None)
+    hooks = hook.hooks if isinstance(hook, SequentialHook) else [hook]
+    by_accelerate = any(isinstance(hook, AlignDevicesHook) and hook.offload for hook in hooks)
+    return by_accelerate or _is_group_offload_enabled(module)
 
 
 def _scheduler_steps(pipeline: DiffusionPipeline) -> int | None:

@@ -14,6 +14,7 @@ Dimensions: P prompts, G branches (images per prompt), N = P x G samples in prom
 """
 
 import contextlib
+import copy
 import inspect
 import re
 from collections import defaultdict
@@ -23,21 +24,32 @@ from typing import Any
 
 import torch
 from accelerate.utils import recursively_apply, send_to_device
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline
+from PIL import Image
 from torch import Tensor
 
 from .checks import check_call_kwargs, check_pipeline, check_resolution
-from .patch import ModelProxy, call, latents_of, patched, recorded_decoding, remember, with_latents
+from .patch import (
+    REMEMBERED,
+    Encoding,
+    ModelProxy,
+    call,
+    latents_of,
+    patched,
+    recorded_decoding,
+    remember,
+    with_latents,
+)
 from .records import BatchAxes, Rehearsal, RolloutBatch, is_per_sample, repeat_each
-from .replay_check import ReplayError
+from .replay_check import ReplayError, check_replay
 from .sample_axes import concatenate, sample_axes, take
 from .schedulers import (
     DecodeScheduler,
     RehearsalScheduler,
     ReplayScheduler,
     RolloutScheduler,
+    StandIn,
     StopPipeline,
-    euler_scheduler,
 )
 from .trained import trained_module
 
@@ -83,12 +95,15 @@ class PipelineFlow:
         self.model: Callable = trained_module(pipeline)
         self.prompt_embeddings: Mapping[str, list] = {}
         self._axes: BatchAxes | None = None
-        self._scheduler = euler_scheduler(pipeline.scheduler)
-        self._replay_scheduler = ReplayScheduler.from_config(self._scheduler.config)
-        self._dtype = self.model.dtype
+        self._image_modes: dict[str, str] = {}  # by column
+        # A copy: the noise levels of a run do not change if the pipeline's shift is set later.
+        self._scheduler = copy.copy(pipeline.scheduler)
+        self._attention = [part for part in self.model.modules() if hasattr(part, "set_processor")]
         # `num_images_per_prompt` or `num_videos_per_prompt`.
         options = inspect.signature(type(pipeline).__call__).parameters
         self._per_prompt_option = next((name for name in options if re.fullmatch(r"num_\w+_per_prompt", name)), None)
+        # Give a call its images once for each sample, not once for each prompt: some pipelines need that.
+        self._repeats_columns = self._per_prompt_option is None
         # `inspect.unwrap` strips the decorator `torch.no_grad()` from the call.
         self._call_with_grad = inspect.unwrap(type(pipeline).__call__)
 
@@ -109,8 +124,8 @@ class PipelineFlow:
         Raises:
             ValueError: The pipeline cannot be called with these arguments.
         """
-        scheduler = RehearsalScheduler.from_config(self._scheduler.config)
-        remembered: dict[str, list] = {"encode_prompt": [], "prepare_latents": []}
+        scheduler = RehearsalScheduler.of(self._scheduler)
+        remembered: dict[str, list] = {name: [] for name in REMEMBERED}
         calls, outputs, decode_calls = [], [], []
         known: dict[str, Any] = {}  # by the shapes of the arguments
 
@@ -126,29 +141,84 @@ class PipelineFlow:
 
         generators = _generators([0] * len(prompts) * samples_per_prompt)
         call_kwargs = self._arguments(prompts, generators, columns)
-        with self._patched(scheduler, model, **remember(remembered)), recorded_decoding(self.pipeline, decode_calls):
+        with (
+            self._patched(scheduler, model, **remember(remembered)),
+            recorded_decoding(self.pipeline, decode_calls),
+            self._own_random_numbers(0),
+        ):
             try:
                 images = self.pipeline(**call_kwargs)[0].float()
             except torch.OutOfMemoryError:
                 raise
             except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+                if columns and not self._repeats_columns:
+                    self._repeats_columns = True
+                    with contextlib.suppress(ValueError):
+                        return self.rehearse(prompts, columns, samples_per_prompt)
+                    self._repeats_columns = False
                 options = {name: value for name, value in self.call_kwargs.items() if value is not None}
                 raise ValueError(
                     f"{type(self.pipeline).__name__} cannot be called with {options}: {type(error).__name__}: {error}"
                 ) from error
+        for name, values in (columns or {}).items():
+            first = values[0][0] if isinstance(values[0], list) and values[0] else values[0]
+            if isinstance(first, Image.Image):
+                self._image_modes[name] = first.mode
         if scheduler.latents is None:
             raise ValueError(f"{type(self.pipeline).__name__} took no step: it is not a pipeline to train.")
+        sigmas = scheduler.noise_levels.cpu()
+        if not (sigmas[:-1] > sigmas[1:]).all():
+            raise ValueError(
+                f"The noise levels of {type(self.pipeline).__name__} must fall from step to step, and are "
+                f"{sigmas.tolist()}: take another scheduler, or other `sigmas` or `timesteps` in `pipeline_kwargs`."
+            )
         return Rehearsal(
-            sigmas=scheduler.sigmas.cpu(),
+            sigmas=sigmas,
+            skipped_steps=scheduler.first_step,
             latents=scheduler.latents,
             velocity=scheduler.velocity,
             encoded=remembered["encode_prompt"],
+            encoded_images=remembered["encode_image"],
             prepared=remembered["prepare_latents"],
             model_calls=calls,
             outputs=outputs,
             decode_calls=decode_calls,
             images=images,
         )
+
+    @torch.no_grad()
+    def try_replay(self, prompt: str, columns: dict[str, Sequence] | None = None, steps: int = 2) -> None:
+        """
+        Sample one prompt in a few steps, and replay each of them: the self-check of the replay, before any work.
+
+        Args:
+            prompt (`str`): A prompt.
+            columns (`dict[str, Sequence]`, *optional*): As in `rollout`, for that prompt.
+            steps (`int`): Steps of the call. One that has `sigmas` or `timesteps` takes those.
+
+        Raises:
+            ReplayError: A replayed velocity is not the recorded one.
+            ValueError: The pipeline's call fails.
+        """
+        short = copy.copy(self)
+        schedule = self.call_kwargs.get("sigmas") or self.call_kwargs.get("timesteps")
+        if schedule is None:
+            short.call_kwargs = {**self.call_kwargs, "num_inference_steps": steps}
+        else:
+            steps = len(schedule)
+        try:
+            batch = short.rollout(
+                [prompt], torch.zeros(steps + 1), [0], range(self.num_generations), range(steps), columns
+            )
+            for level, recorded in batch.velocities.items():
+                check_replay(short.velocity(batch, level), recorded, self.pipeline, level)
+        except (torch.OutOfMemoryError, ReplayError):
+            raise
+        except (AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError) as error:
+            raise ValueError(
+                f"A rollout of {type(self.pipeline).__name__} with {short.call_kwargs} cannot be sampled and replayed: "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
     def axes(self, columns: dict[str, Sequence] | None = None) -> BatchAxes:
         """
@@ -179,12 +249,12 @@ class PipelineFlow:
     @torch.no_grad()
     def encode(self, prompt: str) -> list:
         """Return value of each call of `encode_prompt` for one sample of the prompt, for `prompt_embeddings`."""
-        remembered: dict[str, list] = {"encode_prompt": [], "prepare_latents": []}
+        remembered: dict[str, list] = {name: [] for name in REMEMBERED}
 
         def model(*args, **kwargs):
             raise StopPipeline(None)
 
-        scheduler = RehearsalScheduler.from_config(self._scheduler.config)
+        scheduler = RehearsalScheduler.of(self._scheduler)
         with self._patched(scheduler, model, **remember(remembered)), contextlib.suppress(StopPipeline):
             self.pipeline(**self._arguments([prompt], [torch.Generator()]))
         return remembered["encode_prompt"]
@@ -217,30 +287,26 @@ class PipelineFlow:
             [`RolloutBatch`]: images, endpoints and recorded tuples.
         """
         branches = self.num_generations
-        scheduler = self.scheduler_class.from_config(self._scheduler.config)
+        scheduler = self.scheduler_class.of(self._scheduler)
         amounts_of_samples = noise_amounts.expand(len(prompts), -1).repeat_interleave(branches, dim=0)
         scheduler.record(amounts_of_samples, _generators(noise_seeds), levels)
-        remembered: dict[str, list] = {"encode_prompt": [], "prepare_latents": []}
+        remembered: dict[str, list] = {name: [] for name in REMEMBERED}
         wrappers = remember(remembered)
         outputs = []
         call_model = self.model
         if self.shared_prefix:
             call_model = self._sharing_prefix(scheduler, len(prompts), noise_amounts, self.axes(columns))
 
-        def prepare_latents(original, *args, **kwargs):
-            prepared = wrappers["prepare_latents"](original, *args, **kwargs)
-            return with_latents(prepared, scheduler.start(latents_of(prepared)))
-
         def model(*args, **kwargs):
             output = call_model(*args, **kwargs)
             outputs.append(recursively_apply(lambda tensor: tensor.to("meta"), output))
             return output
 
-        encode_prompt = self._encode_from_cache(wrappers["encode_prompt"], prompts, branches)
+        wrappers["encode_prompt"] = self._encode_from_cache(wrappers["encode_prompt"], prompts, branches)
         # Branches that share a seed have their own generators from it: their initial noise is the same.
         generators = _generators(repeat_each(seeds, len(prompts) * branches // len(seeds)))
         call_kwargs = self._arguments(prompts, generators, columns)
-        with self._patched(scheduler, model, encode_prompt=encode_prompt, prepare_latents=prepare_latents):
+        with self._patched(scheduler, model, **wrappers), self._own_random_numbers(seeds[0]):
             images = self.pipeline(**call_kwargs)[0]
         return RolloutBatch(
             images=images.float(),
@@ -248,6 +314,7 @@ class PipelineFlow:
             x_t=scheduler.x_t,
             velocities=scheduler.velocities,
             x_s=scheduler.x_s,
+            sigmas=scheduler.noise_levels.cpu(),
             call_kwargs=call_kwargs,
             remembered=remembered,
             outputs=outputs,
@@ -281,11 +348,10 @@ class PipelineFlow:
         Raises:
             ReplayError: The pipeline takes no such step.
         """
-        scheduler = self._replay_scheduler
-        scheduler.replay(level)
+        scheduler = ReplayScheduler.of(self._scheduler)
         # Already on the device, it is not copied.
-        x_t = batch.x_t[level].to(self.pipeline._execution_device, non_blocking=True)
-        with self._replayed(batch, scheduler, lambda: scheduler.steps_left == 0, x_t):
+        scheduler.replay(level, batch.x_t[level].to(self.pipeline._execution_device, non_blocking=True))
+        with self._replayed(batch, scheduler, lambda: scheduler.is_there):
             try:
                 self._call_with_grad(self.pipeline, **batch.call_kwargs)
             except StopPipeline as stop:
@@ -305,9 +371,9 @@ class PipelineFlow:
         Returns:
             `Tensor`: Images, floats in [0, 1], shape [N, 3, H, W]; videos [N, F, 3, H, W].
         """
-        scheduler = DecodeScheduler.from_config(self._scheduler.config)
+        scheduler = DecodeScheduler.of(self._scheduler)
         scheduler.decode(endpoints)
-        with self._replayed(batch, scheduler, lambda: False, endpoints.detach()):
+        with self._replayed(batch, scheduler, lambda: False):
             return self._call_with_grad(self.pipeline, **batch.call_kwargs)[0].float()
 
     @torch.no_grad()
@@ -330,20 +396,20 @@ class PipelineFlow:
         Returns:
             `Tensor`: Images, floats in [0, 1], shape [N, 3, H, W]; videos [N, F, 3, H, W].
         """
+        scheduler = RolloutScheduler.of(self._scheduler)
+        scheduler.record(torch.zeros(0), [], levels=())
         # Other arguments may change the embeddings.
         encode_prompt = self._encode_from_cache(call, prompts if not call_kwargs else ())
-        with self._patched(self._scheduler, self.model, encode_prompt=encode_prompt):
+        encode_image = remember({"encode_image": []})["encode_image"]
+        with (
+            self._patched(scheduler, self.model, call, encode_image, encode_prompt=encode_prompt),
+            self._own_random_numbers(seeds[0]),
+        ):
             return self.pipeline(**{**self._arguments(prompts, _generators(seeds), columns), **call_kwargs})[0].float()
 
     @contextlib.contextmanager
-    def _replayed(
-        self,
-        batch: RolloutBatch,
-        scheduler: FlowMatchEulerDiscreteScheduler,
-        is_computed: Callable[[], bool],
-        latents: Tensor,
-    ) -> Iterator[None]:
-        """Prepare the pipeline to be called on `batch` again, from `latents`; few of the transformer's calls compute."""
+    def _replayed(self, batch: RolloutBatch, scheduler: StandIn, is_computed: Callable[[], bool]) -> Iterator[None]:
+        """Prepare the pipeline to be called on `batch` again; few of the transformer's calls compute."""
         device = self.pipeline._execution_device
         remembered = send_to_device(batch.remembered, device, non_blocking=True)
         remembered = {name: iter(values) for name, values in remembered.items()}
@@ -353,7 +419,10 @@ class PipelineFlow:
             return next(remembered["encode_prompt"])
 
         def prepare_latents(original, *args, **kwargs):
-            return with_latents(next(remembered["prepare_latents"]), latents)
+            return next(remembered["prepare_latents"])
+
+        def encode_image(original, *args, **kwargs):
+            return Encoding(next(remembered["encode_image"]))
 
         def model(*args, **kwargs):
             output = next(outputs)
@@ -362,14 +431,33 @@ class PipelineFlow:
             # The scheduler ignores these steps: only the shape matters.
             return recursively_apply(lambda shape: _zeros(shape, device), output)
 
-        with self._patched(scheduler, model, encode_prompt=encode_prompt, prepare_latents=prepare_latents):
+        methods = {"encode_prompt": encode_prompt, "prepare_latents": prepare_latents, "encode_image": encode_image}
+        with self._patched(scheduler, model, **methods):
             yield
 
     def _patched(
-        self, scheduler: FlowMatchEulerDiscreteScheduler, model: Callable, **methods: Callable
+        self,
+        scheduler: StandIn,
+        model: Callable,
+        prepare_latents: Callable,
+        encode_image: Callable | None = None,
+        **methods: Callable,
     ) -> contextlib.AbstractContextManager:
-        proxy = ModelProxy(model, trained_module(self.pipeline), self._dtype)
-        return patched(self.pipeline, scheduler, proxy, **methods)
+        def begin(original, *args, **kwargs):
+            prepared = prepare_latents(original, *args, **kwargs)
+            return with_latents(prepared, scheduler.begin(latents_of(prepared)))
+
+        proxy = ModelProxy(model, trained_module(self.pipeline))
+        methods["prepare_latents"] = begin
+        return patched(self.pipeline, scheduler, proxy, self._attention, encode_image, **methods)
+
+    @contextlib.contextmanager
+    def _own_random_numbers(self, seed: int) -> Iterator[None]:
+        """Some pipelines draw from the process's generator: their images must not depend on what it drew before."""
+        device = self.pipeline._execution_device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            yield
 
     def _encode_from_cache(self, encode: Callable, prompts: Sequence[str], branches: int = 1) -> Callable:
         """Give `encode`, a wrapper of `encode_prompt`, the known embeddings of the prompts if all of them are known."""
@@ -404,12 +492,20 @@ class PipelineFlow:
 
         return model
 
+    def _as_rehearsed(self, name: str, value: Any) -> Any:
+        """An image in the mode of the first one that the pipeline took, as `diffusers.utils.load_image` converts it."""
+        if isinstance(value, list):
+            return [self._as_rehearsed(name, item) for item in value]
+        mode = self._image_modes.get(name)
+        # Not to a mode with less in it, such as a mask's.
+        return value.convert(mode) if mode in ("RGB", "RGBA") and isinstance(value, Image.Image) else value
+
     def _arguments(
         self, prompts: Sequence[str], generators: list[torch.Generator], columns: dict[str, Sequence] | None = None
     ) -> dict[str, Any]:
         """Arguments of a call that makes one sample for each generator; the prompts have equally many generators."""
         branches = len(generators) // len(prompts)
-        if columns and self._per_prompt_option is not None:
+        if columns and not self._repeats_columns:
             # Some pipelines take a list of images as one per prompt, others as all for one: with one prompt they agree.
             if len(prompts) > 1:
                 raise ValueError(f"{len(prompts)} prompts with {', '.join(columns)}: such a call takes one prompt.")
@@ -420,6 +516,7 @@ class PipelineFlow:
             # the images of one prompt the attention mask of another.
             varying = {"prompt": repeat_each(prompts, branches)}
             varying |= {name: repeat_each(values, branches) for name, values in (columns or {}).items()}
+        varying = {name: self._as_rehearsed(name, value) for name, value in varying.items()}
         arguments = {**self.call_kwargs, "generator": generators, "output_type": "pt", "return_dict": False, **varying}
         for name, value in arguments.items():
             if is_per_sample(name) and isinstance(value, str):

@@ -1,46 +1,59 @@
 """Adapters on the trained transformer: the layers that get one, and how it is injected."""
 
+from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from torch import Tensor
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from .adapter_files import read_adapter
-from .checks import check_no_adapter
+from .checks import check_own_layers, check_trainable
 from .loading import base_model_name
-from .trained import trained_module
+from .trained import restored_on_error, trained_module
 
 
-def attention_projections(transformer: torch.nn.Module) -> list[str]:
+def attention_projections(transformer: nn.Module) -> list[str]:
     """
-    Names of the linear layers of a transformer's attention as PEFT's target modules: relative to the attention module
-    (`to_q`, `to_out.0`, ...) if no other layer has that name, otherwise in full.
+    Names of the linear layers of a transformer's attention, as PEFT's target modules: the shortest endings of their full
+    names that no other module has (`to_q`, `attn.to_q`, ...).
+
+    If a block has a joint attention, which projects the queries of the text too (`add_q_proj`), other attention in it
+    gets no adapter, as in the paper's runs.
 
     Raises:
         ValueError: No module of the transformer has "Attention" in the name of its class.
     """
     modules = dict(transformer.named_modules())
+    attention = {name: module for name, module in modules.items() if "Attention" in type(module).__name__}
+    joint = {name for name, module in attention.items() if isinstance(getattr(module, "add_q_proj", None), nn.Linear)}
+    joint_blocks = {_block(name) for name in joint}
     layers = {
         f"{prefix}.{name}": name
-        for prefix, attention in modules.items()
-        if "Attention" in type(attention).__name__
-        for name, layer in attention.named_modules()
-        if isinstance(layer, torch.nn.Linear)
+        for prefix, module in attention.items()
+        if prefix in joint or _block(prefix) not in joint_blocks
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear)
     }
     if not layers:
         raise ValueError(
             f"No attention projections were found in {type(transformer).__name__}. Name the layers that are to get an "
             f"adapter in `lora_target_modules`; its linear layers are {_linear_layers(transformer)}."
         )
-    # A name may be a layer in one block and a list of layers in another.
-    others = {name for name, module in modules.items() if not isinstance(module, torch.nn.Linear)}
-    ambiguous = {name for name in layers.values() if any(other.endswith(f".{name}") for other in others)}
-    return sorted({path if name in ambiguous else name for path, name in layers.items()})
+    taken = {ending for path in modules.keys() - layers.keys() for ending in _endings(path)}
+    return sorted(
+        {
+            next((ending for ending in _endings(path) if len(ending) >= len(name) and ending not in taken), path)
+            for path, name in layers.items()
+        }
+    )
 
 
-def default_lora_config(rank: int, alpha: int, targets: list[str] | None, transformer: torch.nn.Module) -> LoraConfig:
+def default_lora_config(rank: int, alpha: int, targets: list[str] | None, transformer: nn.Module) -> LoraConfig:
     """LoRA with gaussian initialisation on the layers named in `targets`; None means the attention projections."""
     return LoraConfig(
         r=rank,
@@ -54,7 +67,8 @@ def add_adapter(
     pipeline: DiffusionPipeline, peft_config: PeftConfig, weights: dict[str, Tensor] | None = None
 ) -> PeftModel:
     """
-    Inject an adapter into the pipeline's transformer, in place. Its weights are fp32 whatever the transformer's dtype.
+    Inject an adapter into the pipeline's transformer, in place. Its weights are fp32 whatever the transformer's dtype. If
+    it is refused, the pipeline is left as it was.
 
     Args:
         pipeline (`DiffusionPipeline`): The pipeline.
@@ -62,14 +76,15 @@ def add_adapter(
         weights (`dict[str, Tensor]`, *optional*): Its weights under PEFT's names; new ones by default.
 
     Raises:
-        ValueError: A target module matches no layer, the weights belong to another model, the adapter has dropout, or
-            there already is one.
+        ValueError: A target module matches no layer, the weights belong to another model, the adapter has dropout or
+            otherwise cannot be trained, there already is one, or the transformer is wrapped, fused or offloaded.
     """
     transformer = trained_module(pipeline)
     _check_peft_config(peft_config)
+    check_own_layers(pipeline)
+    check_trainable(pipeline)
     if getattr(peft_config, "target_modules", "") is None:
         peft_config.target_modules = attention_projections(transformer)
-    check_no_adapter(pipeline)
     targets = getattr(peft_config, "target_modules", None)
     if isinstance(targets, (list, set)):
         layers = [name for name, _ in transformer.named_modules()]
@@ -83,9 +98,10 @@ def add_adapter(
             )
     # The adapter's base is the pipeline; PEFT would name the transformer.
     peft_config.base_model_name_or_path = base_model_name(pipeline)[0]
-    model = _Adapted(transformer, peft_config)
-    if weights is not None:
-        _set_weights(model, weights)
+    with restored_on_error(pipeline):
+        model = _Adapted(transformer, peft_config)
+        if weights is not None:
+            _set_weights(model, weights)
     return model
 
 
@@ -122,6 +138,34 @@ def continue_adapter(
         raise ValueError(f"adapter='{name}' does not fit: {error}") from error
 
 
+def check_stored_weights(model: nn.Module, folder: str | Path) -> None:
+    """
+    Compare the names of the weights in a checkpoint with those that `model` would write there. Loading skips names that
+    are not the model's, and leaves its own at their start.
+
+    Args:
+        model (`nn.Module`): The trained model, with or without an adapter.
+        folder (`str` or `Path`): The checkpoint. One without a .safetensors file of the model is in an engine's own format,
+            and passes.
+
+    Raises:
+        ValueError: The names differ.
+    """
+    is_adapter = isinstance(model, PeftModel)
+    file = Path(folder, SAFETENSORS_WEIGHTS_NAME if is_adapter else SAFE_WEIGHTS_NAME)
+    if not file.is_file():
+        return
+    own = get_peft_model_state_dict(model, save_embedding_layers=False) if is_adapter else model.state_dict()
+    with safe_open(file, "pt") as stored:
+        other = sorted(own.keys() ^ set(stored.keys()))
+    if other:
+        place = "the model" if other[0] in own else "the file"
+        raise ValueError(
+            f"{len(other)} names of weights are only in {file} or only in the model, such as {other[0]} in {place}: a run "
+            "cannot go on from the weights of another model, or of one that was wrapped, compiled or fused. Start anew."
+        )
+
+
 class _Adapted(PeftModel):
     """A transformer with an adapter, saved without asking the Hub about the base model and without PEFT's model card."""
 
@@ -150,10 +194,17 @@ def _set_weights(model: PeftModel, weights: dict[str, Tensor]) -> None:
 def _check_peft_config(peft_config: PeftConfig) -> None:
     if not isinstance(peft_config, PeftConfig):
         raise ValueError(f"peft_config is a {type(peft_config).__name__}, not a config of PEFT such as `LoraConfig`.")
-    dropout = getattr(peft_config, "lora_dropout", 0)
-    if dropout:
+    for name, value in vars(peft_config).items():
+        if name.endswith("dropout") and value:
+            raise ValueError(
+                f"{name}={value} would make every replayed velocity differ from the sampled one. Set it to 0."
+            )
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(peft_config.peft_type)
+    if hasattr(tuner, "update_and_allocate") and getattr(peft_config, "use_asa", True):
         raise ValueError(
-            f"lora_dropout={dropout} would make every replayed velocity differ from the sampled one. Set it to 0."
+            f"peft_config is a {type(peft_config).__name__}, whose ranks move between layers only if `update_and_allocate` "
+            "is called in each optimizer step, which no trainer here does. Take a `LoraConfig`; its `rank_pattern` gives "
+            "layers different ranks."
         )
     if peft_config.is_prompt_learning:
         raise ValueError(
@@ -178,10 +229,19 @@ def _check_peft_config(peft_config: PeftConfig) -> None:
             )
 
 
-def _linear_layers(transformer: torch.nn.Module) -> str:
+def _block(path: str) -> str:
+    """The name of the module that a module is a direct part of."""
+    return path.rpartition(".")[0]
+
+
+def _endings(path: str) -> list[str]:
+    """The endings of a full name by which PEFT finds its module, the shortest first."""
+    parts = path.split(".")
+    return [".".join(parts[start:]) for start in reversed(range(len(parts)))]
+
+
+def _linear_layers(transformer: nn.Module) -> str:
     """The endings of the names of its linear layers, for a message."""
-    names = {
-        name.rpartition(".")[2] for name, layer in transformer.named_modules() if isinstance(layer, torch.nn.Linear)
-    }
+    names = {name.rpartition(".")[2] for name, layer in transformer.named_modules() if isinstance(layer, nn.Linear)}
     # A number is the place in a list of layers: the name before it says more.
     return ", ".join(sorted(name for name in names if not name.isdigit()))

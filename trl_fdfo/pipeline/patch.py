@@ -6,14 +6,16 @@ A wrapper of a method takes the original method first, then the arguments of the
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from accelerate.utils import recursively_apply
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from .options import is_quantized
+from .schedulers import StandIn
 from .trained import TRAINED, trained_module
 
 
@@ -42,24 +44,19 @@ class ModelProxy:
     """
     Stands in for the transformer: calls go to the wrapped model, attributes to the module itself.
 
-    Accelerate's mixed precision returns fp32 whatever the module's own dtype, which a VAE in bf16 cannot decode:
-    the proxy casts outputs back.
+    Its outputs are float32, as Accelerate's mixed precision returns them: guidance adds up differences of them.
 
     Args:
         model (`Callable`): The wrapped model.
         module (`nn.Module`): The module itself.
-        dtype (`torch.dtype`): The dtype of its outputs.
     """
 
-    def __init__(self, model: Callable, module: nn.Module, dtype: torch.dtype):
+    def __init__(self, model: Callable, module: nn.Module):
         self._model = model
         self._module = module
-        self._dtype = dtype
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return recursively_apply(
-            lambda output: output.to(self._dtype), self._model(*args, **kwargs), test_type=torch.is_floating_point
-        )
+        return recursively_apply(Tensor.float, self._model(*args, **kwargs), test_type=torch.is_floating_point)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
@@ -67,15 +64,24 @@ class ModelProxy:
 
 @contextlib.contextmanager
 def patched(
-    pipeline: DiffusionPipeline, scheduler: FlowMatchEulerDiscreteScheduler, model: ModelProxy, **methods: Callable
+    pipeline: DiffusionPipeline,
+    scheduler: StandIn,
+    model: ModelProxy,
+    attention: Sequence[nn.Module] = (),
+    encode_image: Callable | None = None,
+    **methods: Callable,
 ) -> Iterator[None]:
     """
-    The pipeline with another scheduler, a stand-in for its transformer, wrapped methods and no progress bar.
+    The pipeline with another scheduler, a stand-in for its transformer, wrapped methods and no progress bar. After the
+    last step its VAE is float32.
 
     Args:
         pipeline (`DiffusionPipeline`): The pipeline, patched in place.
-        scheduler (`FlowMatchEulerDiscreteScheduler`): The scheduler to run with.
+        scheduler ([`StandIn`]): The scheduler to run with.
         model ([`ModelProxy`]): The stand-in for the transformer.
+        attention (`Sequence[nn.Module]`): Attention modules of the transformer. They get their processors back, which a
+            pipeline whose call is cut short may have replaced.
+        encode_image (`Callable`, *optional*): Wrapper of the VAE's `encode`.
         **methods (`Callable`): Wrappers of the pipeline's methods, by name.
     """
     attributes = {
@@ -84,10 +90,62 @@ def patched(
         "_progress_bar_config": {**getattr(pipeline, "_progress_bar_config", {}), "disable": True},
         **{name: functools.partial(method, getattr(pipeline, name)) for name, method in methods.items()},
     }
-    # In training mode a transformer may return another layout, which the pipeline does not expect. Its layers keep their
-    # mode: some have no gradients in evaluation mode.
-    with shadowed(trained_module(pipeline), training=False), shadowed(pipeline, **attributes):
+    vae = pipeline.vae
+    vae_methods = {"decode": functools.partial(_decode_in_own_dtype, vae, vae.decode)}
+    if encode_image is not None and hasattr(vae, "encode"):
+        vae_methods["encode"] = functools.partial(encode_image, vae.encode)
+    processors = [module.processor for module in attention]
+    with contextlib.ExitStack() as stack:
+        # In training mode a transformer may return another layout, which the pipeline does not expect. Its layers keep
+        # their mode: some have no gradients in evaluation mode.
+        stack.enter_context(shadowed(trained_module(pipeline), training=False))
+        stack.enter_context(shadowed(vae, **vae_methods))
+        stack.enter_context(shadowed(pipeline, **attributes))
+        scheduler.on_last_step = lambda: stack.enter_context(in_float32(vae))
+        try:
+            yield
+        finally:
+            scheduler.on_last_step = None
+            for module, processor in zip(attention, processors):
+                if module.processor is not processor:
+                    module.set_processor(processor)
+
+
+def _decode_in_own_dtype(vae: nn.Module, decode: Callable, latents: Tensor, *args: Any, **kwargs: Any) -> Any:
+    with torch.autocast(latents.device.type, enabled=False):
+        return decode(latents.to(vae.dtype), *args, **kwargs)
+
+
+@contextlib.contextmanager
+def in_float32(module: nn.Module) -> Iterator[None]:
+    """
+    Weights of 16 bits are float32 for the time of a `with`, which is exact, and themselves again afterwards. A module
+    with weights of other types, such as quantised ones, stays as it is.
+    """
+    owners = [weights for part in module.modules() for weights in (part._parameters, part._buffers)]
+    floats = {
+        id(weight): weight
+        for weights in owners
+        for weight in weights.values()
+        if weight is not None and weight.is_floating_point()
+    }
+    halves = {key: weight for key, weight in floats.items() if weight.dtype in (torch.bfloat16, torch.float16)}
+    if not halves or is_quantized(module) or any(w.element_size() < 2 for w in floats.values()):
         yield
+        return
+    # Other tensors, not other data of these: a backward pass may need them after the `with`.
+    upcast = {
+        key: nn.Parameter(weight.float(), requires_grad=False) if isinstance(weight, nn.Parameter) else weight.float()
+        for key, weight in halves.items()
+    }
+    originals = [dict(weights) for weights in owners]
+    for weights in owners:
+        weights.update({name: upcast[id(weight)] for name, weight in weights.items() if id(weight) in upcast})
+    try:
+        yield
+    finally:
+        for weights, original in zip(owners, originals):
+            weights.update(original)
 
 
 @contextlib.contextmanager
@@ -108,17 +166,77 @@ def call(original: Callable, *args: Any, **kwargs: Any) -> Any:
     return original(*args, **kwargs)
 
 
+# What a call remembers for its replay: return values of two methods of the pipeline, and of the VAE's `encode`.
+REMEMBERED = ("encode_prompt", "prepare_latents", "encode_image")
+
+
 def remember(remembered: dict[str, list]) -> dict[str, Callable]:
-    """Wrappers of the methods that `remembered` names; each appends the return values of its method there."""
+    """
+    Wrappers of the methods in [`REMEMBERED`]; each appends the return values of its method to its list. A method that
+    another of them calls is not remembered, as the replay does not call it.
+    """
+    active: list[str] = []
 
     def wrapper(name: str) -> Callable:
         def method(original, *args, **kwargs):
-            remembered[name].append(original(*args, **kwargs))
-            return remembered[name][-1]
+            active.append(name)
+            try:
+                value = original(*args, **kwargs)
+            finally:
+                active.pop()
+            if name == "encode_image":
+                taken: dict[str, Tensor] = {}
+                value = Encoding(taken, value)
+            if not active:
+                remembered[name].append(taken if name == "encode_image" else value)
+            return value
 
         return method
 
     return {name: wrapper(name) for name in remembered}
+
+
+class Encoding:
+    """
+    What a VAE's `encode` returned, which remembers the tensors that are taken from it. In a replay it gives them once more.
+
+    A distribution is sampled with the same noise for all samples of the batch: the branches of a prompt see the same image.
+    The generators of the call stay as they are, so that the branches also share their initial noise.
+
+    Args:
+        taken (`dict[str, Tensor]`): The tensors by the expression that took them, such as `latent_dist.sample()`.
+        output (`Any`, *optional*): The return value. None in a replay.
+        path (`str`): The expression that leads to `output`.
+    """
+
+    def __init__(self, taken: dict[str, Tensor], output: Any = None, path: str = ""):
+        self._taken, self._output, self._path = taken, output, path
+
+    def __getattr__(self, name: str) -> Any:
+        path = self._path + name
+        if self._output is not None:
+            return self._take(getattr(self._output, name), path)
+        if path in self._taken:
+            return self._taken[path]
+        if path + "()" in self._taken:
+            return lambda *args, **kwargs: self._taken[path + "()"]
+        if any(key.startswith(path + ".") for key in self._taken):
+            return Encoding(self._taken, path=path + ".")
+        raise AttributeError(name)
+
+    def _call(self, method: Callable, path: str, args: tuple, kwargs: dict) -> Any:
+        if not path.endswith("latent_dist.sample"):
+            return method(*args, **kwargs)
+        mean, std = self._output.mean, self._output.std
+        noise = torch.randn(mean.shape[1:], generator=torch.Generator().manual_seed(0))
+        return mean + std * noise.to(mean)
+
+    def _take(self, value: Any, path: str) -> Any:
+        if isinstance(value, Tensor):
+            return self._taken.setdefault(path, value)
+        if callable(value):
+            return lambda *args, **kwargs: self._take(self._call(value, path, args, kwargs), path + "()")
+        return Encoding(self._taken, value, path + ".")
 
 
 # `prepare_latents` returns the latents, or a tuple that starts with them.

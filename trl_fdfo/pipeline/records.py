@@ -25,7 +25,9 @@ class Rehearsal:
         sigmas (`Tensor`): Noise levels t_0 > ... > t_T = 0 in [0, 1], shape [T + 1], on the CPU.
         latents (`Tensor`): Noisy latents as the scheduler gets them, shape [N, ...].
         velocity (`Tensor`): Their velocity as the scheduler gets it, of the same shape.
+        skipped_steps (`int`): Steps at the start of the schedule that the pipeline does not take.
         encoded (`list`): Return value of each call of `encode_prompt`.
+        encoded_images (`list`): Tensors taken from the return value of each call of the VAE's `encode`.
         prepared (`list`): Return value of each call of `prepare_latents`.
         model_calls (`list[tuple[tuple, dict]]`): Arguments of each call of the transformer in the first step.
         outputs (`list`): Return value of each of these calls.
@@ -36,7 +38,9 @@ class Rehearsal:
     sigmas: Tensor
     latents: Tensor
     velocity: Tensor
+    skipped_steps: int
     encoded: list
+    encoded_images: list
     prepared: list
     model_calls: list[tuple[tuple, dict]]
     outputs: list
@@ -49,6 +53,7 @@ class BatchAxes:
     """Axes of the samples, from [`sample_axes`], in the fields of a [`Rehearsal`] of these names."""
 
     encoded: Any
+    encoded_images: Any
     prepared: Any
     model_calls: Any
     outputs: Any
@@ -62,9 +67,13 @@ class RolloutBatch:
     Attributes:
         images (`Tensor`): Decoded images, floats in [0, 1], shape [N, 3, H, W]; videos [N, F, 3, H, W]. None in a part.
         endpoints (`Tensor`): Final latents x_0 as the pipeline lays them out, shape [P, G, ...].
-        x_t (`dict[int, Tensor]`): Noisy latents before step k, for each recorded k in [0, T), shape [N, ...].
-        velocities (`dict[int, Tensor]`): Velocity of step k, for each recorded k, the shape of `x_t[k]`.
-        x_s (`dict[int, Tensor]`): Noisy latents after step k, if the scheduler records them, the shape of `x_t[k]`.
+        x_t (`dict[int, Tensor]`): Noisy latents that the pipeline gets for step k, for each recorded k in [0, T), shape
+            [N, ...], in the pipeline's dtype; float32 if the scheduler records x_s.
+        velocities (`dict[int, Tensor]`): Velocity of step k, for each recorded k, the shape of `x_t[k]`, float32.
+        x_s (`dict[int, Tensor]`): Noisy latents after step k, if the scheduler records them, the shape of `x_t[k]`,
+            float32.
+        sigmas (`Tensor`): Noise levels t_0 > ... > t_T of its steps, which may depend on the size of the images, shape
+            [T + 1], on the CPU.
         call_kwargs (`dict`): Arguments of the pipeline's call.
         remembered (`dict[str, list]`): Return values of the pipeline's methods that the replay does not repeat.
         outputs (`list`): Return value of each call of the transformer, as tensors on the meta device.
@@ -75,6 +84,7 @@ class RolloutBatch:
     x_t: dict[int, Tensor]
     velocities: dict[int, Tensor]
     x_s: dict[int, Tensor]
+    sigmas: Tensor
     call_kwargs: dict[str, Any]
     remembered: dict[str, list]
     outputs: list
@@ -91,6 +101,7 @@ class RolloutBatch:
             x_t={level: part(self.x_t[level], 0) for level in levels},
             velocities={level: part(self.velocities[level], 0) for level in levels},
             x_s={level: part(self.x_s[level], 0) for level in levels if level in self.x_s},
+            sigmas=self.sigmas,
             call_kwargs={
                 name: [value[n] for n in samples] if is_per_sample(name) and isinstance(value, list) else value
                 for name, value in self.call_kwargs.items()
@@ -98,6 +109,7 @@ class RolloutBatch:
             remembered={
                 "encode_prompt": part(self.remembered["encode_prompt"], axes.encoded),
                 "prepare_latents": part(self.remembered["prepare_latents"], axes.prepared),
+                "encode_image": part(self.remembered["encode_image"], axes.encoded_images),
             },
             outputs=[part(output, axes.outputs[0]) for output in self.outputs],
         )

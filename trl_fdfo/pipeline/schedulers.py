@@ -1,13 +1,19 @@
 """
-Schedulers that take the place of a pipeline's own in a rehearsal, a rollout, a replay and a decoding.
+Stand-ins for a pipeline's scheduler in a rehearsal, a rollout, a replay and a decoding.
 
-All are subclasses of diffusers' `FlowMatchEulerDiscreteScheduler`: the noise level sigma is in [0, 1], 1 = pure noise,
-and `step` gets the velocity v = eps - x_0.
+A stand-in is a copy of the scheduler that was given: noise levels, timesteps, shift and config are its own, whatever its
+class. Only `step` is another. Noise levels sigma are in [0, 1], 1 = pure noise, and `step` gets the velocity v = eps - x_0.
 
-Dimensions: N samples (prompts x branches), T steps.
+Latents are float32 from `prepare_latents` to the VAE, whatever the pipeline computes in: a stand-in keeps them, and hands
+the pipeline a copy in the pipeline's own dtype. The small difference between two branches would not survive if they were
+rounded after each step.
+
+Dimensions: N samples (prompts x branches), T steps that the pipeline takes.
 """
 
-from collections.abc import Collection
+import copy
+import functools
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -27,55 +33,132 @@ class StopPipeline(Exception):
         self.value = value
 
 
-def euler_scheduler(scheduler: SchedulerMixin) -> FlowMatchEulerDiscreteScheduler:
+def check_scheduler(scheduler: SchedulerMixin) -> None:
     """
-    Return `scheduler` itself if it is flow matching's Euler scheduler. Replace another sampler of a flow by the Euler
-    scheduler with the same shift.
+    Warn if the sampler is not Euler's: its steps are replaced, its noise levels are kept.
 
     Raises:
         ValueError: `scheduler` does not belong to flow matching.
     """
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        return scheduler
     config = scheduler.config
-    flow = type(scheduler).__name__.startswith("FlowMatch") or (
-        config.get("prediction_type") == "flow_prediction" and config.get("use_flow_sigmas", False)
+    name = type(scheduler).__name__
+    flow = (
+        isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+        or name.startswith("FlowMatch")
+        or (config.get("prediction_type") == "flow_prediction" and config.get("use_flow_sigmas", False))
     )
     if not flow:
         raise ValueError(
-            f"{type(scheduler).__name__} is not a flow-matching scheduler, and only a flow-matching model can be trained. "
+            f"{name} is not a flow-matching scheduler, and only a flow-matching model can be trained. "
             "Take a pipeline whose scheduler is a `FlowMatchEulerDiscreteScheduler` or another sampler of a flow."
         )
-    shift = config.get("flow_shift", config.get("shift", 1.0))
-    logger.warning_once(
-        f"Rollouts add noise to the steps of the Euler sampler: {type(scheduler).__name__} is replaced, in training and "
-        f"evaluation, by FlowMatchEulerDiscreteScheduler with the same shift of {shift}."
-    )
-    names = ("num_train_timesteps", "use_dynamic_shifting", "time_shift_type", "shift_terminal")
-    return FlowMatchEulerDiscreteScheduler(shift=shift, **{name: config[name] for name in names if name in config})
+    if type(scheduler).step is not FlowMatchEulerDiscreteScheduler.step:
+        logger.warning_once(
+            f"Rollouts add noise to the steps of the Euler sampler: in training and evaluation Euler's steps replace "
+            f"those of {name}, between the noise levels of {name}."
+        )
 
 
-class RehearsalScheduler(FlowMatchEulerDiscreteScheduler):
+@functools.cache
+def _stand_in_class(stand_in: type, given: type) -> type:
+    # Pipelines look at the parameters of `set_timesteps`, which `wraps` passes on.
+    @functools.wraps(given.set_timesteps)
+    def set_timesteps(self, *args, **kwargs):
+        given.set_timesteps(self, *args, **kwargs)
+        if given.order > 1:  # a sampler of second order visits levels twice
+            self.timesteps, self.sigmas = map(torch.unique_consecutive, (self.timesteps, self.sigmas))
+        # Some samplers start a millionth below 1, where their own formulas are finite.
+        self.sigmas = self.sigmas.masked_fill(self.sigmas > 1 - 1e-5, 1.0)
+
+    return type(stand_in.__name__, (stand_in, given), {"set_timesteps": set_timesteps})
+
+
+class StandIn:
+    """
+    Base of the stand-ins. A subclass says in `take_step` what a step does.
+
+    Attributes:
+        first_step (`int`): The first step that the pipeline takes, as its schedule counts them: greater than 0 if a
+            `strength` starts it late.
+        steps_done (`int`): Steps taken. Step k of the others is step `first_step + k` of the schedule.
+        on_last_step (`Callable`): Called before the last step returns.
+    """
+
+    first_step = 0
+    steps_done = 0
+    on_last_step: Callable[[], Any] = staticmethod(lambda: None)
+
+    @classmethod
+    def of(cls, scheduler: SchedulerMixin) -> "StandIn":
+        """A stand-in for `scheduler`, which stays as it is."""
+        stand_in = copy.copy(scheduler)
+        stand_in.__class__ = _stand_in_class(cls, type(scheduler))
+        return stand_in
+
+    @property
+    def noise_levels(self) -> Tensor:
+        """Noise levels t_0 > ... > t_T of the steps that the pipeline takes, shape [T + 1]."""
+        return self.sigmas[self.first_step :]
+
+    def begin(self, latents: Tensor) -> Tensor:
+        """The latents that the pipeline starts from, from those that `prepare_latents` made, shape [N, ...]."""
+        self.first_step = self.begin_index or 0
+        self._dtype = latents.dtype
+        return self._hand_out(self.start(latents.float()))
+
+    def start(self, x: Tensor) -> Tensor:
+        """Initial latents of each sample, from those in float32 that `prepare_latents` drew with its seed, shape [N, ...]."""
+        return x
+
+    def take_step(self, velocity: Tensor, sample: Tensor, step: int) -> Tensor:
+        """The latents at noise level `step + 1`, from those that the pipeline has at noise level `step`."""
+        raise NotImplementedError
+
+    def step(self, model_output, timestep, sample, return_dict=True, **kwargs):
+        if kwargs.get("per_token_timesteps") is not None:
+            raise ValueError("A pipeline that gives each token a noise level of its own cannot be trained.")
+        if self.step_index is None:
+            self._init_step_index(timestep)
+            self.first_step = self.step_index
+        x_s = self.take_step(model_output, sample, self.steps_done)
+        self._step_index += 1
+        self.steps_done += 1
+        if self.step_index == len(self.timesteps):
+            self._dtype = torch.float32
+            self.on_last_step()
+        x_s = self._hand_out(x_s)
+        return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=x_s) if return_dict else (x_s,)
+
+    def _hand_out(self, x: Tensor) -> Tensor:
+        self._exact = x
+        self.handed_out = x.to(self._dtype)
+        return self.handed_out
+
+    def _unrounded(self, sample: Tensor) -> Tensor:
+        """The latents in float32 that the pipeline has in its own dtype, where it has not changed them."""
+        if sample.dtype == torch.float32 or sample.shape != self._exact.shape:
+            return sample.float()
+        return torch.where(sample == self.handed_out, self._exact, sample.float())
+
+
+class RehearsalScheduler(StandIn):
     """Takes the pipeline through its loop with unchanged latents, and keeps the latents and the latest velocity."""
 
     latents: Tensor | None = None
     velocity: Tensor | None = None
-    steps_done = 0
 
-    def step(self, model_output, timestep, sample, return_dict=True, **kwargs):
-        _refuse_noise_levels_per_token(kwargs)
-        self.latents, self.velocity = sample, model_output
-        self.steps_done += 1
-        return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=sample) if return_dict else (sample,)
+    def take_step(self, velocity, sample, step):
+        self.latents, self.velocity = sample, velocity
+        return sample
 
 
-class RolloutScheduler(FlowMatchEulerDiscreteScheduler):
+class RolloutScheduler(StandIn):
     """
     Samples the images of a rollout and records the tuples (x_t, v) of some levels. An algorithm's subclass says how a
-    step adds noise.
+    step adds noise; this class adds none.
     """
 
-    # Also record x_s, for losses that need its likelihood.
+    # Also record x_s, for losses that need its likelihood. Both x_t and x_s are then recorded in float32.
     records_arrivals = False
 
     def record(self, noise_amounts: Tensor, generators: list[torch.Generator], levels: Collection[int]) -> None:
@@ -94,32 +177,28 @@ class RolloutScheduler(FlowMatchEulerDiscreteScheduler):
         self.velocities: dict[int, Tensor] = {}
         self.x_s: dict[int, Tensor] = {}
         self.endpoints: Tensor | None = None  # latents after the latest step, [N, ...]
-        self.steps_done = 0
-
-    def start(self, x: Tensor) -> Tensor:
-        """Initial latents of each sample, from the latents that `prepare_latents` drew with its seed, shape [N, ...]."""
-        return x
 
     def advance(self, x_t: Tensor, velocity: Tensor, step: int) -> Tensor:
-        """Take the samples at level `step`, in fp32, to level `step + 1`."""
-        raise NotImplementedError
+        """Take the samples at level `step`, in fp32, to level `step + 1`. Levels are those of `noise_levels`."""
+        t, s = self.noise_levels[step], self.noise_levels[step + 1]
+        return x_t + (s - t) * velocity
 
-    def step(self, model_output, timestep, sample, return_dict=True, **kwargs):
-        _refuse_noise_levels_per_token(kwargs)
-        if self.step_index is None:
-            self._init_step_index(timestep)
-        step = self.step_index
-        # As in the parent's step: computed in fp32, returned in the dtype of the model.
-        x_s = self.advance(sample.float(), model_output, step).to(model_output.dtype)
+    def take_step(self, velocity, sample, step):
+        handed_out, exact, x_t = self.handed_out, self._exact, self._unrounded(sample)
+        x_s = self.endpoints = self.advance(x_t, velocity, step)
         if step in self.levels:
-            self.x_t[step] = sample
-            self.velocities[step] = model_output
+            self.velocities[step] = velocity
+            # The replay hands out the same once more, and the pipeline then does with it what it did.
+            self.x_t[step] = handed_out
             if self.records_arrivals:
-                self.x_s[step] = x_s
-        self._step_index += 1
-        self.steps_done += 1
-        self.endpoints = x_s
-        return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=x_s) if return_dict else (x_s,)
+                if exact.shape != x_t.shape or not torch.equal(exact, x_t):
+                    raise ValueError(
+                        "The pipeline changes its latents between two steps of the scheduler (such as inpainting, which "
+                        "puts the known pixels back), and this algorithm needs the likelihood of a whole step. Train "
+                        "this pipeline with an algorithm that does not, such as the finite difference."
+                    )
+                self.x_t[step], self.x_s[step] = exact, x_s
+        return x_s
 
     def _draw(self, x: Tensor, level: int) -> Tensor:
         """Draw fp32 noise of the shape of `x` for a level; a sample whose amount is 0 draws none."""
@@ -132,39 +211,41 @@ class RolloutScheduler(FlowMatchEulerDiscreteScheduler):
         return noise.to(x.device)
 
 
-class ReplayScheduler(FlowMatchEulerDiscreteScheduler):
+class ReplayScheduler(StandIn):
     """
-    Takes the pipeline through its own loop to one step, with unchanged latents, and stops it there when the velocity
-    arrives. So the pipeline knows the number of the step, on which guidance may depend.
+    Takes the pipeline through its own loop to one step, and stops it there when the velocity arrives. So the pipeline
+    knows the number of the step, on which guidance may depend.
     """
 
-    steps_left: int  # before the step that is replayed
+    def replay(self, level: int, x_t: Tensor) -> None:
+        """Prepare for one call, which stops at step `level` and hands out `x_t` for it."""
+        self.level = level
+        self.x_t = x_t
 
-    def replay(self, level: int) -> None:
-        """Prepare for one call, which stops at step `level`."""
-        self.steps_left = level
+    @property
+    def is_there(self) -> bool:
+        """True if the transformer's next call belongs to the step that is replayed."""
+        return self.steps_done == self.level
 
-    def step(self, model_output, timestep, sample, return_dict=True, **kwargs):
-        if self.steps_left == 0:
-            raise StopPipeline(model_output)
-        self.steps_left -= 1
-        return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=sample) if return_dict else (sample,)
+    def start(self, x):
+        return self.x_t
+
+    def take_step(self, velocity, sample, step):
+        if step == self.level:
+            raise StopPipeline(velocity)
+        # Not `sample`: a pipeline that changes its latents after a step must change these only once.
+        return self.x_t
 
 
-class DecodeScheduler(FlowMatchEulerDiscreteScheduler):
+class DecodeScheduler(StandIn):
     """Takes the pipeline through its loop without computing, and gives it final latents to decode at the end."""
 
     def decode(self, endpoints: Tensor) -> None:
         """Prepare for one call, which decodes `endpoints`."""
         self.endpoints = endpoints
-        self.steps_done = 0
 
-    def step(self, model_output, timestep, sample, return_dict=True, **kwargs):
-        self.steps_done += 1
-        x_s = self.endpoints if self.steps_done == len(self.timesteps) else sample
-        return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=x_s) if return_dict else (x_s,)
+    def start(self, x):
+        return self.endpoints.detach()
 
-
-def _refuse_noise_levels_per_token(kwargs: dict[str, Any]) -> None:
-    if kwargs.get("per_token_timesteps") is not None:
-        raise ValueError("A pipeline that gives each token a noise level of its own cannot be trained.")
+    def take_step(self, velocity, sample, step):
+        return self.endpoints if self.step_index + 1 == len(self.timesteps) else sample

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import functools
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..pipeline.patch import shadowed
+from ..pipeline.patch import in_float32, shadowed
 
 
 # PyTorch's formulas, and formulas for the CPU's attention kernel, which PyTorch lacks. Its `FlopCounterMode` cannot be
@@ -100,11 +101,14 @@ def sampling_cost(
         module (`nn.Module`): A module on any device, also the meta device.
         calls (`Sequence[tuple[tuple, dict]]`): Arguments of each call.
         precision ([`Precision`]): Precision of the calls.
-        method (`str`): The module's method that is called.
+        method (`str`): The module's method that is called. `decode` is called in float32, as in a rollout.
     """
-    with _counting(module, calls, precision) as (twin, calls, count), torch.no_grad(), precision.autocast_context():
-        for args, kwargs in calls:
-            getattr(twin, method)(*args, **kwargs)
+    decodes = method == "decode"
+    upcast = in_float32(module) if decodes else contextlib.nullcontext()  # as in a rollout
+    with upcast, _counting(module, calls, precision) as (twin, calls, count), torch.no_grad():
+        with contextlib.nullcontext() if decodes else precision.autocast_context():
+            for args, kwargs in calls:
+                getattr(twin, method)(*args, **kwargs)
     return count()
 
 
@@ -189,6 +193,11 @@ class _Counter(TorchDispatchMode):
         self.now -= size
 
 
+def _hooks(module: nn.Module) -> list[dict]:
+    """The registries of PyTorch's hooks on a module's calls."""
+    return [value for name, value in vars(module).items() if name.endswith("_hooks") and isinstance(value, dict)]
+
+
 @contextlib.contextmanager
 def _counting(module: nn.Module, calls: Sequence[tuple[tuple, dict]], precision: Precision):
     """Yields a copy of the module and of its calls, with fake tensors, and a function that returns the cost so far."""
@@ -207,9 +216,12 @@ def _counting(module: nn.Module, calls: Sequence[tuple[tuple, dict]], precision:
                 made.grad = torch.zeros_like(made)
         return made
 
-    # The twin is a deep copy: state that the module keeps between calls must not become fake.
+    # The twin is a deep copy: state that the module keeps between calls must not become fake. It has no hooks: a user's
+    # hook would get tensors without data.
     weights = [*module.parameters(), *module.buffers()]
-    twin = copy.deepcopy(module, {id(tensor): fake(tensor) for tensor in weights})
+    known = {id(tensor): fake(tensor) for tensor in weights}
+    known |= {id(hooks): OrderedDict() for part in module.modules() for hooks in _hooks(part)}
+    twin = copy.deepcopy(module, known)
     calls = tree_map_only(Tensor, fake, list(calls))
     gradients = [parameter.grad for parameter in twin.parameters() if parameter.grad is not None]
     arguments = [leaf for leaf in tree_leaves(calls) if isinstance(leaf, Tensor)]

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 from transformers import TrainingArguments
 
+from ..pipeline.patch import in_float32
 from ..pipeline.prompt_embeddings import text_encoders
 from ..pipeline.records import Rehearsal
 from ..pipeline.schedulers import RolloutScheduler
@@ -128,7 +129,13 @@ def component_parts(pipeline: DiffusionPipeline, args: TrainingArguments) -> Ite
         cached = args.cache_prompt_embeds and name in text_encoders(pipeline)
         waits = cached or args.offload_components
         note = f"{size_text(size)} in host memory" if waits else ""
-        yield Part(name, 0 if cached else size, 0 if waits else size, note)
+        sampling = 0 if cached else size
+        if name == "vae":
+            with in_float32(component):
+                upcast = nbytes((*component.parameters(), *component.buffers()))
+            if upcast != size:
+                sampling, note = size + upcast, ", ".join(filter(None, [note, "with a copy in float32 that decodes"]))
+        yield Part(name, sampling, 0 if waits else size, note)
 
 
 def reward_parts(rewards: dict[str, Callable | None]) -> Iterator[Part]:
@@ -154,16 +161,18 @@ def trajectory_bytes(
 ) -> int:
     """
     Bytes that a process records of one rollout. A batch keeps at each of K levels the noisy latents, the velocity and, if
-    the scheduler records arrivals, the next latents in the velocity's dtype; for each sample's targets a float32 number
-    and `latents_per_target` float32 tensors of the latents' shape; the results of `encode_prompt` and `prepare_latents`.
+    the scheduler records arrivals, the next latents; the velocity and, with arrivals, the latents are float32. It also
+    keeps for each sample's targets a float32 number and `latents_per_target` float32 tensors of the latents' shape, and
+    what the pipeline has encoded and prepared.
     """
     # A batch is copied when it moves to the host or is cut from a larger one. Otherwise a view keeps its whole storage.
     copied = args.offload_trajectories or args.per_device_sampling_batch_size > args.per_device_prompt_batch_size
     size = nbytes if copied else _storage_nbytes
-    velocities = 2 if scheduler_class.records_arrivals else 1
-    level = size([rehearsal.latents]) + velocities * size([rehearsal.velocity])
+    latents = 2 * 4 * rehearsal.latents.numel() if scheduler_class.records_arrivals else size([rehearsal.latents])
+    level = latents + size([rehearsal.velocity])
     targets = 4 * args.per_device_train_batch_size + latents_per_target * 4 * rehearsal.latents.numel()
-    remembered = [leaf for leaf in tree_leaves([rehearsal.encoded, rehearsal.prepared]) if isinstance(leaf, Tensor)]
+    values = [rehearsal.encoded, rehearsal.encoded_images, rehearsal.prepared]
+    remembered = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
     return args.num_rollout_batches * (args.num_trained_levels * level + targets + size(remembered))
 
 

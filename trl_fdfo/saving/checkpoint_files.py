@@ -13,10 +13,11 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 from transformers.utils import logging
 
@@ -69,8 +70,56 @@ def removed_on_error(folder: Path, is_writer: bool = True) -> Iterator[None]:
         raise RuntimeError(
             f"A checkpoint could not be written to {folder.parent} ({type(error).__name__}: {error}). "
             + (f"Those before it are whole, the newest is {older[-1]}: " if older else "There is none before it. ")
-            + "Make room or make the folder writable, and resume."
+            + f"{_remedy(error)}, and resume."
         ) from error
+
+
+@contextlib.contextmanager
+def written_whole(folder: str | Path, is_writer: bool, wait_for_everyone: Callable[[], None]) -> Iterator[Path]:
+    """
+    A new folder, whose files move into `folder` when all of them are written: if one cannot be, `folder` is as it was. All
+    processes must call it.
+
+    Args:
+        folder (`str` or `Path`): Where the files belong. Files of the same names are replaced, others stay.
+        is_writer (`bool`): This process moves them.
+        wait_for_everyone (`Callable`): A barrier of all processes.
+
+    Raises:
+        RuntimeError: Writing failed.
+    """
+    folder = Path(folder)
+    staged = folder / SAVING
+    try:
+        if is_writer:
+            shutil.rmtree(staged, ignore_errors=True)  # left by a run that was killed
+            staged.mkdir(parents=True)
+        wait_for_everyone()
+        yield staged
+        wait_for_everyone()
+        if is_writer:
+            for path in [path for path in sorted(staged.rglob("*")) if path.is_file()]:
+                target = folder / path.relative_to(staged)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, target)
+    except Exception as error:
+        if not is_writer:  # which says what is wrong
+            raise
+        raise RuntimeError(
+            f"The result could not be written to {folder} ({type(error).__name__}: {error}), which is left as it was. "
+            f"{_remedy(error)}, and save again."
+        ) from error
+    finally:
+        if is_writer:
+            shutil.rmtree(staged, ignore_errors=True)
+    wait_for_everyone()
+
+
+def _remedy(error: Exception) -> str:
+    # torch and safetensors have no errors of their own for a full disk.
+    if isinstance(error, (OSError, RuntimeError, SafetensorError)):
+        return "Make room or make the folder writable"
+    return "The disk is not at fault: leave out what the error names"
 
 
 def fault(checkpoint: str | Path) -> str | None:

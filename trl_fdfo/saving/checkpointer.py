@@ -8,6 +8,7 @@ index): a resumed run is the run that was never stopped, to the bit.
 import contextlib
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,20 @@ class Checkpointer:
         return checkpoint
 
     def begin(self, checkpoint: str | None) -> None:
-        """Set aside what stands after the step where the run begins. To be called by one process."""
+        """
+        Set aside what stands after the step where the run begins. To be called by one process.
+
+        Raises:
+            ValueError: No checkpoint could be written.
+        """
+        try:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.output_dir).close()
+        except OSError as error:
+            raise ValueError(
+                f"output_dir='{self.output_dir}' cannot be written to ({error}): no checkpoint could be saved. Make it "
+                "writable, or set another."
+            ) from error
         step = 0
         if checkpoint is not None:
             # Not from the name, which a download from the Hub changes.

@@ -8,6 +8,7 @@ from peft import PeftConfig
 
 from ..pipeline.checksums import checksum, config_checksum, weights_checksum
 from ..pipeline.trained import trained_module
+from .identity import identity
 
 
 def fingerprint(
@@ -22,7 +23,7 @@ def fingerprint(
     Everything that the result of a run depends on, as JSON values; the larger parts as checksums.
 
     Args:
-        options (`dict[str, Any]`): Options that change the result.
+        options (`dict[str, Any]`): Options that change the result, of any type.
         pipeline (`DiffusionPipeline`): The pipeline, with its adapter.
         prompts (`datasets.Dataset`): The training prompts.
         rewards (`dict[str, str]`): Description of each reward.
@@ -34,15 +35,15 @@ def fingerprint(
     trained = [p for p in transformer.parameters() if p.requires_grad]
     scalars = [name for name, feature in prompts.features.items() if isinstance(feature, Value)]
     return {
-        **options,
-        **{f"adapter.{name}": value for name, value in _adapter_options(adapter).items()},
+        **identity(options),
+        **{f"adapter.{name}": identity(value) for name, value in _adapter_options(adapter).items()},
         "pipeline": type(pipeline).__name__,
         "components": sorted(name for name, component in pipeline.components.items() if component is not None),
         "transformer (checksum of its config)": config_checksum(transformer.config),
         "transformer (checksum of its frozen weights)": weights_checksum(frozen),
         "adapter (checksum of the weights to go on from)": weights_checksum(trained) if continues_adapter else None,
         "scheduler (checksum of its config)": config_checksum(pipeline.scheduler.config),
-        "dataset (checksum of its text and numbers)": checksum([prompts[name] for name in scalars]),
+        "dataset (checksum of all its text and numbers)": checksum([prompts[name][:] for name in scalars]),
         "rewards": rewards,
     }
 
@@ -53,7 +54,7 @@ def _adapter_options(adapter: PeftConfig | None) -> dict[str, Any]:
         return {}
     defaults = type(adapter)().to_dict()
     return {
-        name: sorted(value) if isinstance(value, set) else value
+        name: value
         for name, value in adapter.to_dict().items()
         if (value != defaults.get(name) or name in ("r", "lora_alpha"))
         and name not in ("base_model_name_or_path", "peft_version")

@@ -4,9 +4,11 @@ The model card: README.md beside a result, with its pictures. The words are in t
 The trainer makes a [`CardRecord`] of plain values, and `write_model_card` renders it.
 """
 
+import ast
 import functools
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -169,6 +171,7 @@ def write_model_card(record: CardRecord, folder: str | Path) -> None:
         source = f"[{record.dataset_name}](https://huggingface.co/datasets/{record.dataset_name})"
     hyperparameters = {name: value for name, value in training.hyperparameters.items() if value is not None}
     packages = [(name, version(name)) for name in _FRAMEWORKS]
+    snippet, reward_names = usage_snippet(record), [name for name, _ in training.rewards]
     card = ModelCard.from_template(
         _metadata(record, widget),
         template_path=str(record.template or PACKAGED_TEMPLATE),
@@ -178,7 +181,8 @@ def write_model_card(record: CardRecord, folder: str | Path) -> None:
         pipeline=pipeline.class_name,
         is_adapter=record.adapter is not None,
         has_widget=bool(widget),
-        snippet=usage_snippet(record),
+        snippet=snippet,
+        fence=_fence(snippet, *reward_names),
         sampling=list(_literals(pipeline.call_kwargs).items()),
         rewards=[(name, f"{weight:g}") for name, weight in training.rewards],
         prompts=f"{training.num_prompts:,} prompts from {source}",
@@ -237,11 +241,20 @@ def _call(function: str, arguments: list[str]) -> str:
 
 def _literals(call_kwargs: Mapping[str, Any]) -> dict[str, str]:
     """Return the arguments that are Python literals, as code."""
-    kinds = (str, int, float, bool, list, dict)
-    return {name: repr(value) for name, value in call_kwargs.items() if isinstance(value, kinds)}
+    return {name: repr(value) for name, value in call_kwargs.items() if value is not None and _is_literal(value)}
 
 
-# Metadata -------------------------------------------------------------------------------------------------------------
+def _is_literal(value: Any) -> bool:
+    try:
+        return ast.literal_eval(repr(value)) == value
+    except (SyntaxError, ValueError, TypeError, RuntimeError):  # such as a function or a tensor, also inside of a list
+        return False
+
+
+def _fence(*texts: str) -> str:
+    """More backticks than there are in a row in the texts, so that they are code as a whole."""
+    runs = [run for text in texts for run in re.findall("`+", text)]
+    return "`" * max([2, *map(len, runs)]) + "`"
 
 
 def _metadata(record: CardRecord, widget: list[dict[str, Any]]) -> ModelCardData:
@@ -278,9 +291,6 @@ def _license(base_model: str | None) -> dict[str, str]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-# Text -----------------------------------------------------------------------------------------------------------------
-
-
 def _results(samples: SampleRecord | None) -> dict[str, Any]:
     """Return the template's variables for the table of results."""
     if samples is None:
@@ -309,9 +319,6 @@ def _training_time(log_history: Sequence[Mapping[str, Any]]) -> str | None:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-# Pictures -------------------------------------------------------------------------------------------------------------
 
 
 def _save_widget(samples: SampleRecord, folder: Path) -> list[dict[str, Any]]:

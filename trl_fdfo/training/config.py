@@ -17,9 +17,10 @@ from transformers import TrainingArguments
 from transformers.integrations import unset_hf_deepspeed_config
 from transformers.utils import is_torch_bf16_gpu_available, logging
 
-from ..redaction import without_folders
+from ..saving.identity import identity
 from . import config_checks
 from .config_checks import nearest_multiples
+from .migration import arguments_of, unknown_options
 
 
 logger = logging.get_logger(__name__)
@@ -35,18 +36,31 @@ _INHERITED_RESULT_OPTIONS = (
 )
 
 
-class _Derived(int):
+class _Derived:
     """A number or switch that follows from other options, so that `dataclasses.replace` computes it anew."""
 
-    def __new__(cls, value: int | bool) -> "_Derived":
-        derived = super().__new__(cls, value)
-        derived.plain = value.plain if isinstance(value, _Derived) else value
-        return derived
+    plain: float | int | bool
 
     def __repr__(self) -> str:
         return repr(self.plain)
 
     __str__ = __repr__
+
+
+class _DerivedInt(_Derived, int):
+    pass
+
+
+class _DerivedFloat(_Derived, float):
+    pass
+
+
+def derived(value: float | int | bool) -> _Derived:
+    """`value` as the value of an option that was not given and follows from other options."""
+    plain = getattr(value, "plain", value)
+    marked = (_DerivedFloat if isinstance(plain, float) else _DerivedInt)(plain)
+    marked.plain = plain
+    return marked
 
 
 class _Metadata(dict):
@@ -377,8 +391,9 @@ class RolloutConfig(TrainingArguments):
     save_steps: float | None = option(None, changes_result=False)
 
     def __new__(cls, *args: Any, **options: Any) -> "RolloutConfig":
-        for name in options.keys() & cls.renamed_options.keys():
-            raise TypeError(f"{name}={options[name]!r} has a new name: {cls.renamed_options[name]}.")
+        error = unknown_options(cls.__name__, options, arguments_of(cls), cls.renamed_options)
+        if error:
+            raise TypeError(error)
         return super().__new__(cls)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -398,7 +413,7 @@ class RolloutConfig(TrainingArguments):
 
     def __post_init__(self):
         given = {}
-        for name in (field.name for field in fields(self)):
+        for name in (each.name for each in fields(self)):
             if isinstance(getattr(self, name), _Derived):
                 setattr(self, name, None)
             given[name] = getattr(self, name)
@@ -414,7 +429,7 @@ class RolloutConfig(TrainingArguments):
         self._fill_in_defaults()
         config_checks.check_intervals(self)
         self._resolve_bf16()
-        derived = [field.name for field in fields(self) if isinstance(getattr(self, field.name), _Derived)]
+        followed = [field.name for field in fields(self) if isinstance(getattr(self, field.name), _Derived)]
         try:
             super().__post_init__()
         except json.JSONDecodeError as error:
@@ -422,8 +437,8 @@ class RolloutConfig(TrainingArguments):
                 name: getattr(self, name) for name in self._VALID_DICT_FIELDS if isinstance(getattr(self, name), str)
             }
             raise ValueError(f"One of {options} is not valid JSON: {error}.") from None
-        for name in derived:  # it has made plain integers of some
-            setattr(self, name, _Derived(getattr(self, name)))
+        for name in followed:  # it has made plain integers of some
+            setattr(self, name, derived(getattr(self, name)))
         config_checks.check_gradient_checkpointing(self)
         config_checks.check_learning_rate_schedule(self)
         # Under ZeRO-3 every model of transformers that is loaded from here on would be sharded and could not be called:
@@ -468,13 +483,13 @@ class RolloutConfig(TrainingArguments):
         }
 
     def result_options(self) -> dict[str, Any]:
-        """The options that the result of a run depends on, as JSON values."""
+        """The options that the result of a run depends on, as JSON values that are the same in each process."""
         metadata = {field.name: field.metadata for field in fields(self)}
         own = [name for name in self._own_options() if metadata[name].get("changes_result", True)]
         names = [*own, *_INHERITED_RESULT_OPTIONS]
         if str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)).startswith("constant"):
             names.remove("num_rollouts")
-        return json.loads(json.dumps({name: getattr(self, name) for name in names}, default=str))
+        return identity({name: getattr(self, name) for name in names})
 
     def redacted(self) -> "RolloutConfig":
         """A copy for a file that may be shared, without folders of this machine and without the token."""
@@ -536,7 +551,7 @@ class RolloutConfig(TrainingArguments):
                 f"{name}={given} cannot be set: it follows from the other options and is {value} here. Set num_rollouts, "
                 "prompts_per_rollout, per_device_prompt_batch_size, optimizer_steps_per_rollout or timestep_fraction."
             )
-        setattr(self, name, _Derived(value))
+        setattr(self, name, derived(value))
 
     def _fill_in_defaults(self) -> None:
         """Options whose default follows from others."""
@@ -555,9 +570,9 @@ class RolloutConfig(TrainingArguments):
         }
         for name, default in defaults.items():
             if getattr(self, name) is None:
-                setattr(self, name, _Derived(default))
+                setattr(self, name, derived(default))
         if self.eval_steps is None:
-            self.eval_steps = _Derived(self.save_steps) if self.save_steps >= 1 else self.save_steps
+            self.eval_steps = derived(self.save_steps)
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "eval_reward"
         # A loss that is not finite ends the run: nothing is left to filter, and the filter waits for the device.
@@ -575,7 +590,7 @@ class RolloutConfig(TrainingArguments):
     def _resolve_bf16(self) -> None:
         available = self._has_bf16()
         if self.bf16 is None:
-            self.bf16 = _Derived(available and not self.fp16)
+            self.bf16 = derived(available and not self.fp16)
         elif self.bf16 and not available and not self.use_cpu:
             raise ValueError(
                 "bf16=True, but this machine has no GPU with bfloat16. Leave bf16 unset to use what the machine can do, "
@@ -585,5 +600,6 @@ class RolloutConfig(TrainingArguments):
 
 def _redacted(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options without the folders above their paths, and `output_dir` as its name alone."""
-    redacted = {name: without_folders(value) for name, value in options.items()}
+    kinds = (str, Path, dict)  # a dict may hold functions and tensors, which neither JSON nor pickle writes
+    redacted = {name: identity(value) if isinstance(value, kinds) else value for name, value in options.items()}
     return redacted | {"output_dir": Path(options["output_dir"]).name}

@@ -70,6 +70,12 @@ def check_pipeline_kwargs(config: TrainingArguments, options_of_call: Sequence[s
             raise ValueError(f"pipeline_kwargs has {name}={value!r}, which the trainer sets itself.")
         if name.startswith("negative_prompt") and isinstance(value, list):
             raise ValueError(f"pipeline_kwargs has {name}={value!r}: one string for all prompts, not a list.")
+        try:
+            json.dumps(value, default=str)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"pipeline_kwargs has {name}={value!r}, which cannot be written beside the result: {error}."
+            ) from error
 
 
 def read_json_dict(name: str, value: dict | str | None, contents: str) -> dict | None:

@@ -4,7 +4,7 @@ import contextlib
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -82,22 +82,23 @@ class RolloutMetrics:
             mean = part(REWARD, name)
             self.add(**{mean: values.nanmean(), deviation(mean): values.std(dim=1).nanmean()})
 
-    def add_branches(self, endpoints: Tensor, shared_noise: float | None) -> None:
+    def add_branches(self, endpoints: Sequence[Tensor], shared_noise: float | None) -> None:
         """
         How far the branches of a prompt are apart.
 
         Args:
-            endpoints (`Tensor`): This process's final latents, [P, G, ...].
+            endpoints (`Sequence[Tensor]`): This process's final latents by batch, [P, G, ...], whose sizes may differ.
             shared_noise (`float`, *optional*): As in [`Watchdogs.check_branches`].
         """
-        branches = endpoints.shape[1]
-        deviations = (endpoints.float() - endpoints.float().mean(dim=1, keepdim=True)).square()
-        branch_rms = deviations.flatten(2).mean(dim=-1).sqrt().mean()
+        branches, dtype = endpoints[0].shape[1], endpoints[0].dtype
+        endpoints = [batch.float() for batch in endpoints]
+        deviations = [(batch - batch.mean(dim=1, keepdim=True)).square().flatten(2).mean(dim=-1) for batch in endpoints]
+        branch_rms = torch.cat(deviations).sqrt().mean()
         # Independent values deviate from the mean of G of them by sqrt((G - 1) / G) times their standard deviation.
-        unrelated = endpoints.float().std() * math.sqrt((branches - 1) / branches)
+        unrelated = torch.cat([batch.flatten() for batch in endpoints]).std() * math.sqrt((branches - 1) / branches)
         values = self._accelerator.reduce(torch.stack([branch_rms, branch_rms / unrelated]), reduction="mean")
         self.add(branch_rms=values[0], branch_distance=values[1])
-        self._watchdogs.check_branches(values[1].item(), shared_noise, endpoints.dtype)
+        self._watchdogs.check_branches(values[1].item(), shared_noise, dtype)
 
     def add_ratio(self, ratio: Tensor, epsilon: float, is_first_step: bool) -> None:
         """
@@ -117,7 +118,9 @@ class RolloutMetrics:
         """Means since the last log, over all processes, and where the time went."""
         device = self._accelerator.device
         names = sorted(self.values)
-        means = torch.stack([torch.stack([value.to(device) for value in self.values[n]]).mean() for n in names])
+        means = torch.stack(
+            [torch.stack([value.to(device) for value in self.values[n]]).mean().double() for n in names]
+        )
         metrics = dict(zip(names, self._accelerator.reduce(means, reduction="mean").tolist()))
         if "first_ratio_error" in metrics:
             self._watchdogs.check_first_ratio(metrics["first_ratio_error"])

@@ -1,9 +1,14 @@
 """Prompts: their sources, and the order in which rollouts draw them."""
 
+import codecs
+import io
+import re
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
 
 
@@ -12,12 +17,22 @@ PACKAGED_PROMPTS = Path(__file__).with_name("prompts.txt")
 # Name endings of local files, and the `datasets` builders that read them.
 _BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
+# Bytes that a text file of another encoding than plain UTF-8 begins with. UTF-32's begin with UTF-16's.
+_BYTE_ORDER_MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
 
 def load_prompts(dataset_name: str | None = None, prompt_column: str = "prompt", name: str = "dataset_name") -> Dataset:
     """
     Args:
         dataset_name (`str`, *optional*): A Hub id (its split `train` is taken) or a local .txt (one prompt per line),
-            .json, .jsonl, .csv or .parquet file. `None` takes the packaged list of prompts.
+            .json, .jsonl, .csv or .parquet file. Text is in UTF-8, or in UTF-16 or UTF-32 with a byte order mark. `None`
+            takes the packaged list of prompts.
         prompt_column (`str`): Name that the lines of a .txt file get as a column.
         name (`str`): Name of `dataset_name` in errors.
 
@@ -29,17 +44,22 @@ def load_prompts(dataset_name: str | None = None, prompt_column: str = "prompt",
         ValueError: It is a local file that cannot be read.
     """
     path = PACKAGED_PROMPTS if dataset_name is None else Path(dataset_name)
-    if path.suffix == ".txt" and path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        return Dataset.from_dict({prompt_column: [line.strip() for line in lines if line.strip()]})
-    if path.suffix in _BUILDERS:
+    kind = path.suffix.lower()
+    if kind in _BUILDERS:
         if not path.is_file():
             raise FileNotFoundError(f"{name}='{dataset_name}': there is no such file.")
+        text = None if kind == ".parquet" else _decoded(path, f"{name}='{dataset_name}'")
         try:
-            return load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train")
+            if kind == ".txt":
+                # Not `splitlines`, which also ends a line at signs that stand inside of prompts, such as U+2028.
+                lines = [line.strip("\ufeff").strip() for line in re.split("\r\n|\r|\n", text)]
+                return Dataset.from_dict({prompt_column: [line for line in lines if line]})
+            if kind == ".csv":
+                return _read_csv(text)
+            return _read_by_datasets(path, kind, text)
         except Exception as error:  # of pandas, pyarrow or datasets, without the name of the file
             raise ValueError(
-                f"{name}='{dataset_name}' cannot be read as {path.suffix[1:]} with at least one row "
+                f"{name}='{dataset_name}' cannot be read as {kind[1:]} with at least one row "
                 f"({type(error).__name__}: {error})."
             ) from error
     if path.is_file():
@@ -49,9 +69,66 @@ def load_prompts(dataset_name: str | None = None, prompt_column: str = "prompt",
     return load_dataset(dataset_name, split="train")
 
 
+def _decoded(path: Path, source: str) -> str:
+    """The text of a file; `source` names it in errors."""
+    content = path.read_bytes()
+    encoding = next((name for mark, name in _BYTE_ORDER_MARKS.items() if content.startswith(mark)), "utf-8")
+    advice = "Save it as UTF-8, such as by `iconv -f {} -t UTF-8`."
+    if encoding.startswith("utf-8") and b"\0" in content:  # which UTF-8 allows, so that it may decode without an error
+        raise ValueError(
+            f"{source} has zero bytes, so it is no text in UTF-8. Is it in UTF-16, without a byte order mark? "
+            + advice.format("UTF-16LE")
+        )
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{source} is not in {encoding.upper()}: byte {error.start}, in line {line}, is 0x{content[error.start]:02x} "
+            f"({error.reason}). {advice.format('WINDOWS-1252')}"
+        ) from None
+
+
+def _read_csv(text: str) -> Dataset:
+    """
+    The table of a CSV file. Words such as "None" and "NA" are missing numbers in a column of numbers, and words in a column
+    of text; an empty cell is missing in both.
+    """
+    table = pd.read_csv(io.StringIO(text))
+    words = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, na_values=[""])
+    if not len(table):
+        raise ValueError("it has no row")
+    for name in table.columns:
+        if pd.api.types.is_string_dtype(table[name].dtype) or table[name].isna().all():
+            table[name] = words[name]
+    return Dataset.from_pandas(table, preserve_index=False)
+
+
+def _read_by_datasets(path: Path, kind: str, text: str | None) -> Dataset:
+    """A file that `datasets` reads. It knows no text but UTF-8: it gets a copy of a `text` that came in another encoding."""
+    with tempfile.TemporaryDirectory() as folder:
+        if text is not None and path.read_bytes().startswith(tuple(_BYTE_ORDER_MARKS)):
+            path = Path(folder, path.name)
+            path.write_text(text, encoding="utf-8")
+        return load_dataset(_BUILDERS[kind], data_files=str(path), split="train")
+
+
 def is_file_name(dataset_name: str) -> bool:
     """True if `load_prompts` takes it for a local file or folder, not for a Hub id."""
-    return Path(dataset_name).suffix in _BUILDERS or Path(dataset_name).exists()
+    return Path(dataset_name).suffix.lower() in _BUILDERS or Path(dataset_name).exists()
+
+
+def plain(dataset: Dataset) -> Dataset:
+    """
+    The dataset with rows of Python values, such as text and PIL images. A format that it had (`with_format`) keeps its
+    columns; a transform (`with_transform`) stays.
+    """
+    if not isinstance(dataset, Dataset):
+        return dataset  # which `check_prompts` refuses
+    form = dataset.format
+    if not form["output_all_columns"]:
+        dataset = dataset.select_columns(form["columns"])
+    return dataset if form["type"] == "custom" else dataset.with_format(None)
 
 
 def check_prompts(

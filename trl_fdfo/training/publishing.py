@@ -143,7 +143,7 @@ def _training_record(trainer: Trainer, prompt_file: str | None) -> TrainingRecor
         rewards=list(zip(rewards.names, rewards.weights.tolist())),
         hyperparameters=_hyperparameters(trainer),
         num_prompts=len(trainer.train_dataset),
-        first_prompt=trainer.train_dataset[0][args.dataset_prompt_column],
+        first_prompt=trainer.train_dataset[args.dataset_prompt_column][0],
         rollouts=rollouts,
         images=rollouts * args.prompts_per_rollout * args.num_generations,
         log_history=trainer.state.log_history,

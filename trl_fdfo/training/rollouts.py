@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import Trainer
 
+from ..evaluation.evaluator import needed_columns, noted, read_rows
 from ..pipeline.records import RolloutBatch, host_copy, repeat_each
 from ..rewards.reward_functions import PendingRewards
 from ..seeds import SAMPLER_NOISE, derive_seed
@@ -50,7 +51,7 @@ def sample_rollout(trainer: Trainer, rollout: int) -> RolloutBuffer:
     trainer.offload_components()
     trainer.pictures.log_rollout(trainer.state, rewards, trainer.reward_functions)
     metrics.add_rewards(rollout, rewards)
-    metrics.add_branches(torch.cat([b.sampled.endpoints for b in batches]), trainer.shared_noise(rollout))
+    metrics.add_branches([batch.sampled.endpoints for batch in batches], trainer.shared_noise(rollout))
     scored = []
     for batch, values in zip(batches, rewards.split(args.per_device_prompt_batch_size)):
         total = trainer.reward_functions.total(values).to(batch.sampled.endpoints.device)
@@ -94,21 +95,26 @@ def _sample_some(
     branches, size = args.num_generations, args.per_device_prompt_batch_size
     numbers = range(batches[0] * size, (batches[-1] + 1) * size)  # places of the prompts in the rollout
     levels = [trainer.trained_levels(rollout, batch) for batch in batches]
-    columns = trainer.train_dataset[[rows[n] for n in numbers]]
+    sampled_columns = args.pipeline_columns or ()
+    needed = needed_columns(
+        trainer.train_dataset, [trainer.reward_functions], [args.dataset_prompt_column, *sampled_columns]
+    )
+    own_rows = [rows[n] for n in numbers]
+    columns = read_rows(trainer.train_dataset, own_rows, needed, "train_dataset")
     prompts = columns[args.dataset_prompt_column]
     noise_seeds = [
         derive_seed(args.seed, rollout, n * branches + a, SAMPLER_NOISE) for n in numbers for a in range(branches)
     ]
 
     flow.model = trainer.model_wrapped
-    with trainer.compute_loss_context_manager():
+    with trainer.compute_loss_context_manager(), noted(f"Raised by the rows {own_rows} of the train_dataset."):
         sampled = flow.rollout(
             prompts,
             trainer.noise_amounts(rollout, numbers),
             trainer.initial_seeds(rollout, numbers),
             noise_seeds,
             levels={level for one in levels for level in one},
-            columns={name: columns[name] for name in args.pipeline_columns or ()},
+            columns={name: columns[name] for name in sampled_columns},
         )
     if not sampled.endpoints.isfinite().all():
         raise WatchdogError(

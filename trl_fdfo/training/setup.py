@@ -1,6 +1,8 @@
 """Everything that a trainer makes of its arguments before the first rollout, and refuses there."""
 
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from accelerate import PartialState, cpu_offload_with_hook
@@ -12,9 +14,9 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..evaluation.evaluator import reported_metrics
+from ..evaluation.evaluator import read_rows, reported_metrics
 from ..metric_names import EVAL_PREFIX, REWARD
-from ..pipeline.checks import check_call_kwargs
+from ..pipeline.checks import check_call_kwargs, check_resolution
 from ..pipeline.flow import PipelineFlow
 from ..pipeline.loading import load_pipeline
 from ..pipeline.lora import add_adapter, continue_adapter, default_lora_config
@@ -24,7 +26,7 @@ from ..pipeline.records import Rehearsal
 from ..pipeline.trained import frozen_modules, trained_module
 from ..rewards.reward_functions import RewardFunctions
 from .config import RolloutConfig
-from .prompts import check_prompts, hold_out, load_prompts
+from .prompts import check_prompts, hold_out, load_prompts, plain
 
 
 logger = logging.get_logger(__name__)
@@ -48,6 +50,7 @@ def load_datasets(
         )
     if train_dataset is None:
         train_dataset = load_prompts(config.dataset_name, config.dataset_prompt_column)
+    train_dataset, eval_dataset = plain(train_dataset), plain(eval_dataset)
     check_prompts(train_dataset, config.dataset_prompt_column, config.pipeline_columns or ())
     rewards.check_columns(train_dataset.column_names)
     if config.num_eval_prompts is not None:
@@ -216,22 +219,44 @@ def place_components(
 
 
 def rehearse(
-    flow: PipelineFlow, config: RolloutConfig, train_dataset: Dataset, eval_dataset: Dataset | None
+    flow: PipelineFlow,
+    config: RolloutConfig,
+    train_dataset: Dataset,
+    eval_dataset: Dataset | None,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Rehearsal:
     """
-    Call the pipeline once as a rollout will, so that it refuses here what it refuses, and encode the prompts if they are
-    to be kept on disk.
+    Call the pipeline once as a rollout will, so that it refuses here what it refuses; encode the prompts if they are to be
+    kept on disk; then sample and replay one prompt in a few steps.
+
+    Args:
+        flow ([`PipelineFlow`]): Flow of the run. If a `strength` starts the schedule late, its `num_inference_steps` are
+            set so that the pipeline takes as many steps as `config` says.
+        config ([`RolloutConfig`]): Options of the run.
+        train_dataset (`datasets.Dataset`): Prompts to train on.
+        eval_dataset (`datasets.Dataset`, *optional*): Prompts to evaluate on.
+        autocast (`Callable`): Makes the context in which the run will call the model.
 
     Raises:
+        ReplayError: A replayed velocity is not the sampled one.
         ValueError: The pipeline cannot be called with the options.
     """
     column = config.dataset_prompt_column
     check_call_kwargs(flow.pipeline, config.pipeline_columns or ())
-    row = train_dataset[0]
-    columns = {name: [row[name]] for name in config.pipeline_columns or ()}
-    prompts = [row[column]] * config.per_device_prompt_batch_size
+    for name in sorted({"height", "width"} & set(config.pipeline_columns or ())):
+        for size in sorted({size for dataset in (train_dataset, eval_dataset) if dataset for size in dataset[name]}):
+            check_resolution(flow.pipeline, **{"height": None, "width": None, name: size})
+    first = read_rows(train_dataset, [0], [column, *(config.pipeline_columns or ())], "train_dataset")
+    columns = {name: first[name] for name in config.pipeline_columns or ()}
+    prompts = first[column] * config.per_device_prompt_batch_size
     rehearsal = flow.rehearse(prompts, columns, config.num_generations)
     steps = len(rehearsal.sigmas) - 1
+    while rehearsal.skipped_steps and steps < config.num_inference_steps:
+        scheduled = flow.call_kwargs["num_inference_steps"]
+        scheduled = max(scheduled + 1, scheduled * config.num_inference_steps // steps)
+        flow.call_kwargs["num_inference_steps"] = scheduled
+        rehearsal = flow.rehearse(prompts, columns, config.num_generations)
+        steps = len(rehearsal.sigmas) - 1
     if steps != config.num_inference_steps:
         raise ValueError(
             f"{type(flow.pipeline).__name__} takes {steps} steps, not num_inference_steps={config.num_inference_steps}: "
@@ -255,4 +280,26 @@ def rehearse(
                 "cache_prompt_embeds=False."
             )
         flow.prompt_embeddings = embeddings
+    _try_replay(flow, first[column][0], columns, autocast)
     return rehearsal
+
+
+def _try_replay(
+    flow: PipelineFlow, prompt: str, columns: dict[str, list], autocast: Callable[[], AbstractContextManager]
+) -> None:
+    """Try the replay as it will be trained: in training mode, in mixed precision."""
+    model = flow.model
+
+    def call(*args, **kwargs):
+        with autocast():
+            return model(*args, **kwargs)
+
+    modes = [(part, part.training) for part in model.modules()]
+    flow.model = call
+    model.train()
+    try:
+        flow.try_replay(prompt, columns)
+    finally:
+        flow.model = model
+        for part, mode in modes:
+            part.training = mode

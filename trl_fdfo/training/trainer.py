@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer, TrainerCallback, set_seed
-from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from ..evaluation.alarms import Alarms
@@ -27,6 +28,7 @@ from ..metric_names import ALARM, EVAL_PREFIX
 from ..pipeline.adapter_files import save_call_options, save_diffusers_lora
 from ..pipeline.flow import PipelineFlow
 from ..pipeline.options import compile_blocks, keep_out_of_ddp
+from ..pipeline.patch import shadowed
 from ..pipeline.records import Rehearsal
 from ..pipeline.replay_check import check_replay
 from ..pipeline.trained import trained_module
@@ -36,6 +38,7 @@ from ..planning.without_weights import plan_without_weights
 from ..reporting.logs import MetricsFile, PictureLogger
 from ..reporting.progress import FirstRolloutReport, RolloutProgressCallback
 from ..rewards.reward_functions import RewardFunction, RewardFunctions
+from ..saving.checkpoint_files import written_whole
 from ..saving.checkpointer import Checkpointer, set_options
 from ..saving.fingerprint import fingerprint
 from ..saving.hub import HubPusher
@@ -50,6 +53,8 @@ from .buffer import MicroBatch, RolloutBuffer
 from .config import RolloutConfig
 from .engines import adapt_to_trainer, prepare_for_engine
 from .metrics import RolloutMetrics
+from .migration import arguments_of, unknown_arguments
+from .prompts import plain
 from .rollouts import sample_rollout
 from .setup import (
     check_eval_dataset,
@@ -106,6 +111,14 @@ class RolloutTrainer(Algorithm, Trainer):
 
     args: RolloutConfig
     comparison: BeforeAfter | None = None
+
+    def __new__(cls, *args: Any, **arguments: Any) -> "RolloutTrainer":
+        error = unknown_arguments(
+            cls.__name__, arguments, arguments_of(cls), {field.name for field in fields(cls.config_class)}
+        )
+        if error:
+            raise TypeError(error)
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -296,10 +309,16 @@ class RolloutTrainer(Algorithm, Trainer):
                 `output_dir`. If that has none yet, the run starts from the beginning.
 
         Raises:
-            ValueError: There is no such checkpoint, it (or each of them) is damaged, or another run wrote it.
+            ValueError: Gradients are off; or there is no such checkpoint, it (or each of them) is damaged, or another run
+                wrote it.
             KeyboardInterrupt: SIGINT ended the run.
             SystemExit: SIGTERM ended it.
         """
+        if not torch.is_grad_enabled():
+            raise ValueError(
+                "train was called where gradients are off (`torch.no_grad()`, `torch.inference_mode()` or "
+                "`torch.set_grad_enabled(False)`), so that nothing could be learned: call it outside."
+            )
         self._buffer = None
         self.metrics.seconds_of_run.clear()
         if self.is_world_process_zero():
@@ -437,7 +456,7 @@ class RolloutTrainer(Algorithm, Trainer):
             or 1, if an alarm is on and the prompts are the trainer's own; `eval_runtime` in seconds.
         """
         is_own = eval_dataset is None
-        dataset = self.eval_dataset if is_own else eval_dataset
+        dataset = self.eval_dataset if is_own else plain(eval_dataset)
         if dataset is None:
             raise ValueError("evaluate needs prompts: give the trainer an `eval_dataset`, or set `num_eval_prompts`.")
         rewards, controls = self.reward_functions, self.control_functions
@@ -625,20 +644,22 @@ class RolloutTrainer(Algorithm, Trainer):
             publishing.save(self, output_dir or self.args.output_dir)
 
     def save_result(self, output_dir: str) -> None:
-        """`save_model` without a model card and without a push."""
-        with self.averaged_weights():
+        """`save_model` without a model card and without a push. If it cannot be written, `output_dir` is left as it was."""
+        should_save = self.args.should_save
+        staged = written_whole(output_dir, should_save, self.accelerator.wait_for_everyone)
+        with staged as folder, self.averaged_weights():
             if self.args.use_peft:
-                super().save_model(output_dir, _internal_call=True)  # for which Trainer does not push
+                super().save_model(str(folder), _internal_call=True)  # for which Trainer does not push
             else:
-                save_whole_pipeline(self.pipeline, output_dir, self.args.should_save)
+                save_whole_pipeline(self.pipeline, folder, should_save)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         output_dir = output_dir or self.args.output_dir
-        super()._save(output_dir, state_dict)
+        # Trainer pickles its arguments, and a push uploads them.
+        with shadowed(self, args=self.args.redacted()):
+            super()._save(output_dir, state_dict)
         if not self.args.should_save:
             return
-        # Trainer has pickled its arguments as they are, and a push uploads them.
-        torch.save(self.args.redacted(), Path(output_dir, TRAINING_ARGS_NAME))
         if isinstance(self.model, PeftModel):
             # A run resumes from PEFT's file of a checkpoint; a pipeline uses diffusers' file, with the average.
             if self.averaging is not None:

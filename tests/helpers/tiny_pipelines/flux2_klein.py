@@ -17,7 +17,7 @@ CALLS = {
 
 
 def images(count: int) -> list[Image.Image]:
-    """The pipeline takes none smaller than 64 x 64."""
+    """Conditioning images of 64 x 64, the smallest that the pipeline takes."""
     return [Image.new("RGB", (64, 64), color) for color in ["red", "green", "blue", "white", "black"][:count]]
 
 

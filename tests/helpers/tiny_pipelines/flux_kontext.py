@@ -1,4 +1,4 @@
-"""FluxKontextPipeline: latents followed by those of a conditioning image; embedded and true guidance."""
+"""FluxKontextPipeline: the latents of a conditioning image follow the latents; embedded and true guidance."""
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxTransformer2DModel
@@ -8,7 +8,7 @@ from transformers import CLIPTextModel
 from . import clip_encoder, clip_tokenizer, t5_encoder, t5_tokenizer, vae
 
 
-# Without `max_area` the image is scaled to a megapixel, without `_auto_resize` so is the conditioning image.
+# By default the pipeline scales the image (`max_area`) and the conditioning image (`_auto_resize`) to a megapixel.
 SIZE = {"height": 16, "width": 16, "max_area": 16 * 16, "_auto_resize": False, "max_sequence_length": 8}
 CALLS = {
     # The guidance scale is an input of the transformer (distilled): no second prediction.
@@ -22,7 +22,7 @@ def images(count: int) -> list[Image.Image]:
 
 
 def build(seed: int = 0) -> FluxKontextPipeline:
-    """16 x 16 images, latents packed into 16 tokens of 16 channels, and as many of the conditioning image."""
+    """16 x 16 images, latents packed into 16 tokens of 16 channels, and 16 tokens of the conditioning image."""
     torch.manual_seed(seed)
     tokenizer, tokenizer_2 = clip_tokenizer(), t5_tokenizer()
     transformer = FluxTransformer2DModel(

@@ -14,7 +14,7 @@ from . import LETTERS, clip_encoder, clip_tokenizer, t5_encoder, t5_tokenizer, v
 
 
 CALLS = {
-    # What the distilled models (Dev, Fast) are called with.
+    # The distilled models (Dev, Fast) are called like this.
     "plain": {"height": 16, "width": 16, "guidance_scale": 0.0, "max_sequence_length": 16},
     "guided": {
         "height": 16,

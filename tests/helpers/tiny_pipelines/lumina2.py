@@ -18,7 +18,7 @@ CALLS = {
 
 
 def build(seed: int = 0) -> Lumina2Pipeline:
-    """The pipeline takes its VAE to reduce by 8: it asks for 32 x 32, gets 4 x 4 latents and 8 x 8 images."""
+    """8 x 8 images, latents of 4 x 4: the pipeline is asked for 32 x 32 and assumes a VAE that reduces by 8."""
     torch.manual_seed(seed)
     tokenizer = gemma_tokenizer()
     transformer = Lumina2Transformer2DModel(

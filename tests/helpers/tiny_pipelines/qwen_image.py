@@ -22,7 +22,7 @@ PROMPT_TEMPLATE = (
 
 
 def qwen_tokenizer(text: str) -> Qwen2Tokenizer:
-    """Words of `text` are one token, as for the real one: the pipelines cut their template off by its token count."""
+    """Each word of `text` is one token, as in the real tokenizer: pipelines cut their template off by tokens."""
     special = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
     tokenizer = Qwen2Tokenizer(extra_special_tokens=special)
     return tokenizer.train_new_from_iterator([text], vocab_size=1000, show_progress=False)

@@ -67,7 +67,7 @@ def build(seed: int = 0, **kwargs) -> WanPipeline:
 
 
 def build_two_transformers(seed: int = 0) -> WanPipeline:
-    """Of 4 steps, the first is the first transformer's and the rest are the second one's."""
+    """Wan 2.2: of 4 steps the first is the first transformer's, the other three are the second one's."""
     torch.manual_seed(seed + 1)
     return build(seed, transformer_2=transformer(), boundary_ratio=0.875)
 

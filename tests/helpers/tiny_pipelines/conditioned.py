@@ -1,0 +1,144 @@
+"""Pipelines that are given images: filling, control images, inpainting, variations, ControlNets; and perturbed attention."""
+
+import torch
+from diffusers import (
+    FluxControlNetModel,
+    FluxControlNetPipeline,
+    FluxControlPipeline,
+    FluxFillPipeline,
+    FluxImg2ImgPipeline,
+    FluxInpaintPipeline,
+    FluxTransformer2DModel,
+    SD3ControlNetModel,
+    SD3Transformer2DModel,
+    StableDiffusion3ControlNetPipeline,
+    StableDiffusion3Img2ImgPipeline,
+    StableDiffusion3InpaintPipeline,
+    StableDiffusion3PAGPipeline,
+)
+from PIL import Image
+
+from . import flux, sd3, vae
+
+
+SMALL = {"height": 16, "width": 16, "max_sequence_length": 8}
+# 7 steps, of which the last 4 are taken.
+LATE = {**SMALL, "strength": 0.5, "num_inference_steps": 7}
+CALLS = {
+    "fill": {"plain": {**SMALL, "guidance_scale": 30.0}},
+    "control": {"plain": {**SMALL, "guidance_scale": 10.0}},
+    "inpaint": {"strength 1": {**SMALL, "strength": 1.0}, "strength 0.5": LATE},
+    "img2img": {"strength 0.5": LATE, "strength 1": {**SMALL, "strength": 1.0}},
+    "controlnet": {"plain": SMALL},
+    "sd3_inpaint": {"strength 1": {**SMALL, "strength": 1.0, "guidance_scale": 1.0}, "guided": LATE},
+    "sd3_img2img": {"guided": LATE, "plain": {**SMALL, "strength": 1.0, "guidance_scale": 1.0}},
+    "sd3_controlnet": {"plain": {**SMALL, "guidance_scale": 1.0}, "guided": {**SMALL, "guidance_scale": 4.0}},
+    "sd3_pag": {"plain": {**SMALL, "guidance_scale": 1.0}, "guided": {**SMALL, "guidance_scale": 4.0}},
+}
+
+
+def pictures(count: int) -> list[Image.Image]:
+    """Pictures of two halves."""
+    images = [Image.new("RGB", (16, 16), color) for color in ["red", "green", "blue", "white", "black"][:count]]
+    for image in images:
+        image.paste("yellow", (0, 0, 16, 8))
+    return images
+
+
+def masks(count: int) -> list[Image.Image]:
+    """The right half is to be painted; the boundary is soft."""
+    mask = Image.new("L", (16, 16), 0)
+    mask.paste(255, (8, 0, 16, 16))
+    mask.paste(128, (6, 0, 8, 16))
+    return [mask] * count
+
+
+def image_and_mask(count: int) -> dict[str, list]:
+    return {"image": pictures(count), "mask_image": masks(count)}
+
+
+def image(count: int) -> dict[str, list]:
+    return {"image": pictures(count)}
+
+
+def control_image(count: int) -> dict[str, list]:
+    return {"control_image": pictures(count)}
+
+
+def _flux(pipeline_class: type, channels: int = 16, **parts):
+    parts = {**_without_image_encoder(flux()), **parts}
+    if channels != 16:
+        torch.manual_seed(0)
+        parts["transformer"] = FluxTransformer2DModel.from_config(
+            parts["transformer"].config, in_channels=channels, out_channels=16
+        )
+    return _quiet(pipeline_class(**parts))
+
+
+def _sd3(pipeline_class: type, **parts):
+    return _quiet(pipeline_class(**{**_without_image_encoder(sd3()), **parts}))
+
+
+def _without_image_encoder(pipeline) -> dict:
+    return {
+        name: part for name, part in pipeline.components.items() if name not in ("image_encoder", "feature_extractor")
+    }
+
+
+def _quiet(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def fill():
+    """The transformer gets latents, the masked image and the mask: 16 + 16 + 2 x 2 x 4 channels."""
+    return _flux(FluxFillPipeline, 16 + 16 + 16)
+
+
+def control():
+    return _flux(FluxControlPipeline, 32)
+
+
+def inpaint():
+    return _flux(FluxInpaintPipeline)
+
+
+def img2img():
+    return _flux(FluxImg2ImgPipeline)
+
+
+def controlnet():
+    torch.manual_seed(1)
+    config = {**flux().transformer.config, "num_layers": 1, "num_single_layers": 1}
+    net = FluxControlNetModel.from_config(config)
+    _wake(net)
+    return _flux(FluxControlNetPipeline, controlnet=net)
+
+
+def sd3_inpaint():
+    """The pipeline insists on latents of 16 channels."""
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel.from_config(sd3().transformer.config, in_channels=16, out_channels=16)
+    return _sd3(StableDiffusion3InpaintPipeline, transformer=transformer, vae=vae(16))
+
+
+def sd3_img2img():
+    return _sd3(StableDiffusion3Img2ImgPipeline)
+
+
+def sd3_controlnet():
+    torch.manual_seed(1)
+    net = SD3ControlNetModel.from_config({**sd3().transformer.config, "num_layers": 1})
+    _wake(net)
+    return _sd3(StableDiffusion3ControlNetPipeline, controlnet=net)
+
+
+def sd3_pag():
+    return _sd3(StableDiffusion3PAGPipeline, pag_applied_layers=["blocks.0"])
+
+
+def _wake(controlnet: torch.nn.Module) -> None:
+    """A new ControlNet has no effect: its last layers are zero."""
+    for parameter in controlnet.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)

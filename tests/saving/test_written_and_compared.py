@@ -1,0 +1,269 @@
+"""What is written beside a result is the same in each process, and a result is written whole or not at all."""
+
+import functools
+import itertools
+import json
+import os
+import pickle
+import tempfile
+import time
+from enum import Enum
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from checkpoint_contents import assert_equal, contents
+from datasets import Dataset
+from PIL import Image
+from tiny_runs import redness
+
+from trl_fdfo.rewards.reward_functions import RewardFunctions
+from trl_fdfo.saving.checkpoint_files import MANIFEST, SAVING, removed_on_error, written_whole
+from trl_fdfo.saving.checkpointer import Checkpointer
+from trl_fdfo.saving.fingerprint import fingerprint
+from trl_fdfo.saving.identity import identity
+from trl_fdfo.training.config_checks import check_pipeline_kwargs
+
+
+class Colour(Enum):
+    RED = "red"
+
+
+def make_callback():
+    """A function that pickle refuses, at a new address each time."""
+
+    def callback(pipeline, step, timestep, tensors):
+        return tensors
+
+    return callback
+
+
+# Identity -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [None, True, 3, 2.5, "a", [1, [2]], {"a": {"b": None}}])
+def test_json_values_are_their_own_identity(value):
+    assert identity(value) == value and type(identity(value)) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ((1, (2,)), [1, [2]]),
+        ({3, 1}, [1, 3]),
+        (np.int64(3), 3),
+        (np.float32(0.5), 0.5),
+        (Colour.RED, "red"),
+        (torch.bfloat16, "torch.bfloat16"),
+        ("/home/somebody/model", "model"),
+        (Path("/home/somebody/model"), "model"),
+        ({1: "a"}, {"1": "a"}),
+        (make_callback(), "<function make_callback.<locals>.callback>"),
+        (functools.partial(make_callback(), 1), "functools.partial(<function make_callback.<locals>.callback>, 1)"),
+    ],
+)
+def test_identity_of_other_values(value, expected):
+    assert identity(value) == expected
+    json.dumps(identity(value))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda number: torch.full((2, 3), number),
+        lambda number: torch.full((200, 300), number, dtype=torch.bfloat16),
+        lambda number: np.full((2, 3), number),
+        lambda number: Image.new("RGB", (4, 4), (number, 0, 0)),
+        lambda number: [{"tensor": torch.tensor([number])}],
+    ],
+)
+def test_contents_have_an_identity(make):
+    assert identity(make(1)) == identity(make(1)) != identity(make(2))
+    json.dumps(identity(make(1)))
+
+
+def test_an_object_is_known_by_its_class():
+    assert identity(object()) == identity(object()) == "<object object>"
+
+
+# Fingerprint ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_row_of_the_dataset_counts(make_trainer):
+    trainer = make_trainer(prompts=["a"] * 20)
+    of = lambda prompts: fingerprint({}, trainer.pipeline, Dataset.from_dict(prompts), {}, None, False)
+    same, other_row, longer = (of({"prompt": p}) for p in (["a"] * 20, ["a"] * 19 + ["b"], ["a"] * 21))
+    assert same == of({"prompt": ["a"] * 20})
+    assert same != other_row and same != longer
+
+
+def test_options_of_any_kind_are_json(make_trainer):
+    trainer = make_trainer()
+    made = [
+        fingerprint(
+            {"callback": make_callback(), "scale": torch.ones(2)},
+            trainer.pipeline,
+            trainer.train_dataset,
+            {},
+            None,
+            False,
+        )
+        for _ in range(2)
+    ]
+    assert made[0] == made[1] == json.loads(json.dumps(made[0]))
+
+
+# Rewards --------------------------------------------------------------------------------------------------------------
+
+
+class Busy:
+    """A reward with one setting, and much that each process has anew."""
+
+    started = itertools.count()
+
+    def __init__(self, scale=1.0, cache=None):
+        self.scale = scale
+        self.cache = cache or tempfile.mkdtemp()
+        self.pid, self.began, self.number = os.getpid(), time.time(), next(self.started)
+        self.calls, self.folder = 0, tempfile.gettempdir() + f"/run-{self.number}"
+
+    def __call__(self, images, prompts):
+        self.calls += 1
+        return redness(images, prompts) * self.scale
+
+
+def described(function):
+    return list(RewardFunctions(function).describe().values())[0]
+
+
+def test_only_settings_tell_a_reward_apart():
+    assert described(Busy()) == described(Busy()) == "1 (scale=1.0)"
+    assert described(Busy(scale=2.0)) == "1 (scale=2.0)"
+    assert described(Busy(cache="/data/somebody/scores")) == "1 (cache='scores', scale=1.0)"
+
+
+def test_settings_of_every_kind_of_reward():
+    class Listed:
+        threshold = 0.5
+
+        def __init__(self, weights, score=redness):
+            self.weights, self.score = weights, score
+
+        def __call__(self, images):
+            return [0.0] * len(images)
+
+        def method(self, images):
+            return [0.0] * len(images)
+
+    class Loose:
+        def __call__(self, images):
+            return [0.0] * len(images)
+
+    listed = Listed([1, 2])
+    assert described(listed) == described(listed.method) == "1 (score=redness, weights=[1, 2])"
+    listed.threshold = 0.7
+    assert described(listed) == "1 (score=redness, threshold=0.7, weights=[1, 2])"
+    loose = Loose()
+    loose.scale = 2
+    assert described(loose) == "1 (scale=2)"
+
+    def scored(images, scale):
+        return [scale] * len(images)
+
+    assert described(functools.partial(scored, scale=3)) == "1 (scale=3)"
+    assert described(functools.partial(scored, scale=4)) == "1 (scale=4)"
+
+
+# A run with what cannot be pickled ------------------------------------------------------------------------------------
+
+
+def test_a_callback_is_called_saved_and_resumed_with(make_trainer, tmp_path):
+    """To the bit, in processes that have another function object of the same name."""
+    options = {"num_rollouts": 2, "save_strategy": "epoch"}
+    call = lambda: {"max_sequence_length": 8, "callback_on_step_end": make_callback()}
+    whole = make_trainer(pipeline_kwargs=call(), reward_fn=Busy(), **options)
+    whole.train()
+    out = Path(whole.args.output_dir)
+    expected = contents(out / "checkpoint-4")
+    whole.save_model(str(tmp_path / "result"))
+    assert {"adapter_model.safetensors", "pytorch_lora_weights.safetensors", "training_args.bin", "README.md"} <= {
+        path.name for path in (tmp_path / "result").iterdir()
+    }
+    arguments = torch.load(tmp_path / "result" / "training_args.bin", weights_only=False)
+    assert arguments.pipeline_kwargs == identity(call())
+    for path in (out / "checkpoint-4").iterdir():
+        path.unlink()
+    (out / "checkpoint-4").rmdir()
+    resumed = make_trainer(pipeline_kwargs=call(), reward_fn=Busy(), **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert_equal(contents(out / "checkpoint-4"), expected)
+    assert "0x" not in (out / "checkpoint-4" / MANIFEST).read_text()
+    with pytest.raises(ValueError, match=r"another run: .*scale=1.0.* -> .*scale=2.0"):
+        make_trainer(pipeline_kwargs=call(), reward_fn=Busy(scale=2.0), **options).train(resume_from_checkpoint=True)
+
+
+def test_trackers_get_json(make_config):
+    config = make_config(pipeline_kwargs={"max_sequence_length": 8, "callback_on_step_end": make_callback()})
+    assert json.loads(config.to_json_string())["pipeline_kwargs"] == identity(config.pipeline_kwargs)
+
+
+def test_what_no_file_can_hold_is_refused(make_config):
+    config = make_config()
+    config.__dict__["pipeline_kwargs"] = {"attention_kwargs": {(1, 2): "a"}}
+    with pytest.raises(
+        ValueError, match=r"pipeline_kwargs has attention_kwargs=.* cannot be written beside the result"
+    ):
+        check_pipeline_kwargs(config, ())
+
+
+# Writing --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_result_is_written_whole(tmp_path):
+    (tmp_path / "old").write_text("old")
+    (tmp_path / "kept").write_text("kept")
+    with written_whole(tmp_path, True, lambda: None) as folder:
+        (folder / "old").write_text("new")
+        (folder / "inside").mkdir()
+        (folder / "inside" / "file").write_text("new")
+        assert (tmp_path / "old").read_text() == "old"
+    found = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    assert found == {"old": "new", "kept": "kept", "inside/file": "new"} and not (tmp_path / SAVING).exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (OSError(28, "No space left on device"), "Make room or make the folder writable"),
+        (RuntimeError("PytorchStreamWriter failed"), "Make room or make the folder writable"),
+        (pickle.PicklingError("no function"), "The disk is not at fault: leave out what the error names"),
+    ],
+)
+def test_half_a_result_is_not_left(tmp_path, error, advice):
+    (tmp_path / "old").write_text("old")
+    with pytest.raises(RuntimeError, match=f"left as it was. {advice}, and save again"):
+        with written_whole(tmp_path, True, lambda: None) as folder:
+            (folder / "old").write_text("new")
+            raise error
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("old", "old")]
+    with pytest.raises(RuntimeError, match=f"There is none before it. {advice}, and resume"):
+        with removed_on_error(tmp_path / SAVING):
+            raise error
+
+
+def test_save_model_leaves_no_half_folder(make_trainer, tmp_path):
+    trainer = make_trainer()
+    trainer.args.__dict__["deepspeed"] = lambda: None  # which pickle refuses
+    (tmp_path / "result").mkdir()
+    with pytest.raises(RuntimeError, match=r"could not be written to .*result .*The disk is not at fault"):
+        trainer.save_model(str(tmp_path / "result"))
+    assert list((tmp_path / "result").iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_run(tmp_path):
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(ValueError, match=r"output_dir='.*out' cannot be written to .*no checkpoint could be saved"):
+        Checkpointer(str(tmp_path / "out"), {}, False, None).begin(None)
+    Checkpointer(str(tmp_path / "new"), {}, False, None).begin(None)
+    assert list((tmp_path / "new").iterdir()) == []
