@@ -1,5 +1,6 @@
 """The fingerprint of a run: what two runs must share to resume from one another's checkpoints."""
 
+from dataclasses import MISSING, fields
 from typing import Any
 
 from datasets import Dataset, Value
@@ -52,7 +53,8 @@ def _adapter_options(adapter: PeftConfig | None) -> dict[str, Any]:
     """The options of an adapter that differ from PEFT's defaults, and its rank and alpha."""
     if adapter is None:
         return {}
-    defaults = type(adapter)().to_dict()
+    required = [f.name for f in fields(adapter) if f.default is MISSING and f.default_factory is MISSING]
+    defaults = type(adapter)(**{name: getattr(adapter, name) for name in required}).to_dict()
     return {
         name: value
         for name, value in adapter.to_dict().items()

@@ -167,10 +167,11 @@ class RolloutConfig(TrainingArguments):
             Scale of the adapters: their output is multiplied by lora_alpha / lora_r.
         lora_target_modules (`list[str]`, *optional*):
             Names (endings) of the linear layers that get an adapter. `None` takes the transformer's attention
-            projections.
+            projections; in a block with joint attention, the projections of the joint one.
         adapter (`str`, *optional*):
-            LoRA adapter to continue, with its rank, alpha and layers: a Hub id, folder or .safetensors file, in the
-            format of PEFT or of diffusers. `beta` is then the distance from the model without any adapter.
+            LoRA adapter to continue, with its rank, alpha and layers, in the format of PEFT or of diffusers: a folder, a
+            .safetensors file, or a place on the Hub (`owner/name`, `owner/name@revision`, either with `/folder`, or the
+            address of its page). `beta` is then the distance from the model without any adapter.
         ema_decay (`float`, *optional*):
             Average the trained weights over rollouts with this decay in [0, 1). `evaluate`, `generate`, `save_model` and
             the diffusers file of each checkpoint use the average. `trainer.pipeline` and PEFT's file of a checkpoint,

@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from ..evaluation.evaluator import read_rows, reported_metrics
 from ..metric_names import EVAL_PREFIX, REWARD
-from ..pipeline.checks import check_call_kwargs, check_resolution
+from ..pipeline.checks import check_call_kwargs, check_resolution, check_trainable
 from ..pipeline.flow import PipelineFlow
 from ..pipeline.loading import load_pipeline
 from ..pipeline.lora import add_adapter, continue_adapter, default_lora_config
@@ -183,6 +183,7 @@ def make_trainable(pipeline: DiffusionPipeline, config: RolloutConfig, peft_conf
             f"use_peft=False would train the quantised weights of this {type(pipeline).__name__}, which cannot move in "
             "small steps. Set use_peft=True, or load it without quantization."
         )
+    check_trainable(pipeline)
     return transformer.requires_grad_(True)
 
 

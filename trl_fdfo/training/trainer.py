@@ -27,11 +27,12 @@ from ..evaluation.evaluator import Evaluator, summarize
 from ..metric_names import ALARM, EVAL_PREFIX
 from ..pipeline.adapter_files import save_call_options, save_diffusers_lora
 from ..pipeline.flow import PipelineFlow
+from ..pipeline.lora import check_stored_weights
 from ..pipeline.options import compile_blocks, keep_out_of_ddp
 from ..pipeline.patch import shadowed
 from ..pipeline.records import Rehearsal
 from ..pipeline.replay_check import check_replay
-from ..pipeline.trained import trained_module
+from ..pipeline.trained import restored_on_error, trained_module
 from ..planning.memory import Engine
 from ..planning.plan import RunPlan
 from ..planning.without_weights import plan_without_weights
@@ -153,43 +154,44 @@ class RolloutTrainer(Algorithm, Trainer):
             shared_prefix=self.shares_prefix(config),
             **config.call_kwargs(),
         )
-        prepare_pipeline(pipeline, config)
-        adapt_to_trainer(trained_module(pipeline))
-        set_seed(config.seed)  # as Trainer does, but the adapter's first weights are drawn before that
-        model = make_trainable(pipeline, config, peft_config)
-        check_optimizer(optimizers[0], model)
+        with restored_on_error(pipeline):  # a corrected second try finds it as this one did
+            prepare_pipeline(pipeline, config)
+            adapt_to_trainer(trained_module(pipeline))
+            set_seed(config.seed)  # as Trainer does, but the adapter's first weights are drawn before that
+            model = make_trainable(pipeline, config, peft_config)
+            check_optimizer(optimizers[0], model)
 
-        self.signals = Signals()
-        self.hub = HubPusher(config)
-        super().__init__(
-            model=model,
-            args=config,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
-        # The loss is a mean over the micro-batch: Trainer divides it by the number of accumulated ones.
-        self.model_accepts_loss_kwargs = False
-        prepare_for_engine(self.accelerator, pipeline)
-        keep_out_of_ddp(self.model)
-        # Offloaded parts move to the device when called and leave when the rollout ends.
-        self._offload_hooks = place_components(pipeline, config, self.args.device)
-        self._add_collaborators()
-        self._plan: RunPlan | None = None
-        self._buffer: RolloutBuffer | None = None
-        self._rehearsal: Rehearsal | None = rehearse(self.flow, self.args, self.train_dataset, self.eval_dataset)
-        self.offload_components()
-        self.sigmas = self._rehearsal.sigmas
-        # Compile after the rehearsals: their batch sizes never recur.
-        compile_blocks(self.accelerator, trained_module(pipeline))
-        self.checkpointer = Checkpointer(
-            self.args.output_dir,
-            self._fingerprint(),
-            allow_changes=config.resume_with_changed_options,
-            save_total_limit=config.save_total_limit,
-        )
-        config.hold()
+            self.signals = Signals()
+            self.hub = HubPusher(config)
+            super().__init__(
+                model=model,
+                args=config,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                callbacks=callbacks,
+                optimizers=optimizers,
+            )
+            # The loss is a mean over the micro-batch: Trainer divides it by the number of accumulated ones.
+            self.model_accepts_loss_kwargs = False
+            prepare_for_engine(self.accelerator, pipeline)
+            keep_out_of_ddp(self.model)
+            # Offloaded parts move to the device when called and leave when the rollout ends.
+            self._offload_hooks = place_components(pipeline, config, self.args.device)
+            self._add_collaborators()
+            self._plan: RunPlan | None = None
+            self._buffer: RolloutBuffer | None = None
+            self._rehearsal: Rehearsal | None = rehearse(self.flow, self.args, self.train_dataset, self.eval_dataset)
+            self.offload_components()
+            self.sigmas = self._rehearsal.sigmas
+            # Compile after the rehearsals: their batch sizes never recur.
+            compile_blocks(self.accelerator, trained_module(pipeline))
+            self.checkpointer = Checkpointer(
+                self.args.output_dir,
+                self._fingerprint(),
+                allow_changes=config.resume_with_changed_options,
+                save_total_limit=config.save_total_limit,
+            )
+            config.hold()
 
     # Setup ------------------------------------------------------------------------------------------------------------
 
@@ -616,6 +618,10 @@ class RolloutTrainer(Algorithm, Trainer):
             )
         if self.averaging is not None:
             self.averaging.load(checkpoint, updates=rollouts)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        check_stored_weights(self.model, resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
