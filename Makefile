@@ -13,12 +13,13 @@ quickstart: $(VENV)/installed  ## repair the packaged tiny pipeline with FDFO, a
 test: $(VENV)/installed  ## the whole test suite
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(CORES) --dist loadfile --no-loadscope-reorder tests
 
-benchmark: $(VENV)/installed  ## the figures of the README
+benchmark: $(VENV)/installed  ## the figures of README and docs
 	OMP_NUM_THREADS=$(CORES) $(VENV)/bin/python benchmarks/overhead.py
 	$(VENV)/bin/python benchmarks/replay.py
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/remote_reward.py
 	$(VENV)/bin/python benchmarks/memory.py
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/scale.py
+	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/precision.py
 	$(VENV)/bin/python benchmarks/gpu_sd35.py
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/convergence.py
 

@@ -98,10 +98,20 @@ def test_training_twice_samples_anew(make_trainer):
 # The check that a replay is exact -------------------------------------------------------------------------------------
 
 
-def test_self_check_stops_a_run_before_its_first_step(make_trainer):
-    pipeline = tiny_pipelines.sd3()
+def add_dropout(pipeline):
     pipeline.transformer.proj_out = torch.nn.Sequential(pipeline.transformer.proj_out, torch.nn.Dropout(0.2))
-    trainer = make_trainer(pipeline=pipeline)
+
+
+def test_self_check_refuses_a_pipeline_at_construction(make_trainer):
+    pipeline = tiny_pipelines.sd3()
+    add_dropout(pipeline)
+    with pytest.raises(ReplayError, match=r"replay of StableDiffusion3Pipeline is not exact.*Likely causes: dropout"):
+        make_trainer(pipeline=pipeline)
+
+
+def test_self_check_stops_a_run_before_its_first_step(make_trainer):
+    trainer = make_trainer()
+    add_dropout(trainer.pipeline)
     with pytest.raises(ReplayError, match=r"replay of StableDiffusion3Pipeline is not exact.*Likely causes: dropout"):
         trainer.train()
     assert trainer.state.global_step == 0

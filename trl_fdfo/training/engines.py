@@ -1,7 +1,9 @@
 """Gives a diffusers transformer the parts that `transformers.Trainer`, its callbacks, DeepSpeed and FSDP expect."""
 
+import functools
 import json
 from dataclasses import replace
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -36,12 +38,14 @@ def adapt_to_trainer(transformer: torch.nn.Module) -> None:
         config.hidden_size = config.get("num_attention_heads", 1) * config.get("attention_head_dim", 1)
     transformer._internal_dict = config
 
-    def activation_checkpointing_enable(**kwargs):
-        # diffusers' own default is the non-reentrant checkpoint, which LoRA and DDP need.
-        transformer.enable_gradient_checkpointing()
+    enable = functools.partial(_enable_checkpointing, transformer)
+    transformer.activation_checkpointing_enable = enable
+    transformer.gradient_checkpointing_enable = enable  # its name before transformers 5.23
 
-    transformer.activation_checkpointing_enable = activation_checkpointing_enable
-    transformer.gradient_checkpointing_enable = activation_checkpointing_enable  # its name before transformers 5.23
+
+def _enable_checkpointing(transformer: torch.nn.Module, **kwargs: Any) -> None:
+    # diffusers' own default is the non-reentrant checkpoint, which LoRA and DDP need.
+    transformer.enable_gradient_checkpointing()
 
 
 def prepare_for_engine(accelerator: Accelerator, pipeline: DiffusionPipeline) -> None:

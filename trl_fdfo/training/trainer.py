@@ -180,7 +180,9 @@ class RolloutTrainer(Algorithm, Trainer):
             self._add_collaborators()
             self._plan: RunPlan | None = None
             self._buffer: RolloutBuffer | None = None
-            self._rehearsal: Rehearsal | None = rehearse(self.flow, self.args, self.train_dataset, self.eval_dataset)
+            self._rehearsal: Rehearsal | None = rehearse(
+                self.flow, self.args, self.train_dataset, self.eval_dataset, self.accelerator.autocast
+            )
             self.offload_components()
             self.sigmas = self._rehearsal.sigmas
             # Compile after the rehearsals: their batch sizes never recur.
