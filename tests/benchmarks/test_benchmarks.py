@@ -216,7 +216,7 @@ def test_table_says_where_it_stops_and_why():
 def test_paper_goes_up_to_1024_gpus(capsys):
     scale.main(["--no-measure", "--reward-gpus", "4"])
     printed = capsys.readouterr().out
-    assert "95.6 MB (23,887,872 LoRA weights" in printed
+    assert "75.1 MB (18,776,064 LoRA weights" in printed
     strong = [line.split() for line in printed.splitlines() if line.startswith(("    1 ", " 1024 ")) and "%" in line]
     assert [int(line[0]) for line in strong[:2]] == [1, 1024]
     assert float(strong[1][8]) > 20 * float(strong[0][8]), "images/s"

@@ -1,7 +1,7 @@
 """
 All bad input that a user can give, in one table. A row is a mistake and words of its error: the value received, what it
 breaks, what to do instead. Every mistake is refused before anything is sampled: at most one step of one batch has been
-rehearsed. Faults that only a run can show, such as the values of a reward, are tested where they are checked.
+rehearsed and replayed. Faults that only a run can show, such as the values of a reward, are tested where they are checked.
 
 The table follows a user, in this order:
 
@@ -255,12 +255,6 @@ def bad(bad_input, *words, error=ValueError):
     return pytest.param(bad_input, words, error, id=words[0].replace(" ", "_"))
 
 
-def half_vae():
-    pipeline = tiny_pipelines.sd3()
-    pipeline.vae.to(torch.bfloat16)
-    return pipeline
-
-
 TABLE = [
     # Starting a run: config, output directory, seed, precision --------------------------------------------------------
     bad(
@@ -269,7 +263,12 @@ TABLE = [
         "FDFOTrainer takes a `FDFOConfig`",
     ),
     bad(trainer(config={"num_rollouts": 3}), "config is of dict", "FDFOTrainer takes a `FDFOConfig`"),
-    bad(config(prompts_per_rolout=4), "'prompts_per_rolout'", "unexpected keyword argument", error=TypeError),
+    bad(
+        config(prompts_per_rolout=4),
+        "no option prompts_per_rolout=4",
+        "Did you mean `prompts_per_rollout`",
+        error=TypeError,
+    ),
     bad(trainer(output_dir="prompts.csv"), "prompts.csv", "File exists", error=FileExistsError),
     bad(config(seed="3"), "seed='3' is a str", "must be int"),
     bad(trainer(seed=-1), "seed=-1", "must be"),
@@ -307,7 +306,6 @@ TABLE = [
     bad(trainer(pipeline=sd3(scheduler=None)), "has no scheduler", "load it whole"),
     bad(trainer(pipeline=sd3(vae=None)), "has no vae", "load it whole"),
     bad(trainer(pipeline=sd3(text_encoder=None)), "cannot be called with", "NoneType"),
-    bad(trainer(pipeline=half_vae), "cannot be called with", "RuntimeError"),
     # Choosing the arguments of the pipeline's call --------------------------------------------------------------------
     bad(config(height="32"), "height='32' is a str", "must be int | None"),
     bad(trainer(height=30), "height=30", "is not a multiple of 4", "28 and 32"),
@@ -820,14 +818,14 @@ def test_bad_input_is_refused_before_anything_is_sampled(user, bad_input, words,
     # The parser of the command line prints its error and exits.
     message = f"{raised.value}\n{capsys.readouterr().err if error is SystemExit else ''}"
     assert [word for word in words if word not in message] == [], message
-    assert len(calls) <= 1
+    assert len(calls) <= 5
 
 
 def test_right_input_is_sampled(user):
     """The user of the table is right without a row, and the calls that the table counts are counted."""
     with transformer_calls() as calls:
         user.trainer().generate(["a", "b"], [1, 2])
-        assert len(calls) == 3  # one of them is the rehearsal
+        assert len(calls) == 7  # five of them are the rehearsal and the trial of a rollout, at construction
         user.train()
         user.resume(True, num_rollouts=2)
         user.script()

@@ -1,6 +1,8 @@
 """Rollouts of a pipeline and updates on them in `transformers.Trainer`, for any algorithm."""
 
 import contextlib
+import functools
+import inspect
 import os
 import time
 from collections.abc import Sequence
@@ -112,6 +114,11 @@ class RolloutTrainer(Algorithm, Trainer):
 
     args: RolloutConfig
     comparison: BeforeAfter | None = None
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # The signature of a class is that of `__new__`, if it has one.
+        cls.__signature__ = inspect.signature(functools.partial(cls.__init__, None))
 
     def __new__(cls, *args: Any, **arguments: Any) -> "RolloutTrainer":
         error = unknown_arguments(
