@@ -55,8 +55,7 @@ def test_whatever_a_reward_raises_ends_the_run_by_name(kind, error):
     if isinstance(error, Exception) and not isinstance(error, StopIteration):
         assert type(raised.value) is type(error)
     elif kind != "task":
-        in_coroutine = isinstance(error, StopIteration) and kind != "plain"  # Python makes a RuntimeError of it
-        assert isinstance(raised.value, RuntimeError if in_coroutine else RewardError)
+        assert isinstance(raised.value, RewardError)
         assert type(error).__name__ in told
     # The others go on.
     later = RewardFunctions(raising(ValueError("later"), kind))
@@ -172,3 +171,15 @@ def test_the_tuple_of_ddpo_is_told():
     functions = RewardFunctions(lambda images: (torch.zeros(2), {}))
     with pytest.raises(ValueError, match="returned scores and a dict, as TRL's DDPO has it: return the scores alone"):
         functions(torch.zeros(2, 3, 4, 4), PROMPTS, TrainerState(), {})
+
+
+@pytest.mark.parametrize("kind", ["plain", "background"])
+def test_a_reward_that_writes_to_the_images_ends_the_run_by_name(kind):
+    def darkening(images, prompts):
+        return images.mul_(0.5).flatten(1).mean(dim=1)
+
+    darkening.background = kind == "background"
+    with pytest.raises(RewardError, match=r"changed in place.*images.clone\(\)") as raised:
+        RewardFunctions(darkening)(torch.ones(2, 3, 4, 4), PROMPTS, TrainerState(), {})
+    if hasattr(raised.value, "__notes__"):  # Python 3.11
+        assert "the reward 'darkening'" in raised.value.__notes__[0]

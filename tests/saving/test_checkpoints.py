@@ -206,6 +206,11 @@ def test_reward_of_another_setting_or_another_column_is_another_run(make_config,
         train(1.0, [1, 3], resume_from_checkpoint=True)
 
 
+def shifted(pipeline):
+    pipeline.scheduler.set_shift(8.0)
+    return pipeline
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -218,6 +223,7 @@ def test_reward_of_another_setting_or_another_column_is_another_run(make_config,
         ({"pipeline": lambda: tiny_pipelines.flux()}, r"pipeline: 'StableDiffusion3Pipeline' -> 'FluxPipeline'"),
         ({"pipeline": lambda: tiny_pipelines.sd3(seed=1)}, r"run: transformer \(checksum of its frozen weights\)"),
         ({"pipeline": lambda: tiny_pipelines.sd3(with_t5=True)}, r"run: components: .*'text_encoder_3'"),
+        ({"pipeline": lambda: shifted(tiny_pipelines.sd3())}, r"run: scheduler \(checksum of its config\)"),
         ({"lr_scheduler_type": "linear"}, r"lr_scheduler_type: 'constant' -> 'linear'"),
     ],
 )

@@ -382,6 +382,8 @@ TABLE = [
     bad(trainer(train_dataset=None, dataset_name="folder"), "folder", "any data files", error=FileNotFoundError),
     # The columns that go to the pipeline:
     bad(config(pipeline_columns="image"), "pipeline_columns='image' is a str", "must be list[str]"),
+    bad(config(pipeline_columns=["guidance_scale"]), "pipeline_columns has 'guidance_scale'", "one value for all"),
+    bad(config(pipeline_columns=["latents"]), "pipeline_columns has 'latents'", "which the trainer sets itself"),
     bad(
         config(pipeline_columns=["image"]),
         "pipeline_columns=['image'] needs per_device_prompt_batch_size=1, not 2",

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 import multiprocessing
 import pickle
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from transformers.trainer_utils import SchedulerType
 
 from trl_fdfo import FDFOConfig, FlowGRPOConfig
+from trl_fdfo.training.config import option, with_help
 
 
 def make(**options):
@@ -125,6 +127,67 @@ def test_a_wrong_assignment_is_refused_and_changes_nothing(name, value, message)
     with pytest.raises(ValueError, match=message):
         setattr(config, name, value)
     assert comparable(config) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("max_steps", 1, "max_steps=1"),
+        ("auto_find_batch_size", True, "auto_find_batch_size"),
+        ("neftune_noise_alpha", 1.0, "neftune_noise_alpha"),
+        ("adam_beta1", 5.0, "adam_beta1=5.0"),
+        ("save_total_limit", 0, "save_total_limit=0"),
+    ],
+)
+def test_an_assignment_to_an_inherited_option_is_checked_too(name, value, message):
+    config = make()
+    before = comparable(config)
+    with pytest.raises(ValueError, match=message):
+        setattr(config, name, value)
+    assert comparable(config) == before
+    config = make(eval_strategy="steps")
+    config.load_best_model_at_end = True  # takes full effect
+    assert config.metric_for_best_model == "eval_reward"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("seed", 3), ("optim", "sgd"), ("max_grad_norm", 0.5), ("max_steps", 1), ("output_dir", "elsewhere")],
+)
+def test_an_inherited_option_is_held_by_the_trainer(make_trainer, name, value):
+    trainer = make_trainer()
+    with pytest.raises(ValueError, match=f"{name}={value!r} comes too late"):
+        setattr(trainer.args, name, value)
+    trainer.args.hub_model_id = "me/model"  # where a result goes may change
+    assert trainer.args.hub_model_id == "me/model"
+
+
+@pytest.mark.parametrize(
+    "docstring", [None, "Options.", "Options.\n\n    Parameters:\n        other (`int`):\n            Text.\n"]
+)
+def test_an_option_without_a_paragraph_is_refused_by_name(docstring):
+    with pytest.raises(TypeError, match="`temperature` has no paragraph in the docstring of Config"):
+        with_help(type("Config", (), {"__doc__": docstring, "temperature": option(1.0)}))
+
+
+def test_help_is_read_at_any_indentation():
+    """Python 3.13 takes the common indentation away."""
+
+    class Config:
+        """
+        Options.
+
+        Parameters:
+            temperature (`float`, defaults to `1.0`):
+                How much
+                100% is.
+        """
+
+        temperature = option(1.0)
+
+    for docstring in (Config.__doc__, inspect.cleandoc(Config.__doc__)):
+        made = with_help(type("Config", (), {"__doc__": docstring, "temperature": option(1.0)}))
+        assert made.temperature.metadata["help"] == "How much 100%% is."
 
 
 def test_an_assignment_after_the_trainer_is_refused(make_trainer):

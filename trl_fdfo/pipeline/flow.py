@@ -186,8 +186,7 @@ class PipelineFlow:
             images=images,
         )
 
-    @torch.no_grad()
-    def try_replay(self, prompt: str, columns: dict[str, Sequence] | None = None, steps: int = 2) -> None:
+    def try_replay(self, prompt: str, columns: dict[str, Sequence] | None = None, steps: int = 2) -> bool:
         """
         Sample one prompt in a few steps, and replay each of them: the self-check of the replay, before any work.
 
@@ -196,10 +195,15 @@ class PipelineFlow:
             columns (`dict[str, Sequence]`, *optional*): As in `rollout`, for that prompt.
             steps (`int`): Steps of the call. One that has `sigmas` or `timesteps` takes those.
 
+        Returns:
+            `bool`: Whether each velocity depends on every trained weight.
+
         Raises:
             ReplayError: A replayed velocity is not the recorded one.
             ValueError: The pipeline's call fails.
         """
+        trained = {weight for weight in trained_module(self.pipeline).parameters() if weight.requires_grad}
+        depends_on_all = True
         short = copy.copy(self)
         schedule = self.call_kwargs.get("sigmas") or self.call_kwargs.get("timesteps")
         if schedule is None:
@@ -211,7 +215,11 @@ class PipelineFlow:
                 [prompt], torch.zeros(steps + 1), [0], range(self.num_generations), range(steps), columns
             )
             for level, recorded in batch.velocities.items():
-                check_replay(short.velocity(batch, level), recorded, self.pipeline, level)
+                # Nothing goes back through this graph: it keeps no activations.
+                with torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda _: None):
+                    velocity = short.velocity(batch, level)
+                check_replay(velocity, recorded, self.pipeline, level)
+                depends_on_all = depends_on_all and trained <= _leaves(velocity)
         except (torch.OutOfMemoryError, ReplayError):
             raise
         except (AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError) as error:
@@ -219,6 +227,7 @@ class PipelineFlow:
                 f"A rollout of {type(self.pipeline).__name__} with {short.call_kwargs} cannot be sampled and replayed: "
                 f"{type(error).__name__}: {error}"
             ) from error
+        return depends_on_all
 
     def axes(self, columns: dict[str, Sequence] | None = None) -> BatchAxes:
         """
@@ -536,3 +545,17 @@ def _generators(seeds: Sequence[int]) -> list[torch.Generator]:
 def _zeros(shape: Tensor, device: torch.device) -> Tensor:
     """Zeros of the shape and dtype of a meta tensor, without memory of their own."""
     return torch.zeros((), dtype=shape.dtype, device=device).expand(shape.shape)
+
+
+def _leaves(tensor: Tensor) -> set[Tensor]:
+    """The tensors that get a gradient from a backward pass through this one."""
+    found, seen, ahead = set(), set(), [tensor.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(node.variable)
+        ahead += [function for function, _ in node.next_functions]
+    return found

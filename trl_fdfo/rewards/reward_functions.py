@@ -148,7 +148,7 @@ class RewardFunctions:
         pil_images = functools.cache(lambda: to_pil(images))
         results = []
         for name, function in zip(self.names, self.functions):
-            call = functools.partial(function, **_arguments(name, function, arguments, pil_images))
+            call = functools.partial(_unchanged, images, function, _arguments(name, function, arguments, pil_images))
             if name in self._workers:
                 result = _in_thread(self._workers[name], call)
             else:
@@ -280,6 +280,15 @@ def _arguments(name: str, function: RewardFunction, arguments: dict[str, Any], p
     return {p.name: arguments[p.name] for p in parameters if p.name in arguments}
 
 
+def _unchanged(images: Tensor, function: RewardFunction, arguments: dict[str, Any]) -> Any:
+    """The function's result. Other rewards and the pictures have the same images, so it must not write to them."""
+    version = images._version
+    result = function(**arguments)
+    if images._version != version:
+        raise RewardError("The images were changed in place: a reward works on `images.clone()`.")
+    return result
+
+
 async def _in_thread(worker: _Worker, call: Callable[[], Any]) -> Any:
     result, error = await asyncio.wrap_future(worker.submit(call))
     if error is not None:
@@ -306,6 +315,8 @@ def _blamed(name: str, prompts: list[str]) -> Iterator[None]:
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
             raise  # the user's
+        if isinstance(error.__cause__, StopIteration) and str(error) == "coroutine raised StopIteration":
+            error = error.__cause__
         if not isinstance(error, Exception) or isinstance(error, StopIteration):
             text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             # `contextlib` would let a StopIteration through that is the cause of a RuntimeError.

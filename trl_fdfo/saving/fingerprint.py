@@ -4,7 +4,7 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from datasets import Dataset, Value
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from peft import PeftConfig
 
 from ..pipeline.checksums import checksum, config_checksum, weights_checksum
@@ -43,10 +43,16 @@ def fingerprint(
         "transformer (checksum of its config)": config_checksum(transformer.config),
         "transformer (checksum of its frozen weights)": weights_checksum(frozen),
         "adapter (checksum of the weights to go on from)": weights_checksum(trained) if continues_adapter else None,
-        "scheduler (checksum of its config)": config_checksum(pipeline.scheduler.config),
+        "scheduler (checksum of its config)": config_checksum(_scheduler_config(pipeline.scheduler)),
         "dataset (checksum of all its text and numbers)": checksum([prompts[name][:] for name in scalars]),
         "rewards": rewards,
     }
+
+
+def _scheduler_config(scheduler: SchedulerMixin) -> dict[str, Any]:
+    """The scheduler's config. `set_shift` leaves the config as it was."""
+    config = dict(scheduler.config)
+    return config | {"shift": getattr(scheduler, "shift", config["shift"])} if "shift" in config else config
 
 
 def _adapter_options(adapter: PeftConfig | None) -> dict[str, Any]:

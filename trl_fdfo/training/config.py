@@ -84,10 +84,21 @@ def option(default: Any, *, changes_result: bool = True, choices: tuple[str, ...
 
 
 def with_help(config_class: type) -> type:
-    """Below `@dataclass`: `--help` shows the paragraph of each option in the docstring of its class."""
-    paragraphs = dict(re.findall(r"^ {8}(\w+) \(.*\):\n((?: {12}.*\n)+)", config_class.__doc__, re.MULTILINE))
+    """
+    Below `@dataclass`: `--help` shows the paragraph of each option in the docstring of its class.
+
+    Raises:
+        TypeError: An option has no paragraph there.
+    """
+    docstring = inspect.cleandoc(config_class.__doc__ or "") + "\n"
+    paragraphs = dict(re.findall(r"^ {4}(\w+) \(.*\):\n((?: {8}.*\n)+)", docstring, re.MULTILINE))
     for name, value in vars(config_class).items():
         if isinstance(value, Field):
+            if name not in paragraphs:
+                raise TypeError(
+                    f"The option `{name}` has no paragraph in the docstring of {config_class.__name__}: write one below "
+                    f"`Parameters:`, with a first line like '{name} (`float`, defaults to `1.0`):'."
+                )
             help_text = " ".join(paragraphs[name].split()).replace("%", "%%")
             value.metadata = MappingProxyType(_Metadata(value.metadata, help=help_text))
     return config_class
@@ -398,7 +409,11 @@ class RolloutConfig(TrainingArguments):
         return super().__new__(cls)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if "_given" not in self.__dict__ or name not in self._own_options() or value == self.__dict__.get(name):
+        options = {field.name for field in fields(self) if field.init}
+        held = {*self._own_options(), *_INHERITED_RESULT_OPTIONS, "max_steps", "output_dir"}
+        if "_given" not in self.__dict__ or name not in options or value == self.__dict__.get(name):
+            object.__setattr__(self, name, value)
+        elif self._is_in_use and name not in held:
             object.__setattr__(self, name, value)
         elif self._is_in_use:
             raise ValueError(
@@ -564,7 +579,7 @@ class RolloutConfig(TrainingArguments):
             "per_device_sampling_batch_size": self.per_device_prompt_batch_size,
             "per_device_eval_batch_size": self.per_device_train_batch_size,
             "images_per_eval_prompt": 1 if self.eval_diversity is None else 4,
-            # Every adapter takes part in every forward pass; searching for those that do not costs time.
+            # Searching for weights that take no part costs time. A trainer does it if its adapter has some.
             "ddp_find_unused_parameters": not self.use_peft,
             # They never change, and a table of positions can be a gigabyte.
             "ddp_broadcast_buffers": False,

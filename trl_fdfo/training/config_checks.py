@@ -59,7 +59,12 @@ def check_types(config: TrainingArguments, own_options: dict[str, Any]) -> None:
 
 
 def check_pipeline_kwargs(config: TrainingArguments, options_of_call: Sequence[str]) -> None:
-    """Also reads them, if they are a JSON string."""
+    """Also reads them, if they are a JSON string. A column for the pipeline is refused as an argument would be."""
+    for name in config.pipeline_columns or ():
+        if name in options_of_call and name not in ("height", "width"):
+            raise ValueError(f"pipeline_columns has '{name}': set the option `{name}`, one value for all prompts.")
+        if name in _SET_BY_TRAINER:
+            raise ValueError(f"pipeline_columns has '{name}', which the trainer sets itself.")
     config.pipeline_kwargs = read_json_dict("pipeline_kwargs", config.pipeline_kwargs, "arguments of the call")
     for name, value in (config.pipeline_kwargs or {}).items():
         if not isinstance(name, str):

@@ -225,7 +225,7 @@ def rehearse(
     train_dataset: Dataset,
     eval_dataset: Dataset | None,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
-) -> Rehearsal:
+) -> tuple[Rehearsal, bool]:
     """
     Call the pipeline once as a rollout will, so that it refuses here what it refuses; encode the prompts if they are to be
     kept on disk; then sample and replay one prompt in a few steps.
@@ -237,6 +237,9 @@ def rehearse(
         train_dataset (`datasets.Dataset`): Prompts to train on.
         eval_dataset (`datasets.Dataset`, *optional*): Prompts to evaluate on.
         autocast (`Callable`): Makes the context in which the run will call the model.
+
+    Returns:
+        `tuple[Rehearsal, bool]`: The rehearsal, and whether each velocity depends on every trained weight.
 
     Raises:
         ReplayError: A replayed velocity is not the sampled one.
@@ -281,14 +284,13 @@ def rehearse(
                 "cache_prompt_embeds=False."
             )
         flow.prompt_embeddings = embeddings
-    _try_replay(flow, first[column][0], columns, autocast)
-    return rehearsal
+    return rehearsal, _try_replay(flow, first[column][0], columns, autocast)
 
 
 def _try_replay(
     flow: PipelineFlow, prompt: str, columns: dict[str, list], autocast: Callable[[], AbstractContextManager]
-) -> None:
-    """Try the replay as it will be trained: in training mode, in mixed precision."""
+) -> bool:
+    """Try the replay as it will be trained, in training mode and mixed precision. Whether all trained weights take part."""
     model = flow.model
 
     def call(*args, **kwargs):
@@ -299,7 +301,7 @@ def _try_replay(
     flow.model = call
     model.train()
     try:
-        flow.try_replay(prompt, columns)
+        return flow.try_replay(prompt, columns)
     finally:
         flow.model = model
         for part, mode in modes:

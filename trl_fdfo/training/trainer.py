@@ -187,9 +187,13 @@ class RolloutTrainer(Algorithm, Trainer):
             self._add_collaborators()
             self._plan: RunPlan | None = None
             self._buffer: RolloutBuffer | None = None
-            self._rehearsal: Rehearsal | None = rehearse(
+            self._rehearsal: Rehearsal | None
+            self._rehearsal, all_take_part = rehearse(
                 self.flow, self.args, self.train_dataset, self.eval_dataset, self.accelerator.autocast
             )
+            if not all_take_part and self.accelerator.ddp_handler is not None:
+                # DDP waits for the gradients of all weights, unless it searches for those that take no part.
+                self.accelerator.ddp_handler.find_unused_parameters = True
             self.offload_components()
             self.sigmas = self._rehearsal.sigmas
             # Compile after the rehearsals: their batch sizes never recur.
