@@ -226,9 +226,7 @@ def test_parts_of_a_run(make_trainer):
     ("optim", "factor", "said"), [("sgd", 0, "sgd"), ("adamw_8bit", 0.5, "adamw_8bit"), ("lomo", 0, "lomo: not known")]
 )
 def test_state_of_other_optimizers(make_trainer, optim, factor, said):
-    trainer = make_trainer()
-    trainer.args.optim = optim
-    plan = trainer.run_plan()
+    plan = make_trainer(optim=optim).run_plan()
     parts = {part.name: part for part in plan.parts()}
     assert parts["optimizer"].training == factor * parts["trained weights"].training
     assert parts["optimizer"].note == said and f"   {said}\n" in str(plan)
