@@ -15,7 +15,7 @@ CHURN_SCHEDULES = {
     "interval": {"location": 1.0, "location_std": 1.5, "width": 0.25, "spread": 0.0},
     "prior": {"spread": 1.0},
 }
-# Of log(1 + gamma): beyond it nothing is left of the image.
+# The largest log(1 + gamma): beyond it nothing is left of the image.
 MAX_CHURN = 10
 DIRECTIONS = ("finite_difference", "reward_gradient")
 

@@ -166,7 +166,7 @@ def call(original: Callable, *args: Any, **kwargs: Any) -> Any:
     return original(*args, **kwargs)
 
 
-# What a call remembers for its replay: return values of two methods of the pipeline, and of the VAE's `encode`.
+# Methods of the pipeline whose return values the replay does not compute again. The VAE's `encode` is another.
 REMEMBERED = ("encode_prompt", "prepare_latents", "encode_image")
 
 

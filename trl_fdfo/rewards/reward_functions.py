@@ -31,7 +31,7 @@ ARGUMENTS = ("images", "prompts", "trainer_state", "num_generations")
 
 
 class RewardError(RuntimeError):
-    """A reward ended with something that is no error of its own, such as SystemExit."""
+    """A reward wrote to its images, or ended with something that is no error of its own, such as SystemExit."""
 
 
 class RewardFunctions:

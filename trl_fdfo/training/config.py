@@ -411,9 +411,8 @@ class RolloutConfig(TrainingArguments):
     def __setattr__(self, name: str, value: Any) -> None:
         options = {field.name for field in fields(self) if field.init}
         held = {*self._own_options(), *_INHERITED_RESULT_OPTIONS, "max_steps", "output_dir"}
-        if "_given" not in self.__dict__ or name not in options or value == self.__dict__.get(name):
-            object.__setattr__(self, name, value)
-        elif self._is_in_use and name not in held:
+        is_new = "_given" in self.__dict__ and name in options and value != self.__dict__.get(name)
+        if not is_new or (self._is_in_use and name not in held):
             object.__setattr__(self, name, value)
         elif self._is_in_use:
             raise ValueError(
