@@ -3,8 +3,9 @@ Measures what mixed precision costs in accuracy, with a GPU's mixed precision em
 
     OMP_NUM_THREADS=1 python benchmarks/precision.py
 
-A tiny pipeline in 16 bits, its transformer under autocast, and the same pipeline in float32 sample pairs of images from
-the same noise, as the paper does (40 steps, churn 0.0025). The table shows the relative rms difference between the two:
+A tiny pipeline in 16 bits and the same pipeline in float32 sample pairs of images from the same noise, as the paper does
+(40 steps, churn 0.0025): in the transformer's own dtype, as a run does, and under autocast, in bfloat16 and in float16.
+The table shows the relative rms difference from float32:
 
 - half difference: of the final latents of the two images of a prompt,
 - reward difference: of the rewards of these two images,
@@ -15,16 +16,19 @@ samples and all prompts count.
 """
 
 import copy
+import itertools
 
 import tiny_pipelines
 import torch
 from diffusers import StableDiffusion3Pipeline
+from diffusers.utils import logging
 from torch import Tensor
 
 from trl_fdfo.algorithm import constant_churn, finite_difference, surrogate_loss
 from trl_fdfo.fdfo.scheduler import ChurnScheduler
 from trl_fdfo.pipeline.flow import PipelineFlow
 from trl_fdfo.pipeline.lora import add_adapter, default_lora_config
+from trl_fdfo.pipeline.own_dtype import run_in_own_dtype
 from trl_fdfo.planning.cost import Precision
 
 
@@ -43,14 +47,17 @@ def brightness_of_a_corner(images: Tensor) -> Tensor:
 
 
 def measure(
-    pipeline: StableDiffusion3Pipeline, prompts: list[str], autocast_dtype: torch.dtype | None, guidance_scale: float
+    pipeline: StableDiffusion3Pipeline, prompts: list[str], guidance_scale: float, autocast: bool = False
 ) -> list[Tensor]:
-    """The half differences of a rollout, its reward differences and its gradient."""
+    """The half differences of a rollout, its reward differences and its gradient, in the dtype of the pipeline."""
     pipeline = copy.deepcopy(pipeline)
     transformer = pipeline.transformer.requires_grad_(False)
     torch.manual_seed(0)
     model = add_adapter(pipeline, default_lora_config(4, 8, None, transformer))
-    precision = Precision("cuda", autocast_dtype)
+    dtype = transformer.dtype
+    precision = Precision("cuda", dtype if autocast else None)
+    if not autocast:
+        run_in_own_dtype(model)
     flow = PipelineFlow(
         pipeline,
         num_generations=BRANCHES,
@@ -62,13 +69,13 @@ def measure(
         max_sequence_length=8,
     )
 
-    def autocast(*args, **kwargs):
+    def model_as_trained(*args, **kwargs):
         with precision.kernel_context(), precision.autocast_context():
             return model(*args, **kwargs)
 
-    flow.model = autocast
+    flow.model = model_as_trained
     levels = range(0, STEPS, 5)
-    loss_scale = 2.0**16 if autocast_dtype == torch.float16 else 1.0  # as a gradient scaler starts
+    loss_scale = 2.0**16 if dtype == torch.float16 else 1.0  # as a gradient scaler starts
     batch = flow.rollout(
         prompts,
         constant_churn(flow.rehearse(prompts[:1]).sigmas, CHURN),
@@ -95,27 +102,27 @@ def measure(
 
 
 def errors(
-    guidance_scale: float, num_prompts: int = 16, autocast_dtype: torch.dtype = torch.bfloat16
+    guidance_scale: float, num_prompts: int = 16, dtype: torch.dtype = torch.bfloat16, autocast: bool = False
 ) -> dict[str, float]:
-    """Relative rms errors of mixed precision."""
-    pipeline = tiny_pipelines.sd3().to(autocast_dtype)
+    """Relative rms errors of 16 bits."""
+    pipeline = tiny_pipelines.sd3().to(dtype)
     prompts = [f"cliff {n}" for n in range(num_prompts)]
     # The weights are the same.
-    exact = measure(copy.deepcopy(pipeline).to(torch.float32), prompts, None, guidance_scale)
-    mixed = measure(pipeline, prompts, autocast_dtype, guidance_scale)
+    exact = measure(copy.deepcopy(pipeline).to(torch.float32), prompts, guidance_scale)
+    mixed = measure(pipeline, prompts, guidance_scale, autocast)
     names = ("half difference", "reward difference", "gradient")
     return {name: ((b - a).norm() / a.norm()).item() for name, a, b in zip(names, exact, mixed)}
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    print(f"{'relative error':24}", *(f"{name:>20}" for name in LIMITS))
-    for dtype in (torch.bfloat16, torch.float16):
+    logging.set_verbosity_error()  # of casts, which are meant
+    print(f"{'relative error':36}", *(f"{name:>20}" for name in LIMITS))
+    for dtype, autocast in itertools.product((torch.bfloat16, torch.float16), (False, True)):
         for name, scale in GUIDANCE_SCALES.items():
-            row = errors(scale, autocast_dtype=dtype)
-            print(
-                f"{name}, {str(dtype).removeprefix('torch.')}".ljust(24), *(f"{value:20.1e}" for value in row.values())
-            )
+            row = errors(scale, dtype=dtype, autocast=autocast)
+            title = f"{name}, {str(dtype).removeprefix('torch.')}{' by autocast' if autocast else ''}"
+            print(title.ljust(36), *(f"{value:20.1e}" for value in row.values()))
 
 
 if __name__ == "__main__":

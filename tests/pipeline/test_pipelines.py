@@ -23,6 +23,7 @@ from trl_fdfo import FDFOTrainer
 from trl_fdfo.fdfo.churn import constant_churn
 from trl_fdfo.pipeline.adapter_files import read_adapter
 from trl_fdfo.pipeline.lora import add_adapter, attention_projections
+from trl_fdfo.pipeline.own_dtype import can_run_in_own_dtype, run_in_own_dtype
 from trl_fdfo.pipeline_flow import PipelineFlow, ReplayError, check_replay
 
 
@@ -133,17 +134,23 @@ WITHOUT_SAY = {
 }
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_gradients_reach_every_lora_matrix(name):
-    flow = make_flow(name, first_call(name))
+def test_gradients_reach_every_lora_matrix(name, dtype):
+    flow = make_flow(name, first_call(name), DTYPES[dtype])
     targets = attention_projections(flow.pipeline.transformer.requires_grad_(False))
     flow.model = add_adapter(flow.pipeline, LoraConfig(r=2, target_modules=targets)).train()
+    if can_run_in_own_dtype(flow.model, torch.bfloat16):
+        run_in_own_dtype(flow.model)
     layers = {name: layer for name, layer in flow.model.named_modules() if isinstance(layer, LoraLayer)}
     torch.manual_seed(0)
     for layer in layers.values():
         torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
         layer.get_base_layer().weight.requires_grad_(True)
-    flow.velocity(roll_out(flow, name), 1).square().sum().backward()
+    batch = roll_out(flow, name)
+    velocity = flow.velocity(batch, 1)
+    assert torch.equal(velocity, batch.velocities[1])
+    velocity.square().sum().backward()
 
     def reached(weight):
         return weight.grad is not None and bool((weight.grad != 0).any())

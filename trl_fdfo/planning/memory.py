@@ -54,6 +54,8 @@ class Engine:
     def of(cls, accelerator: Accelerator) -> "Engine":
         kind = accelerator.distributed_type
         autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+        if accelerator.autocast_handler is not None and not accelerator.autocast_handler.enabled:
+            autocast = None
         if kind == DistributedType.DEEPSPEED:
             return cls(accelerator.device.type, f"ZeRO-{accelerator.state.deepspeed_plugin.zero_stage}")
         if kind == DistributedType.FSDP:

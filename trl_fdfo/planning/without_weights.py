@@ -23,6 +23,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from ..pipeline.flow import PipelineFlow
 from ..pipeline.lora import add_adapter, default_lora_config
+from ..pipeline.own_dtype import can_run_in_own_dtype, run_in_own_dtype
 from ..pipeline.patch import shadowed
 from ..pipeline.schedulers import RolloutScheduler
 from ..pipeline.trained import trained_module
@@ -130,7 +131,7 @@ def plan_without_weights(
         ValueError: The pipeline cannot be called with the options, or its code needs the values of tensors, not just
             their shapes.
     """
-    pipeline = load_without_weights(name_or_path, torch.bfloat16 if config.bf16 else torch.float32)
+    pipeline = load_without_weights(name_or_path, config.load_dtype)
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):
             component.requires_grad_(False)
@@ -152,7 +153,10 @@ def plan_without_weights(
     columns = {name: [row[name]] for name in config.pipeline_columns or ()}
     with running_without_weights(pipeline):
         rehearsal = flow.rehearse(batch, columns, config.num_generations)
-    autocast = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None
+    autocast = config.mixed_precision_dtype
+    if can_run_in_own_dtype(model, autocast):
+        run_in_own_dtype(model)
+        autocast = None
     return RunPlan(
         config,
         flow,

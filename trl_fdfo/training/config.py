@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
 
+import torch
 from accelerate.utils import get_int_from_env
 from transformers import TrainingArguments
 from transformers.integrations import unset_hf_deepspeed_config
@@ -489,6 +490,18 @@ class RolloutConfig(TrainingArguments):
         """Noise levels of the sampler that could be trained, of which `timestep_fraction` are."""
         return self.num_inference_steps
 
+    @property
+    def mixed_precision_dtype(self) -> torch.dtype | None:
+        """The 16-bit dtype that is computed in; None without mixed precision."""
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else None
+
+    @property
+    def load_dtype(self) -> torch.dtype:
+        """Dtype in which a pipeline is loaded by its name."""
+        # A gradient scaler refuses trained weights in float16: a LoRA is float32, the transformer itself must be.
+        loads_half = self.bf16 or (self.fp16 and self.use_peft)
+        return self.mixed_precision_dtype if loads_half else torch.float32
+
     def call_kwargs(self) -> dict[str, Any]:
         """Arguments of the pipeline's call that options set."""
         options = {name: getattr(self, name) for name in OPTIONS_OF_CALL}
@@ -600,7 +613,10 @@ class RolloutConfig(TrainingArguments):
         return get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 1)
 
     def _has_bf16(self) -> bool:
-        return is_torch_bf16_gpu_available() and not self.use_cpu
+        if self.use_cpu or not is_torch_bf16_gpu_available():
+            return False
+        # PyTorch counts cards that only emulate it, many times slower than float16.
+        return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
 
     def _resolve_bf16(self) -> None:
         available = self._has_bf16()

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import AutocastKwargs, DistributedType
 from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers.integrations import unset_hf_deepspeed_config
 
 from ..pipeline.options import is_quantized
+from ..pipeline.own_dtype import can_run_in_own_dtype, run_in_own_dtype
 from ..pipeline.trained import trained_module
 from ..redaction import without_origin
 
@@ -84,3 +85,11 @@ def prepare_for_engine(accelerator: Accelerator, pipeline: DiffusionPipeline) ->
             f"inputs. Load the pipeline with torch_dtype={dtype}, or by its name, or set "
             f"bf16={transformer.dtype == torch.bfloat16}."
         )
+
+
+def leave_out_autocast(accelerator: Accelerator, model: torch.nn.Module) -> None:
+    """Compute without autocast what does not need it: a LoRA on a transformer in the dtype of mixed precision."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    if can_run_in_own_dtype(model, dtype):
+        run_in_own_dtype(model)
+        accelerator.autocast_handler = AutocastKwargs(enabled=False)

@@ -139,7 +139,7 @@ def open_pipeline(pipeline: DiffusionPipeline | str | os.PathLike, config: Rollo
         ValueError: `quantization` is set for a pipeline that is loaded already.
     """
     if isinstance(pipeline, (str, os.PathLike)):
-        options = {"dtype": torch.bfloat16 if config.bf16 else torch.float32}
+        options = {"dtype": config.load_dtype}
         if config.quantization:
             options["quantization_config"] = quantization_config(config.quantization, options["dtype"])
         return load_pipeline(pipeline, **options)

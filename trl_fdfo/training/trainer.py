@@ -54,7 +54,7 @@ from . import publishing
 from .algorithm import Algorithm
 from .buffer import MicroBatch, RolloutBuffer
 from .config import RolloutConfig
-from .engines import adapt_to_trainer, prepare_for_engine
+from .engines import adapt_to_trainer, leave_out_autocast, prepare_for_engine
 from .metrics import RolloutMetrics
 from .migration import arguments_of, unknown_arguments
 from .prompts import plain
@@ -181,6 +181,7 @@ class RolloutTrainer(Algorithm, Trainer):
             # The loss is a mean over the micro-batch: Trainer divides it by the number of accumulated ones.
             self.model_accepts_loss_kwargs = False
             prepare_for_engine(self.accelerator, pipeline)
+            leave_out_autocast(self.accelerator, self.model)
             keep_out_of_ddp(self.model)
             # Offloaded parts move to the device when called and leave when the rollout ends.
             self._offload_hooks = place_components(pipeline, config, self.args.device)
@@ -383,8 +384,7 @@ class RolloutTrainer(Algorithm, Trainer):
         batch = batch.on_device(velocity.device, level)
         old_velocity = batch.sampled.velocities[level]
         if inputs.step == 0:
-            autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-            error = check_replay(velocity, old_velocity, self.pipeline, level, autocast)
+            error = check_replay(velocity, old_velocity, self.pipeline, level, args.mixed_precision_dtype)
             self.metrics.add(replay_error=torch.tensor(error))
         loss, ratio = self.loss(velocity.float(), old_velocity.float(), batch, level)
         if args.beta:

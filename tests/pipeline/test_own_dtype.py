@@ -1,0 +1,101 @@
+"""A LoRA of float32 on a transformer of 16 bits, computed without autocast."""
+
+import pytest
+import tiny_pipelines
+import torch
+from conftest import trained_weights
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.nn import functional
+
+from trl_fdfo.pipeline.own_dtype import can_run_in_own_dtype, run_in_own_dtype
+
+
+CALL = {"height": 16, "width": 16, "max_sequence_length": 8, "guidance_scale": 1.0}
+
+
+class Layer(nn.Module):
+    dtype = torch.bfloat16
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(6, 4, dtype=self.dtype)
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def adapted(**options):
+    torch.manual_seed(0)
+    model = get_peft_model(Layer(), LoraConfig(r=2, lora_alpha=6, target_modules=["inner"], **options))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn_like(parameter, dtype=torch.float32)
+    return model
+
+
+def test_the_adapter_computes_in_the_dtype_of_the_layer():
+    model = adapted()
+    assert can_run_in_own_dtype(model, torch.bfloat16)
+    run_in_own_dtype(model)
+    layer = model.get_base_model().inner
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    x = torch.randn(3, 5, 6, dtype=torch.bfloat16, requires_grad=True)
+    output = model(x)
+    hidden = functional.linear(x, a.bfloat16())
+    expected = torch.addmm(layer.base_layer(x).view(15, 4), hidden.view(15, 2), b.bfloat16().t(), alpha=3).view(3, 5, 4)
+    assert torch.equal(output, expected) and output.dtype == torch.bfloat16
+    exact = functional.linear(x.float(), layer.base_layer.weight.float() + 3 * b @ a, layer.base_layer.bias.float())
+    torch.testing.assert_close(output.float(), exact, rtol=2e-2, atol=2e-2)
+
+    weights = torch.randn_like(output)
+    found = torch.autograd.grad((output * weights).sum(), (x, a, b))
+    expected = torch.autograd.grad((exact * weights).sum(), (x, a, b))
+    assert [gradient.dtype for gradient in found] == [torch.bfloat16, torch.float32, torch.float32]
+    for gradient, other in zip(found, expected):
+        torch.testing.assert_close(gradient.float(), other.float(), rtol=5e-2, atol=5e-2)
+
+    with model.disable_adapter():
+        assert torch.equal(model(x), layer.base_layer(x))
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(x).float(), exact, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}, {"use_rslora": True}], ids=str)
+def test_what_other_adapters_compute(options):
+    model = adapted(**options)
+    x = torch.randn(3, 6, dtype=torch.bfloat16)
+    expected = model(x)
+    if "use_dora" in options:
+        assert not can_run_in_own_dtype(model, torch.bfloat16)
+        return
+    run_in_own_dtype(model)
+    torch.testing.assert_close(model(x).float(), expected.float(), rtol=3e-2, atol=3e-2)
+
+
+def test_autocast_stays_where_it_is_needed(make_trainer):
+    for dtype, enabled in ((torch.float32, True), (torch.bfloat16, False)):
+        trainer = make_trainer(tiny_pipelines.sd3().to(dtype), bf16=True)
+        assert {weight.dtype for weight in trained_weights(trainer).values()} == {torch.float32}
+        seen = set()
+        block = trainer.pipeline.transformer.transformer_blocks[0]
+        block.register_forward_hook(lambda *_: seen.add(torch.is_autocast_enabled("cpu")))  # noqa: B023
+        before = {name: weight.clone() for name, weight in trained_weights(trainer).items()}
+        trainer.train()
+        assert seen == {enabled}
+        assert all(
+            (weight != before[name]).any() for name, weight in trained_weights(trainer).items() if "lora_B" in name
+        )
+        assert [log["replay_error"] for log in trainer.state.log_history if "replay_error" in log] == [0.0, 0.0]
+
+
+def test_a_run_samples_the_images_that_the_pipeline_makes(make_trainer):
+    pipeline = tiny_pipelines.sd3().to(torch.bfloat16)
+    trainer = make_trainer(pipeline, bf16=True)
+    steps = trainer.args.num_inference_steps
+    own = trainer.generate(["a cat"], [5])
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(5)
+        images = pipeline(["a cat"], generator=generator, num_inference_steps=steps, output_type="pt", **CALL)[0]
+    # The pipeline rounds its latents after each step and decodes in bfloat16.
+    torch.testing.assert_close(own, images.float(), rtol=0, atol=0.03)
