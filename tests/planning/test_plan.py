@@ -45,6 +45,20 @@ def test_cost_of_a_linear_layer():
     assert layer.weight.grad is None and type(layer.weight.data) is torch.Tensor
 
 
+def test_traffic_is_what_operations_without_flops_read_and_write():
+    class Odd(nn.Module):
+        def forward(self, x):
+            product = x @ x.t()  # a view; FLOPs
+            product += 1
+            total = product.sum()
+            return total.expand(100) * torch.empty(100)  # the expanded number is read once
+
+    cost = sampling_cost(Odd(), [((torch.randn(4, 8),), {})], Precision("cpu"))
+    assert cost.flops == 2 * 4 * 4 * 8
+    assert cost.traffic == 4 * ((16 + 16) + (16 + 1) + (1 + 100 + 100))
+    assert cost.operations == 4
+
+
 def test_norms_are_in_float32_under_the_autocast_of_a_gpu():
     norm, calls = nn.LayerNorm(64, elementwise_affine=False), [((torch.randn(32, 64, dtype=torch.bfloat16),), {})]
     on_cpu = sampling_cost(norm, calls, Precision("cpu", torch.bfloat16)).peak

@@ -1,6 +1,6 @@
 """
-Counts the memory and the floating-point operations of a module's calls without computing them: a copy of the module
-without weights runs on PyTorch's fake tensors, which have shapes and no data.
+Counts the memory, the floating-point operations and the traffic of a module's calls without computing them: a copy of
+the module without weights runs on PyTorch's fake tensors, which have shapes and no data.
 
 Memory counts each tensor that an operation returns for as long as the tensor lives: intermediate results, and those
 that autograd keeps for the backward pass. Weights, gradients and the arguments of the calls are not counted.
@@ -42,10 +42,14 @@ class Cost:
         peak (`int`): Most bytes that are alive at once.
         flops (`int`): Floating-point operations of matrix products, convolutions and attention. A multiplication and an
             addition are two.
+        traffic (`int`): Bytes that all other operations read and write, which a GPU's bandwidth limits. Views move none.
+        operations (`int`): Operations that are no views, so kernels to launch, about.
     """
 
     peak: int
     flops: int
+    traffic: int = 0
+    operations: int = 0
 
 
 @dataclass(frozen=True)
@@ -160,11 +164,11 @@ def _in_float32(function: Callable) -> Callable:
 
 
 class _Counter(TorchDispatchMode):
-    """Counts floating-point operations, and the bytes of returned tensors while they live; `known` tensors are free."""
+    """Counts operations, and the bytes of returned tensors while they live; `known` tensors are free."""
 
     def __init__(self, known: Iterable[Tensor]):
         super().__init__()
-        self.flops = self.now = self.peak = 0
+        self.flops = self.traffic = self.operations = self.now = self.peak = 0
         self._known = WeakIdKeyDictionary()
         for tensor in known:
             self._known[tensor.untyped_storage()] = True
@@ -172,12 +176,18 @@ class _Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        formula = _FLOPS.get(func._overloadpacket)
-        if formula is not None:
-            self.flops += formula(*args, **kwargs, out_val=result)
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage())
+        given, returned = (
+            [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)] for tree in ((args, kwargs), result)
+        )
+        if not _is_view(func, given, returned):
+            self.operations += 1
+            formula = _FLOPS.get(func._overloadpacket)
+            if formula is not None:
+                self.flops += formula(*args, **kwargs, out_val=result)
+            else:
+                self.traffic += sum(_moved_bytes(tensor) for tensor in (*given, *returned))
+        for tensor in returned:
+            self._count(tensor.untyped_storage())
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
@@ -191,6 +201,21 @@ class _Counter(TorchDispatchMode):
 
     def _drop(self, size: int) -> None:
         self.now -= size
+
+
+def _is_view(func: torch._ops.OpOverload, given: Sequence[Tensor], returned: Sequence[Tensor]) -> bool:
+    """Whether an operation only returns other shapes of what it was given, or memory that nothing is written to."""
+    if func._schema.is_mutable:
+        return False
+    if func._overloadpacket.__name__.startswith(("empty", "new_empty")):
+        return True
+    storages = {tensor.untyped_storage()._cdata for tensor in given}
+    return all(tensor.untyped_storage()._cdata in storages for tensor in returned)
+
+
+def _moved_bytes(tensor: Tensor) -> int:
+    """Bytes that an operation reads or writes of a tensor. An expanded tensor has fewer than its shape says."""
+    return min(tensor.nbytes, tensor.untyped_storage().nbytes())
 
 
 def _hooks(module: nn.Module) -> list[dict]:
@@ -227,4 +252,4 @@ def _counting(module: nn.Module, calls: Sequence[tuple[tuple, dict]], precision:
     arguments = [leaf for leaf in tree_leaves(calls) if isinstance(leaf, Tensor)]
     counter = _Counter([*twin.parameters(), *twin.buffers(), *gradients, *arguments])
     with precision.kernel_context(), fake_mode, counter:
-        yield twin, calls, lambda: Cost(counter.peak, counter.flops)
+        yield twin, calls, lambda: Cost(counter.peak, counter.flops, counter.traffic, counter.operations)

@@ -8,6 +8,7 @@ pass take.
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -86,7 +87,7 @@ class RunPlan:
         decoding = self._cost(sampling_cost, flow.pipeline.vae, rehearsal.decode_calls, precision, "decode")
         # The transformer samples and the VAE decodes batches of this many times the size of the rehearsed one.
         times = args.per_device_sampling_batch_size // args.per_device_prompt_batch_size
-        self.sampling, self.decoding = (Cost(times * cost.peak, cost.flops) for cost in (sampling, decoding))
+        self.sampling, self.decoding = (replace(cost, peak=times * cost.peak) for cost in (sampling, decoding))
 
     def _cost(self, function: Callable[..., Cost], *args: Any) -> Cost:
         try:
