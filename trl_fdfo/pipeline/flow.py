@@ -324,6 +324,7 @@ class PipelineFlow:
             velocities=scheduler.velocities,
             x_s=scheduler.x_s,
             sigmas=scheduler.noise_levels.cpu(),
+            first_step=scheduler.first_step,
             call_kwargs=call_kwargs,
             remembered=remembered,
             outputs=outputs,
@@ -420,6 +421,7 @@ class PipelineFlow:
     def _replayed(self, batch: RolloutBatch, scheduler: StandIn, is_computed: Callable[[], bool]) -> Iterator[None]:
         """Prepare the pipeline to be called on `batch` again; few of the transformer's calls compute."""
         device = self.pipeline._execution_device
+        scheduler.known_first_step = batch.first_step
         remembered = send_to_device(batch.remembered, device, non_blocking=True)
         remembered = {name: iter(values) for name, values in remembered.items()}
         outputs = iter(batch.outputs)

@@ -74,6 +74,7 @@ class RolloutBatch:
             float32.
         sigmas (`Tensor`): Noise levels t_0 > ... > t_T of its steps, which may depend on the size of the images, shape
             [T + 1], on the CPU.
+        first_step (`int`): Steps at the start of the schedule that the pipeline does not take.
         call_kwargs (`dict`): Arguments of the pipeline's call.
         remembered (`dict[str, list]`): Return values of the pipeline's methods that the replay does not repeat.
         outputs (`list`): Return value of each call of the transformer, as tensors on the meta device.
@@ -85,6 +86,7 @@ class RolloutBatch:
     velocities: dict[int, Tensor]
     x_s: dict[int, Tensor]
     sigmas: Tensor
+    first_step: int
     call_kwargs: dict[str, Any]
     remembered: dict[str, list]
     outputs: list
@@ -102,6 +104,7 @@ class RolloutBatch:
             velocities={level: part(self.velocities[level], 0) for level in levels},
             x_s={level: part(self.x_s[level], 0) for level in levels if level in self.x_s},
             sigmas=self.sigmas,
+            first_step=self.first_step,
             call_kwargs={
                 name: [value[n] for n in samples] if is_per_sample(name) and isinstance(value, list) else value
                 for name, value in self.call_kwargs.items()

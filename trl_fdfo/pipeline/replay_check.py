@@ -16,6 +16,20 @@ class ReplayError(RuntimeError):
     """A replayed velocity is not the recorded one: the run would train another function than it sampled."""
 
 
+def replay_error(velocity: Tensor, recorded: Tensor) -> Tensor:
+    """
+    Args:
+        velocity (`Tensor`): A replayed velocity, taken before any optimizer step.
+        recorded (`Tensor`): The one that the rollout recorded, of the same shape.
+
+    Returns:
+        `Tensor`: Rms difference relative to the rms of the recorded one, a scalar on its device: 0.0 if the kernels repeat
+        to the bit.
+    """
+    difference = (velocity.detach().float() - recorded.float()).square().mean().sqrt()
+    return difference / recorded.float().square().mean().sqrt().clamp_min(1e-12)
+
+
 def check_replay(
     velocity: Tensor,
     recorded: Tensor,
@@ -27,21 +41,34 @@ def check_replay(
     Compare a replayed velocity, taken before any optimizer step, with the one that the rollout recorded.
 
     Args:
-        velocity (`Tensor`): The replayed velocity.
-        recorded (`Tensor`): The recorded one, of the same shape.
+        velocity, recorded (`Tensor`): As in [`replay_error`].
+        pipeline, level, autocast_dtype: As in [`check_replay_error`].
+
+    Returns:
+        `float`: The [`replay_error`].
+
+    Raises:
+        ReplayError: As [`check_replay_error`].
+    """
+    error = replay_error(velocity, recorded).item()
+    check_replay_error(error, pipeline, level, autocast_dtype)
+    return error
+
+
+def check_replay_error(
+    error: float, pipeline: DiffusionPipeline, level: int, autocast_dtype: torch.dtype | None = None
+) -> None:
+    """
+    Args:
+        error (`float`): The [`replay_error`] of a velocity.
         pipeline (`DiffusionPipeline`): Its name stands in the message, its dtype sets the tolerance.
         level (`int`): Step of the sampler, named in the message.
         autocast_dtype (`torch.dtype`, *optional*): The dtype that the model computes in, if it is not its own.
 
-    Returns:
-        `float`: Rms difference relative to the rms of the recorded one: 0.0 if the kernels repeat to the bit.
-
     Raises:
-        ReplayError: They differ by more than kernels may; names the pipeline, the difference and the likely cause.
+        ReplayError: It is more than kernels may cause; names the pipeline, the difference and the likely cause.
     """
-    difference = (velocity.detach().float() - recorded.float()).square().mean().sqrt()
-    error = (difference / recorded.float().square().mean().sqrt().clamp_min(1e-12)).item()
-    dtypes = (recorded.dtype, trained_module(pipeline).dtype, autocast_dtype)
+    dtypes = (torch.float32, trained_module(pipeline).dtype, autocast_dtype)
     tolerance = max(REPLAY_TOLERANCE.get(dtype, 0.0) for dtype in dtypes)
     # Written so that a NaN fails.
     if not error <= tolerance:
@@ -53,4 +80,3 @@ def check_replay(
             "guidance that changes from call to call (turn it off in `pipeline_kwargs`); a pipeline that keeps state "
             "between its steps."
         )
-    return error

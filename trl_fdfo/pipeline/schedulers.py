@@ -16,10 +16,12 @@ import functools
 from collections.abc import Callable, Collection
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers.utils import logging
 
 
@@ -64,13 +66,27 @@ def _stand_in_class(stand_in: type, given: type) -> type:
     # Pipelines look at the parameters of `set_timesteps`, which `wraps` passes on.
     @functools.wraps(given.set_timesteps)
     def set_timesteps(self, *args, **kwargs):
+        key = _schedule_key(args, kwargs)
+        if key in self.schedules and not self.is_scheduled:
+            vars(self).update({name: copy.copy(value) for name, value in self.schedules[key].items()})
+            return
+        before = dict(vars(self))
         given.set_timesteps(self, *args, **kwargs)
         if given.order > 1:  # a sampler of second order visits levels twice
             self.timesteps, self.sigmas = map(torch.unique_consecutive, (self.timesteps, self.sigmas))
         # Some samplers start a millionth below 1, where their own formulas are finite.
         self.sigmas = self.sigmas.masked_fill(self.sigmas > 1 - 1e-5, 1.0)
+        if key is not None and not self.is_scheduled:
+            self.is_scheduled = True
+            self.schedules[key] = {name: value for name, value in vars(self).items() if before.get(name) is not value}
 
     return type(stand_in.__name__, (stand_in, given), {"set_timesteps": set_timesteps})
+
+
+def _schedule_key(args: tuple, kwargs: dict) -> str | None:
+    """Names a call of `set_timesteps`; None if it has tensors, whose values may have to come from the device."""
+    values = tree_map_only(np.ndarray, np.ndarray.tolist, (args, kwargs))
+    return None if any(isinstance(leaf, Tensor) for leaf in tree_leaves(values)) else repr(values)
 
 
 class StandIn:
@@ -81,16 +97,24 @@ class StandIn:
         first_step (`int`): The first step that the pipeline takes, as its schedule counts them: greater than 0 if a
             `strength` starts it late.
         steps_done (`int`): Steps taken. Step k of the others is step `first_step + k` of the schedule.
+        known_first_step (`int`, *optional*): The first step, if it is known before the pipeline takes it. To find it by its
+            timestep, the host would wait for the device.
         on_last_step (`Callable`): Called before the last step returns.
+        schedules (`dict`): What `set_timesteps` made, by its arguments. Copies of a scheduler share it: a replay neither
+            computes its schedule nor copies it to the device, for which the host would wait too.
+        is_scheduled (`bool`): `set_timesteps` has been called.
     """
 
     first_step = 0
     steps_done = 0
+    known_first_step: int | None = None
+    is_scheduled = False
     on_last_step: Callable[[], Any] = staticmethod(lambda: None)
 
     @classmethod
     def of(cls, scheduler: SchedulerMixin) -> "StandIn":
-        """A stand-in for `scheduler`, which stays as it is."""
+        """A stand-in for `scheduler`, which stays as it is but for its `schedules`."""
+        vars(scheduler).setdefault("schedules", {})
         stand_in = copy.copy(scheduler)
         stand_in.__class__ = _stand_in_class(cls, type(scheduler))
         return stand_in
@@ -118,7 +142,10 @@ class StandIn:
         if kwargs.get("per_token_timesteps") is not None:
             raise ValueError("A pipeline that gives each token a noise level of its own cannot be trained.")
         if self.step_index is None:
-            self._init_step_index(timestep)
+            if self.known_first_step is None:
+                self._init_step_index(timestep)
+            else:
+                self._step_index = self.known_first_step
             self.first_step = self.step_index
         x_s = self.take_step(model_output, sample, self.steps_done)
         self._step_index += 1
@@ -202,13 +229,14 @@ class RolloutScheduler(StandIn):
 
     def _draw(self, x: Tensor, level: int) -> Tensor:
         """Draw fp32 noise of the shape of `x` for a level; a sample whose amount is 0 draws none."""
-        noise = torch.zeros(x.shape)
+        # Pinned, so that the host draws the next noise while the device computes.
+        noise = torch.zeros(x.shape, pin_memory=x.is_cuda)
         for sample, generator, amount in zip(
             noise, self.generators, self.noise_amounts[:, level].tolist(), strict=True
         ):
             if amount > 0:
                 sample.normal_(generator=generator)
-        return noise.to(x.device)
+        return noise.to(x.device, non_blocking=True)
 
 
 class ReplayScheduler(StandIn):

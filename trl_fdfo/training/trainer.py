@@ -33,7 +33,7 @@ from ..pipeline.lora import check_stored_weights
 from ..pipeline.options import compile_blocks, keep_out_of_ddp
 from ..pipeline.patch import shadowed
 from ..pipeline.records import Rehearsal
-from ..pipeline.replay_check import check_replay
+from ..pipeline.replay_check import check_replay_error, replay_error
 from ..pipeline.trained import restored_on_error, trained_module
 from ..planning.memory import Engine
 from ..planning.plan import RunPlan
@@ -188,6 +188,7 @@ class RolloutTrainer(Algorithm, Trainer):
             self._add_collaborators()
             self._plan: RunPlan | None = None
             self._buffer: RolloutBuffer | None = None
+            self._replay_errors: list[tuple[Tensor, int]] = []  # of the next optimizer step
             self._rehearsal: Rehearsal | None
             self._rehearsal, all_take_part = rehearse(
                 self.flow, self.args, self.train_dataset, self.eval_dataset, self.accelerator.autocast
@@ -384,8 +385,9 @@ class RolloutTrainer(Algorithm, Trainer):
         batch = batch.on_device(velocity.device, level)
         old_velocity = batch.sampled.velocities[level]
         if inputs.step == 0:
-            error = check_replay(velocity, old_velocity, self.pipeline, level, args.mixed_precision_dtype)
-            self.metrics.add(replay_error=torch.tensor(error))
+            error = replay_error(velocity, old_velocity)
+            self._replay_errors.append((error, level))
+            self.metrics.add(replay_error=error)
         loss, ratio = self.loss(velocity.float(), old_velocity.float(), batch, level)
         if args.beta:
             with torch.no_grad(), self.accelerator.unwrap_model(model).disable_adapter():
@@ -395,8 +397,19 @@ class RolloutTrainer(Algorithm, Trainer):
             self.metrics.add(**{self.base_distance_name: distance.detach().mean()})
         self.metrics.add_ratio(ratio.detach(), args.epsilon, is_first_step=inputs.step == 0)
         loss = loss.mean()
-        self._watchdogs.check_loss(loss, velocity, level)
+        self._watchdogs.watch_loss(loss, velocity, level)
+        if self.accelerator.sync_gradients:
+            self._check_before_optimizer_step()
         return (loss, velocity) if return_outputs else loss
+
+    def _check_before_optimizer_step(self) -> None:
+        """The host waits here for the device, once for all micro-batches of the step."""
+        levels = [level for _, level in self._replay_errors]
+        errors = torch.stack([error for error, _ in self._replay_errors]).tolist() if levels else []
+        self._replay_errors.clear()
+        for error, level in zip(errors, levels):
+            check_replay_error(error, self.pipeline, level, self.args.mixed_precision_dtype)
+        self._watchdogs.check_losses()
 
     def _get_grad_norm(self, *args, **kwargs) -> float:
         # Trainer asks for it before the optimizer step.

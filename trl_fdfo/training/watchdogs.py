@@ -42,22 +42,31 @@ class Watchdogs:
         self.epsilon = epsilon
         self._gradients: deque[float] = deque(maxlen=GRADIENT_WINDOW)
         self._idle_rollouts = 0
+        self._losses: list[tuple[Tensor, int]] = []  # of the next optimizer step
 
-    def check_loss(self, loss: Tensor, velocity: Tensor, level: int) -> None:
+    def watch_loss(self, loss: Tensor, velocity: Tensor, level: int) -> None:
+        """Keep the loss of a micro-batch for `check_losses`, without waiting for the device."""
+        self._losses.append((torch.stack([loss.detach().float(), velocity.detach().isfinite().all().float()]), level))
+
+    def check_losses(self) -> None:
         """
+        Before an optimizer step.
+
         Raises:
-            WatchdogError: The loss of a micro-batch is not finite.
+            WatchdogError: The loss of one of its micro-batches is not finite.
         """
-        if torch.isfinite(loss):
-            return
-        culprit = (
-            "The velocity has values that are not finite" if not velocity.isfinite().all() else "The loss overflowed"
-        )
-        raise WatchdogError(
-            f"The loss is {loss.item()} at noise level {level}, before the optimizer step: the weights are those of the step "
-            f"before. {culprit}. Resume from the last checkpoint with a lower learning_rate or a smaller epsilon and "
-            "resume_with_changed_options=True; with fp16, use bf16."
-        )
+        values = torch.stack([value for value, _ in self._losses]).tolist()
+        levels = [level for _, level in self._losses]
+        self._losses.clear()
+        for (loss, velocity_is_finite), level in zip(values, levels):
+            if math.isfinite(loss):
+                continue
+            culprit = "The loss overflowed" if velocity_is_finite else "The velocity has values that are not finite"
+            raise WatchdogError(
+                f"The loss is {loss} at noise level {level}, before the optimizer step: the weights are those of the step "
+                f"before. {culprit}. Resume from the last checkpoint with a lower learning_rate or a smaller epsilon and "
+                "resume_with_changed_options=True; with fp16, use bf16."
+            )
 
     def check_gradient(self, norm: float, step: int) -> None:
         """

@@ -1,0 +1,100 @@
+"""The host waits for the device once per optimizer step, not once per micro-batch: on a GPU each wait leaves it idle."""
+
+import traceback
+
+import pytest
+import tiny_pipelines
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import TrainerCallback
+
+
+# Python's and PyTorch's ways to a tensor's values. All of them wait for a GPU.
+READS = {
+    getattr(Tensor, name)
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "__array__")
+}
+OPERATIONS = {torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal}
+
+
+class Reads(TrainerCallback):
+    """Counts, with the place of each, the reads of every micro-batch."""
+
+    def __init__(self):
+        self.now, self.inside, self.of_steps = [], [], []
+
+    def read(self, name):
+        self.now.append((name, "".join(traceback.format_stack(limit=12)[:-2])))
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.now = []
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        self.inside.append(self.now)
+        self.now = []
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.of_steps.append(self.now)
+        self.now = []
+
+
+class _Functions(TorchFunctionMode):
+    def __init__(self, reads):
+        super().__init__()
+        self.reads = reads
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in READS:
+            self.reads.read(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+class _Operations(TorchDispatchMode):
+    def __init__(self, reads):
+        super().__init__()
+        self.reads = reads
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._overloadpacket in OPERATIONS:
+            self.reads.read(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"beta": 0.1}, {"guidance_scale": 3.0}], ids=str)
+def test_a_micro_batch_does_not_wait_for_the_device(make_trainer, options):
+    trainer = make_trainer(**options)
+    reads = Reads()
+    trainer.add_callback(reads)
+    with _Functions(reads), _Operations(reads):
+        trainer.train()
+    args = trainer.args
+    inside = args.num_rollouts * args.steps_per_rollout * (args.gradient_accumulation_steps - 1)
+    assert len(reads.inside) == inside > 0
+    # The first micro-batch of a rollout has sampled it.
+    per_rollout = args.steps_per_rollout * (args.gradient_accumulation_steps - 1)
+    waits = [found for number, found in enumerate(reads.inside) if number % per_rollout]
+    assert not any(waits), next(found for found in waits if found)[0][1]
+    # The losses, the replay errors and the norm of the gradient.
+    assert all(len(found) <= 4 for found in reads.of_steps), [[name for name, _ in found] for found in reads.of_steps]
+
+
+def test_the_schedule_is_made_once_for_all_replays(make_trainer):
+    class Counting(FlowMatchEulerDiscreteScheduler):
+        made = 0
+
+        def set_timesteps(self, *args, **kwargs):
+            Counting.made += 1
+            super().set_timesteps(*args, **kwargs)
+
+    pipeline = tiny_pipelines.sd3()
+    pipeline.scheduler = Counting.from_config(pipeline.scheduler.config)
+    trainer = make_trainer(pipeline)
+    made = Counting.made
+    trainer.train()
+    assert Counting.made == made
+    # Another size or number of steps has a schedule of its own.
+    trainer.generate(["a cat"], [0], num_inference_steps=3)
+    assert Counting.made == made + 1
