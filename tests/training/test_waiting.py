@@ -98,3 +98,31 @@ def test_the_schedule_is_made_once_for_all_replays(make_trainer):
     # Another size or number of steps has a schedule of its own.
     trainer.generate(["a cat"], [0], num_inference_steps=3)
     assert Counting.made == made + 1
+
+
+def test_a_replay_does_not_search_the_modules_for_the_device(make_trainer):
+    trainer = make_trainer()
+    flow, pipeline = trainer.flow, trainer.pipeline
+    own = type(pipeline)
+    batch = flow.rollout(["a cat"], torch.zeros(5), [0], [1, 2], range(4))
+    looked = []
+
+    class Searching(own):
+        @property
+        def components(self):
+            looked.append(1)
+            return super().components
+
+    object.__setattr__(pipeline, "__class__", Searching)
+    flow.velocity(batch, 3)
+    assert not looked
+    # The pipeline is of its own class again, also after a call that failed.
+    assert type(pipeline) is Searching and pipeline._execution_device == batch.device and looked
+
+    def fail(*args, **kwargs):
+        raise ZeroDivisionError
+
+    flow.model = fail
+    with pytest.raises(ZeroDivisionError):
+        flow.velocity(batch, 3)
+    assert type(pipeline) is Searching

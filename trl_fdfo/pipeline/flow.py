@@ -325,6 +325,7 @@ class PipelineFlow:
             x_s=scheduler.x_s,
             sigmas=scheduler.noise_levels.cpu(),
             first_step=scheduler.first_step,
+            device=self.pipeline._execution_device,
             call_kwargs=call_kwargs,
             remembered=remembered,
             outputs=outputs,
@@ -360,7 +361,7 @@ class PipelineFlow:
         """
         scheduler = ReplayScheduler.of(self._scheduler)
         # Already on the device, it is not copied.
-        scheduler.replay(level, batch.x_t[level].to(self.pipeline._execution_device, non_blocking=True))
+        scheduler.replay(level, batch.x_t[level].to(batch.device, non_blocking=True))
         with self._replayed(batch, scheduler, lambda: scheduler.is_there):
             try:
                 self._call_with_grad(self.pipeline, **batch.call_kwargs)
@@ -420,7 +421,7 @@ class PipelineFlow:
     @contextlib.contextmanager
     def _replayed(self, batch: RolloutBatch, scheduler: StandIn, is_computed: Callable[[], bool]) -> Iterator[None]:
         """Prepare the pipeline to be called on `batch` again; few of the transformer's calls compute."""
-        device = self.pipeline._execution_device
+        device = batch.device
         scheduler.known_first_step = batch.first_step
         remembered = send_to_device(batch.remembered, device, non_blocking=True)
         remembered = {name: iter(values) for name, values in remembered.items()}
@@ -443,7 +444,7 @@ class PipelineFlow:
             return recursively_apply(lambda shape: _zeros(shape, device), output)
 
         methods = {"encode_prompt": encode_prompt, "prepare_latents": prepare_latents, "encode_image": encode_image}
-        with self._patched(scheduler, model, **methods):
+        with self._patched(scheduler, model, device=device, **methods):
             yield
 
     def _patched(
@@ -452,6 +453,7 @@ class PipelineFlow:
         model: Callable,
         prepare_latents: Callable,
         encode_image: Callable | None = None,
+        device: torch.device | None = None,
         **methods: Callable,
     ) -> contextlib.AbstractContextManager:
         def begin(original, *args, **kwargs):
@@ -460,7 +462,8 @@ class PipelineFlow:
 
         proxy = ModelProxy(model, trained_module(self.pipeline))
         methods["prepare_latents"] = begin
-        return patched(self.pipeline, scheduler, proxy, self._attention, encode_image, **methods)
+        device = device or self.pipeline._execution_device
+        return patched(self.pipeline, scheduler, proxy, device, self._attention, encode_image, **methods)
 
     @contextlib.contextmanager
     def _own_random_numbers(self, seed: int) -> Iterator[None]:

@@ -67,6 +67,7 @@ def patched(
     pipeline: DiffusionPipeline,
     scheduler: StandIn,
     model: ModelProxy,
+    device: torch.device,
     attention: Sequence[nn.Module] = (),
     encode_image: Callable | None = None,
     **methods: Callable,
@@ -79,6 +80,8 @@ def patched(
         pipeline (`DiffusionPipeline`): The pipeline, patched in place.
         scheduler ([`StandIn`]): The scheduler to run with.
         model ([`ModelProxy`]): The stand-in for the transformer.
+        device (`torch.device`): The pipeline's `_execution_device`, which it would look for in all its modules, again and
+            again: that takes longer than a small transformer.
         attention (`Sequence[nn.Module]`): Attention modules of the transformer. They get their processors back, which a
             pipeline whose call is cut short may have replaced.
         encode_image (`Callable`, *optional*): Wrapper of the VAE's `encode`.
@@ -87,6 +90,7 @@ def patched(
     attributes = {
         "scheduler": scheduler,
         TRAINED: model,
+        "_device_of_call": device,
         "_progress_bar_config": {**getattr(pipeline, "_progress_bar_config", {}), "disable": True},
         **{name: functools.partial(method, getattr(pipeline, name)) for name, method in methods.items()},
     }
@@ -101,6 +105,7 @@ def patched(
         stack.enter_context(shadowed(trained_module(pipeline), training=False))
         stack.enter_context(shadowed(vae, **vae_methods))
         stack.enter_context(shadowed(pipeline, **attributes))
+        stack.enter_context(_of_class(pipeline, _with_known_device(type(pipeline))))
         scheduler.on_last_step = lambda: stack.enter_context(in_float32(vae))
         try:
             yield
@@ -109,6 +114,24 @@ def patched(
             for module, processor in zip(attention, processors):
                 if module.processor is not processor:
                     module.set_processor(processor)
+
+
+@functools.cache
+def _with_known_device(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
+    # A property cannot be shadowed in an object's `__dict__`.
+    device = property(lambda self: vars(self)["_device_of_call"])
+    body = {"__module__": pipeline_class.__module__, "__doc__": pipeline_class.__doc__, "_execution_device": device}
+    return type(pipeline_class.__name__, (pipeline_class,), body)
+
+
+@contextlib.contextmanager
+def _of_class(owner: object, other: type) -> Iterator[None]:
+    own = type(owner)
+    object.__setattr__(owner, "__class__", other)
+    try:
+        yield
+    finally:
+        object.__setattr__(owner, "__class__", own)
 
 
 def _decode_in_own_dtype(vae: nn.Module, decode: Callable, latents: Tensor, *args: Any, **kwargs: Any) -> Any:

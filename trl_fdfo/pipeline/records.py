@@ -75,6 +75,7 @@ class RolloutBatch:
         sigmas (`Tensor`): Noise levels t_0 > ... > t_T of its steps, which may depend on the size of the images, shape
             [T + 1], on the CPU.
         first_step (`int`): Steps at the start of the schedule that the pipeline does not take.
+        device (`torch.device`): The device that the pipeline computes on.
         call_kwargs (`dict`): Arguments of the pipeline's call.
         remembered (`dict[str, list]`): Return values of the pipeline's methods that the replay does not repeat.
         outputs (`list`): Return value of each call of the transformer, as tensors on the meta device.
@@ -87,6 +88,7 @@ class RolloutBatch:
     x_s: dict[int, Tensor]
     sigmas: Tensor
     first_step: int
+    device: torch.device
     call_kwargs: dict[str, Any]
     remembered: dict[str, list]
     outputs: list
@@ -105,6 +107,7 @@ class RolloutBatch:
             x_s={level: part(self.x_s[level], 0) for level in levels if level in self.x_s},
             sigmas=self.sigmas,
             first_step=self.first_step,
+            device=self.device,
             call_kwargs={
                 name: [value[n] for n in samples] if is_per_sample(name) and isinstance(value, list) else value
                 for name, value in self.call_kwargs.items()

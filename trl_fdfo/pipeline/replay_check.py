@@ -51,18 +51,18 @@ def check_replay(
         ReplayError: As [`check_replay_error`].
     """
     error = replay_error(velocity, recorded).item()
-    check_replay_error(error, pipeline, level, autocast_dtype)
+    check_replay_error(error, level, pipeline, autocast_dtype)
     return error
 
 
 def check_replay_error(
-    error: float, pipeline: DiffusionPipeline, level: int, autocast_dtype: torch.dtype | None = None
+    error: float, level: int, pipeline: DiffusionPipeline, autocast_dtype: torch.dtype | None = None
 ) -> None:
     """
     Args:
         error (`float`): The [`replay_error`] of a velocity.
-        pipeline (`DiffusionPipeline`): Its name stands in the message, its dtype sets the tolerance.
         level (`int`): Step of the sampler, named in the message.
+        pipeline (`DiffusionPipeline`): Its name stands in the message, its dtype sets the tolerance.
         autocast_dtype (`torch.dtype`, *optional*): The dtype that the model computes in, if it is not its own.
 
     Raises:

@@ -21,7 +21,6 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers.utils import logging
 
 
@@ -68,7 +67,8 @@ def _stand_in_class(stand_in: type, given: type) -> type:
     def set_timesteps(self, *args, **kwargs):
         key = _schedule_key(args, kwargs)
         if key in self.schedules and not self.is_scheduled:
-            vars(self).update({name: copy.copy(value) for name, value in self.schedules[key].items()})
+            for name, value in self.schedules[key].items():
+                vars(self)[name] = value.copy() if isinstance(value, (list, dict)) else value
             return
         before = dict(vars(self))
         given.set_timesteps(self, *args, **kwargs)
@@ -85,8 +85,10 @@ def _stand_in_class(stand_in: type, given: type) -> type:
 
 def _schedule_key(args: tuple, kwargs: dict) -> str | None:
     """Names a call of `set_timesteps`; None if it has tensors, whose values may have to come from the device."""
-    values = tree_map_only(np.ndarray, np.ndarray.tolist, (args, kwargs))
-    return None if any(isinstance(leaf, Tensor) for leaf in tree_leaves(values)) else repr(values)
+    values = [(name, value) for name, value in (*enumerate(args), *kwargs.items()) if value is not None]
+    if any(isinstance(value, Tensor) for _, value in values):
+        return None
+    return repr([(name, value.tolist() if isinstance(value, np.ndarray) else value) for name, value in values])
 
 
 class StandIn:

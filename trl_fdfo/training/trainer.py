@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import inspect
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -404,11 +405,11 @@ class RolloutTrainer(Algorithm, Trainer):
 
     def _check_before_optimizer_step(self) -> None:
         """The host waits here for the device, once for all micro-batches of the step."""
-        levels = [level for _, level in self._replay_errors]
-        errors = torch.stack([error for error, _ in self._replay_errors]).tolist() if levels else []
-        self._replay_errors.clear()
-        for error, level in zip(errors, levels):
-            check_replay_error(error, self.pipeline, level, self.args.mixed_precision_dtype)
+        if self._replay_errors:
+            levels = [level for _, level in self._replay_errors]
+            errors = torch.stack([error for error, _ in self._replay_errors]).nan_to_num(nan=math.inf).tolist()
+            self._replay_errors.clear()
+            check_replay_error(*max(zip(errors, levels)), self.pipeline, self.args.mixed_precision_dtype)
         self._watchdogs.check_losses()
 
     def _get_grad_norm(self, *args, **kwargs) -> float:
