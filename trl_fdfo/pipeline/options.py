@@ -119,7 +119,8 @@ def compile_blocks(accelerator: Accelerator, transformer: torch.nn.Module) -> No
     plugin = accelerator.state.dynamo_plugin
     if plugin.backend == DynamoBackend.NO:
         return
-    options = plugin.to_kwargs()
+    # Each batch size has graphs of its own: kernels for any size would be slower for all, and round otherwise.
+    options = {"dynamic": False, **plugin.to_kwargs()}
     plugin.backend = DynamoBackend.NO
     for block in list(_repeated_blocks(transformer)) or [transformer]:
         block.compile(recompile_limit=_COMPILED_VERSIONS, **options)
