@@ -60,6 +60,11 @@ def warnings_of_the_package(caplog) -> list[str]:
     return [record.message for record in caplog.records if record.name.startswith("trl_fdfo")]
 
 
+def logged(trainer, name) -> list[float]:
+    """Values of a metric in the order of the logs."""
+    return [log[name] for log in trainer.state.log_history if name in log]
+
+
 def trained_weights(trainer) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
 

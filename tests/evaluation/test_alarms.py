@@ -133,14 +133,14 @@ WATCHED = {
 }
 
 
-def logged(trainer, name):
+def logged_with_steps(trainer, name):
     return [(log["step"], log[name]) for log in trainer.state.log_history if name in log]
 
 
 def test_a_run_goes_on_without_stop_on_alarm(make_trainer, caplog):
     trainer = make_trainer(**WATCHED)
     trainer.train()
-    assert logged(trainer, "eval_alarm") == [(0, 0.0), (2, 1.0), (4, 1.0)]
+    assert logged_with_steps(trainer, "eval_alarm") == [(0, 0.0), (2, 1.0), (4, 1.0)]
     assert len(warnings_of_the_package(caplog)) == 2
 
 
@@ -153,7 +153,7 @@ def test_the_run_ends_with_a_checkpoint_and_can_be_taken_up(make_trainer, tmp_pa
     resumed = make_trainer(num_rollouts=4, **WATCHED)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     # Compared with the model before the training, which is not evaluated again.
-    assert logged(resumed, "eval_alarm") == [(0, 0.0), (2, 1.0), (4, 1.0), (6, 1.0), (8, 1.0)]
+    assert logged_with_steps(resumed, "eval_alarm") == [(0, 0.0), (2, 1.0), (4, 1.0), (6, 1.0), (8, 1.0)]
 
 
 def test_no_checkpoint_where_none_is_wanted(make_trainer, tmp_path):
@@ -174,8 +174,8 @@ def test_what_is_watched_first_when_a_run_goes_on_is_compared_with_then(make_tra
     make_trainer(num_rollouts=1, save_strategy="epoch", **plain).train()
     resumed = make_trainer(num_rollouts=2, **WATCHED)
     resumed.train(resume_from_checkpoint=True)
-    assert logged(resumed, "eval_control") == [(2, 0.0), (4, 0.0)]
-    assert [step for step, _ in logged(resumed, "eval_reward")] == [2, 2, 4]
+    assert logged_with_steps(resumed, "eval_control") == [(2, 0.0), (4, 0.0)]
+    assert [step for step, _ in logged_with_steps(resumed, "eval_reward")] == [2, 2, 4]
 
 
 def test_the_progress_bar_shows_it(make_trainer, capsys):
@@ -187,7 +187,9 @@ def test_the_progress_bar_shows_it(make_trainer, capsys):
 def test_nothing_is_watched_without_controls_and_diversity(make_trainer):
     trainer = make_trainer(**{**WATCHED, "eval_reward_fn": None})
     trainer.train()
-    assert not logged(trainer, "eval_alarm") and [step for step, _ in logged(trainer, "eval_reward")] == [2, 4]
+    assert not logged_with_steps(trainer, "eval_alarm") and [
+        step for step, _ in logged_with_steps(trainer, "eval_reward")
+    ] == [2, 4]
 
 
 def test_stop_on_alarm_needs_something_to_watch(make_trainer):
@@ -258,14 +260,14 @@ def test_a_reward_that_is_gamed_ends_the_run_within_twelve_rollouts(tmp_path, ca
         load_best_model_at_end=True,
         metric_for_best_model="eval_control",
     )
-    alarms = logged(trainer, "eval_alarm")
+    alarms = logged_with_steps(trainer, "eval_alarm")
     assert trainer.state.global_step == alarms[-1][0] <= 48
     assert [alarm for _, alarm in alarms] == [0.0] * (len(alarms) - 1) + [1.0]
     assert any("while the reward rose from -0.1" in message for message in warnings_of_the_package(caplog))
-    rewards = [value for _, value in logged(trainer, "eval_reward")]
+    rewards = [value for _, value in logged_with_steps(trainer, "eval_reward")]
     assert rewards[-1] > rewards[0] + 0.04
     # What is kept is the checkpoint that the control liked best.
-    controls = dict(logged(trainer, "eval_control")[1:])
+    controls = dict(logged_with_steps(trainer, "eval_control")[1:])
     best = max(controls, key=controls.get)
     assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
     assert trainer.evaluate()["eval_control"] == pytest.approx(controls[best], abs=1e-6)
@@ -274,7 +276,7 @@ def test_a_reward_that_is_gamed_ends_the_run_within_twelve_rollouts(tmp_path, ca
 @pytest.mark.slow
 def test_an_honest_run_raises_no_alarm(tmp_path):
     trainer = shapes_run(tmp_path, shapes.reward, num_rollouts=8, save_strategy="no")
-    assert [alarm for _, alarm in logged(trainer, "eval_alarm")] == [0.0] * 3
+    assert [alarm for _, alarm in logged_with_steps(trainer, "eval_alarm")] == [0.0] * 3
     for name in ("eval_reward", "eval_control"):
-        values = [value for _, value in logged(trainer, name)]
+        values = [value for _, value in logged_with_steps(trainer, name)]
         assert values[-1] > values[0] + 0.05

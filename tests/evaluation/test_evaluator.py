@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import trained_weights, warnings_of_the_package
+from conftest import logged, trained_weights, warnings_of_the_package
 from datasets import Dataset
 from PIL import Image
 from tiny_runs import PROMPTS, redness
@@ -32,10 +32,6 @@ def greenness(images):
 
 def figures(metrics):
     return {name: value for name, value in metrics.items() if name not in ("eval_runtime", "epoch")}
-
-
-def logged(trainer, name):
-    return [log[name] for log in trainer.state.log_history if name in log]
 
 
 # What is reported -----------------------------------------------------------------------------------------------------

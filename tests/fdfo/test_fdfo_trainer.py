@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import trained_weights
+from conftest import logged, trained_weights
 from tiny_runs import PROMPTS, redness
 from transformers import TrainerCallback
 
@@ -10,10 +10,6 @@ from trl_fdfo.rewards import PairwiseJudge
 from trl_fdfo.seeds import derive_seed
 from trl_fdfo.training.prompts import rollout_rows
 from trl_fdfo.training.watchdogs import WatchdogError
-
-
-def metrics_of(trainer, name):
-    return [log[name] for log in trainer.state.log_history if name in log]
 
 
 # The four steps of the paper as a plain loop over the tiny SD3: no Trainer, no replay, no call of the pipeline ---------
@@ -173,16 +169,16 @@ def test_training_moves_every_lora_matrix_and_raises_the_reward(make_trainer):
     unused = "transformer_blocks.1.attn.add_q_proj"
     for name in before:
         assert torch.equal(before[name], after[name]) == (unused in name and "lora_B" in name), name
-    rewards = metrics_of(trainer, "reward")
+    rewards = logged(trainer, "reward")
     assert sum(rewards[-5:]) > sum(rewards[:5])
-    assert metrics_of(trainer, "replay_error") == [0.0] * 30
+    assert logged(trainer, "replay_error") == [0.0] * 30
 
 
 def test_ratio_is_one_before_the_first_step(make_trainer):
     trainer = make_trainer(num_rollouts=1, optimizer_steps_per_rollout=1)
     trainer.train()
-    assert metrics_of(trainer, "ratio") == [1.0]
-    assert metrics_of(trainer, "clip_ratio") == [0.0]
+    assert logged(trainer, "ratio") == [1.0]
+    assert logged(trainer, "clip_ratio") == [0.0]
 
 
 def test_equal_rewards_change_nothing(make_trainer):
@@ -191,7 +187,7 @@ def test_equal_rewards_change_nothing(make_trainer):
     trainer.train()
     for name, weight in trained_weights(trainer).items():
         assert torch.equal(weight, before[name]), name
-    assert metrics_of(trainer, "frac_reward_zero_std") == [1.0, 1.0]
+    assert logged(trainer, "frac_reward_zero_std") == [1.0, 1.0]
 
 
 def test_prompts_to_which_no_reward_applies_teach_nothing(make_trainer):
@@ -206,7 +202,7 @@ def test_prompts_to_which_no_reward_applies_teach_nothing(make_trainer):
         trainer = make_trainer(reward_fn=reward, prompts_per_rollout=6)
         trainer.train()
         weights.append(trained_weights(trainer))
-        assert all(value == value for value in metrics_of(trainer, "reward")), "NaN"
+        assert all(value == value for value in logged(trainer, "reward")), "NaN"
     for name in weights[0]:
         assert torch.equal(weights[0][name], weights[1][name])
 
@@ -218,7 +214,7 @@ def test_judge_trains_like_the_reward_whose_differences_it_gives(make_trainer):
     def trained(reward):
         trainer = make_trainer(reward_fn=reward)
         trainer.train()
-        assert metrics_of(trainer, "frac_reward_zero_std") == [0.0, 0.0]
+        assert logged(trainer, "frac_reward_zero_std") == [0.0, 0.0]
         return trained_weights(trainer)
 
     expected = trained(redness)
@@ -235,7 +231,7 @@ def test_churn_schedules_train(make_trainer, schedule):
     before = trained_weights(trainer)
     trainer.train()
     assert any(not torch.equal(w, before[n]) for n, w in trained_weights(trainer).items())
-    assert all(value > 0 for value in metrics_of(trainer, "branch_rms"))
+    assert all(value > 0 for value in logged(trainer, "branch_rms"))
     gammas = trainer.noise_amounts(0, range(4))
     assert gammas.shape == (4, 5) and len({tuple(row) for row in gammas.tolist()}) == 4
 
@@ -244,7 +240,7 @@ def test_a_direction_that_is_not_whitened_trains_with_an_exact_replay(make_train
     trainer = make_trainer(whiten_direction=False)
     before = trained_weights(trainer)
     trainer.train()
-    assert metrics_of(trainer, "replay_error") == [0.0, 0.0] and trainer.state.global_step == 4
+    assert logged(trainer, "replay_error") == [0.0, 0.0] and trainer.state.global_step == 4
     assert any(not torch.equal(w, before[n]) for n, w in trained_weights(trainer).items())
 
 
@@ -260,7 +256,7 @@ def test_reward_gradient_goes_through_the_decoder(make_trainer):
     trainer._reward_gradient = keep
     before = trained_weights(trainer)
     trainer.train()
-    assert metrics_of(trainer, "replay_error") == [0.0]
+    assert logged(trainer, "replay_error") == [0.0]
     assert any(not torch.equal(w, before[n]) for n, w in trained_weights(trainer).items())
     vae = trainer.pipeline.vae
     for sampled, gradient in seen:

@@ -3,7 +3,7 @@ import math
 import pytest
 import tiny_pipelines
 import torch
-from conftest import trained_weights
+from conftest import logged, trained_weights
 from datasets import Dataset
 from diffusers import FlowMatchEulerDiscreteScheduler
 from tiny_runs import PROMPTS, redness
@@ -145,10 +145,6 @@ def make_grpo(make_config):
 
 TINY = ("output_dir", "num_rollouts", "num_inference_steps", "height", "width", "pipeline_kwargs", "learning_rate")
 TINY += ("optimizer_steps_per_rollout", "lora_r", "report_to", "use_cpu", "disable_tqdm", "save_strategy")
-
-
-def logged(trainer, name):
-    return [log[name] for log in trainer.state.log_history if name in log]
 
 
 @pytest.mark.parametrize("build", [tiny_pipelines.sd3, tiny_pipelines.flux], ids=["SD3", "FLUX"])

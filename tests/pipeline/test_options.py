@@ -8,7 +8,7 @@ import tiny_pipelines
 import torch
 from accelerate.utils import DistributedType
 from checkpoint_contents import assert_equal, contents
-from conftest import trained_weights
+from conftest import logged, trained_weights
 from datasets import Dataset
 from diffusers import PipelineQuantizationConfig, SD3Transformer2DModel, TorchAoConfig
 from peft import PeftModel
@@ -81,10 +81,6 @@ EACH_QUANTIZED = pytest.mark.parametrize(
 )
 
 
-def metrics_of(trainer, name):
-    return [log[name] for log in trainer.state.log_history if name in log]
-
-
 # Quantization ---------------------------------------------------------------------------------------------------------
 
 
@@ -103,7 +99,7 @@ def test_adapters_train_beside_quantized_weights(make_trainer, saved, quantized,
     first = trained_weights(trainer)
     assert {weight.dtype for weight in first.values()} == {torch.float32}
     trainer.train()
-    assert metrics_of(trainer, "replay_error") == [0.0, 0.0]
+    assert logged(trainer, "replay_error") == [0.0, 0.0]
     assert any(not torch.equal(weight, first[name]) for name, weight in trained_weights(trainer).items())
     with torch.no_grad(), trainer.model.disable_adapter():
         assert torch.equal(transformer(**inputs).sample, before)
@@ -216,7 +212,7 @@ def test_memory_options_change_nothing_but_memory(make_trainer, option):
     for value in (False, True):
         trainer = make_trainer(eval_dataset=Dataset.from_dict({"prompt": PROMPTS[:3]}), **{option: value})
         trainer.train()
-        assert metrics_of(trainer, "replay_error") == [0.0, 0.0]
+        assert logged(trainer, "replay_error") == [0.0, 0.0]
         results.append({**trained_weights(trainer), "images": trainer.generate(PROMPTS, range(6))})
     # One image at a time is another convolution than four at a time: equal to rounding.
     tolerance = 1e-5 if option == "vae_slicing" else 0.0
@@ -238,7 +234,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(make_trainer, pipelin
             trainer = make_trainer(pipeline(), gradient_checkpointing=checkpointing)
             trainer.train()
         assert not [str(warning.message) for warning in warned if "checkpoint" in str(warning.message).lower()]
-        assert metrics_of(trainer, "replay_error") == [0.0, 0.0]
+        assert logged(trainer, "replay_error") == [0.0, 0.0]
         results.append((sum(saved_for_backward), trained_weights(trainer)))
     (plain_size, plain), (checkpointed_size, checkpointed) = results
     assert checkpointed_size < plain_size / 2
@@ -325,7 +321,7 @@ def test_attention_backends_train_the_same(make_trainer, reset_attention, backen
     for option in (None, backend):
         trainer = make_trainer(tiny_pipelines.flux(), attention_backend=option, use_cpu=backend != "flex")
         trainer.train()
-        assert max(metrics_of(trainer, "replay_error")) < 1e-6
+        assert max(logged(trainer, "replay_error")) < 1e-6
         results.append(trained_weights(trainer))
     processors = {module.processor for module in trainer.model.modules() if hasattr(module, "processor")}
     assert {processor._attention_backend.value for processor in processors} == {backend}
@@ -378,7 +374,7 @@ def test_repeated_blocks_are_compiled_once_per_kind_and_use(make_trainer, dynamo
     # Three kinds, in the rollout, in the update and without the adapter, whatever the number of blocks: more than
     # PyTorch's limit of 8, beyond which it would go on without compiling.
     assert graphs.counts == [9, 9, 9] and not counters["recompiles"]
-    assert max(metrics_of(compiled, "replay_error")) < 1e-6
+    assert max(logged(compiled, "replay_error")) < 1e-6
     assert compiled.model.state_dict().keys() == plain.model.state_dict().keys()
     for name, weight in trained_weights(plain).items():
         torch.testing.assert_close(trained_weights(compiled)[name], weight, rtol=0, atol=1e-6)
@@ -405,6 +401,6 @@ def test_the_default_compiler_trains_the_same(make_trainer, dynamo):
     compiled.train()
     assert counters["stats"]["unique_graphs"] == 2 and not counters["recompiles"]
     # Fused kernels round otherwise in a pass with gradients than in one without.
-    assert max(metrics_of(compiled, "replay_error")) < 1e-5
+    assert max(logged(compiled, "replay_error")) < 1e-5
     for name, weight in trained_weights(plain).items():
         torch.testing.assert_close(trained_weights(compiled)[name], weight, rtol=0, atol=2e-4)

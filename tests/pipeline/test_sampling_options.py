@@ -4,7 +4,7 @@ import datasets
 import pytest
 import tiny_pipelines
 import torch
-from conftest import trained_weights
+from conftest import logged, trained_weights
 from datasets import Dataset
 from tiny_pipelines import qwen_image
 from tiny_runs import PROMPTS, redness
@@ -22,10 +22,6 @@ def cache(tmp_path, monkeypatch):
     """A cache of `datasets` of its own. (It reads its environment variable once, at import.)"""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     return tmp_path / "cache"
-
-
-def logged(trainer, name):
-    return [log[name] for log in trainer.state.log_history if name in log]
 
 
 def count_samples(trainer):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny_pipelines
 import torch
-from conftest import trained_weights
+from conftest import logged, trained_weights
 from datasets import Dataset, Image
 from PIL import Image as PILImage
 from tiny_pipelines import flux_kontext
@@ -47,10 +47,6 @@ def train(make_config):
         )
 
     return make
-
-
-def logged(trainer, name):
-    return [log[name] for log in trainer.state.log_history if name in log]
 
 
 # Sizes ----------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tiny_pipelines
 import torch
-from conftest import trained_weights
+from conftest import logged, trained_weights
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
@@ -17,10 +17,6 @@ from tiny_runs import PROMPTS, redness
 from trl_fdfo import FDFOTrainer
 from trl_fdfo.pipeline.loading import load_pipeline
 from trl_fdfo.pipeline.replay_check import ReplayError
-
-
-def metrics_of(trainer, name):
-    return [log[name] for log in trainer.state.log_history if name in log]
 
 
 def images_of(pipeline):
@@ -36,7 +32,7 @@ def test_flux_trains(make_trainer):
     trainer = make_trainer(pipeline=tiny_pipelines.flux(), guidance_scale=3.5)
     before = trained_weights(trainer)
     trainer.train()
-    assert metrics_of(trainer, "replay_error") == [0.0, 0.0]
+    assert logged(trainer, "replay_error") == [0.0, 0.0]
     for name, weight in trained_weights(trainer).items():
         assert not torch.equal(weight, before[name]), name
 
@@ -57,7 +53,7 @@ def test_options_train_with_an_exact_replay(make_trainer, options):
     trainer = make_trainer(**options)
     before = trained_weights(trainer)
     trainer.train()
-    assert metrics_of(trainer, "replay_error") == [0.0, 0.0]
+    assert logged(trainer, "replay_error") == [0.0, 0.0]
     assert any(not torch.equal(w, before[n]) for n, w in trained_weights(trainer).items())
     steps = 2 * trainer.args.optimizer_steps_per_rollout * trainer.args.num_iterations
     assert trainer.state.global_step == steps
@@ -92,7 +88,7 @@ def test_training_twice_samples_anew(make_trainer):
     trainer = make_trainer(num_rollouts=1)
     trainer.train()
     trainer.train()
-    assert metrics_of(trainer, "replay_error") == [0.0]
+    assert logged(trainer, "replay_error") == [0.0]
 
 
 # The check that a replay is exact -------------------------------------------------------------------------------------
@@ -147,7 +143,7 @@ def test_lora_weights_are_fp32_on_a_bf16_model(make_trainer):
     trainer = make_trainer(pipeline=tiny_pipelines.sd3().to(torch.bfloat16))
     assert {weight.dtype for weight in trained_weights(trainer).values()} == {torch.float32}
     trainer.train()
-    assert metrics_of(trainer, "replay_error") == [0.0, 0.0]
+    assert logged(trainer, "replay_error") == [0.0, 0.0]
 
 
 def test_seed_gives_the_first_weights_of_the_adapter(make_trainer):
@@ -238,7 +234,7 @@ def test_reward_that_never_applies_is_reported(make_trainer, caplog):
     trainer = make_trainer(reward_fn=[redness, never])
     trainer.train()
     assert "Rollout 1: the reward 'never' applied to none of its images" in caplog.text
-    assert metrics_of(trainer, "frac_reward_zero_std") == [0.0, 0.0]
+    assert logged(trainer, "frac_reward_zero_std") == [0.0, 0.0]
     alone = make_trainer()
     alone.train()
     for name, weight in trained_weights(alone).items():
@@ -250,7 +246,7 @@ def test_a_reward_that_teaches_nothing_is_reported(make_trainer, reward, caplog)
     trainer = make_trainer(reward_fn=reward, num_rollouts=1)
     trainer.train()
     assert "Rollout 1: the images of no prompt differ in reward" in caplog.text
-    assert metrics_of(trainer, "frac_reward_zero_std") == [1.0]
+    assert logged(trainer, "frac_reward_zero_std") == [1.0]
 
 
 # Plan, logs and progress ----------------------------------------------------------------------------------------------

@@ -2,14 +2,10 @@ import math
 
 import pytest
 import torch
-from conftest import trained_weights, warnings_of_the_package
+from conftest import logged, trained_weights, warnings_of_the_package
 from tiny_runs import redness
 
 from trl_fdfo.training.watchdogs import MAX_IDLE_ROLLOUTS, WatchdogError, Watchdogs
-
-
-def logged(trainer, name):
-    return [log[name] for log in trainer.state.log_history if name in log]
 
 
 def test_loss_that_is_not_finite_ends_the_run_before_the_step(make_trainer):
