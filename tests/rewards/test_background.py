@@ -7,6 +7,7 @@ import textwrap
 
 import pytest
 import torch
+from tiny_runs import redness
 from transformers import TrainerState
 
 from trl_fdfo.rewards import RewardFunctions
@@ -136,8 +137,19 @@ def test_a_large_offset_does_not_hide_the_difference(make_trainer):
 
 def test_a_difference_beyond_float32_is_told(make_trainer):
     trainer = make_trainer(reward_fn=lambda images: [1e39 * n for n in range(len(images))])
-    with pytest.raises(RuntimeError, match=r"The rewards of a prompt differ by up to 5e\+38, beyond float32: divide"):
+    with pytest.raises(RuntimeError, match=r"reward '<lambda>' differs by 1e\+39.*between images of a prompt.*Divide"):
         trainer.train()
+
+
+@pytest.mark.parametrize(("value", "weights", "size"), [(3e38, None, r"6e\+38"), (1e12, [1.0, -1e5], r"2e\+17")])
+def test_a_difference_that_the_update_cannot_hold_is_told(make_trainer, value, weights, size):
+    def huge(images):
+        return [value, -value] * (len(images) // 2)
+
+    trainer = make_trainer(reward_fn=[redness, huge], reward_weights=weights)
+    with pytest.raises(RuntimeError, match=f"The reward 'huge' differs by {size}, times its weight"):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 # Signatures -----------------------------------------------------------------------------------------------------------
@@ -183,3 +195,22 @@ def test_a_reward_that_writes_to_the_images_ends_the_run_by_name(kind):
         RewardFunctions(darkening)(torch.ones(2, 3, 4, 4), PROMPTS, TrainerState(), {})
     if hasattr(raised.value, "__notes__"):  # Python 3.11
         assert "the reward 'darkening'" in raised.value.__notes__[0]
+
+
+def test_a_setting_of_pytorch_that_a_reward_leaves_behind_is_refused_and_undone():
+    def ungraded(images):
+        torch.set_grad_enabled(False)
+        return images.mean(dim=(1, 2, 3))
+
+    def doubled(images):
+        torch.set_default_dtype(torch.float64)
+        return images.mean(dim=(1, 2, 3))
+
+    with pytest.raises(RewardError, match=r"set_grad_enabled\(False\) was called and not undone.*torch.no_grad\(\)"):
+        RewardFunctions(ungraded)(torch.ones(2, 3, 4, 4), PROMPTS, TrainerState(), {})
+    assert torch.is_grad_enabled()
+    functions = RewardFunctions([redness, doubled])
+    functions(torch.ones(2, 3, 4, 4), PROMPTS, TrainerState(), {})
+    with pytest.raises(RewardError, match=r"set_default_dtype\(torch.float64\).*by redness, doubled, and not undone"):
+        functions.on_rollout_end()
+    assert torch.get_default_dtype() == torch.float32

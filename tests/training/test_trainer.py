@@ -233,12 +233,22 @@ def test_reward_that_never_applies_is_reported(make_trainer, caplog):
 
     trainer = make_trainer(reward_fn=[redness, never])
     trainer.train()
-    assert "Rollout 1: the reward 'never' applied to none of its images" in caplog.text
+    assert "Rollout 1: the reward 'never' applied to all images of no prompt" in caplog.text
     assert logged(trainer, "frac_reward_zero_std") == [0.0, 0.0]
     alone = make_trainer()
     alone.train()
     for name, weight in trained_weights(alone).items():
         assert torch.equal(trained_weights(trainer)[name], weight), name
+
+
+def test_the_mean_of_a_reward_is_over_the_prompts_for_which_it_counts(make_trainer):
+    def partly(images):
+        return [5.0, None, 1.0, 3.0]
+
+    trainer = make_trainer(reward_fn=partly, num_rollouts=1, prompts_per_rollout=2, optimizer_steps_per_rollout=1)
+    trainer.train()
+    assert logged(trainer, "rewards/partly/mean") == logged(trainer, "reward") == [2.0]
+    assert logged(trainer, "rewards/partly/std") == logged(trainer, "reward_std") == [pytest.approx(2**0.5)]
 
 
 @pytest.mark.parametrize("reward", [lambda images: [None] * len(images), lambda images: [1.0] * len(images)])

@@ -31,7 +31,10 @@ ARGUMENTS = ("images", "prompts", "trainer_state", "num_generations")
 
 
 class RewardError(RuntimeError):
-    """A reward wrote to its images, or ended with something that is no error of its own, such as SystemExit."""
+    """
+    A reward changed something that is not its own (its images, a setting of PyTorch), or ended with something that is no
+    error of its own, such as SystemExit.
+    """
 
 
 class RewardFunctions:
@@ -85,6 +88,7 @@ class RewardFunctions:
             for name, function in zip(self.names, self.functions)
             if _attribute(function, "background", False)
         }
+        self._default_dtype = torch.get_default_dtype()
 
     @property
     def scores(self) -> list[str]:
@@ -197,7 +201,20 @@ class RewardFunctions:
         return described
 
     def on_rollout_end(self) -> None:
-        """Call the method of this name of each function that has one: a rollout (or evaluation) is scored."""
+        """
+        Call the method of this name of each function that has one: a rollout (or evaluation) is scored.
+
+        Raises:
+            RewardError: PyTorch has another default dtype than before the rewards.
+        """
+        # Only now: while a reward loads a model in the background, another default may be right.
+        dtype = torch.get_default_dtype()
+        if dtype != self._default_dtype:
+            torch.set_default_dtype(self._default_dtype)
+            raise RewardError(
+                f"torch.set_default_dtype({dtype}) was called while the images were scored by {', '.join(self.names)}, and not "
+                f"undone: the pipeline would compute in another type. A reward says `dtype={dtype}` where it makes a tensor."
+            )
         for function in self.functions:
             hook = _attribute(function, "on_rollout_end", None)
             if hook is not None:
@@ -281,9 +298,18 @@ def _arguments(name: str, function: RewardFunction, arguments: dict[str, Any], p
 
 
 def _unchanged(images: Tensor, function: RewardFunction, arguments: dict[str, Any]) -> Any:
-    """The function's result. Other rewards and the pictures have the same images, so it must not write to them."""
-    version = images._version
+    """
+    The function's result. Other rewards and the pictures have the same images, so it must not write to them; and the
+    update, in the same thread, takes gradients.
+    """
+    version, has_gradients = images._version, torch.is_grad_enabled()
     result = function(**arguments)
+    if torch.is_grad_enabled() != has_gradients:
+        torch.set_grad_enabled(has_gradients)
+        raise RewardError(
+            f"torch.set_grad_enabled({not has_gradients}) was called and not undone, and nothing could be trained with it: "
+            "a reward works in `with torch.no_grad():`, which ends by itself."
+        )
     if images._version != version:
         raise RewardError("The images were changed in place: a reward works on `images.clone()`.")
     return result

@@ -69,6 +69,11 @@ class RolloutMetrics:
         """Metrics of a rollout under GRPO's names, from this process's rewards [P, G, R]."""
         rewards = self._accelerator.gather(rewards.to(self._accelerator.device))
         total = self._rewards.total(rewards)
+        # A reward counts for a prompt only if it applies to all its images, as in the total.
+        rewards = rewards.where(rewards.isfinite().all(dim=1, keepdim=True), torch.nan)
+        differences = (rewards.amax(dim=1) - rewards.amin(dim=1)).nan_to_num(nan=0.0, posinf=math.inf).amax(dim=0)
+        differences = differences.cpu() * self._rewards.weights.abs()
+        self._watchdogs.check_reward_differences(dict(zip(self._rewards.names, differences.tolist())))
         std = total.std(dim=1)
         # NaN, where no reward applies, teaches as little as a tie.
         idle = ~(std > 0)
@@ -78,7 +83,7 @@ class RolloutMetrics:
         self._watchdogs.check_rewards(rollout, differs=not idle.all())
         for name, values in zip(self._rewards.names, rewards.unbind(dim=-1)):
             if values.isnan().all():
-                logger.warning(f"Rollout {rollout + 1}: the reward '{name}' applied to none of its images.")
+                logger.warning(f"Rollout {rollout + 1}: the reward '{name}' applied to all images of no prompt.")
             mean = part(REWARD, name)
             self.add(**{mean: values.nanmean(), deviation(mean): values.std(dim=1).nanmean()})
 

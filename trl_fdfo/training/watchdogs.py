@@ -26,6 +26,8 @@ MIN_SHARED_NOISE = 0.1
 MAX_RATIO_ERROR = 3  # times epsilon; mean over the samples since the last log
 MAX_FIRST_RATIO_ERROR = 0.5  # times epsilon
 MAX_IDLE_ROLLOUTS = 10
+# The gradient grows with the difference of the rewards, and its square must fit into float32 (3e38), with a margin.
+MAX_REWARD_DIFFERENCE = 1e15
 
 
 class WatchdogError(RuntimeError):
@@ -132,6 +134,23 @@ class Watchdogs:
                 f"The churn leaves {shared_noise:.2g} of the noise that the images of a prompt have in common: they are as "
                 "different as any two of that prompt, and their difference is no direction any more. Lower `churn`."
             )
+
+    def check_reward_differences(self, differences: dict[str, float]) -> None:
+        """
+        Args:
+            differences (`dict[str, float]`): By the name of each reward, the largest difference between the images of a
+                prompt, times the weight of the reward.
+
+        Raises:
+            WatchdogError: One is too large for the updates to be computed with.
+        """
+        for name, difference in differences.items():
+            if difference > MAX_REWARD_DIFFERENCE:
+                raise WatchdogError(
+                    f"The reward '{name}' differs by {difference:.3g}, times its weight, between images of a prompt: beyond "
+                    f"{MAX_REWARD_DIFFERENCE:.0e} the gradient overflows. Divide the reward by a constant, which changes "
+                    "nothing but its scale, or lower its weight in reward_weights."
+                )
 
     def check_rewards(self, rollout: int, differs: bool) -> None:
         """
