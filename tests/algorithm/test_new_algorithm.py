@@ -1,5 +1,6 @@
 """A new algorithm is one folder: tests/helpers/reinforce.py trains, evaluates, resumes, plans and makes a card."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,11 @@ from conftest import trained_weights
 from datasets import Dataset
 from reinforce import ReinforceConfig, ReinforceTrainer
 from tiny_runs import PROMPTS, redness
+from transformers import TrainingArguments
 
 from trl_fdfo.planning.without_weights import planned
+from trl_fdfo.training.algorithm import Algorithm
+from trl_fdfo.training.surrogate import SurrogateLoss
 
 
 OPTIONS = {
@@ -33,10 +37,10 @@ OPTIONS = {
 
 @pytest.fixture
 def make(tmp_path):
-    def make(**options):
+    def make(trainer_class=ReinforceTrainer, **options):
         config = ReinforceConfig(**{"output_dir": str(tmp_path / "out"), **OPTIONS, **options})
         prompts = Dataset.from_dict({"prompt": PROMPTS})
-        return ReinforceTrainer(config, tiny_pipelines.sd3(), redness, prompts, eval_dataset=prompts.select(range(2)))
+        return trainer_class(config, tiny_pipelines.sd3(), redness, prompts, eval_dataset=prompts.select(range(2)))
 
     return make
 
@@ -93,6 +97,63 @@ def test_its_checkpoints_are_no_other_algorithms(make, make_trainer):
     make(num_rollouts=1, eval_strategy="no").train()
     with pytest.raises(ValueError, match="algorithm: 'REINFORCE' -> 'FDFO'"):
         make_trainer(churn=0.2).train(resume_from_checkpoint=True)
+
+
+def no_gradient(self, velocity, old_velocity, batch, level):
+    return SurrogateLoss(*torch.zeros(2, len(velocity)).unbind())
+
+
+MISTAKES = {
+    "algorithm=None: it must be the name of the algorithm": {"algorithm": None},
+    "paper='w92': it must be a `Paper`": {"paper": "w92"},
+    "config_class=<class 'transformers.training_args.TrainingArguments'>": {"config_class": TrainingArguments},
+    "scheduler_class=None: it must be a subclass of `RolloutScheduler`": {"scheduler_class": None},
+    "hyperparameters='churn': it must be a tuple": {"hyperparameters": "churn"},
+    "has 'chum' among its hyperparameters, and ReinforceConfig has no such option": {"hyperparameters": ("chum",)},
+    "does not implement loss": {"loss": Algorithm.loss},
+    "initial_seeds returned a list of 3": {"initial_seeds": lambda *_: [1, 2, 3]},
+    "initial_seeds returned a list of 2 (0.5, 1)": {"initial_seeds": lambda *_: [0.5, 1]},
+    "initial_seeds returned a list of 2 (-1, 1)": {"initial_seeds": lambda *_: [-1, 1]},
+    "noise_amounts returned 0.2: it must return finite floats >= 0 as a tensor of shape [T + 1] = [5]": {
+        "noise_amounts": lambda *_: 0.2
+    },
+    "noise_amounts returned a float32 tensor [0.0, 0.0, 0.0, 0.0] of shape [4]": {
+        "noise_amounts": lambda *_: torch.zeros(4)
+    },
+    "noise_amounts returned a float32 tensor [nan,": {"noise_amounts": lambda *_: torch.full([5], torch.nan)},
+    "trained_levels returned a list of 4 (1, 2, 3, 4): it must return K = 4 ints in [0, T) = [0, 4)": {
+        "trained_levels": lambda *_: [1, 2, 3, 4]
+    },
+    "trained_levels returned a list of 1 (0)": {"trained_levels": lambda *_: [0]},
+    "targets returned a float32 tensor [0.0, 0.0] of shape [2]: it must return a tuple of tensors": {
+        "targets": lambda *_: torch.zeros(2)
+    },
+    "targets returned a tuple of 1 (a float32 tensor": {"targets": lambda *_: (torch.zeros(1, 2),)},
+    "loss returned a float32 tensor 0.0 of shape []: it must return a `SurrogateLoss`": {
+        "loss": lambda *_: torch.zeros(())
+    },
+    "its loss must be computed from `velocity` with gradients, and has none": {"loss": no_gradient},
+}
+
+
+@pytest.mark.parametrize("words", MISTAKES)
+def test_a_mistake_in_it_is_told_with_its_name(make, words):
+    class MistakenTrainer(ReinforceTrainer):
+        pass
+
+    for name, value in MISTAKES[words].items():
+        setattr(MistakenTrainer, name, value)
+    is_of_class = any(word in words for word in ("=", "hyperparameters", "implement")) and "returned" not in words
+    is_of_rollout = words.startswith(("targets", "loss", "its loss"))
+    with pytest.raises(TypeError if is_of_class else ValueError, match=f"^MistakenTrainer.*{re.escape(words)}"):
+        trainer = make(MistakenTrainer)
+        assert is_of_rollout
+        trainer.train()
+
+
+def test_beta_needs_its_distance(make):
+    with pytest.raises(ValueError, match=r"beta=0.1 weighs the `base_distance` of ReinforceTrainer, which does not"):
+        make(beta=0.1)
 
 
 def test_its_plan_needs_no_weights(tmp_path):

@@ -16,6 +16,7 @@ from ..evaluation.evaluator import needed_columns, noted, read_rows
 from ..pipeline.records import RolloutBatch, host_copy, repeat_each
 from ..rewards.reward_functions import PendingRewards
 from ..seeds import SAMPLER_NOISE, derive_seed
+from . import checked
 from .buffer import RolloutBuffer, ScoredBatch
 from .prompts import rollout_rows
 from .watchdogs import WatchdogError
@@ -55,7 +56,7 @@ def sample_rollout(trainer: Trainer, rollout: int) -> RolloutBuffer:
     scored = []
     for batch, values in zip(batches, rewards.split(args.per_device_prompt_batch_size)):
         total = trainer.reward_functions.total(values).to(batch.sampled.endpoints.device)
-        targets = trainer.targets(batch.sampled, total, batch.rows)
+        targets = checked.targets(trainer, batch.sampled, total, batch.rows)
         targets = host_copy(targets) if args.offload_trajectories else targets
         scored.append(ScoredBatch(replace(batch.sampled, endpoints=None), targets, batch.levels))
     return RolloutBuffer(rollout, first_batch, scored, args.optimizer_steps_per_rollout)
@@ -94,7 +95,7 @@ def _sample_some(
     args, flow = trainer.args, trainer.flow
     branches, size = args.num_generations, args.per_device_prompt_batch_size
     numbers = range(batches[0] * size, (batches[-1] + 1) * size)  # places of the prompts in the rollout
-    levels = [trainer.trained_levels(rollout, batch) for batch in batches]
+    levels = [checked.trained_levels(trainer, rollout, batch) for batch in batches]
     sampled_columns = args.pipeline_columns or ()
     needed = needed_columns(
         trainer.train_dataset, [trainer.reward_functions], [args.dataset_prompt_column, *sampled_columns]
@@ -110,8 +111,8 @@ def _sample_some(
     with trainer.compute_loss_context_manager(), noted(f"Raised by the rows {own_rows} of the train_dataset."):
         sampled = flow.rollout(
             prompts,
-            trainer.noise_amounts(rollout, numbers),
-            trainer.initial_seeds(rollout, numbers),
+            checked.noise_amounts(trainer, rollout, numbers),
+            checked.initial_seeds(trainer, rollout, numbers),
             noise_seeds,
             levels={level for one in levels for level in one},
             columns={name: columns[name] for name in sampled_columns},

@@ -51,7 +51,7 @@ from ..saving.sharded_weights import is_sharded, save_whole_pipeline
 from ..saving.signals import Signals
 from ..saving.weight_averaging import WeightAveraging
 from ..seeds import EVALUATION, derive_seed
-from . import publishing
+from . import checked, publishing
 from .algorithm import Algorithm
 from .buffer import MicroBatch, RolloutBuffer
 from .config import RolloutConfig
@@ -122,6 +122,7 @@ class RolloutTrainer(Algorithm, Trainer):
         cls.__signature__ = inspect.signature(functools.partial(cls.__init__, None))
 
     def __new__(cls, *args: Any, **arguments: Any) -> "RolloutTrainer":
+        checked.check_class(cls)
         error = unknown_arguments(
             cls.__name__, arguments, arguments_of(cls), {field.name for field in fields(cls.config_class)}
         )
@@ -199,6 +200,7 @@ class RolloutTrainer(Algorithm, Trainer):
                 self.accelerator.ddp_handler.find_unused_parameters = True
             self.offload_components()
             self.sigmas = self._rehearsal.sigmas
+            checked.check_methods(self)
             # Compile after the rehearsals: their batch sizes never recur.
             compile_blocks(self.accelerator, trained_module(pipeline))
             self.checkpointer = Checkpointer(
@@ -284,6 +286,7 @@ class RolloutTrainer(Algorithm, Trainer):
             rewards (`Sequence[str]`): Names of the rewards.
             prompts (`datasets.Dataset`): Prompts to train on.
         """
+        checked.check_class(cls)
         return plan_without_weights(
             config,
             name_or_path,
@@ -389,11 +392,11 @@ class RolloutTrainer(Algorithm, Trainer):
             error = replay_error(velocity, old_velocity)
             self._replay_errors.append((error, level))
             self.metrics.add(replay_error=error)
-        loss, ratio = self.loss(velocity.float(), old_velocity.float(), batch, level)
+        loss, ratio = checked.loss(self, velocity.float(), old_velocity.float(), batch, level)
         if args.beta:
             with torch.no_grad(), self.accelerator.unwrap_model(model).disable_adapter():
                 base_velocity = self.flow.velocity(batch.sampled, level)
-            distance = self.base_distance(velocity.float(), base_velocity.float(), batch, level)
+            distance = checked.base_distance(self, velocity.float(), base_velocity.float(), batch, level)
             loss = loss + args.beta * distance
             self.metrics.add(**{self.base_distance_name: distance.detach().mean()})
         self.metrics.add_ratio(ratio.detach(), args.epsilon, is_first_step=inputs.step == 0)
