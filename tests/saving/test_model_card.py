@@ -256,6 +256,45 @@ def test_results_pictures_and_samples(make_trainer, tmp_path):
     assert "](before_after.png)" in card.text and Image.open(tmp_path / "out" / "before_after.png").width > 300
 
 
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ({"reward": 1.0}, "metrics has a result 'reward', and so has another of reward: rename it"),
+        (
+            {"pixel_distance": 1.0},
+            "diversity has a result 'pixel_distance', and so has another of reward, pixel_distance",
+        ),
+        ({"own": "1"}, "metrics has '1' as its result 'own', which is not a number"),
+        ({"own": torch.zeros(2)}, r"as its result 'own', which is not a number"),
+        (1.0, "metrics returned 1.0: it must return a dict of floats"),
+    ],
+)
+def test_metrics_that_are_no_numbers_or_hide_others_are_refused(make_trainer, returned, message):
+    comparison = make_trainer().compare(num_prompts=1, metrics=lambda images, prompts: returned)
+    with pytest.raises(ValueError, match=message):
+        comparison.sample("before")
+    assert comparison.results == {}
+
+
+def test_a_comparison_of_another_trainer_is_refused(make_trainer):
+    trainer = make_trainer()
+    with pytest.raises(
+        ValueError, match="samples the model of another trainer, which the model card of this one would"
+    ):
+        trainer.comparison = make_trainer().compare()
+    assert trainer.comparison is None
+
+
+def test_a_measure_of_diversity_needs_no_name(make_trainer):
+    class Spread:
+        def __call__(self, images):
+            return images.std(dim=1).flatten(1).mean(dim=1)
+
+    comparison = make_trainer().compare(num_prompts=1, diversity=Spread())
+    comparison.sample("before")
+    assert comparison.results["before"]["Spread"] > 0
+
+
 def test_missing_samples_are_made_from_the_disabled_adapter(make_trainer):
     trainer = make_trainer(learning_rate=1e-2)
     untrained = make_trainer().generate(PROMPTS[:1], [1_000_000])

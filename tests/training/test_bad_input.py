@@ -8,7 +8,7 @@ The table follows a user, in this order:
     starting a run, choosing a pipeline, the arguments of its call, prompts, rewards,
     setting up rollouts, updates, the weights to train, the evaluation,
     saving memory and time, logging, saving and resuming,
-    calling evaluate or generate, typing a command line, writing a recipe
+    calling evaluate or generate, comparing before and after, typing a command line, writing a recipe
 """
 
 import contextlib
@@ -186,6 +186,14 @@ def evaluate(*args, **given):
 
 def generate(*args, given=None, **call):
     return lambda user: user.trainer(**(given or {})).generate(*args, **call)
+
+
+def compare(**options):
+    return lambda user: user.trainer().compare(**options)
+
+
+def assign(name, value):
+    return lambda user: setattr(user.trainer(), name, value)
 
 
 def resume(checkpoint, **given):
@@ -773,6 +781,14 @@ TABLE = [
     bad(generate([None], [1]), "generate got prompts=[None]", "at least one prompt, as text"),
     bad(generate(["a"], [1], height=30), "30", "have to be divisible by 4", "height 28"),
     bad(generate(["a"], [1], steps=3), "'steps'", "unexpected keyword argument", error=TypeError),
+    # Comparing before and after ---------------------------------------------------------------------------------------
+    bad(compare(num_prompts="2"), "num_prompts='2' must be an int, at least 1"),
+    bad(compare(num_prompts=0), "num_prompts=0 must be an int, at least 1"),
+    bad(compare(images_per_prompt=0), "images_per_prompt=0 must be an int, at least 1"),
+    bad(compare(images_per_prompt=True), "images_per_prompt=True must be an int, at least 1"),
+    bad(compare(metrics=3), "metrics=3 is not a callable `(images, prompts) -> dict of floats`"),
+    bad(compare(diversity=3), "diversity=3 is neither a name, such as 'pixels', nor a callable"),
+    bad(assign("comparison", 3), "comparison is a int", "`trainer.comparison = trainer.compare(...)`, or None"),
     # Typing a command line --------------------------------------------------------------------------------------------
     bad(script("--foo", "1"), "FDFOConfig has no option foo"),
     bad(script(num_rollouts="ten"), "--num_rollouts", "invalid int value: 'ten'", error=SystemExit),

@@ -1,7 +1,8 @@
 """Before and after: images of the same prompts from the same seeds, and their rewards."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from accelerate import PartialState
@@ -44,11 +45,15 @@ class BeforeAfter:
             callable `(images [P, S, ...]) -> Tensor [P]`, reported under its `__name__`.
 
     Attributes:
+        evaluator ([`~trl_fdfo.evaluation.evaluator.Evaluator`]): The evaluator that it was made with.
         prompts (`list[str]`): The P prompts.
         held_out (`bool`): The prompts are not trained on.
         diversity (`Callable`): The measure of diversity.
         images (`dict[str, Tensor]`): Samples by name, on the CPU, [P, S, 3, H, W] in [0, 1]; videos [P, S, F, 3, H, W].
         results (`dict[str, dict[str, float]]`): Means of rewards, metrics and diversity by name, on the main process.
+
+    Raises:
+        ValueError: A number is no int >= 1, or `metrics` or `diversity` cannot be called.
     """
 
     def __init__(
@@ -66,9 +71,16 @@ class BeforeAfter:
         metrics: Callable[[Tensor, Sequence[str]], dict[str, float]] | None = None,
         diversity: str | Callable[[Tensor], Tensor] = "pixels",
     ):
+        num_prompts = _at_least_one("num_prompts", num_prompts)
+        images_per_prompt = _at_least_one("images_per_prompt", images_per_prompt)
         self.diversity = load_diversity(diversity) if isinstance(diversity, str) else diversity
+        if not callable(self.diversity):
+            raise ValueError(f"diversity={diversity!r} is neither a name, such as 'pixels', nor a callable on images.")
+        if metrics is not None and not callable(metrics):
+            raise ValueError(f"metrics={metrics!r} is not a callable `(images, prompts) -> dict of floats`.")
         self.held_out = held_out
-        self._evaluator, self._generate, self._state = evaluator, generate, state
+        self.evaluator = evaluator
+        self._generate, self._state = generate, state
         self._untrained, self._metrics = untrained, metrics
         rows = range(min(num_prompts, len(dataset)))
         columns = read_rows(dataset, rows, evaluator.needed_columns(dataset))
@@ -131,8 +143,8 @@ class BeforeAfter:
     def _score(self, name: str) -> None:
         if not PartialState().is_main_process:
             return
-        images, rewards, controls = self.images[name], self._evaluator.rewards, self._evaluator.controls
-        figures = summarize(self._evaluator.score(images, self._columns, self._state()), rewards, controls)
+        images, rewards, controls = self.images[name], self.evaluator.rewards, self.evaluator.controls
+        figures = summarize(self.evaluator.score(images, self._columns, self._state()), rewards, controls)
         # A sum of one reward is that reward; a control is known by its own name.
         shown = [REWARD, *(part(REWARD, f) for f in rewards.names if len(rewards.names) > 1)]
         if controls is not None:
@@ -140,7 +152,35 @@ class BeforeAfter:
             shown += [part(CONTROL, f) for f in controls.names]
         results = {metric: figures[metric] for metric in shown}
         if self._metrics is not None:
-            results |= self._metrics(images.flatten(0, 1), self._all_prompts)
+            metrics = self._metrics(images.flatten(0, 1), self._all_prompts)
+            if not isinstance(metrics, Mapping):
+                raise ValueError(f"metrics returned {metrics!r}: it must return a dict of floats, by their names.")
+            _add(results, metrics, "metrics")
         if self._images_per_prompt > 1:
-            results[self.diversity.__name__] = self.diversity(images).mean().item()
+            title = getattr(self.diversity, "__name__", type(self.diversity).__name__)
+            _add(results, {title: self.diversity(images).mean()}, "diversity")
         self.results[name] = results
+
+
+def _at_least_one(name: str, value: int) -> int:
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ValueError(f"{name}={value!r} must be an int, at least 1.")
+    return number
+
+
+def _add(results: dict[str, float], more: Mapping[str, float], source: str) -> None:
+    """Add results that `source`, a name for errors, has given."""
+    for name, value in more.items():
+        if name in results:
+            raise ValueError(f"{source} has a result '{name}', and so has another of {', '.join(results)}: rename it.")
+        number = None
+        if not isinstance(value, str):
+            with contextlib.suppress(TypeError, ValueError):
+                number = float(value)
+        if number is None:
+            raise ValueError(f"{source} has {value!r} as its result '{name}', which is not a number.")
+        results[name] = number

@@ -114,7 +114,7 @@ class RolloutTrainer(Algorithm, Trainer):
     """
 
     args: RolloutConfig
-    comparison: BeforeAfter | None = None
+    _comparison: BeforeAfter | None = None
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -551,6 +551,23 @@ class RolloutTrainer(Algorithm, Trainer):
             untrained,
             **options,
         )
+
+    @property
+    def comparison(self) -> BeforeAfter | None:
+        return self._comparison
+
+    @comparison.setter
+    def comparison(self, comparison: BeforeAfter | None) -> None:
+        if comparison is not None and not isinstance(comparison, BeforeAfter):
+            raise ValueError(
+                f"comparison is a {type(comparison).__name__}: set `trainer.comparison = trainer.compare(...)`, or None."
+            )
+        if comparison is not None and comparison.evaluator is not self.evaluator:
+            raise ValueError(
+                "comparison samples the model of another trainer, which the model card of this one would show: set "
+                "`trainer.comparison = trainer.compare(...)` of the same trainer."
+            )
+        self._comparison = comparison
 
     def averaged_weights(self) -> contextlib.AbstractContextManager:
         """The model with the averaged weights, if there are some."""
