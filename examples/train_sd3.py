@@ -31,7 +31,7 @@ from trl_fdfo.cli.algorithms import ALGORITHMS
 from trl_fdfo.cli.arguments import Parser, RepeatableFlag, parse
 from trl_fdfo.planning.without_weights import planned
 from trl_fdfo.reporting.logs import finite
-from trl_fdfo.rewards.by_name import load_object, load_reward
+from trl_fdfo.rewards.by_name import REWARDS, check_by_name, load_object, load_reward
 from trl_fdfo.training.prompts import load_prompts
 
 
@@ -84,6 +84,8 @@ def main(args: list[str] | None = None) -> None:
     packaged = script.model == "shapes"
     rewards, controls = ([given] if isinstance(given, str) else given for given in (script.reward, script.eval_reward))
     if script.plan:
+        for name in [*rewards, *(controls or ())]:
+            check_by_name(name, REWARDS, "reward")
         prompts = load_prompts(config.dataset_name, config.dataset_prompt_column)
         model = shapes.PIPELINE_FOLDER if packaged else script.model
         print(trainer_class.plan(config, model, rewards, prompts))
@@ -108,7 +110,7 @@ def main(args: list[str] | None = None) -> None:
         comparison.sample(name, guidance_scale=script.report_guidance_scale)
 
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    trainer.train()  # on from the checkpoint of the option `resume_from_checkpoint`, if it is set
     seconds = time.perf_counter() - start
     trainer.save_model()
     trainer.save_state()

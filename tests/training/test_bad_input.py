@@ -247,6 +247,7 @@ def lora(**options):
     return LoraConfig(**{"r": 4, "target_modules": ["to_q"], **options})
 
 
+SIZED = {"pipeline_columns": ["height"], "height": None, "train_dataset": prompts("a", height=[16])}
 EVALUATION = {"eval_dataset": prompts(), "eval_strategy": "epoch", "save_strategy": "epoch"}
 FOREIGN = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
 
@@ -278,8 +279,18 @@ TABLE = [
         error=TypeError,
     ),
     bad(trainer(output_dir="prompts.csv"), "prompts.csv", "File exists", error=FileExistsError),
+    bad(config(output_dir=""), "output_dir='' is no folder", "between the files of the working directory", "name one"),
     bad(config(seed="3"), "seed='3' is a str", "must be int"),
     bad(trainer(seed=-1), "seed=-1", "must be"),
+    bad(
+        lambda user: setattr(user.config(), "num_rollout", 7),
+        "FDFOConfig has no option num_rollout=7",
+        "Did you mean `num_rollouts`",
+        error=AttributeError,
+    ),
+    bad(trainer(callbacks=[3]), "callbacks has 3, which is no `TrainerCallback`", "subclass it"),
+    bad(trainer(callbacks=[int]), "callbacks has <class 'int'>, which is no `TrainerCallback`"),
+    bad(trainer(callbacks=EarlyStoppingCallback()), "callbacks is a EarlyStoppingCallback, not a list"),
     bad(trainer(seed=2**32), "seed=4294967296", "must be"),
     bad(config(bf16="yes"), "bf16='yes' is a str", "must be bool | None"),
     bad(config(fp16=True, bf16=True), "At most one of fp16 and bf16", "can be True"),
@@ -338,10 +349,14 @@ TABLE = [
         "Set the option to that",
     ),
     bad(trainer(pipeline_kwargs={"clip_skip": 10}), "clip_skip", "10"),
-    bad(
-        trainer(pipeline_kwargs={"callback_on_step_end": "x"}),
-        "StableDiffusion3Pipeline cannot be called with",
-        "'str' object is not callable",
+    *(
+        bad(
+            config(pipeline_kwargs={"callback_on_step_end": callback}),
+            f"pipeline_kwargs has callback_on_step_end={callback!r}",
+            "a replay calls no callback",
+            "Leave it out",
+        )
+        for callback in ("x", print)
     ),
     # Choosing prompts -------------------------------------------------------------------------------------------------
     bad(trainer(train_dataset=["a"]), "train_dataset is a list", "not a `datasets.Dataset`", "`Dataset.from_dict({"),
@@ -387,7 +402,14 @@ TABLE = [
         "there is no such file",
         error=FileNotFoundError,
     ),
-    bad(trainer(train_dataset=None, dataset_name="folder"), "folder", "any data files", error=FileNotFoundError),
+    *(
+        bad(
+            trainer(train_dataset=None, dataset_name=name),
+            f"dataset_name='{name}' is no .txt, .json, .jsonl, .csv, .parquet file",
+            "cannot be loaded as a folder with a dataset, or the Hub id of one",
+        )
+        for name in ("folder", ".", "", "prompts.xml")
+    ),
     # The columns that go to the pipeline:
     bad(config(pipeline_columns="image"), "pipeline_columns='image' is a str", "must be list[str]"),
     bad(config(pipeline_columns=["guidance_scale"]), "pipeline_columns has 'guidance_scale'", "one value for all"),
@@ -425,6 +447,7 @@ TABLE = [
     # Their weights:
     bad(config(reward_weights=2.0), "reward_weights=2.0 is a float", "must be list[float]"),
     bad(config(reward_weights=["a"]), "reward_weights=['a'] is a list", "must be list[float]"),
+    bad(config(reward_weights=[float("nan")]), "reward_weights=[nan] must be finite"),
     bad(config(reward_weights=[0.0]), "reward_weights=[0.0]", "leaves nothing to learn from"),
     bad(trainer(reward_weights=[1.0, 2.0]), "reward_weights has 2 values for 1 reward function(s)", "give one each"),
     # A judge:
@@ -538,6 +561,7 @@ TABLE = [
     bad(config(lora_r=0), "lora_r=0", "must be at least 1"),
     bad(config(lora_alpha=0), "lora_alpha=0", "must be at least 1"),
     bad(config(lora_target_modules="to_q"), "lora_target_modules='to_q' is a str", "must be list[str]"),
+    bad(config(lora_target_modules=[]), "lora_target_modules=[] names no layer", "leave it out for the attention"),
     bad(
         trainer(lora_target_modules=["to_q", "to_x"]),
         "['to_x'] match no layer of SD3Transformer2DModel",
@@ -779,8 +803,29 @@ TABLE = [
     bad(generate([], []), "generate got prompts=[]", "at least one prompt"),
     bad(generate("ab", [1, 2]), "generate got prompts='ab'", "a list of at least one prompt"),
     bad(generate([None], [1]), "generate got prompts=[None]", "at least one prompt, as text"),
-    bad(generate(["a"], [1], height=30), "30", "have to be divisible by 4", "height 28"),
-    bad(generate(["a"], [1], steps=3), "'steps'", "unexpected keyword argument", error=TypeError),
+    bad(generate(3, [1]), "generate got prompts=3", "a list of at least one prompt"),
+    bad(generate(["a"], None), "generate got seeds=None", "a list of ints, one for each prompt"),
+    bad(generate(["a"], [1.5]), "generate got seeds=[1.5]", "a list of ints, one for each prompt"),
+    bad(generate(["a"], [-1]), "generate got seeds=[-1]", "a seed is in [0, 2^64)"),
+    bad(generate(["a"], [1], ["x"]), "generate got columns=['x']", "a dict of a list for each column"),
+    bad(generate(["a", "b"], [1, 2], {"x": [1]}), "generate got 1 values of the column 'x' for 2 prompts"),
+    bad(
+        generate(["a"], [1], given=SIZED),
+        "generate got columns for nothing, and `pipeline_columns` passes 'height' to the pipeline",
+        "give columns={'height': [...]}",
+    ),
+    bad(generate(["a"], [1], height=30), "height=30", "is not a multiple of 4", "28 and 32"),
+    bad(generate(["a"], [1], steps=3), "StableDiffusion3Pipeline does not take steps", "It takes: prompt, "),
+    bad(generate(["a"], [1], prompt="b"), "generate got prompt='b', which the trainer sets itself"),
+    bad(generate(["a"], [1], output_type="pil"), "generate got output_type='pil', which the trainer sets itself"),
+    bad(generate(["a"], [1], num_inference_steps=0), "generate got num_inference_steps=0", "at least 1"),
+    bad(generate(["a"], [1], num_inference_steps="3"), "generate got num_inference_steps='3'", "must be an int"),
+    bad(
+        lambda user: user.trainer().predict(prompts()),
+        "FDFOTrainer has no predict",
+        "`generate` samples images, and `evaluate` scores them",
+        error=NotImplementedError,
+    ),
     # Comparing before and after ---------------------------------------------------------------------------------------
     bad(compare(num_prompts="2"), "num_prompts='2' must be an int, at least 1"),
     bad(compare(num_prompts=0), "num_prompts=0 must be an int, at least 1"),
@@ -804,9 +849,15 @@ TABLE = [
     bad(script("--reward_weights", "1", "2"), "reward_weights has 2 values for 1 reward function(s)", "give one each"),
     bad(script(metrics="mine:other"), "metrics 'mine:other'", "module 'mine' has no 'other'"),
     bad(script(metrics="mine"), "metrics 'mine'", "not of the form module:callable", "such as my_module:my_metrics"),
+    bad(script("--plan", reward="pickscor"), "reward 'pickscor' is neither one of pickscore, "),
+    bad(script("--plan", reward="pickscore(a=1)"), "reward 'pickscore(a=1)'", "unexpected keyword argument 'a'"),
+    bad(script("--plan", "--eval_reward", "pickscor"), "reward 'pickscor' is", "module:callable"),
+    bad(script("--config"), "argument --config: expected a YAML file", error=SystemExit),
     bad(script(num_report_prompts=0), "num_report_prompts=0", "at least 1"),
     # Writing a recipe -------------------------------------------------------------------------------------------------
-    bad(script("--config", "none.yaml"), "none.yaml", "No such file", error=FileNotFoundError),
+    bad(script("--config", "none.yaml"), "--config none.yaml: there is no such file", error=FileNotFoundError),
+    bad(script("--config", "folder"), "--config folder: there is no such file", error=FileNotFoundError),
+    bad(script(recipe="a: [1\nb: 2: 3\n"), "--config recipe.yaml is not valid YAML", "line 2, column 2"),
     bad(script(recipe="- a\n"), "recipe.yaml", "must contain a YAML mapping"),
     bad(script(recipe="num_rolouts: 3\n"), "no option num_rolouts=3", "Did you mean `num_rollouts`"),
     bad(script(recipe="num_rollouts: 2.5\n", num_rollouts=None), "num_rollouts=2.5 is a float", "must be int"),
@@ -820,9 +871,12 @@ TABLE = [
     bad(script(recipe="model: 5\n", model=None), "not a int", "must be a `DiffusionPipeline`, or the Hub id or path"),
     bad(
         script(recipe="save_strategy: no\n", save_strategy=None),
-        "False is not a valid SaveStrategy",
-        "please select one of ['no'",
+        "save_strategy=False is a bool",
+        "must be one of no, steps, epoch, best",
+        "unquoted no",
+        "quote it",
     ),
+    bad(script(recipe="eval_diversity: no\n"), "eval_diversity=False is a bool", "must be str", "quote it"),
     bad(
         script(recipe="reward: [5]\n", reward=None), "reward 5 is a int", "not a string with a name or module:callable"
     ),

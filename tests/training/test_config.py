@@ -7,6 +7,7 @@ import multiprocessing
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers.trainer_utils import SchedulerType
@@ -103,6 +104,31 @@ def test_replaced_and_assigned_options_take_full_effect(name, config_class):
     if name in config_class._own_options():
         setattr(config, name, value)
         assert comparable(config) == expected
+
+
+def test_numbers_of_numpy_are_pythons():
+    numbers = {
+        "seed": np.int64(3),
+        "learning_rate": np.float32(0.5),
+        "use_peft": np.bool_(False),
+        "save_steps": np.int32(8),
+    }
+    config = make(
+        **numbers, reward_weights=[np.float32(2.0)], churn_schedule="prior", churn_kwargs={"spread": np.float64(1)}
+    )
+    config.num_rollouts = np.int64(7)
+    given = {name: getattr(config, name) for name in [*numbers, "num_rollouts"]}
+    assert given == {"seed": 3, "learning_rate": 0.5, "use_peft": False, "save_steps": 8, "num_rollouts": 7}
+    assert [type(value) for value in given.values()] == [int, float, bool, int, int]
+    assert type(config.reward_weights[0]) is float and type(config.churn_kwargs["spread"]) is float
+    with pytest.raises(ValueError, match="num_rollouts=2.5 is a float; it must be int"):
+        make(num_rollouts=np.float64(2.5))
+
+
+def test_a_new_attribute_that_is_no_misspelt_option_is_kept():
+    config = make()
+    config.hf_deepspeed_config, config._own, config.note = 1, 2, 3  # the first is Trainer's
+    assert (config.hf_deepspeed_config, config._own, config.note) == (1, 2, 3)
 
 
 def test_replace_keeps_what_was_given():

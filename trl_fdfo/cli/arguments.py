@@ -4,8 +4,10 @@ import argparse
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from datasets import Dataset
 from trl import TrlParser
 
@@ -44,7 +46,21 @@ class Parser(TrlParser):
     def parse_args_and_config(self, args: Iterable[str] | None = None, **kwargs: Any) -> tuple[Any, ...]:
         args = sys.argv[1:] if args is None else args
         split = [arg.split("=", 1) if arg.startswith("--config=") else [arg] for arg in args]
-        return super().parse_args_and_config([part for parts in split for part in parts], **kwargs)
+        args = [part for parts in split for part in parts]
+        if "--config" in args:
+            self._check_config_file(*args[args.index("--config") + 1 :][:1])
+        return super().parse_args_and_config(args, **kwargs)
+
+    def _check_config_file(self, path: str | None = None) -> None:
+        if path is None:
+            self.error("argument --config: expected a YAML file")
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"--config {path}: there is no such file.")
+        try:
+            with open(path) as file:
+                yaml.safe_load(file)
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}.") from error
 
     def set_defaults_with_config(self, **options: Any) -> list[str]:
         plain = {name.replace("-", "_"): value for name, value in options.items()}

@@ -59,7 +59,7 @@ def default_lora_config(rank: int, alpha: int, targets: list[str] | None, transf
         r=rank,
         lora_alpha=alpha,
         init_lora_weights="gaussian",
-        target_modules=targets or attention_projections(transformer),
+        target_modules=attention_projections(transformer) if targets is None else targets,
     )
 
 

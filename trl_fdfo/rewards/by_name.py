@@ -57,29 +57,44 @@ def load_by_name(spec: str, names: dict[str, Callable[..., Any]], kind: str) -> 
     Load the object that a string names, as [`load_reward`] explains, from the packaged `names` or from a module. `kind`
     is the kind of the object, such as "reward", for errors.
     """
+    path, options = check_by_name(spec, names, kind)
+    found = names.get(path) or load_object(path, kind)
+    if path not in names:
+        if options is None and not inspect.isclass(found):
+            return found
+        _check_options(found, spec, options, kind)
+    return found(**(options or {}))
+
+
+def check_by_name(spec: str, names: dict[str, Callable[..., Any]], kind: str) -> tuple[str, dict[str, Any] | None]:
+    """
+    Path and options of what a string names, without importing a module or constructing anything.
+
+    Raises:
+        ValueError: `spec` has another form, or unknown options of a packaged name.
+    """
     if not isinstance(spec, str):
         raise ValueError(
             f"{kind} {spec!r} is a {type(spec).__name__}, not a string with a name or module:callable, and "
             f"options in parentheses: \"{next(iter(names))}(dtype='bfloat16')\"."
         )
     path, options = _parse(spec, kind, example=next(iter(names)))
-    if ":" in path:
-        found = load_object(path, kind)
-        if options is None and not inspect.isclass(found):
-            return found
-    elif path in names:
-        found = names[path]
-    else:
+    if path in names:
+        _check_options(names[path], spec, options, kind)
+    elif ":" not in path:
         raise ValueError(
             f"{kind} '{spec}' is neither one of {', '.join(names)}, nor of the form module:callable, such as "
             f"my_module:my_{kind}."
         )
-    signature, options = inspect.signature(found), options or {}
+    return path, options
+
+
+def _check_options(found: Callable, spec: str, options: dict[str, Any] | None, kind: str) -> None:
+    signature = inspect.signature(found)
     try:
-        signature.bind(**options)
+        signature.bind(**(options or {}))
     except TypeError as error:
         raise ValueError(f"{kind} '{spec}': {error}. It takes {signature}.") from None
-    return found(**options)
 
 
 def load_object(path: str, kind: str) -> Any:

@@ -1,6 +1,7 @@
 """Options that every algorithm has. Each algorithm's own stand in the `config.py` of its folder."""
 
 import copy
+import difflib
 import functools
 import inspect
 import json
@@ -14,6 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import get_int_from_env
+from numpy import generic
 from transformers import TrainingArguments
 from transformers.integrations import unset_hf_deepspeed_config
 from transformers.utils import is_torch_bf16_gpu_available, logging
@@ -413,6 +415,11 @@ class RolloutConfig(TrainingArguments):
         options = {field.name for field in fields(self) if field.init}
         held = {*self._own_options(), *_INHERITED_RESULT_OPTIONS, "max_steps", "output_dir"}
         is_new = "_given" in self.__dict__ and name in options and value != self.__dict__.get(name)
+        is_misspelt = "_given" in self.__dict__ and name not in options and not hasattr(self, name)
+        # Others may be new: Trainer sets `hf_deepspeed_config`, and a subclass or a user attributes of its own.
+        if is_misspelt and difflib.get_close_matches(name, options, cutoff=0.8):
+            error = unknown_options(type(self).__name__, {name: value}, options, self.renamed_options)
+            raise AttributeError(error)
         if not is_new or (self._is_in_use and name not in held):
             object.__setattr__(self, name, value)
         elif self._is_in_use:
@@ -432,6 +439,7 @@ class RolloutConfig(TrainingArguments):
         for name in (each.name for each in fields(self)):
             if isinstance(getattr(self, name), _Derived):
                 setattr(self, name, None)
+            setattr(self, name, _in_python(getattr(self, name)))
             given[name] = getattr(self, name)
         config_checks.check_types(self, self._own_options())
         config_checks.check_pipeline_kwargs(self, OPTIONS_OF_CALL)
@@ -480,6 +488,7 @@ class RolloutConfig(TrainingArguments):
         Raises:
             ValueError: An option has an impossible value, or two options contradict each other.
         """
+        config_checks.check_output_dir(self)
         config_checks.check_numbers(self)
         config_checks.check_rollouts(self)
         config_checks.check_training(self)
@@ -627,6 +636,15 @@ class RolloutConfig(TrainingArguments):
                 "bf16=True, but this machine has no GPU with bfloat16. Leave bf16 unset to use what the machine can do, "
                 "set fp16=True on an older GPU, or use_cpu=True to run bfloat16 on the CPU."
             )
+
+
+def _in_python(value: Any) -> Any:
+    """The value with Python's numbers in the place of numpy's, such as those of a sweep over `np.linspace`."""
+    if isinstance(value, generic):
+        return value.item()
+    if isinstance(value, list):
+        return [_in_python(item) for item in value]
+    return {name: _in_python(item) for name, item in value.items()} if isinstance(value, dict) else value
 
 
 def _redacted(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Checks of options that need no pipeline. Each raises a ValueError with the value
 import json
 import math
 from collections.abc import Sequence
+from enum import EnumMeta
 from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
@@ -21,6 +22,8 @@ _REFUSED = {
     "label_smoothing_factor": "there are no labels",
     "enable_jit_checkpoint": "it saves inside a rollout, where a run cannot be resumed: set `save_on_signal`",
 }
+
+_QUOTE_IT = " An unquoted no, off, yes or on in a YAML file is a bool: quote it."
 
 _AT_LEAST_ONE = (
     *("num_rollouts", "prompts_per_rollout", "per_device_prompt_batch_size", "num_inference_steps"),
@@ -46,16 +49,33 @@ _RANGES = {
 def check_types(config: TrainingArguments, own_options: dict[str, Any]) -> None:
     """Name a string from a YAML file, a bool or NaN before it is compared with anything."""
     # Not from `dataclasses.fields`: HfArgumentParser takes the None out of the types there. Of Trainer's own options
-    # the numbers and switches, as it lets all of them pass.
+    # the numbers and switches, as it lets all of them pass, and the choices, one of which is "no".
     inherited = {name: kind for name, kind in get_type_hints(TrainingArguments).items() if _is_number(kind)}
     for name, annotation in {**inherited, **own_options}.items():
         value = getattr(config, name)
         types = () if get_origin(annotation) is list else get_args(annotation)
         if not any(_is(value, t) for t in types or (annotation,)):
-            if isinstance(value, float) and not math.isfinite(value):
+            numbers = value if isinstance(value, list) else [value]
+            if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
                 raise ValueError(f"{name}={value} must be finite.")
             expected = annotation if types else getattr(annotation, "__name__", annotation)
-            raise ValueError(f"{name}={value!r} is a {type(value).__name__}; it must be {expected}.")
+            note = _QUOTE_IT if isinstance(value, bool) and str in (types or (annotation,)) else ""
+            raise ValueError(f"{name}={value!r} is a {type(value).__name__}; it must be {expected}.{note}")
+    for name, annotation in get_type_hints(TrainingArguments).items():
+        choices = [kind for kind in get_args(annotation) if isinstance(kind, EnumMeta)]
+        value = getattr(config, name)
+        if choices and isinstance(value, bool):
+            names = ", ".join(choice.value for choice in choices[0])
+            raise ValueError(f"{name}={value} is a bool; it must be one of {names}.{_QUOTE_IT}")
+
+
+def check_output_dir(config: TrainingArguments) -> None:
+    # None is Trainer's default, `trainer_output`.
+    if config.output_dir is not None and not str(config.output_dir).strip():
+        raise ValueError(
+            f"output_dir={config.output_dir!r} is no folder, and checkpoints would lie between the files of the working "
+            "directory: name one."
+        )
 
 
 def check_pipeline_kwargs(config: TrainingArguments, options_of_call: Sequence[str]) -> None:
@@ -71,16 +91,26 @@ def check_pipeline_kwargs(config: TrainingArguments, options_of_call: Sequence[s
             raise ValueError(f"pipeline_kwargs has {name!r} as a name: the names of its arguments are strings.")
         if name in options_of_call:
             raise ValueError(f"pipeline_kwargs has {name}={value!r}: set the option `{name}` instead.")
-        if name in _SET_BY_TRAINER or name.endswith("_per_prompt"):
-            raise ValueError(f"pipeline_kwargs has {name}={value!r}, which the trainer sets itself.")
-        if name.startswith("negative_prompt") and isinstance(value, list):
-            raise ValueError(f"pipeline_kwargs has {name}={value!r}: one string for all prompts, not a list.")
+        check_argument_of_call("pipeline_kwargs has", name, value)
+        if name.startswith("callback") and value is not None:
+            raise ValueError(
+                f"pipeline_kwargs has {name}={value!r}: a replay calls no callback, and it may change what is sampled. "
+                "Leave it out."
+            )
         try:
             json.dumps(value, default=str)
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"pipeline_kwargs has {name}={value!r}, which cannot be written beside the result: {error}."
             ) from error
+
+
+def check_argument_of_call(source: str, name: str, value: Any) -> None:
+    """`source` begins the error, such as "pipeline_kwargs has"."""
+    if name in _SET_BY_TRAINER or name.endswith("_per_prompt"):
+        raise ValueError(f"{source} {name}={value!r}, which the trainer sets itself.")
+    if name.startswith("negative_prompt") and isinstance(value, list):
+        raise ValueError(f"{source} {name}={value!r}: one string for all prompts, not a list.")
 
 
 def read_json_dict(name: str, value: dict | str | None, contents: str) -> dict | None:
@@ -141,6 +171,10 @@ def check_training(config: TrainingArguments) -> None:
         raise ValueError(f"epsilon={config.epsilon} must be > 0: it is how far a rollout may move the ratio from 1.")
     if config.ema_decay is not None and not 0 <= config.ema_decay < 1:
         raise ValueError(f"ema_decay={config.ema_decay} must be in [0, 1), or None for no averaging.")
+    if config.lora_target_modules == []:
+        raise ValueError(
+            "lora_target_modules=[] names no layer, and nothing would be trained: leave it out for the attention projections."
+        )
     if config.adapter is not None and not config.use_peft:
         raise ValueError(
             f"adapter='{config.adapter}' was given together with use_peft=False. To train the whole model that it makes, "

@@ -41,7 +41,7 @@ def load_prompts(dataset_name: str | None = None, prompt_column: str = "prompt",
 
     Raises:
         FileNotFoundError: `dataset_name` looks like a local file and there is none.
-        ValueError: It is a local file that cannot be read.
+        ValueError: It is a local file that cannot be read, or neither file nor dataset.
     """
     path = PACKAGED_PROMPTS if dataset_name is None else Path(dataset_name)
     kind = path.suffix.lower()
@@ -66,7 +66,13 @@ def load_prompts(dataset_name: str | None = None, prompt_column: str = "prompt",
         raise ValueError(
             f"{name}='{dataset_name}' is a file of another kind than {', '.join(_BUILDERS)}: save it as one of them."
         )
-    return load_dataset(dataset_name, split="train")
+    try:
+        return load_dataset(dataset_name, split="train")
+    except Exception as error:  # of datasets or the Hub, without the name of the option
+        raise ValueError(
+            f"{name}='{dataset_name}' is no {', '.join(_BUILDERS)} file, and it cannot be loaded as a folder with a dataset, or "
+            f"the Hub id of one, that has a split 'train' ({type(error).__name__}: {error})."
+        ) from error
 
 
 def _decoded(path: Path, source: str) -> str:

@@ -1,8 +1,11 @@
 """Everything that a trainer makes of its arguments before the first rollout, and refuses there."""
 
+import copy
+import operator
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import Any
 
 import torch
 from accelerate import PartialState, cpu_offload_with_hook
@@ -10,8 +13,10 @@ from accelerate.hooks import UserCpuOffloadHook
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from peft import PeftConfig
+from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ..evaluation.evaluator import read_rows, reported_metrics
@@ -26,6 +31,7 @@ from ..pipeline.records import Rehearsal
 from ..pipeline.trained import frozen_modules, trained_module
 from ..rewards.reward_functions import RewardFunctions
 from .config import RolloutConfig
+from .config_checks import check_argument_of_call
 from .prompts import check_prompts, hold_out, load_prompts, plain
 
 
@@ -219,6 +225,70 @@ def place_components(
     return hooks
 
 
+def check_callbacks(callbacks: list[TrainerCallback] | None) -> None:
+    """
+    Raises:
+        ValueError: They are no list of callbacks, or of their classes.
+    """
+    if callbacks is None:
+        return
+    if not isinstance(callbacks, list):
+        raise ValueError(f"callbacks is a {type(callbacks).__name__}, not a list: [EarlyStoppingCallback()].")
+    for callback in callbacks:
+        if not issubclass(callback if isinstance(callback, type) else type(callback), TrainerCallback):
+            raise ValueError(
+                f"callbacks has {callback!r}, which is no `TrainerCallback`: subclass it, and write the methods that are to "
+                "be called, such as `on_log`."
+            )
+
+
+def check_generate(
+    flow: PipelineFlow,
+    pipeline_columns: Sequence[str],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    columns: Mapping[str, Sequence],
+    call_kwargs: dict[str, Any],
+) -> None:
+    """
+    Check the arguments of a trainer's `generate`.
+
+    Raises:
+        ValueError: It cannot be called with them.
+    """
+    is_list = hasattr(prompts, "__len__") and not isinstance(prompts, str) and len(prompts) > 0
+    if not is_list or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError(f"generate got prompts={prompts!r}: give a list of at least one prompt, as text.")
+    try:
+        seeds = [operator.index(seed) for seed in seeds]
+    except TypeError:
+        raise ValueError(f"generate got seeds={seeds!r}: give a list of ints, one for each prompt.") from None
+    if len(prompts) != len(seeds):
+        raise ValueError(f"generate got {len(prompts)} prompts and {len(seeds)} seeds: give one seed for each.")
+    if not all(0 <= seed < 2**64 for seed in seeds):
+        raise ValueError(f"generate got seeds={seeds}: a seed is in [0, 2^64).")
+    if not isinstance(columns, Mapping):
+        raise ValueError(f"generate got columns={columns!r}: give a dict of a list for each column.")
+    for name in pipeline_columns:
+        if name not in columns:
+            raise ValueError(
+                f"generate got columns for {', '.join(columns) or 'nothing'}, and `pipeline_columns` passes '{name}' to the "
+                f"pipeline: give columns={{'{name}': [...]}}."
+            )
+    for name, values in columns.items():
+        if len(values) != len(prompts):
+            raise ValueError(
+                f"generate got {len(values)} values of the column '{name}' for {len(prompts)} prompts: give one for each."
+            )
+    check_call_kwargs(flow.pipeline, call_kwargs)
+    for name, value in call_kwargs.items():
+        check_argument_of_call("generate got", name, value)
+    check_resolution(flow.pipeline, call_kwargs.get("height"), call_kwargs.get("width"))
+    steps = call_kwargs.get("num_inference_steps")
+    if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
+        raise ValueError(f"generate got num_inference_steps={steps!r}: it must be an int, at least 1.")
+
+
 def rehearse(
     flow: PipelineFlow,
     config: RolloutConfig,
@@ -253,7 +323,8 @@ def rehearse(
     first = read_rows(train_dataset, [0], [column, *(config.pipeline_columns or ())], "train_dataset")
     columns = {name: first[name] for name in config.pipeline_columns or ()}
     prompts = first[column] * config.per_device_prompt_batch_size
-    rehearsal = flow.rehearse(prompts, columns, config.num_generations)
+    rehearsal = _rehearse_row(flow, prompts, columns, config.num_generations)
+    _check_negative_prompt(flow, config, prompts, columns, rehearsal)
     steps = len(rehearsal.sigmas) - 1
     while rehearsal.skipped_steps and steps < config.num_inference_steps:
         scheduled = flow.call_kwargs["num_inference_steps"]
@@ -285,6 +356,53 @@ def rehearse(
             )
         flow.prompt_embeddings = embeddings
     return rehearsal, _try_replay(flow, first[column][0], columns, autocast)
+
+
+def _rehearse_row(flow: PipelineFlow, prompts: list[str], columns: dict[str, list], samples: int) -> Rehearsal:
+    """
+    Rehearse with a row; if the pipeline refuses its images, with images in RGB, as `diffusers.utils.load_image` makes them.
+    The flow then converts those of all rows.
+    """
+    try:
+        return flow.rehearse(prompts, columns, samples)
+    except ValueError:
+        others = [name for name, values in columns.items() if _in_rgb(values) != values]
+        # One column alone first: another may hold masks.
+        for names in [*([name] for name in others), others]:
+            converted = {name: _in_rgb(values) if name in names else values for name, values in columns.items()}
+            with suppress(ValueError):
+                rehearsal = flow.rehearse(prompts, converted, samples)
+                columns.update(converted)
+                return rehearsal
+        raise
+
+
+def _in_rgb(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_in_rgb(item) for item in value]
+    return value.convert("RGB") if isinstance(value, Image.Image) and value.mode != "RGB" else value
+
+
+def _check_negative_prompt(
+    flow: PipelineFlow,
+    config: RolloutConfig,
+    prompts: list[str],
+    columns: dict[str, list],
+    rehearsal: Rehearsal,
+) -> None:
+    """Warn of a negative prompt without guidance. Pipelines differ in what turns it on: the velocity tells."""
+    given = {name: text for name, text in flow.call_kwargs.items() if name.startswith("negative_prompt") and text}
+    if not given or config.guidance_scale is None or config.guidance_scale > 1:
+        return
+    without = copy.copy(flow)
+    without.call_kwargs = {name: value for name, value in flow.call_kwargs.items() if name not in given}
+    with suppress(ValueError):  # of a pipeline that needs one
+        plain = without.rehearse(prompts, columns, config.num_generations)
+        if torch.equal(plain.velocity, rehearsal.velocity):
+            logger.warning(
+                f"{', '.join(given)} in pipeline_kwargs changes nothing at guidance_scale={config.guidance_scale}, which is no "
+                "guidance: leave it out, or set a guidance_scale above 1."
+            )
 
 
 def _try_replay(

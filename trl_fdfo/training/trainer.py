@@ -61,8 +61,10 @@ from .migration import arguments_of, unknown_arguments
 from .prompts import plain
 from .rollouts import sample_rollout
 from .setup import (
+    check_callbacks,
     check_eval_dataset,
     check_evaluation,
+    check_generate,
     check_optimizer,
     load_datasets,
     make_trainable,
@@ -148,6 +150,7 @@ class RolloutTrainer(Algorithm, Trainer):
             )
         if config.model_card_template is not None:
             check_template(config.model_card_template)
+        check_callbacks(callbacks)
         self.reward_functions = RewardFunctions(reward_fn, config.reward_weights)
         self.control_functions = None
         if eval_reward_fn is not None:
@@ -327,7 +330,8 @@ class RolloutTrainer(Algorithm, Trainer):
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*): A checkpoint, or `True` for the newest good one in
-                `output_dir`. If that has none yet, the run starts from the beginning.
+                `output_dir`. If that has none yet, the run starts from the beginning. `None` takes the option
+                `resume_from_checkpoint`, which Trainer itself leaves to scripts; `False` resumes from none.
 
         Raises:
             ValueError: Gradients are off; or there is no such checkpoint, it (or each of them) is damaged, or another run
@@ -340,6 +344,8 @@ class RolloutTrainer(Algorithm, Trainer):
                 "train was called where gradients are off (`torch.no_grad()`, `torch.inference_mode()` or "
                 "`torch.set_grad_enabled(False)`), so that nothing could be learned: call it outside."
             )
+        if resume_from_checkpoint is None:
+            resume_from_checkpoint = self.args.resume_from_checkpoint
         self._buffer = None
         self.metrics.seconds_of_run.clear()
         if self.is_world_process_zero():
@@ -461,13 +467,15 @@ class RolloutTrainer(Algorithm, Trainer):
 
         Returns:
             `Tensor`: Images on the CPU, floats in [0, 1], shape [N, 3, H, W]; videos [N, F, 3, H, W].
+
+        Raises:
+            ValueError: The numbers of prompts, seeds and values differ, a seed is none, or the pipeline's call cannot have
+                such arguments.
         """
-        if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts) or len(prompts) == 0:
-            raise ValueError(f"generate got prompts={prompts!r}: give a list of at least one prompt, as text.")
-        if len(prompts) != len(seeds):
-            raise ValueError(f"generate got {len(prompts)} prompts and {len(seeds)} seeds: give one seed for each.")
+        columns = {} if columns is None else columns
+        check_generate(self.flow, self.args.pipeline_columns or (), prompts, seeds, columns, call_kwargs)
         with self.averaged_weights():
-            images = self.evaluator.generate(prompts, seeds, columns or {}, **call_kwargs)
+            images = self.evaluator.generate(prompts, seeds, columns, **call_kwargs)
         self.offload_components()
         return images
 
@@ -525,6 +533,17 @@ class RolloutTrainer(Algorithm, Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def predict(self, *args: Any, **kwargs: Any) -> None:
+        """
+        Trainer's, which predicts labels.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} has no predict: there are no labels. `generate` samples images, and `evaluate` scores them."
+        )
 
     def compare(self, **options: Any) -> BeforeAfter:
         """
