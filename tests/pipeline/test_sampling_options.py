@@ -4,7 +4,7 @@ import datasets
 import pytest
 import tiny_pipelines
 import torch
-from conftest import logged, trained_weights
+from conftest import logged, trained_weights, warnings_of_the_package
 from datasets import Dataset
 from tiny_pipelines import qwen_image
 from tiny_runs import PROMPTS, redness
@@ -38,6 +38,24 @@ def assert_same_run(trainer, other):
         torch.testing.assert_close(trained_weights(other)[name], weight, **TOLERANCE)
     torch.testing.assert_close(torch.tensor(logged(other, "reward")), torch.tensor(logged(trainer, "reward")))
     assert max(logged(other, "replay_error")) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "call", "changes_nothing"),
+    [
+        (tiny_pipelines.sd3, {}, {"negative_prompt": "bad"}, True),
+        (tiny_pipelines.sd3, {"guidance_scale": 3.0}, {"negative_prompt": "bad"}, False),
+        (tiny_pipelines.sd3, {}, {"negative_prompt": ""}, False),
+        (tiny_pipelines.flux, {}, {"negative_prompt": "bad"}, True),
+        (tiny_pipelines.flux, {}, {"negative_prompt": "bad", "true_cfg_scale": 3.0}, False),  # guidance by another name
+    ],
+)
+def test_a_negative_prompt_without_guidance_is_reported(make_trainer, caplog, build, options, call, changes_nothing):
+    make_trainer(build(), pipeline_kwargs={"max_sequence_length": 8, **call}, **options)
+    warnings = warnings_of_the_package(caplog)
+    assert ["negative_prompt in pipeline_kwargs changes nothing" in warning for warning in warnings] == [
+        True
+    ] * changes_nothing
 
 
 @pytest.mark.parametrize("timestep_fraction", [1.0, 0.5])

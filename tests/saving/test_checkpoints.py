@@ -14,7 +14,7 @@ import pytest
 import tiny_pipelines
 import torch
 from checkpoint_contents import assert_equal, contents
-from conftest import trained_weights
+from conftest import logged, trained_weights
 from datasets import Dataset
 from tiny_runs import PROMPTS, redness
 from transformers import TrainerCallback
@@ -38,6 +38,15 @@ def resume(make_trainer, checkpoint=True, rollouts=3, **options):
     trainer = make_trainer(num_rollouts=rollouts, **options)
     trainer.train(resume_from_checkpoint=checkpoint)
     return trainer
+
+
+def test_the_option_resumes_as_the_argument_does(make_trainer, trained):
+    trainer = make_trainer(num_rollouts=3, save_strategy="epoch", resume_from_checkpoint=True)
+    trainer.train()
+    assert len(logged(trainer, "reward")) == 3 and (trained / "checkpoint-4").is_dir()
+    anew = make_trainer(num_rollouts=3, resume_from_checkpoint=True)
+    anew.train(resume_from_checkpoint=False)
+    assert anew.state.global_step == 6 and not (trained / "checkpoint-4").is_dir()
 
 
 def truncate(path: Path) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from accelerate import PartialState, cpu_offload_with_hook
 from accelerate.hooks import UserCpuOffloadHook
+from accelerate.utils import recursively_apply
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.utils import logging
@@ -390,7 +391,7 @@ def _check_negative_prompt(
     columns: dict[str, list],
     rehearsal: Rehearsal,
 ) -> None:
-    """Warn of a negative prompt without guidance. Pipelines differ in what turns it on: the velocity tells."""
+    """Warn of a negative prompt without guidance. Pipelines differ in what turns it on: the transformer's calls tell."""
     given = {name: text for name, text in flow.call_kwargs.items() if name.startswith("negative_prompt") and text}
     if not given or config.guidance_scale is None or config.guidance_scale > 1:
         return
@@ -398,11 +399,18 @@ def _check_negative_prompt(
     without.call_kwargs = {name: value for name, value in flow.call_kwargs.items() if name not in given}
     with suppress(ValueError):  # of a pipeline that needs one
         plain = without.rehearse(prompts, columns, config.num_generations)
-        if torch.equal(plain.velocity, rehearsal.velocity):
+        with_it, without_it = (_tensors(each.model_calls) for each in (rehearsal, plain))
+        if len(with_it) == len(without_it) and all(map(torch.equal, with_it, without_it)):
             logger.warning(
                 f"{', '.join(given)} in pipeline_kwargs changes nothing at guidance_scale={config.guidance_scale}, which is no "
                 "guidance: leave it out, or set a guidance_scale above 1."
             )
+
+
+def _tensors(data: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    recursively_apply(found.append, data)
+    return found
 
 
 def _try_replay(
