@@ -97,6 +97,11 @@ def test_the_packaged_pipeline_needs_no_settings(tmp_path):
         (("--prompts", "a", "--pipeline_kwargs", "{"), r"pipeline_kwargs='{' is not a JSON object"),
         (("--prompts", "a", "--pipeline_kwargs", "3"), r"pipeline_kwargs='3' is not a JSON object"),
         (
+            ("--prompts", "a", "--pipeline_kwargs", '{"output_type": "pil"}'),
+            r"output_type='pil', which the trainer sets",
+        ),
+        (("--prompts", "a", "--num_inference_steps", "0"), r"num_inference_steps=0 must be at least 1"),
+        (
             ("--prompts", "a", "--adapter", "one", "--adapter", "two"),
             r"one and two were trained with other height: say",
         ),

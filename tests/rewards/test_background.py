@@ -12,6 +12,7 @@ from transformers import TrainerState
 
 from trl_fdfo.rewards import RewardFunctions
 from trl_fdfo.rewards.reward_functions import RewardError
+from trl_fdfo.training.surrogate import in_float32
 
 
 PROMPTS = ["a cat", "two dogs"]
@@ -139,6 +140,13 @@ def test_a_difference_beyond_float32_is_told(make_trainer):
     trainer = make_trainer(reward_fn=lambda images: [1e39 * n for n in range(len(images))])
     with pytest.raises(RuntimeError, match=r"reward '<lambda>' differs by 1e\+39.*between images of a prompt.*Divide"):
         trainer.train()
+
+
+def test_a_gradient_beyond_float32_is_told():
+    with pytest.raises(
+        RuntimeError, match=r"rewards of a prompt differ by up to inf, beyond float32: divide the reward"
+    ):
+        in_float32(torch.tensor([1.0, torch.inf]))
 
 
 @pytest.mark.parametrize(("value", "weights", "size"), [(3e38, None, r"6e\+38"), (1e12, [1.0, -1e5], r"2e\+17")])

@@ -826,6 +826,12 @@ TABLE = [
         "`generate` samples images, and `evaluate` scores them",
         error=NotImplementedError,
     ),
+    bad(
+        lambda user: user.trainer().hyperparameter_search(),
+        "FDFOTrainer has no hyperparameter_search",
+        "build a trainer for each trial",
+        error=NotImplementedError,
+    ),
     # Comparing before and after ---------------------------------------------------------------------------------------
     bad(compare(num_prompts="2"), "num_prompts='2' must be an int, at least 1"),
     bad(compare(num_prompts=0), "num_prompts=0 must be an int, at least 1"),

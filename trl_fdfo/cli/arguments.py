@@ -142,6 +142,8 @@ class InferenceArguments:
         for name, value in vars(self).items():
             if isinstance(value, str) and self.__dataclass_fields__[name].type in (list[str], list[str] | None):
                 setattr(self, name, [value])  # a YAML file may have it so
+        if self.num_inference_steps is not None and self.num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps={self.num_inference_steps} must be at least 1.")
 
 
 def read_prompts(prompts: list[str]) -> Dataset:

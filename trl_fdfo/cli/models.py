@@ -15,6 +15,7 @@ from ..pipeline.loading import load_pipeline
 from ..pipeline.lora import add_adapter
 from ..pipeline.schedulers import RolloutScheduler
 from ..pipeline.trained import restore_point
+from ..training.config_checks import check_argument_of_call
 from .arguments import InferenceArguments
 
 
@@ -48,6 +49,8 @@ def call_options(arguments: InferenceArguments, adapters: dict[str, Path]) -> di
         given |= json.loads(arguments.pipeline_kwargs or "{}")
     except (json.JSONDecodeError, TypeError) as error:
         raise ValueError(f"pipeline_kwargs={arguments.pipeline_kwargs!r} is not a JSON object: {error}.") from None
+    for name, value in given.items():
+        check_argument_of_call("pipeline_kwargs has", name, value)
     options = {"num_inference_steps": 8, "max_sequence_length": 0} if arguments.model == "shapes" else {}
     files = {name: (path if path.is_dir() else path.parent) / CALL_OPTIONS for name, path in adapters.items()}
     trained = {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}

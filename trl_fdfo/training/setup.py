@@ -299,7 +299,8 @@ def rehearse(
 ) -> tuple[Rehearsal, bool]:
     """
     Call the pipeline once as a rollout will, so that it refuses here what it refuses; encode the prompts if they are to be
-    kept on disk; then sample and replay one prompt in a few steps.
+    kept on disk; then sample and replay one prompt in a few steps. Rewards are not called: one may be a paid service, or a
+    person.
 
     Args:
         flow ([`PipelineFlow`]): Flow of the run. If a `strength` starts the schedule late, its `num_inference_steps` are

@@ -545,6 +545,18 @@ class RolloutTrainer(Algorithm, Trainer):
             f"{type(self).__name__} has no predict: there are no labels. `generate` samples images, and `evaluate` scores them."
         )
 
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> None:
+        """
+        Trainer's, which makes models anew.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} has no hyperparameter_search, as it trains the pipeline that it was given: build a trainer "
+            "for each trial, with `dataclasses.replace(config, ...)` and a pipeline of its own."
+        )
+
     def compare(self, **options: Any) -> BeforeAfter:
         """
         Samples before and after training, for the model card: `trainer.comparison = trainer.compare(num_prompts=50)`.
