@@ -9,6 +9,12 @@ from datasets import Dataset
 from trl_fdfo import FDFOConfig, FDFOTrainer
 
 
+# A test of what a GPU does runs on the CPU too, so that it cannot rot on machines without one.
+EACH_DEVICE = pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu("the same test, on the CPU, has run"))]
+)
+
+
 @pytest.fixture
 def make_config(tmp_path):
     """A config of a run of a second on a tiny pipeline; keyword arguments replace its options."""
@@ -71,8 +77,9 @@ def trained_weights(trainer) -> dict[str, torch.Tensor]:
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+        marker = item.get_closest_marker("gpu")
+        if marker and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason=f"needs a CUDA GPU: {marker.args[0]}"))
     # Files with slow tests first: with several workers, the last one to end then ends soon after the others.
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)

@@ -3,8 +3,9 @@ Trains a tiny SD3 with DeepSpeed or FSDP2, and writes the results that test_engi
 
     accelerate launch --config_file ... tests/helpers/engine_run.py FOLDER
 
-test_engines.py has put models into FOLDER. Process 0 writes its results there. On GPUs the program trains in bfloat16,
-and only once. If it is given a Python file with arguments instead, it runs that file.
+test_engines.py has put models into FOLDER. Process 0 writes its results there. On GPUs, or with the argument
+`bfloat16` after FOLDER, the program trains in bfloat16, and only once. If it is given a Python file with arguments
+instead, it runs that file.
 """
 
 import importlib.util
@@ -31,8 +32,11 @@ from trl_fdfo.saving.sharded_weights import trained_parameters
 
 
 GPU = torch.cuda.is_available()
-# Accelerate takes `use_cpu` for "neither DeepSpeed nor FSDP".
-ENGINE = {"use_cpu": False, "ddp_backend": None if GPU else "gloo", **distributed_run.SAMPLING}
+ENGINE = {
+    "use_cpu": False,
+    "ddp_backend": "gloo" if "WORLD_SIZE" in os.environ and not GPU else None,
+    **distributed_run.SAMPLING,
+}
 WITHOUT_ADAPTER = {"use_peft": False, "beta": 0.0, "learning_rate": 1e-3}
 
 
@@ -59,8 +63,12 @@ def interrupted(images, prompts, trainer_state):
     return tiny_runs.redness(images, prompts)
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, bfloat16: bool) -> None:
     results = {}
+    # Accelerate takes `use_cpu` for "neither DeepSpeed nor FSDP", and a CPU computes in bfloat16 with it alone.
+    options = {**ENGINE, "use_cpu": bfloat16 and not GPU}
+    if bfloat16:
+        options["bf16"] = True
 
     def make_pipeline() -> StableDiffusion3Pipeline:
         # Users load models after the config, and ZeRO-3 begins for transformers with the config.
@@ -68,21 +76,21 @@ def main(folder: Path) -> None:
         if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not GPU:
             # Accelerate enables FSDP on GPUs only, although FSDP runs on CPUs too.
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-        dtype = torch.bfloat16 if GPU else torch.float32
+        dtype = torch.bfloat16 if bfloat16 else torch.float32
         return StableDiffusion3Pipeline.from_pretrained(
             folder / "pipeline", text_encoder_3=None, tokenizer_3=None, torch_dtype=dtype
         )
 
-    trainer = distributed_run.build(str(folder / "out"), make_pipeline, **ENGINE)
+    trainer = distributed_run.build(str(folder / "out"), make_pipeline, **options)
     results["images before"] = trainer.generate(tiny_runs.PROMPTS[:5], range(5))
     results["run"] = distributed_run.finished(trainer)
     if dist.is_initialized():
         results["elements"] = elements(trainer.model)
     results["scores after the run"] = scores(folder)
     trainer, results["resumed"] = distributed_run.run(
-        str(folder / "resumed"), str(folder / "out" / "checkpoint-4"), make_pipeline=make_pipeline, **ENGINE
+        str(folder / "resumed"), str(folder / "out" / "checkpoint-4"), make_pipeline=make_pipeline, **options
     )
-    if not GPU:
+    if not bfloat16:
         results |= on_cpus(folder, make_pipeline)
     if trainer.is_world_process_zero():
         torch.save(results, folder / "results.pt")
@@ -122,5 +130,5 @@ if __name__ == "__main__":
         sys.argv = sys.argv[1:]
         runpy.run_path(sys.argv[0], run_name="__main__")
     else:
-        main(Path(sys.argv[1]))
+        main(Path(sys.argv[1]), bfloat16=GPU or "bfloat16" in sys.argv[2:])
     distributed_run.finish()

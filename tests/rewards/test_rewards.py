@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from conftest import EACH_DEVICE
 from transformers import TrainerState
 
 from trl_fdfo.rewards import JPEGCompressibility, PairwiseJudge, RewardFunctions
@@ -263,9 +264,9 @@ def test_bad_functions_are_refused(functions, weights, message):
         RewardFunctions(functions, weights)
 
 
-@pytest.mark.gpu
-def test_rewards_on_another_device_and_of_another_type():
-    rewards = call([lambda images: torch.arange(4, device="cuda"), lambda images: torch.zeros(4, dtype=torch.bool)])
+@EACH_DEVICE
+def test_rewards_on_another_device_and_of_another_type(device):
+    rewards = call([lambda images: torch.arange(4, device=device), lambda images: torch.zeros(4, dtype=torch.bool)])
     assert rewards.device.type == "cpu" and rewards[:, 0].tolist() == [0.0, 1.0, 2.0, 3.0]
 
 

@@ -266,17 +266,21 @@ def test_pipeline_of_another_dtype_is_refused(two_processes):
     assert "is in torch.bfloat16" in results["refused"] and "set bf16=True" in results["refused"]
 
 
-# On GPUs --------------------------------------------------------------------------------------------------------------
+# In bfloat16, on GPUs if there are some ---------------------------------------------------------------------------------
+
+FLOAT32_ON_CPUS = pytest.mark.gpu("DeepSpeed and FSDP2 train in float32 on CPUs, and the tests above run them there")
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("engine", ["single_gpu", "ddp", *ENGINES])
-def test_run_on_gpus_in_bfloat16(engine, models, tmp_path):
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "engine", ["single_gpu", "ddp", *(pytest.param(name, marks=FLOAT32_ON_CPUS) for name in ENGINES)]
+)
+def test_run_in_bfloat16(engine, models, tmp_path):
     if engine.startswith("zero"):
         pytest.importorskip("deepspeed")
     folder = with_models(tmp_path, models)
-    processes = 1 if engine == "single_gpu" else min(torch.cuda.device_count(), 2)
-    launch(CONFIGS / f"{engine}.yaml", processes, engine_run.__file__, folder)
+    processes = 1 if engine == "single_gpu" else min(torch.cuda.device_count() or 2, 2)
+    launch(CONFIGS / f"{engine}.yaml", processes, engine_run.__file__, folder, "bfloat16")
     results = torch.load(folder / "results.pt", weights_only=True)
     assert results["run"]["processes"] == processes
     assert results["run"]["wrapper"] == ENGINES.get(engine, "DistributedDataParallel" if processes > 1 else "_Adapted")
