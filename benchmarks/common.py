@@ -1,16 +1,23 @@
 """Parts that several benchmarks share: options, prompts and a reward, models of any size, and a timed trainer."""
 
+import json
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from datasets import Dataset
 from diffusers import AutoencoderKL, DiffusionPipeline, SD3Transformer2DModel
 from transformers import PrinterCallback, TrainerCallback
 
 from trl_fdfo import FDFOConfig, FDFOTrainer
+from trl_fdfo.planning.plan import RunPlan
 from trl_fdfo.training.buffer import RolloutBuffer
 
 
@@ -75,25 +82,56 @@ def median_seconds(function: Callable, device: torch.device, repeats: int = 10, 
     return statistics.median(seconds[warm_up:])
 
 
-class Phases(TrainerCallback):
-    """Seconds of sampling and of training in each rollout, and the peak of allocated bytes in each phase."""
+def run_python(arguments: list[str], threads: int = 1) -> Any:
+    """The JSON in the last line of a Python program's output; the last line of its errors if it fails."""
+    # The allocator returns freed memory to the system at once.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": str(threads)}
+    environment["HF_HUB_OFFLINE"] = "1"
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
+    if done.returncode:
+        return done.stderr.strip().splitlines()[-1][:100]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+class PeakMemory:
+    """Peak memory since `reset` in bytes: of the GPU, or of the process above what it had at construction on a CPU."""
 
     def __init__(self, device: torch.device):
         self.device = device
+        self.start = 0 if device.type == "cuda" else psutil.Process().memory_info().rss
+
+    def reset(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def read(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        status = Path("/proc/self/status").read_text()
+        peak = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+        return int(peak.split()[1]) * 1024 - self.start
+
+
+class Phases(TrainerCallback):
+    """Seconds of sampling and of training in each rollout, and with `memory` the peak of each phase in bytes."""
+
+    def __init__(self, device: torch.device, memory: PeakMemory | None = None):
+        self.device, self.memory = device, memory
         self.sampling: list[float] = []
         self.training: list[float] = []
         self.sampling_peak = self.training_peak = 0
 
     def begin(self) -> None:
         synchronize(self.device)
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+        if self.memory is not None:
+            self.memory.reset()
         self.start = time.perf_counter()
 
     def end(self) -> tuple[float, int]:
         synchronize(self.device)
-        peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
-        return time.perf_counter() - self.start, peak
+        return time.perf_counter() - self.start, self.memory.read() if self.memory is not None else 0
 
     def on_epoch_end(self, args, state, control, **kwargs):
         seconds, peak = self.end()
@@ -105,8 +143,11 @@ class TimedTrainer(FDFOTrainer):
     """A trainer that fills its `phases`."""
 
     phases: Phases
+    planned: bool
 
-    def run_plan(self) -> str:
+    def run_plan(self) -> RunPlan | str:
+        if self.planned:
+            return super().run_plan()
         self._rehearsal = None  # the plan would free it
         return "Not worked out: that takes seconds, in each row."
 
@@ -120,9 +161,12 @@ class TimedTrainer(FDFOTrainer):
         return buffer
 
 
-def timed_trainer(config: FDFOConfig, pipeline: DiffusionPipeline | str, device: torch.device) -> TimedTrainer:
+def timed_trainer(
+    config: FDFOConfig, pipeline: DiffusionPipeline | str, memory: PeakMemory | None = None, planned: bool = False
+) -> TimedTrainer:
+    """A trainer with a reward that costs nothing. It works out its plan if that is to be compared with its peaks."""
     trainer = TimedTrainer(config, pipeline, brightness, PROMPTS)
-    trainer.phases = Phases(device)
+    trainer.phases, trainer.planned = Phases(config.device, memory), planned
     trainer.add_callback(trainer.phases)
     trainer.pop_callback(PrinterCallback)
     return trainer

@@ -1,18 +1,22 @@
 """
 Measures what each option costs and saves in FDFO on Stable Diffusion 3.5 Medium on one CUDA GPU.
 
-    python benchmarks/gpu_sd35.py              # a few minutes on an H100 or H200
+    python benchmarks/gpu_sd35.py              # begins no row after eight minutes, and so ends within ten
     python benchmarks/gpu_sd35.py --tiny       # a rehearsal on a tiny model, also on a CPU: measures nothing
 
 The pipeline has the published architecture with random weights in bfloat16, at 512 x 512 pixels. A prompt's embedding
 has the real shape, 77 CLIP and 128 T5 tokens, but comes from encoders of one thin layer, which cost next to nothing.
 The rows "text encoders" have encoders of the real size. The reward is free. The trainer is `FDFOTrainer`.
 
-A row is one run with some options changed. Its first rollout warms up; the others are timed. A row that fails ends no
-other: "out of memory" is a result. Prints and writes to `benchmarks/results/gpu_sd35-<name of the GPU>.json`:
+First come checks in float32: the trainer's images are those of diffusers, the replay is exact, the saved adapter loads
+in diffusers and gives the trainer's images. Then come rows, first those that compare the memory with the plan. A row is
+one run with some options changed. Its first rollout warms up; the others are timed. A row that fails ends no other:
+"out of memory" is a result. Prints and writes to `benchmarks/results/gpu_sd35-<name of the GPU>.json`, after each
+check and row:
 
 - images/s sampled, with the decoding; tuples/s trained (forward, backward, optimizer);
-- GiB: peak of allocated memory while sampling and while training;
+- GiB: peak of allocated memory while sampling and while training, and the plan's estimate of it;
+- the largest replay error, relative to the velocity;
 - MFU: model FLOPs over the rate of a bfloat16 matrix product measured in the same run. FLOPs are counted on a twin
   without memory, and a forward pass that gradient checkpointing repeats counts once.
 """
@@ -44,7 +48,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel, TrainerCallback
 
-from benchmarks.common import QUIET, TimedTrainer, median_seconds, sd3_vae, timed_trainer
+from benchmarks.common import PROMPTS, QUIET, PeakMemory, TimedTrainer, median_seconds, sd3_vae, timed_trainer
 from trl_fdfo import FDFOConfig
 from trl_fdfo.pipeline.lora import default_lora_config
 
@@ -132,46 +136,49 @@ TINY = Size(
 
 @dataclass(frozen=True)
 class Row:
-    """One run: its options, which replace options of `make_config`, and whether its text encoders have the real size."""
+    """
+    One run: its options, which replace options of `make_config`; whether its text encoders have the real size; whether
+    its memory is compared with the plan, which takes seconds to work out.
+    """
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
     text_encoders: bool = False
+    planned: bool = False
 
 
-BASELINE = Row("2 prompts at a time")
+BASELINE = Row("2 prompts at a time", planned=True)
+SAVING = {
+    "gradient_checkpointing": True,
+    "per_device_prompt_batch_size": 1,
+    "offload_components": True,
+    "offload_trajectories": True,
+}
 # The most telling rows come first, because a run that is out of time leaves out the last. Two options are missing: the
 # attention of SD 3.5 ignores `attention_backend`, and `vae_tiling` leaves 512 pixels whole.
 ROWS = [
+    # Replay and memory.
     BASELINE,
+    Row("torch_compile", {"torch_compile": True}),
+    Row("gradient checkpointing", {"gradient_checkpointing": True}, planned=True),
+    Row("8 prompts", {"per_device_prompt_batch_size": 8}, planned=True),
+    Row("all that saves memory", SAVING, text_encoders=True, planned=True),
+    Row("text encoders", text_encoders=True, planned=True),
+    Row("offload_trajectories", {"offload_trajectories": True}, planned=True),
+    Row("quantization int8", {"quantization": "int8"}, planned=True),
+    Row("quantization nf4", {"quantization": "nf4"}, planned=True),
+    # Speed.
     Row("1 prompt", {"per_device_prompt_batch_size": 1}),
     Row("4 prompts", {"per_device_prompt_batch_size": 4}),
-    Row("8 prompts", {"per_device_prompt_batch_size": 8}),
-    Row("gradient checkpointing", {"gradient_checkpointing": True}),
-    Row("gradient checkpointing, 8 prompts", {"gradient_checkpointing": True, "per_device_prompt_batch_size": 8}),
     Row("8 prompts sampled, 2 trained", {"per_device_sampling_batch_size": 8}),
-    Row("torch_compile", {"torch_compile": True}),
-    Row("torch_compile, gradient checkpointing", {"torch_compile": True, "gradient_checkpointing": True}),
-    Row("text encoders", text_encoders=True),
     Row("text encoders, offload_components", {"offload_components": True}, text_encoders=True),
     Row("text encoders, cache_prompt_embeds", {"cache_prompt_embeds": True}, text_encoders=True),
-    Row("offload_trajectories", {"offload_trajectories": True}),
-    Row("quantization nf4", {"quantization": "nf4"}),
-    Row("quantization int8", {"quantization": "int8"}),
-    Row("adamw_bnb_8bit", {"optim": "adamw_bnb_8bit"}),
-    Row("vae_slicing, 8 prompts", {"vae_slicing": True, "per_device_prompt_batch_size": 8}),
     Row("interval churn", {"churn_schedule": "interval", "churn": 1.0}),
     Row("interval churn, shared_prefix", {"churn_schedule": "interval", "churn": 1.0, "shared_prefix": True}),
-    Row(
-        "all that saves memory",
-        {
-            "gradient_checkpointing": True,
-            "per_device_prompt_batch_size": 1,
-            "offload_components": True,
-            "offload_trajectories": True,
-        },
-        text_encoders=True,
-    ),
+    Row("gradient checkpointing, 8 prompts", {"gradient_checkpointing": True, "per_device_prompt_batch_size": 8}),
+    Row("torch_compile, gradient checkpointing", {"torch_compile": True, "gradient_checkpointing": True}),
+    Row("adamw_bnb_8bit", {"optim": "adamw_bnb_8bit"}),
+    Row("vae_slicing, 8 prompts", {"vae_slicing": True, "per_device_prompt_batch_size": 8}),
     # The first row again shows how far the machine has drifted.
     Row("2 prompts at a time, again"),
 ]
@@ -330,6 +337,61 @@ def transformer_inputs(size: Size, images: int) -> dict[str, torch.Tensor]:
     }
 
 
+# Checking ----------------------------------------------------------------------------------------------------------
+
+# Largest difference of two images in [0, 1], and largest replay error, in float32.
+SAME_IMAGES, SAME_VELOCITY = 1e-3, 1e-4
+
+
+def check(size: Size, steps: int, device: torch.device) -> Iterator[dict[str, Any]]:
+    """The checks in float32: yields name, value, limit and verdict of each."""
+
+    def verdict_on(name: str, value: float, limit: float, above: bool = False) -> dict[str, Any]:
+        passed = value > limit if above else value <= limit
+        return {"name": name, "value": value, "limit": limit, "above": above, "passed": passed}
+
+    def build() -> StableDiffusion3Pipeline:
+        pipeline = build_pipeline(size, device).to(torch.float32)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def of_diffusers(pipeline: StableDiffusion3Pipeline) -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        call = config.call_kwargs() | {"generator": generators, "output_type": "pt"}
+        return pipeline(prompts, **call).images.cpu()
+
+    prompts, seeds = PROMPTS["prompt"][:2], [0, 1]
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"bf16": False, "prompts_per_rollout": 2, "per_device_eval_batch_size": 2, "learning_rate": 0.05}
+        config = make_config(size, steps, 0, folder, device, **options)
+        pipeline = build()
+        base = of_diffusers(pipeline)
+        trainer = timed_trainer(config, pipeline)
+        images = trainer.generate(prompts, seeds)
+        yield verdict_on("images before training, from diffusers'", difference(images, base), SAME_IMAGES)
+        with contextlib.redirect_stdout(io.StringIO()):
+            trainer.train()
+        yield verdict_on("replay error", replay_error(trainer), SAME_VELOCITY)
+        trained = trainer.generate(prompts, seeds)
+        # Otherwise the next check would pass with an adapter that did not load.
+        yield verdict_on("images after training, from those before", difference(trained, base), 10 * SAME_IMAGES, True)
+        trainer.save_model()
+        del trainer, pipeline
+        loaded = build()
+        loaded.load_lora_weights(folder)
+        apart = difference(of_diffusers(loaded), trained)
+        yield verdict_on("images after training, from diffusers' with the adapter", apart, SAME_IMAGES)
+
+
+def difference(images: torch.Tensor, others: torch.Tensor) -> float:
+    """The largest difference; of images that are not finite, infinite."""
+    return (images - others).abs().max().nan_to_num(float("inf")).item()
+
+
+def replay_error(trainer: TimedTrainer) -> float:
+    return max(log["replay_error"] for log in trainer.state.log_history if "replay_error" in log)
+
+
 # Measuring ---------------------------------------------------------------------------------------------------------
 
 
@@ -369,7 +431,7 @@ def make_trainer(row: Row, size: Size, config: FDFOConfig, device: torch.device)
         # A pipeline is quantised while it is loaded.
         pipeline.save_pretrained(config.output_dir)
         pipeline = config.output_dir
-    return timed_trainer(config, pipeline, device)
+    return timed_trainer(config, pipeline, PeakMemory(device), row.planned)
 
 
 def measure(
@@ -386,11 +448,15 @@ def measure(
     tuples = images * config.num_trained_levels
     images_per_second = images / statistics.median(phases.sampling[1:])
     tuples_per_second = tuples / statistics.median(phases.training[1:])
-    return {
+    result = {}
+    if row.planned:
+        result["plan_sampling_gib"], result["plan_training_gib"] = (n / 2**30 for n in trainer.run_plan().peaks())
+    return result | {
         "images_per_second": images_per_second,
         "tuples_per_second": tuples_per_second,
         "sampling_gib": phases.sampling_peak / 2**30,
         "training_gib": phases.training_peak / 2**30,
+        "replay_error": replay_error(trainer),
         "sampling_mfu": images_per_second * work.of_image(steps) / ceiling,
         "training_mfu": tuples_per_second * work.tuple / ceiling,
         "sampling_seconds": phases.sampling,
@@ -419,7 +485,7 @@ def clean_slate(device: torch.device, environment: dict[str, str]) -> int:
 
 def measure_or_fail(row: Row, device: torch.device, **settings: Any) -> dict[str, Any]:
     """The figures of `measure`, or its error: a row that fails ends no other."""
-    result = {"name": row.name, "options": row.options, "text_encoders": row.text_encoders}
+    result = dataclasses.asdict(row)
     known = {option.name for option in dataclasses.fields(FDFOConfig)}
     environment = dict(os.environ)
     try:
@@ -481,19 +547,26 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 HEADER = (
-    f"{'':36} {'images/s':>9} {'tuples/s':>9} {'GiB: sampling':>13} {'training':>9} {'MFU: sampling':>13} "
-    f"{'training':>9}"
+    f"{'':38}{'images/s':>9} {'tuples/s':>9}{'GiB: sampling':>14} {'(plan)':>7} {'training':>9} {'(plan)':>7}"
+    f"{'MFU: sampling':>14} {'training':>9} {'replay error':>13}"
 )
 
 
 def line(row: dict[str, Any]) -> str:
     if "error" in row:
-        return f"{row['name']:36} {row['error'].splitlines()[0][:100]}"
+        return f"{row['name']:38}{row['error'].splitlines()[0][:100]}"
+    plan = {part: f"({row[f'plan_{part}_gib']:.1f})" if row["planned"] else "" for part in ("sampling", "training")}
     text = (
-        f"{row['name']:36} {row['images_per_second']:9.2f} {row['tuples_per_second']:9.1f} {row['sampling_gib']:13.1f} "
-        f"{row['training_gib']:9.1f} {100 * row['sampling_mfu']:12.1f}% {100 * row['training_mfu']:8.1f}%"
+        f"{row['name']:38}{row['images_per_second']:9.2f} {row['tuples_per_second']:9.1f}{row['sampling_gib']:14.1f} "
+        f"{plan['sampling']:>7} {row['training_gib']:9.1f} {plan['training']:>7}{100 * row['sampling_mfu']:13.1f}% "
+        f"{100 * row['training_mfu']:8.1f}% {row['replay_error']:13.2g}"
     )
     return text + (f"  ({row['left_gib']:.1f} GiB were not freed)" if row["left_gib"] > 0.1 else "")
+
+
+def verdict(check: dict[str, Any]) -> str:
+    relation = "above" if check["above"] else "at most"
+    return f"{'passed' if check['passed'] else 'FAILED'}: {check['name']}: {check['value']:.2g}, {relation} {check['limit']:g}"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -537,15 +610,25 @@ def main(arguments: list[str] | None = None) -> None:
         "pixels": size.pixels,
         "work": dataclasses.asdict(work),
         "ceiling_flops_per_second": ceiling,
-        "bare": measure_bare(size, work, ceiling, device),
+        "checks": [],
         "rows": [],
+        "bare": [],
     }
-    for bare in results["bare"]:
-        print(
-            f"{bare['images']:3d} images, models alone: forward {1e3 * bare['forward_seconds']:.1f} ms (MFU "
-            f"{100 * bare['forward_mfu']:.1f}%), decoding {1e3 * bare['decode_seconds']:.1f} ms "
-            f"({100 * bare['decode_mfu']:.1f}%)"
-        )
+
+    def write() -> None:  # after each part: an interrupted run keeps the others
+        output.write_text(json.dumps(results, indent=1) + "\n")
+
+    environment = dict(os.environ)
+    try:
+        for checked in check(size, args.steps, device) if not args.rows else ():
+            results["checks"].append(checked)
+            print(verdict(checked), flush=True)
+            write()
+    except Exception as error:  # no row depends on the checks
+        results["checks"].append({"name": "checks", "error": f"{type(error).__name__}: {error}", "passed": False})
+        print(f"FAILED: {results['checks'][-1]['error']}", flush=True)
+        write()
+    clean_slate(device, environment)
     print(HEADER)
     for row in ROWS:
         if args.rows and row.name not in args.rows:
@@ -558,10 +641,21 @@ def main(arguments: list[str] | None = None) -> None:
             )
         results["rows"].append(result)
         print(line(result), flush=True)
-        output.write_text(json.dumps(results, indent=1) + "\n")  # after each row: an interrupted run keeps the others
+        write()
+    if time.perf_counter() - begin <= 60 * args.minutes:
+        results["bare"] = measure_bare(size, work, ceiling, device)
+        write()
+    for bare in results["bare"]:
+        print(
+            f"{bare['images']:3d} images, models alone: forward {1e3 * bare['forward_seconds']:.1f} ms (MFU "
+            f"{100 * bare['forward_mfu']:.1f}%), decoding {1e3 * bare['decode_seconds']:.1f} ms "
+            f"({100 * bare['decode_mfu']:.1f}%)"
+        )
     print(f"{time.perf_counter() - begin:.0f} s; written to {output}")
     if args.profile:
         print(profile(size, args.steps, device))
+    if not all(checked["passed"] for checked in results["checks"]):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

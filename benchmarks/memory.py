@@ -13,20 +13,16 @@ there. Each run is a process of its own with one rollout and its updates.
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
-from pathlib import Path
 from typing import Any
 
-import psutil
 import tiny_pipelines
 import torch
 import torch.distributed as dist
 from accelerate.utils import recursively_apply
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PrinterCallback
 
-from benchmarks.common import PROMPTS, QUIET, brightness, sd3_transformer, sd3_vae
+from benchmarks.common import PROMPTS, QUIET, PeakMemory, brightness, run_python, sd3_transformer, sd3_vae
 from trl_fdfo import FDFOConfig, FDFOTrainer
 from trl_fdfo.training.buffer import RolloutBuffer
 
@@ -84,38 +80,17 @@ def save_pipeline(folder: str) -> None:
     pipeline.save_pretrained(folder)
 
 
-class PeakMemory:
-    """Peak memory since `reset` in GiB: of the GPU, or of the process on a CPU."""
-
-    def __init__(self):
-        self.cuda = torch.cuda.is_available()
-        self.start = 0 if self.cuda else psutil.Process().memory_info().rss
-
-    def reset(self) -> None:
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            Path("/proc/self/clear_refs").write_text("5")
-
-    def read(self) -> float:
-        if self.cuda:
-            return torch.cuda.max_memory_allocated() / 2**30
-        status = Path("/proc/self/status").read_text()
-        peak = next(line for line in status.splitlines() if line.startswith("VmHWM"))
-        return (int(peak.split()[1]) * 1024 - self.start) / 2**30
-
-
 def measure(folder: str, options: dict[str, Any]) -> dict[str, float]:
     """Peaks of each phase of a run in this process, in GiB."""
-    memory = PeakMemory()
+    memory = PeakMemory(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     peaks = {}
 
     class Measured(FDFOTrainer):
         def _roll_out(self, rollout: int) -> RolloutBuffer:
-            peaks["loaded"] = memory.read()
+            peaks["loaded"] = memory.read() / 2**30
             memory.reset()
             buffer = super()._roll_out(rollout)
-            peaks["sampling"] = memory.read()
+            peaks["sampling"] = memory.read() / 2**30
             memory.reset()
             return buffer
 
@@ -124,13 +99,13 @@ def measure(folder: str, options: dict[str, Any]) -> dict[str, float]:
         **{**BASELINE, **options},
         num_rollouts=1,
         bf16=False,
-        use_cpu=not memory.cuda,
+        use_cpu=not torch.cuda.is_available(),
     )
     trainer = Measured(config, folder, brightness, PROMPTS)
     trainer.pop_callback(PrinterCallback)
     memory.reset()  # the rehearsal is over
     trainer.train()
-    return peaks | {"training": memory.read()}
+    return peaks | {"training": memory.read() / 2**30}
 
 
 def recorded_bytes(buffer: RolloutBuffer) -> int:
@@ -175,16 +150,6 @@ def measure_trajectories() -> None:
     dist.destroy_process_group()
 
 
-def run(command: list[str]) -> Any:
-    """The JSON in the last line of a command's output; the last line of its errors if it fails."""
-    # The allocator returns freed memory to the system at once.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
-    if done.returncode:
-        return done.stderr.strip().splitlines()[-1][:100]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--row", help=argparse.SUPPRESS)  # the name of the one run
@@ -207,13 +172,13 @@ def compare() -> None:
     with tempfile.TemporaryDirectory() as folder:
         save_pipeline(folder)
         for name in rows:
-            peaks = run([__file__, "--row", name, "--folder", folder])
+            peaks = run_python([__file__, "--row", name, "--folder", folder])
             shown = peaks if isinstance(peaks, str) else "".join(f"{peaks[phase]:10.2f}" for phase in PHASES)
             print(f"{name:36}{shown}", flush=True)
     print("\nwhat a rollout of 8 prompts per process leaves behind, bytes per process")
     for processes in range(1, 5):
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        print(f"{processes:3} processes {run([*launch, __file__, '--trajectories']):>12,}", flush=True)
+        print(f"{processes:3} processes {run_python([*launch, __file__, '--trajectories']):>12,}", flush=True)
 
 
 if __name__ == "__main__":

@@ -367,7 +367,7 @@ def work_in_turns(group: str, port: int, rollouts: int, tiny: bool) -> None:
         )
         assert config.world_size == processes
         pipeline = tiny_pipelines.sd3() if tiny else overhead.build_pipeline()
-        trainer = timed_trainer(config, pipeline, torch.device("cpu"))
+        trainer = timed_trainer(config, pipeline)
         trainer.add_callback(TakeTurns(store, group, rank, trainer.phases))
         gradients = CountGradients(trainer)
         if processes > 1:

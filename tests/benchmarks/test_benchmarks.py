@@ -67,7 +67,7 @@ def rows_fail_by_themselves_and_leave_nothing_behind():
     settings = {"device": CPU, "size": TINY, "work": work, "ceiling": 1e9, "steps": 2, "rounds": 1}
     compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
     rows = [
-        Row("plain"),
+        Row("plain", planned=True),
         Row("impossible", {"per_device_prompt_batch_size": 3}),
         Row("unknown", {"no_such_option": 1}),
         Row("compiled", compiled),
@@ -84,6 +84,8 @@ def rows_fail_by_themselves_and_leave_nothing_behind():
         assert row["tuples_per_second"] == pytest.approx(32 / row["training_seconds"][1])
         assert row["sampling_mfu"] == pytest.approx(row["images_per_second"] * work.of_image(2) / 1e9)
         assert row["training_mfu"] == pytest.approx(row["tuples_per_second"] * work.tuple / 1e9)
+    assert plain["plan_training_gib"] > plain["plan_sampling_gib"] > 0 and plain["replay_error"] == 0.0
+    assert "plan_training_gib" not in again
     assert plain["compiled_frames"] == again["compiled_frames"] == 0 < compiled["compiled_frames"]
     assert gpu_sd35.os.environ == environment
     # On a GPU the memory of a trainer that is left would count in the next row.
@@ -113,11 +115,29 @@ def test_rehearsal_writes_a_file_that_the_model_on_paper_reads(tmp_path, capsys)
     assert longer.sample(4) / parts.sample(4) == pytest.approx(work.of_image(4) / work.of_image(2))
 
 
-def test_no_row_is_begun_when_the_time_is_over(tmp_path):
-    gpu_sd35.main(["--tiny", "--minutes", "0", "--output", str(tmp_path / "tiny.json")])
-    rows = json.loads((tmp_path / "tiny.json").read_text())["rows"]
-    assert len(rows) == len(gpu_sd35.ROWS) > 10
-    assert all(row["error"] == "not begun: 0 minutes were over" for row in rows)
+def test_checks_come_first_and_no_row_is_begun_when_the_time_is_over(tmp_path, capsys):
+    gpu_sd35.main(["--tiny", "--minutes", "0", "--steps", "2", "--output", str(tmp_path / "tiny.json")])
+    results = json.loads((tmp_path / "tiny.json").read_text())
+    assert len(results["rows"]) == len(gpu_sd35.ROWS) > 10
+    assert all(row["error"] == "not begun: 0 minutes were over" for row in results["rows"])
+    before, replayed, trained, loaded = results["checks"]
+    assert before["value"] < 1e-5 and replayed["value"] == 0.0 and loaded["value"] < 1e-5 < 0.01 < trained["value"]
+    printed = capsys.readouterr().out
+    assert printed.count("passed: ") == 4 and printed.index("passed: ") < printed.index("not begun")
+
+
+def test_a_check_that_fails_ends_the_program_with_an_error_after_the_rows(tmp_path, capsys, monkeypatch):
+    # In real runs nothing fails.
+    monkeypatch.setattr(gpu_sd35, "SAME_VELOCITY", -1.0)
+    monkeypatch.setattr(gpu_sd35.StableDiffusion3Pipeline, "load_lora_weights", lambda *arguments: None)
+    output = tmp_path / "tiny.json"
+    with pytest.raises(SystemExit) as end:
+        gpu_sd35.main(["--tiny", "--minutes", "0", "--steps", "2", "--output", str(output)])
+    assert end.value.code == 1
+    results = json.loads(output.read_text())
+    assert [check["passed"] for check in results["checks"]] == [True, False, True, False]
+    assert len(results["rows"]) == len(gpu_sd35.ROWS)
+    assert "FAILED: replay error: 0, at most -1" in capsys.readouterr().out
 
 
 def test_without_a_gpu_it_says_so(capsys, monkeypatch):
