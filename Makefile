@@ -20,7 +20,9 @@ benchmark: $(VENV)/installed  ## the figures of README and docs
 	$(VENV)/bin/python benchmarks/memory.py
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/scale.py
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/precision.py
+	$(VENV)/bin/python benchmarks/full_size.py
 	$(VENV)/bin/python benchmarks/gpu_sd35.py
+	$(VENV)/bin/python benchmarks/gpu_shapes.py
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/convergence.py
 
 drift: $(VENV)/installed  ## whether small runs end in the bits that revision REV ends in

@@ -156,6 +156,7 @@ def train_flow(
     steps: int,
     wrong_colors: float,
     batch_size: int = 64,
+    learning_rate: float = 1.5e-3,
 ) -> None:
     """
     Flow matching: x_t = (1 - sigma) x_0 + sigma eps, and the transformer predicts v = eps - x_0. Leaves the moving
@@ -163,8 +164,8 @@ def train_flow(
     """
     models = torch.nn.ModuleList([pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2])
     average = AveragedModel(models, multi_avg_fn=get_ema_multi_avg_fn(0.998))
-    optimizer = torch.optim.AdamW(models.parameters(), lr=1.5e-3, weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, total_steps=steps, pct_start=0.05)
+    optimizer = torch.optim.AdamW(models.parameters(), lr=learning_rate, weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
     vocabulary = [*shapes.captions(), ""]  # the empty prompt serves guidance
     start, running = time.time(), 0.0
     for step in range(1, steps + 1):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks import gpu_sd35, replay, scale
+from benchmarks import full_size, gpu_sd35, gpu_shapes, replay, scale
 from benchmarks.common import TimedTrainer
 from benchmarks.gpu_sd35 import TINY, Row
 
@@ -158,6 +158,54 @@ def test_the_real_size_is_the_published_one():
     sizes = [round(millions(encoders[name])) for name in ("text_encoder", "text_encoder_2", "text_encoder_3")]
     assert sizes[2] == 4762
     assert gpu_sd35.MEDIUM.latent_shape == (16, 64, 64) and gpu_sd35.MEDIUM.embedding_shape == (205, 4096)
+
+
+# gpu_shapes.py -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_shapes_are_trained_in_each_precision_and_size(tmp_path, capsys):
+    output = tmp_path / "shapes.json"
+    short = ["--num_rollouts", "1", "--prompts_per_rollout", "4", "--per_device_prompt_batch_size", "2"]
+    short += ["--optimizer_steps_per_rollout", "1", "--num_report_prompts", "2", "--images_per_report_prompt", "1"]
+    with pytest.raises(SystemExit):
+        gpu_shapes.main(["--cpu", "--flow-steps", "2", "--dataset-size", "500", "--output", str(output), *short])
+    runs = json.loads(output.read_text())["runs"]
+    assert [run["name"] for run in runs] == ["packaged, float32", "packaged, bfloat16", "mid-size, bfloat16"]
+    for run in runs:
+        assert run["before"]["reward"] != run["after"]["reward"]
+        assert run["before"].keys() == run["after"].keys() and "strict_accuracy" in run["after"]
+    assert capsys.readouterr().out.count("FAILED") == 3  # one rollout is not enough
+
+
+def test_a_run_passes_if_it_ends_as_high_as_the_readme_and_gained_as_much():
+    assert gpu_shapes.judge(0.27, 0.82) and gpu_shapes.judge(0.3, 0.78)
+    assert not gpu_shapes.judge(0.27, 0.76) and not gpu_shapes.judge(0.5, 0.82)
+
+
+# full_size.py --------------------------------------------------------------------------------------------------------
+
+
+def test_full_size_families_have_the_published_sizes():
+    with torch.device("meta"):
+        transformer = full_size.Lumina2Transformer2DModel(**full_size.LUMINA)
+    assert sum(p.numel() for p in transformer.parameters()) / 1e9 == pytest.approx(2.61, abs=0.02)
+
+
+@pytest.mark.slow
+def test_a_tiny_model_goes_through_all_parts(tmp_path):
+    family, pixels = full_size.FAMILIES["tiny"], gpu_sd35.TINY.pixels
+    first, loaded, resumed = (part(family, pixels, tmp_path) for part in full_size.PARTS.values())
+    assert (first["rollouts"], resumed["rollouts"]) == (1, 2)
+    assert first["replay_error"] == resumed["replay_error"] == 0.0
+    # LoRA weights in float32, and the names of the tensors.
+    assert 0 < first["files"]["adapter_model.safetensors"] - 4 * first["trained"] < 8192
+    assert loaded["adapter"] < loaded["base"]
+    # In a process with other tests the measured memory means nothing.
+    resumed["peaks"] = {"sampling": (100 * 2**20, 111 * 2**20), "training": (100 * 2**20, 109 * 2**20)}
+    printed = [line for result in (first, loaded, resumed) for line in full_size.report(result)]
+    assert printed[-5].endswith("11.0%   more than a tenth") and printed[-4].endswith("9.0%")
+    assert printed[-1] == "  largest replay error of 2 rollout(s): 0"
 
 
 # scale.py ----------------------------------------------------------------------------------------------------------
