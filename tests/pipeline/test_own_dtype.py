@@ -83,9 +83,8 @@ def test_autocast_stays_where_it_is_needed(make_trainer):
         before = {name: weight.clone() for name, weight in trained_weights(trainer).items()}
         trainer.train()
         assert seen == {enabled}
-        assert all(
-            (weight != before[name]).any() for name, weight in trained_weights(trainer).items() if "lora_B" in name
-        )
+        still = [name for name, weight in trained_weights(trainer).items() if torch.equal(weight, before[name])]
+        assert all("transformer_blocks.1.attn.add_q_proj" in name for name in still), still  # which has no say
         assert [log["replay_error"] for log in trainer.state.log_history if "replay_error" in log] == [0.0, 0.0]
 
 
