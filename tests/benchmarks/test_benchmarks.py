@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks import full_size, gpu_sd35, gpu_shapes, replay, scale
+from benchmarks import full_size, gpu_sd35, gpu_shapes, published_configs, recipe_plans, replay, scale
 from benchmarks.common import TimedTrainer
 from benchmarks.gpu_sd35 import TINY, Row
+from trl_fdfo.planning.time import CARDS
+from trl_fdfo.planning.without_weights import load_without_weights
 
 
 CPU = torch.device("cpu")
@@ -303,6 +305,36 @@ def test_one_process_and_two_take_turns(capsys):
     scale.report(measured)
     printed = capsys.readouterr().out
     assert "strong scaling" in printed and "weak scaling" in printed and "predicted" in printed
+
+
+# recipe_plans.py ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "millions"),
+    [
+        ("stabilityai/stable-diffusion-3.5-medium", (2243, 84, 124, 695, 4762)),
+        ("black-forest-labs/FLUX.1-dev", (11901, 84, 123, 4762)),
+        ("Qwen/Qwen-Image", (20430, 127, 8292)),
+    ],
+)
+def test_configs_have_the_published_sizes(model, millions, tmp_path):
+    pipeline = load_without_weights(published_configs.write_configs(model, tmp_path), torch.bfloat16)
+    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    names = ["transformer", "vae", *sorted(name for name in parts if name.startswith("text_encoder"))]
+    size = lambda part: round(sum(parameter.numel() for parameter in part.parameters()) / 1e6)
+    assert tuple(size(parts[name]) for name in names) == millions and len(parts) == len(millions)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", recipe_plans.CARDS_OF)
+def test_recipe_and_page_have_the_figures_of_the_plan(name):
+    plan = recipe_plans.plan_of(name)
+    assert plan.needed_memory() <= CARDS[plan.gpu].memory
+    page, recipe = recipe_plans.PAGE.read_text(), (recipe_plans.RECIPES / f"{name}.yaml").read_text()
+    hint = "run `python benchmarks/recipe_plans.py --write`"
+    assert recipe_plans.plan_line(plan) in recipe.splitlines(), hint
+    assert recipe_plans.table_row(name, plan) in page.splitlines(), hint
 
 
 # replay.py ---------------------------------------------------------------------------------------------------------

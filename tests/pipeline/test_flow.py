@@ -26,7 +26,7 @@ from tiny_pipelines import conditioned
 from trl_fdfo import FDFOTrainer
 from trl_fdfo.fdfo.churn import constant_churn
 from trl_fdfo.flow_grpo.scheduler import SDEScheduler
-from trl_fdfo.pipeline import schedulers
+from trl_fdfo.pipeline import checks, schedulers
 from trl_fdfo.pipeline.checks import check_pipeline
 from trl_fdfo.pipeline_flow import PipelineFlow, ReplayError, check_replay
 
@@ -302,6 +302,16 @@ def test_a_step_that_is_replaced_is_named(make, caplog):
     make_flow(pipeline=pipeline)
     name = type(pipeline.scheduler).__name__
     assert f"Euler's steps replace those of {name}, between the noise levels of {name}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("guidance_embeds", "guidance_scale", "warned"), [(True, 1.0, True), (True, 3.5, False), (False, 1.0, False)]
+)
+def test_no_guidance_for_a_guidance_distilled_model_is_warned_of(guidance_embeds, guidance_scale, warned, caplog):
+    checks.logger.warning_once.cache_clear()  # another test in this process may have been warned
+    make_flow(pipeline=tiny_pipelines.flux(guidance_embeds), guidance_scale=guidance_scale)
+    message = "guidance_scale=1.0 does not turn guidance off in this FluxPipeline"
+    assert (message in caplog.text and "Set guidance_scale=3.5" in caplog.text) is warned
 
 
 def test_noise_levels_that_do_not_fall_are_refused():

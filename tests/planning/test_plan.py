@@ -20,9 +20,10 @@ from trl import TrlParser
 
 from trl_fdfo import FDFOConfig, FDFOTrainer, FlowGRPOConfig, FlowGRPOTrainer, shapes
 from trl_fdfo.fdfo.scheduler import ChurnScheduler
-from trl_fdfo.planning.cost import Precision, sampling_cost, training_cost
+from trl_fdfo.planning.cost import Cost, Precision, sampling_cost, training_cost
 from trl_fdfo.planning.memory import Engine
 from trl_fdfo.planning.plan import RunPlan
+from trl_fdfo.planning.time import CARDS, LAUNCH, UTILISATION, Card
 from trl_fdfo.planning.without_weights import load_without_weights, plan_without_weights, planned
 from trl_fdfo.rewards.learned_reward import LearnedReward
 
@@ -398,6 +399,10 @@ def test_planned_config():
     assert not PlannedConfig(output_dir="out", use_cpu=True).bf16
     with pytest.raises(ValueError, match="cannot be split evenly over 5 process"):
         PlannedConfig(output_dir="out", plan_processes=5)
+    with pytest.raises(ValueError, match="gpu='t4' is not one of rtx4090, "):
+        PlannedConfig(output_dir="out", gpu="t4")
+    with pytest.raises(ValueError, match="gpu='h100' is for a run on GPUs, and use_cpu=True has none"):
+        PlannedConfig(output_dir="out", gpu="h100", use_cpu=True)
     with pytest.raises(ValueError, match="plan_processes=0 must be at least 1"):
         PlannedConfig(output_dir="out", plan_processes=0)
 
@@ -437,6 +442,76 @@ def test_script_plans_without_weights_and_stops(folder, tmp_path, capsys):
     assert "reward pickscore" in printed and "reward no_such:thing" in printed and "not loaded" in printed
     assert "a GPU of 16 GB" in printed
     assert not (tmp_path / "out").exists()
+
+
+def test_seconds_of_a_card():
+    card = Card(memory=24, peak=1000.0, float32=100.0, bandwidth=50.0)
+    cost = Cost(peak=0, flops=1200, traffic=100, operations=2)
+    assert card.seconds(cost, torch.bfloat16) == pytest.approx(1200 / (UTILISATION * 1000) + 100 / 50)
+    assert card.seconds(cost, torch.float16) == card.seconds(cost, torch.bfloat16)
+    assert card.seconds(cost, torch.float32) == pytest.approx(1200 / (UTILISATION * 100) + 2)
+    assert card.seconds(cost, torch.float32, tf32=True) == pytest.approx(1200 / (UTILISATION * 500) + 2)
+    # A host that cannot keep up.
+    assert card.seconds(replace(cost, operations=10**9), torch.bfloat16) == pytest.approx(10**9 * LAUNCH)
+
+
+def test_plan_says_seconds_and_hours(make_config, folder):
+    config = planned_config(
+        make_config(), gpu="h100", num_inference_steps=20, timestep_fraction=0.5, beta=0.1, prompts_per_rollout=8
+    )
+    plan = planned_run(config, folder, ["clip(dtype='bfloat16')", "my_module:reward"])
+    card = CARDS["h100"]
+    call, update = (card.seconds(cost, torch.bfloat16) for cost in (plan.sampling, plan.training))
+    expected = {
+        "sampling": 4 * 20 * call,
+        "decoding": 4 * card.seconds(plan.decoding, torch.float32, tf32=True),
+        "reward clip": pytest.approx(16 * card.seconds(*plan.reward_costs["clip"])),
+        "reward my_module:reward": None,
+        "training": 4 * 10 * (update + call),
+    }
+    assert plan.seconds() == expected
+    assert plan.reward_costs["clip"][1] == torch.bfloat16
+    cheaper = plan.seconds(num_inference_steps=10, timestep_fraction=0.25)
+    assert cheaper["sampling"] == pytest.approx(expected["sampling"] / 2)
+    assert cheaper["training"] == pytest.approx(expected["training"] * 2 / 10)
+    rows = {line[:34].strip(): line[34:].split() for line in str(plan).splitlines()}
+    assert rows["seconds per rollout"] == "as given 1/4 levels 10 steps both".split()
+    assert rows["reward my_module:reward"] == 4 * ["not", "counted"]
+    total = sum(seconds for seconds in plan.seconds().values() if seconds is not None)
+    assert rows["hours of 2 rollouts"][0] == f"{2 * total / 3600:,.1f}"
+    assert f"in short: h100: {plan.needed_memory():.1f} of 80 GB; an estimated " in str(plan)
+    # Nothing to choose from is not shown.
+    short = planned_run(planned_config(make_config(), gpu="h100", timestep_fraction=0.25), folder)
+    assert "1/4 levels" not in str(short) and "10 steps" not in str(short)
+    assert "per rollout   " in str(short) and "seconds" not in str(planned_run(planned_config(make_config()), folder))
+
+
+def test_a_larger_sampling_batch_launches_less(make_config, folder):
+    plain = planned_run(planned_config(make_config()), folder)
+    larger = planned_run(planned_config(make_config(), per_device_sampling_batch_size=4), folder)
+    assert larger.sampling.operations == plain.sampling.operations // 2
+    assert larger.sampling.flops == plain.sampling.flops and larger.sampling.traffic == plain.sampling.traffic > 0
+
+
+def test_plan_without_weights_slices_the_vae(make_config, folder):
+    decoding = [
+        planned_run(planned_config(make_config(), vae_slicing=sliced), folder).decoding for sliced in (False, True)
+    ]
+    assert decoding[1].flops == decoding[0].flops and decoding[1].peak < 0.5 * decoding[0].peak
+
+
+@pytest.mark.parametrize(("quantization", "bits"), [("nf4", 4.5), ("int8", 8)])
+def test_plan_without_weights_quantises_linear_layers(make_config, folder, quantization, bits):
+    plain = planned_run(planned_config(make_config()), folder)
+    numbers = sum(
+        part.weight.numel()
+        for part in plain.model.modules()
+        if isinstance(part, nn.Linear) and not part.weight.requires_grad
+    )
+    plan = planned_run(planned_config(make_config(), quantization=quantization, gradient_checkpointing=True), folder)
+    saved = sizes(plain)["transformer, frozen"][0] - sizes(plan)["transformer, frozen"][0]
+    assert saved == pytest.approx((16 - bits) / 8 * numbers, abs=1)
+    assert f"   {quantization}, bfloat16\n" in str(plan)
 
 
 def test_script_plans_the_packaged_pipeline(tmp_path, capsys):

@@ -3,12 +3,13 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
 from trl import TrlParser
 
 from trl_fdfo import FDFOConfig
 from trl_fdfo.cli.arguments import RepeatableFlag
 from trl_fdfo.rewards import VLMServer
-from trl_fdfo.rewards.by_name import REWARDS, load_reward, reward_table
+from trl_fdfo.rewards.by_name import REWARDS, load_reward, reward_table, reward_without_weights
 
 
 RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
@@ -89,6 +90,30 @@ def test_script_prints_the_table_and_takes_the_flags(tmp_path, capsys):
         ]
     )
     assert arguments.reward == ["pickscore", "my_module:my_reward"] and config.reward_weights == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("spec", "parameters"),
+    [("pickscore(dtype='bfloat16', offload=True)", 986_109_441), ("hpsv2", 986_109_441), ("clip", 427_616_513)],
+)
+def test_rewards_of_a_plan_have_the_published_size(spec, parameters):
+    reward = reward_without_weights(spec)
+    weights = list(reward.model.parameters())
+    assert all(weight.is_meta for weight in weights) and sum(weight.numel() for weight in weights) == parameters
+    assert reward.offload is ("offload" in spec)
+    assert reward.model.dtype == (torch.bfloat16 if "bfloat16" in spec else torch.float32)
+    assert {name: tuple(tensor.shape) for name, tensor in reward.planned_call().items()} == {
+        "pixel_values": (16, 3, 224, 224),
+        "input_ids": (16, 77),
+    }
+
+
+def test_rewards_of_a_plan_that_are_not_known_or_have_no_model():
+    for spec in ("pickscore(model='folder')", "my_module:reward", "vlm"):
+        assert reward_without_weights(spec) is None
+    assert reward_without_weights("vlm_server(url='http://localhost:8000/v1')").urls == ["http://localhost:8000/v1"]
+    with pytest.raises(ValueError, match="unexpected keyword argument 'no_such'. It takes"):
+        reward_without_weights("pickscore(no_such=1)")
 
 
 @pytest.mark.parametrize(

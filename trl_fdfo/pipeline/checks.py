@@ -9,10 +9,13 @@ from diffusers import DiffusionPipeline
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers.utils import logging
 
 from .schedulers import check_scheduler
 from .trained import TRAINED, frozen_modules, trained_module
 
+
+logger = logging.get_logger(__name__)
 
 # Names that wrappers give to the module that they wrap: `torch.compile`, DDP, FSDP, activation checkpointing.
 _WRAPPED = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -84,6 +87,18 @@ def check_call_kwargs(pipeline: DiffusionPipeline, call_kwargs: Iterable[str]) -
     if refused:
         raise ValueError(
             f"{type(pipeline).__name__} does not take {', '.join(refused)} in its call. It takes: {', '.join(accepted)}."
+        )
+
+
+def warn_of_embedded_guidance(pipeline: DiffusionPipeline, guidance_scale: float | None) -> None:
+    """Warn of a guidance of 1 for a guidance-distilled model, which gets it as an embedding: 1 is not the plain model."""
+    usual = inspect.signature(type(pipeline).__call__).parameters.get("guidance_scale")
+    embedded = trained_module(pipeline).config.get("guidance_embeds", False)
+    if embedded and guidance_scale == 1 and usual is not None and usual.default not in (None, 1):
+        logger.warning_once(
+            f"guidance_scale={guidance_scale} does not turn guidance off in this {type(pipeline).__name__}: its transformer is "
+            "guidance-distilled, which means that it gets the number as an embedding (`guidance_embeds` of its config), and 1 "
+            f"is no normal value of it. Set guidance_scale={usual.default}, the pipeline's default."
         )
 
 

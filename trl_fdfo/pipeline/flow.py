@@ -28,7 +28,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from .checks import check_call_kwargs, check_pipeline, check_resolution
+from .checks import check_call_kwargs, check_pipeline, check_resolution, warn_of_embedded_guidance
 from .patch import (
     REMEMBERED,
     Encoding,
@@ -91,6 +91,7 @@ class PipelineFlow:
         self.call_kwargs = call_kwargs
         check_pipeline(pipeline)
         check_call_kwargs(pipeline, self.call_kwargs)
+        warn_of_embedded_guidance(pipeline, call_kwargs.get("guidance_scale"))
         check_resolution(pipeline, call_kwargs.get("height"), call_kwargs.get("width"))
         self.model: Callable = trained_module(pipeline)
         self.prompt_embeddings: Mapping[str, list] = {}

@@ -78,7 +78,7 @@ class Precision:
 
 
 def _remembered(function: Callable[..., Cost]) -> Callable[..., Cost]:
-    """`function` with a cache: a count takes seconds, and its result depends on shapes alone."""
+    """`function` with a cache: a count takes seconds, and its result depends on shapes and switches alone."""
     known: dict[str, Cost] = {}
 
     @functools.wraps(function)
@@ -86,7 +86,14 @@ def _remembered(function: Callable[..., Cost]) -> Callable[..., Cost]:
         describe = lambda tensor: (tensor.shape, tensor.dtype, tensor.requires_grad)
         weights = [describe(tensor) for tensor in (*module.parameters(), *module.buffers())]
         shapes = tree_map_only(Tensor, describe, list(calls))
-        key = repr((module, getattr(module, "config", None), weights, shapes, args, kwargs))
+        # Switches such as `use_slicing` of a VAE, which no config shows.
+        switches = [
+            (path, name, value)
+            for path, part in module.named_modules()
+            for name, value in vars(part).items()
+            if isinstance(value, bool)
+        ]
+        key = repr((module, getattr(module, "config", None), switches, weights, shapes, args, kwargs))
         if key not in known:
             known[key] = function(module, calls, *args, **kwargs)
         return known[key]

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 from transformers import TrainingArguments
 
+from ..pipeline.options import is_quantized
 from ..pipeline.patch import in_float32
 from ..pipeline.prompt_embeddings import text_encoders
 from ..pipeline.records import Rehearsal
@@ -33,6 +34,9 @@ OPTIMIZER_BYTES = {
     **dict.fromkeys(["lion_32bit", "adagrad", "rmsprop"], 4),
     **{"adamw_torch_4bit": 1, "lion_8bit": 1, "sgd": 0},
 }
+# Bytes per number of a linear layer that a run will load quantised: nf4 has a float32 scale for each 64 numbers; the scales
+# of int8, one per row, are next to nothing.
+QUANTIZED_BYTES = {"nf4": 0.5 + 4 / 64, "int8": 1.0}
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,15 @@ def model_parts(model: nn.Module, args: TrainingArguments, engine: Engine) -> li
     trained = trained_parameters(model)
     trained_ids = {id(parameter) for parameter in trained}
     frozen = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in trained_ids]
+    frozen_bytes, note = nbytes(frozen), _dtypes(frozen)
+    if args.quantization and not is_quantized(model):  # a plan without weights
+        linear = {id(part.weight) for part in model.modules() if isinstance(part, nn.Linear)} - trained_ids
+        numbers = sum(tensor.numel() for tensor in frozen if id(tensor) in linear)
+        others = nbytes([tensor for tensor in frozen if id(tensor) not in linear])
+        frozen_bytes, note = (
+            others + round(QUANTIZED_BYTES[args.quantization] * numbers),
+            f"{args.quantization}, {note}",
+        )
     weights = gradients = nbytes(trained)
     numbers = sum(parameter.numel() for parameter in trained)
     optimizer = getattr(args.optim, "value", args.optim)  # an enum's member, or its name
@@ -112,7 +125,7 @@ def model_parts(model: nn.Module, args: TrainingArguments, engine: Engine) -> li
         state += 8 * numbers  # weights and gradients in float32
     remark = optimizer if per_number is not None else f"{optimizer}: not known"
     parts = [
-        Part.constant("transformer, frozen", nbytes(frozen) // processes("weights"), _dtypes(frozen)),
+        Part.constant("transformer, frozen", frozen_bytes // processes("weights"), note),
         Part.constant("trained weights", weights // processes("weights"), _dtypes(trained)),
         Part("gradients", 0, gradients // processes("gradients")),
         Part.constant("optimizer", state // processes("optimizer"), remark),

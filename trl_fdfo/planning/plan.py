@@ -6,11 +6,13 @@ pass take.
 """
 
 import copy
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import TrainingArguments
 
@@ -29,6 +31,7 @@ from .memory import (
     trained_parameters,
     trajectory_bytes,
 )
+from .time import CARDS, LAUNCH, UTILISATION
 
 
 # Memory of common GPUs in GiB; the bytes that a CUDA context takes, and the fraction that the allocator's gaps take.
@@ -38,6 +41,11 @@ CONTEXT, GAPS = 0.5 * GIB, 0.1
 NOT_COUNTED = (
     "text encoders and rewards at work, buffers of DDP, ZeRO and FSDP2, weights unpacked from a quantised form, the "
     "CUDA context (0.5 GiB), gaps of the allocator"
+)
+
+NOT_TIMED = (
+    "text encoders, the optimizer, evaluations, checkpoints, traffic between GPUs and to the host, unpacking of quantised "
+    "weights, a wait for rewards on a server"
 )
 
 
@@ -55,6 +63,7 @@ class RunPlan:
         eval_prompts (`int`): Prompts of an evaluation.
         algorithm (`str`): Name of the algorithm.
         latents_per_target (`int`): Float32 tensors of the latents' shape in the targets of a sample, beside one number.
+        gpu (`str`, *optional*): A card of [`CARDS`], whose seconds are estimated.
     """
 
     def __init__(
@@ -69,6 +78,7 @@ class RunPlan:
         *,
         algorithm: str,
         latents_per_target: int,
+        gpu: str | None = None,
     ):
         self.args = args
         self.algorithm = algorithm
@@ -77,6 +87,7 @@ class RunPlan:
         self.model = model
         self.rewards = rewards
         self.engine = engine
+        self.gpu = gpu
         self.shared_prefix = flow.shared_prefix
         self.trajectory_bytes = trajectory_bytes(rehearsal, args, flow.scheduler_class, latents_per_target)
         self.batch_bytes = self.trajectory_bytes // (args.num_rollout_batches * args.num_trained_levels)
@@ -87,7 +98,9 @@ class RunPlan:
         decoding = self._cost(sampling_cost, flow.pipeline.vae, rehearsal.decode_calls, precision, "decode")
         # The transformer samples and the VAE decodes batches of this many times the size of the rehearsed one.
         times = args.per_device_sampling_batch_size // args.per_device_prompt_batch_size
-        self.sampling, self.decoding = (replace(cost, peak=times * cost.peak) for cost in (sampling, decoding))
+        self.sampling, self.decoding = (
+            replace(cost, peak=times * cost.peak, operations=cost.operations // times) for cost in (sampling, decoding)
+        )
 
     def _cost(self, function: Callable[..., Cost], *args: Any) -> Cost:
         try:
@@ -119,7 +132,10 @@ class RunPlan:
             lines.append(self._evaluation_line())
         if self.failure is None:
             lines.append(self._compute_line())
-        return "\n".join([*lines, *self._memory_lines()])
+        lines += self._memory_lines()
+        if self.gpu is not None and self.failure is None:
+            lines += self._time_lines()
+        return "\n".join(lines)
 
     def _evaluation_line(self) -> str:
         args = self.args
@@ -184,6 +200,82 @@ class RunPlan:
                 lines.append(f"      and {name}: {_gpu(best)}")
         return lines
 
+    def _time_lines(self) -> list[str]:
+        args, card = self.args, CARDS[self.gpu]
+        columns: dict[str, dict[str, Any]] = {"as given": {}}
+        if args.timestep_fraction > 0.25:
+            columns["1/4 levels"] = {"timestep_fraction": 0.25}
+        if args.num_inference_steps > 10:
+            columns["10 steps"] = {"num_inference_steps": 10}
+        if len(columns) == 3:
+            columns["both"] = columns["1/4 levels"] | columns["10 steps"]
+        tables = [self.seconds(**options) for options in columns.values()]
+        rows = [("seconds per rollout", *columns)]
+        rows += [(f"  {name}", *(_seconds(table[name]) for table in tables)) for name in tables[0]]
+        sums = [sum(filter(None, table.values())) for table in tables]
+        rows.append(("  sum", *map(_seconds, sums)))
+        rows.append(
+            (f"hours of {args.num_rollouts:,} rollouts", *(f"{args.num_rollouts * one / 3600:,.1f}" for one in sums))
+        )
+        lines = [
+            f"  time, {self.gpu}: estimated, with {UTILISATION:g} of {card.peak / 1e12:,.0f} TFLOP/s, "
+            f"{card.bandwidth / 1e9:,.0f} GB/s, {1e6 * LAUNCH:g} us per operation (docs/memory_plan.md)"
+        ]
+        lines += [f"    {name:30}" + "".join(f"{value:>13}" for value in values) for name, *values in rows]
+        saved = ", what shared_prefix saves" if self.shared_prefix else ""
+        lines.append(f"    not counted: {NOT_TIMED}{saved}")
+        return [*lines, f"  in short: {self.in_short()}"]
+
+    def in_short(self) -> str:
+        """Memory and time on the card, in a line."""
+        args, card = self.args, CARDS[self.gpu]
+        needed, seconds = self.needed_memory(), sum(filter(None, self.seconds().values()))
+        fits = "" if needed <= card.memory else ", which is too much"
+        cards = f"{args.world_size} x {self.gpu}" if args.world_size > 1 else self.gpu
+        return (
+            f"{cards}: {needed:.1f} of {card.memory} GB{fits}; an estimated {_seconds(seconds)} s per rollout, "
+            f"{args.num_rollouts * seconds / 3600:,.1f} h for {args.num_rollouts:,} rollouts"
+        )
+
+    @functools.cached_property
+    def reward_costs(self) -> dict[str, tuple[Cost, torch.dtype] | None]:
+        """By reward, what an image costs and the dtype of the model; None if that is not known."""
+        costs: dict[str, tuple[Cost, torch.dtype] | None] = {}
+        for name, reward in self.rewards.items():
+            call = reward.planned_call() if hasattr(reward, "planned_call") else None
+            costs[name] = None
+            if call is not None:
+                batch = sampling_cost(reward.model, [((), call)], Precision(self.engine.device_type))
+                counts = (batch.flops, batch.traffic, batch.operations)
+                image = Cost(batch.peak, *(count // reward.batch_size for count in counts))
+                costs[name] = image, reward.model.dtype
+        return costs
+
+    def needed_memory(self) -> float:
+        """GiB that a device must have, with room for what is not counted."""
+        return _needed(self.peak()) / GIB
+
+    def seconds(self, **options: Any) -> dict[str, float | None]:
+        """
+        Estimated seconds of a rollout and its updates by part, on the card `gpu`; None for a reward that is not counted.
+        `options` replace `num_inference_steps` and `timestep_fraction` of the run.
+        """
+        args, card = copy.copy(self.args), CARDS[self.gpu]
+        vars(args).update(options)
+        levels = max(1, round(args.timestep_fraction * args._num_trainable_levels()))
+        dtype = self.engine.autocast or next(self.model.parameters()).dtype
+        call, update = (card.seconds(cost, dtype, bool(args.tf32)) for cost in (self.sampling, self.training))
+        update += call if args.beta else 0  # the model without its adapter
+        batches = args.num_rollout_batches
+        parts: dict[str, float | None] = {
+            "sampling": batches * args.num_inference_steps * call,
+            "decoding": batches * card.seconds(self.decoding, torch.float32, tf32=True),
+        }
+        images = batches * args.per_device_train_batch_size
+        for name, cost in self.reward_costs.items():
+            parts[f"reward {name}"] = images * card.seconds(*cost) if cost is not None else None
+        return parts | {"training": batches * levels * args.num_iterations * update}
+
     def parts(self, **options: bool) -> list[Part]:
         """The parts of the memory on one device; `options` replace options of the run."""
         args = copy.copy(self.args)
@@ -222,8 +314,16 @@ class RunPlan:
         return max(rehearsal, *self.peaks(**options))
 
 
+def _needed(peak: int) -> float:
+    return (1 + GAPS) * peak + CONTEXT
+
+
+def _seconds(seconds: float | None) -> str:
+    return "not counted" if seconds is None else f"{seconds:,.0f}" if seconds >= 10 else f"{seconds:.2g}"
+
+
 def _gpu(peak: int) -> str:
-    needed = (1 + GAPS) * peak + CONTEXT
+    needed = _needed(peak)
     large = [size for size in GPUS if size * GIB >= needed]
     return f"{needed / GIB:.1f} GiB, " + (f"a GPU of {large[0]} GB" if large else "more than a GPU has")
 

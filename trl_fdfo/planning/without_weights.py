@@ -23,12 +23,15 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from ..pipeline.flow import PipelineFlow
 from ..pipeline.lora import add_adapter, default_lora_config
+from ..pipeline.options import set_vae_options
 from ..pipeline.own_dtype import can_run_in_own_dtype, run_in_own_dtype
 from ..pipeline.patch import shadowed
 from ..pipeline.schedulers import RolloutScheduler
 from ..pipeline.trained import trained_module
+from ..rewards.by_name import reward_without_weights
 from .memory import Engine
 from .plan import RunPlan
+from .time import CARDS
 
 
 @dataclass
@@ -39,13 +42,28 @@ class Planned:
     Parameters:
         plan_processes (`int`, defaults to `1`):
             Processes of the run. The launcher sets their number when a run is started.
+        gpu (`str`, *optional*):
+            Card of each process, a name in `CARDS`, whose seconds are estimated.
     """
 
     plan_processes: int = field(default=1, metadata={"help": "With --plan: processes of the run, one for each GPU."})
+    gpu: str | None = field(
+        default=None,
+        metadata={
+            "help": "With --plan: the card of each process, for estimated seconds per rollout and hours of the run.",
+            "choices": list(CARDS),
+        },
+    )
 
     def __post_init__(self):
         if self.plan_processes < 1:
             raise ValueError(f"plan_processes={self.plan_processes} must be at least 1.")
+        if self.gpu is not None and self.gpu not in CARDS:
+            raise ValueError(f"gpu='{self.gpu}' is not one of {', '.join(CARDS)}.")
+        if self.gpu is not None and self.use_cpu:
+            raise ValueError(
+                f"gpu='{self.gpu}' is for a run on GPUs, and use_cpu=True has none: leave one of them out."
+            )
         self.device_type = "cpu" if self.use_cpu else "cuda"
         self.use_cpu = True  # planning needs no GPU
         super().__post_init__()
@@ -119,7 +137,7 @@ def plan_without_weights(
     Args:
         config ([`Planned`]): Options of the run, an instance of a class from [`planned`].
         name_or_path (`str` or `Path`): Hub id or folder of the pipeline, as for [`load_without_weights`].
-        rewards (`Sequence[str]`): Names of the rewards. Their weights are not counted.
+        rewards (`Sequence[str]`): Names of the rewards. Those are counted whose size is known without their files.
         prompts (`datasets.Dataset`): Prompts to train on.
         scheduler_class (`type`): The [`RolloutScheduler`] of the algorithm.
         algorithm (`str`): Name of the algorithm.
@@ -132,6 +150,7 @@ def plan_without_weights(
             their shapes.
     """
     pipeline = load_without_weights(name_or_path, config.load_dtype)
+    set_vae_options(pipeline, config.vae_slicing, config.vae_tiling)
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):
             component.requires_grad_(False)
@@ -157,16 +176,20 @@ def plan_without_weights(
     if can_run_in_own_dtype(model, autocast):
         run_in_own_dtype(model)
         autocast = None
+    names = [spec.partition("(")[0] for spec in rewards]
     return RunPlan(
         config,
         flow,
         model,
         rehearsal,
-        rewards=dict.fromkeys(rewards),
+        rewards={
+            name if names.count(name) == 1 else spec: reward_without_weights(spec) for name, spec in zip(names, rewards)
+        },
         engine=Engine(config.device_type, "DDP" if config.world_size > 1 else "", autocast),
         eval_prompts=config.num_eval_prompts or 0,
         algorithm=algorithm,
         latents_per_target=latents_per_target,
+        gpu=config.gpu,
     )
 
 

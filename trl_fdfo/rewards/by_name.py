@@ -35,6 +35,7 @@ REWARDS = {
     "jpeg_compressibility": JPEGCompressibility,
     "jpeg_incompressibility": JPEGIncompressibility,
 }
+_WITHOUT_A_MODEL = (VLMServer, JPEGCompressibility, JPEGIncompressibility)
 
 
 def load_reward(spec: str) -> RewardFunction:
@@ -50,6 +51,23 @@ def load_reward(spec: str) -> RewardFunction:
         ValueError: `spec` has another form, names nothing that exists, or has unknown options.
     """
     return load_by_name(spec, REWARDS, "reward")
+
+
+def reward_without_weights(spec: str) -> RewardFunction | None:
+    """
+    The packaged reward that a string names, for a plan: with a model that has shapes and no weights. None if that is not
+    known: a reward of one's own, or a model of another size.
+
+    Raises:
+        ValueError: As [`check_by_name`] raises it.
+    """
+    path, options = check_by_name(spec, REWARDS, "reward")
+    reward, options = REWARDS.get(path), options or {}
+    if reward is None:
+        return None
+    if reward in _WITHOUT_A_MODEL:
+        return reward(**options)
+    return reward.without_weights(**options) if hasattr(reward, "without_weights") else None
 
 
 def load_by_name(spec: str, names: dict[str, Callable[..., Any]], kind: str) -> Any:

@@ -6,10 +6,45 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
-from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from .learned_reward import LearnedReward, load_pretrained
 from .weights import torch_dtype
+
+
+# Numbers of the published models, for plans without weights.
+CLIP_L = {
+    "projection_dim": 768,
+    "vision_config": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+    },
+    "text_config": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+    },
+}
+CLIP_H = {
+    "projection_dim": 1024,
+    "vision_config": {
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+    },
+    "text_config": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+    },
+}
 
 
 class CLIPReward(LearnedReward):
@@ -34,6 +69,7 @@ class CLIPReward(LearnedReward):
 
     default_model = "openai/clip-vit-large-patch14"
     default_processor: str | None = None
+    architecture = CLIP_L  # of the default model
 
     def __init__(
         self,
@@ -60,6 +96,36 @@ class CLIPReward(LearnedReward):
         # Read the scale before the cast: bfloat16 would turn 100 into 98.9.
         self.logit_scale = clip.logit_scale.exp().item()
         super().__init__(clip.to(dtype), device=device, batch_size=batch_size, offload=offload)
+
+    @classmethod
+    def without_weights(
+        cls,
+        model: str | None = None,
+        processor: str | None = None,
+        *,
+        dtype: str | torch.dtype = "float32",
+        device: str | torch.device | None = None,
+        batch_size: int = 16,
+        offload: bool = False,
+    ) -> "CLIPReward | None":
+        """The reward with a model that has shapes and no weights, for a plan; None for another than the default model."""
+        if model not in (None, cls.default_model):
+            return None
+        with torch.device("meta"):
+            clip = CLIPModel(CLIPConfig(**cls.architecture))
+        reward = cls.__new__(cls)
+        LearnedReward.__init__(
+            reward, clip.to(torch_dtype(dtype)), device=device, batch_size=batch_size, offload=offload
+        )
+        return reward
+
+    def planned_call(self) -> dict[str, Tensor]:
+        vision, text = self.model.config.vision_config, self.model.config.text_config
+        size = (vision.num_channels, vision.image_size, vision.image_size)
+        return {
+            "pixel_values": torch.empty(self.batch_size, *size, dtype=self.model.dtype, device="meta"),
+            "input_ids": torch.empty(self.batch_size, text.max_position_embeddings, dtype=torch.long, device="meta"),
+        }
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         """Score a batch by 100 times the cosine of the angle between each image and its prompt, float32, [batch]."""

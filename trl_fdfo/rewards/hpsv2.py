@@ -1,6 +1,6 @@
 """HPSv2 (arXiv 2306.09341): human preference, by a CLIP-H that was trained on ranked images of one prompt."""
 
-from .clip import CLIPReward
+from .clip import CLIP_H, CLIPReward
 
 
 class HPSv2(CLIPReward):
@@ -14,3 +14,4 @@ class HPSv2(CLIPReward):
     """
 
     default_model = "adams-story/HPSv2-hf"
+    architecture = CLIP_H

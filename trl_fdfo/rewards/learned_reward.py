@@ -60,6 +60,10 @@ class LearnedReward:
         scores = [score(*(column[start : start + self.batch_size] for column in columns)) for start in starts]
         return torch.cat(scores).float().cpu()
 
+    def planned_call(self) -> dict[str, Tensor] | None:
+        """Arguments without data of the call of `model` that scores `batch_size` images; None if a plan does not count it."""
+        return None
+
     def on_rollout_end(self) -> None:
         if self.offload:
             self.model.to("cpu")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from PIL import Image
 from torch import Tensor
 
-from .clip import CLIPReward
+from .clip import CLIP_H, CLIPReward
 
 
 class PickScore(CLIPReward):
@@ -20,6 +20,7 @@ class PickScore(CLIPReward):
 
     default_model = "yuvalkirstain/PickScore_v1"
     default_processor = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    architecture = CLIP_H
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         return self.logit_scale * self.cosine(images, prompts)

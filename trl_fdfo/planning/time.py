@@ -1,0 +1,66 @@
+"""
+Seconds of counted operations on a card. An estimate, by one formula: a call takes
+
+    max(FLOPs / (UTILISATION x peak) + traffic / bandwidth, operations x LAUNCH)
+
+seconds. Matrix products, convolutions and attention (FLOPs) run at a fraction of the card's peak; all other operations
+move bytes (traffic) at its full bandwidth; and the host, which launches operations ahead of the card, may be the slower
+one. [`Cost`] has the three counts.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from .cost import Cost
+
+
+# An assumption. The largest products that https://github.com/stas00/ml-engineering finds reach 0.80 of the peak on an
+# H100 SXM and 0.86 on an A100 SXM; this is three quarters of the former, for smaller ones.
+UTILISATION = 0.6
+# Seconds of the host per operation: an assumption, the usual order of eager PyTorch. Compiled blocks need fewer.
+LAUNCH = 5e-6
+
+
+@dataclass(frozen=True)
+class Card:
+    """
+    A GPU by its data sheet.
+
+    Attributes:
+        memory (`int`): GB.
+        peak (`float`): FLOP/s of its tensor cores in bfloat16 or float16, dense, with sums in float32. TF32 has half.
+        float32 (`float`): FLOP/s in float32, outside the tensor cores.
+        bandwidth (`float`): Bytes/s of its memory.
+    """
+
+    memory: int
+    peak: float
+    float32: float
+    bandwidth: float
+
+    def seconds(self, cost: Cost, dtype: torch.dtype, tf32: bool = False) -> float:
+        """
+        Estimated seconds of calls.
+
+        Args:
+            cost ([`Cost`]): What the calls cost.
+            dtype (`torch.dtype`): Dtype of their matrix products and convolutions.
+            tf32 (`bool`): Those in float32 run in TF32, as PyTorch runs convolutions.
+        """
+        peak = self.peak if dtype != torch.float32 else self.peak / 2 if tf32 else self.float32
+        return max(cost.flops / (UTILISATION * peak) + cost.traffic / self.bandwidth, cost.operations * LAUNCH)
+
+
+# NVIDIA's data sheets of the A100 80GB, H100, H200 (all SXM), L40S and DGX B200 (an eighth of it), and its white papers
+# "Ada GPU Architecture" and "RTX Blackwell GPU Architecture". Where they print figures with sparsity, half of these.
+CARDS = {
+    # name           memory     peak  float32  bandwidth
+    "rtx4090": Card(24, 165.2e12, 82.6e12, 1008e9),
+    "rtx5090": Card(32, 209.5e12, 104.8e12, 1792e9),
+    "l40s": Card(48, 362e12, 91.6e12, 864e9),
+    "a100": Card(80, 312e12, 19.5e12, 2039e9),
+    "h100": Card(80, 989e12, 67e12, 3350e9),
+    "h200": Card(141, 989e12, 67e12, 4800e9),
+    "b200": Card(180, 2250e12, 75e12, 8000e9),
+}
