@@ -352,8 +352,8 @@ def test_plan_without_weights_equals_the_plan_of_the_run(make_config, folder):
     config = make_config()
     prompts = Dataset.from_dict({"prompt": PROMPTS})
     run = FDFOTrainer(config, tiny_pipelines.sd3(with_t5=True), redness, train_dataset=prompts).run_plan()
-    plan = planned_run(planned_config(config, use_cpu=True), folder, ["redness"])
-    expected = sizes(run) | {"reward redness": (0, 0)}
+    plan = planned_run(planned_config(config, use_cpu=True), folder, ["tiny_runs:redness"])
+    expected = sizes(run) | {"reward tiny_runs:redness": (0, 0)}
     assert sizes(plan) == expected
     assert (plan.sampling, plan.training, plan.decoding) == (run.sampling, run.training, run.decoding)
     assert str(plan).splitlines()[:6] == str(run).splitlines()[:6]
