@@ -108,7 +108,7 @@ def test_batches_can_be_taken_apart(name, call):
     torch.testing.assert_close(shared.images, apart.images, rtol=0, atol=1e-5)
     assert replay_error(shared) < 1e-5
     if not columns:
-        flow.prompt_embeddings = {prompt: flow.encode(prompt) for prompt in arguments[0]}
+        flow.prompt_embeddings = {prompt: flow.encode([prompt]) for prompt in arguments[0]}
         cached = flow.rollout(*arguments)
         torch.testing.assert_close(cached.images, apart.images, rtol=0, atol=1e-5)
         assert replay_error(cached) < 1e-5

@@ -232,9 +232,19 @@ def test_parts_of_a_run(make_trainer):
     assert sizes(plan, cache_prompt_embeds=True)["vae"] == (vae, vae)
     assert sizes(plan, offload_trajectories=True)["trajectories"][0] == 0
     assert plan.peaks() == tuple(sum(column) for column in zip(*parts.values()))
-    # Prompts are encoded before the run, when there are no trajectories yet.
-    plan.trajectory_bytes, plan.training = 0, replace(plan.training, peak=0)
-    assert max(plan.peaks(cache_prompt_embeds=True)) < plan.peak(cache_prompt_embeds=True) <= plan.peak()
+    # Offloaded text encoders leave before the transformer is called: the peak is the larger of the two phases.
+    assert sizes(plan, offload_components=True)["text_encoder"] == (0, 0)
+    assert plan.peak(offload_components=True) == max(plan.peaks(offload_components=True))
+    assert "with the text encoders" not in str(plan)
+    plan.trajectory_bytes, plan.training, plan.sampling, plan.decoding = 0, *3 * [Cost(0, 0)]
+    trainer.pipeline.text_encoder.register_module("large", nn.Linear(2**20, 1, device="meta"))
+    encoders = bytes_of(trainer.pipeline.text_encoder) + text_encoder
+    kept = ("transformer, frozen", "trained weights", "optimizer", "average of weights")
+    assert plan.peak(offload_components=True) == encoders + sum(parts[name][0] for name in kept)
+    # The run has not begun, and the transformer waits in host memory.
+    assert plan.peak(cache_prompt_embeds=True) == encoders + vae
+    plan.args = replace(trainer.args, cache_prompt_embeds=True)
+    assert f"before the run, with the text encoders: {(encoders + vae) / 2**20:.2f} MiB" in str(plan)
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ Dimensions: P prompts, S images of each, R rewards, C control rewards.
 
 import contextlib
 import inspect
+import itertools
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +63,9 @@ class Evaluator:
         batch_size (`int`): Images that are sampled at a time.
         device (`torch.device`): Device that the processes gather on.
         disable_tqdm (`bool`): Show no progress bar.
+        encode_ahead (`Callable`, *optional*): `(prompts, columns, **call_kwargs) -> encoded`, called for all batches before
+            the first is sampled, if text encoders and sampling share a device in turns. `sample` gets its return value as
+            the argument `encoded`.
     """
 
     def __init__(
@@ -76,6 +80,7 @@ class Evaluator:
         batch_size: int = 1,
         device: torch.device | str = "cpu",
         disable_tqdm: bool = False,
+        encode_ahead: Callable[..., Any] | None = None,
     ):
         self.rewards = rewards
         self.controls = controls
@@ -86,6 +91,7 @@ class Evaluator:
         self._batch_size = batch_size
         self._device = torch.device(device)
         self._disable_tqdm = disable_tqdm
+        self._encode_ahead = encode_ahead
 
     def generate(
         self, prompts: Sequence[str], seeds: Sequence[int], columns: dict[str, Sequence], **call_kwargs: Any
@@ -97,16 +103,14 @@ class Evaluator:
             DifferentSizesError: The images differ in size, which `sampled_columns` decide.
         """
         columns = {name: columns[name] for name in self._sampled_columns}
-        images = []
-        for numbers in self._batches(self._share(len(prompts)), self._batch_size, "sampling"):
-            images.append(
-                self._sample(
-                    [prompts[n] for n in numbers],
-                    [operator.index(seeds[n]) for n in numbers],
-                    {name: [values[n] for n in numbers] for name, values in columns.items()},
-                    **call_kwargs,
-                )
-            )
+        own = self._share(len(prompts))
+        rows = {name: [values[n] for n in own] for name, values in columns.items()}
+        rows[self._prompt_column] = [prompts[n] for n in own]
+        encoded = self._encoded(self._calls(rows), **call_kwargs)
+        seeds = [operator.index(seeds[n]) for n in own]
+        batches = self._sample_in_batches(rows, seeds, encoded, **call_kwargs)
+        # Only one batch at a time is on the device.
+        images = [batch.cpu() for batch in self._with_bar(batches, -(-len(own) // self._batch_size), "sampling")]
         if columns:
             sizes = sorted({tuple(size) for size in gather_object([list(batch.shape[-2:]) for batch in images])})
             if len(sizes) > 1:
@@ -114,7 +118,11 @@ class Evaluator:
                     f"The images of these rows have different sizes (height, width), such as {sizes[0]} and {sizes[-1]}, "
                     "and are returned as one tensor: sample rows of one size at a time."
                 )
-        return gather(torch.cat(images)).cpu()[: len(prompts)]
+        processes = PartialState().num_processes
+        if processes > 1:
+            images = [gather(batch.to(self._device)).cpu().unflatten(0, (processes, -1)) for batch in images]
+            return torch.cat(images, dim=1).flatten(0, 1)[: len(prompts)]
+        return torch.cat(images)
 
     def evaluate(
         self,
@@ -143,13 +151,21 @@ class Evaluator:
         needed = self.needed_columns(dataset)
         if prompts_at_a_time is None:
             prompts_at_a_time = max(1, self._batch_size // images_per_prompt)
+
+        def rows_of(numbers: list[int], names: Sequence[str]) -> dict[str, list]:
+            columns = read_rows(dataset, numbers, names)
+            return {name: repeat_each(values, images_per_prompt) for name, values in columns.items()}
+
+        own = self._share(len(dataset))
+        parts = [own[start : start + prompts_at_a_time] for start in range(0, len(own), prompts_at_a_time)]
+        sampled = [self._prompt_column, *self._sampled_columns]
+        encoded = self._encoded(call for part in parts for call in self._calls(rows_of(part, sampled)))
         pending, diversity = [], []
-        for numbers in self._batches(self._share(len(dataset)), prompts_at_a_time, title):
-            columns = read_rows(dataset, numbers, needed)
-            rows = {name: repeat_each(values, images_per_prompt) for name, values in columns.items()}
+        for numbers in self._with_bar(parts, len(parts), title):
+            rows = rows_of(numbers, needed)
             seeds = [operator.index(seed_of(n, image)) for n in numbers for image in range(images_per_prompt)]
             with noted(f"Raised by the rows {numbers} of the evaluated dataset."):
-                images = self._sample_in_batches(rows, seeds)
+                images = torch.cat(list(self._sample_in_batches(rows, seeds, encoded)))
             for batch in pending:
                 for scores in batch:
                     scores.raise_errors()
@@ -193,19 +209,31 @@ class Evaluator:
     def _kinds(self) -> list[RewardFunctions]:
         return [functions for functions in (self.rewards, self.controls) if functions is not None]
 
-    def _sample_in_batches(self, rows: dict[str, Sequence], seeds: list[int]) -> Tensor:
-        columns = {name: rows[name] for name in self._sampled_columns}
-        images = []
-        for start in range(0, len(seeds), self._batch_size):
-            part = slice(start, start + self._batch_size)
-            batch = {name: values[part] for name, values in columns.items()}
-            images.append(self._sample(rows[self._prompt_column][part], seeds[part], batch))
-        return torch.cat(images)
+    def _sample_in_batches(
+        self, rows: dict[str, Sequence], seeds: Sequence[int], encoded: Iterator[dict[str, Any]], **call_kwargs: Any
+    ) -> Iterator[Tensor]:
+        """Images of some rows with a seed each, a batch at a time."""
+        for number, (prompts, columns) in enumerate(self._calls(rows)):
+            part = slice(number * self._batch_size, (number + 1) * self._batch_size)
+            yield self._sample(prompts, seeds[part], columns, **next(encoded), **call_kwargs)
 
-    def _batches(self, numbers: list[int], size: int, title: str) -> Iterator[list[int]]:
+    def _calls(self, rows: dict[str, Sequence]) -> Iterator[tuple[Sequence[str], dict[str, Sequence]]]:
+        """Prompts and columns of each batch that is sampled of some rows."""
+        for start in range(0, len(rows[self._prompt_column]), self._batch_size):
+            part = slice(start, start + self._batch_size)
+            yield rows[self._prompt_column][part], {name: rows[name][part] for name in self._sampled_columns}
+
+    def _encoded(
+        self, calls: Iterable[tuple[Sequence[str], dict[str, Sequence]]], **call_kwargs: Any
+    ) -> Iterator[dict[str, Any]]:
+        """For each of some calls the arguments of `sample` with its embeddings, all of them made before the first is."""
+        if self._encode_ahead is None:
+            return itertools.repeat({})
+        return iter([{"encoded": self._encode_ahead(*each, **call_kwargs)} for each in calls])
+
+    def _with_bar(self, parts: Iterable, total: int, title: str) -> Iterable:
         disable = self._disable_tqdm or not PartialState().is_main_process
-        for start in tqdm(range(0, len(numbers), size), title, leave=False, disable=disable):
-            yield numbers[start : start + size]
+        return tqdm(parts, title, total, leave=False, disable=disable)
 
     def _share(self, total: int) -> list[int]:
         """This process's numbers out of [0, total): consecutive, as many for each process, wrapped around at the end."""

@@ -15,6 +15,7 @@ Dimensions: P prompts, G branches (images per prompt), N = P x G samples in prom
 
 import contextlib
 import copy
+import functools
 import inspect
 import re
 from collections import defaultdict
@@ -29,6 +30,7 @@ from PIL import Image
 from torch import Tensor
 
 from .checks import check_call_kwargs, check_pipeline, check_resolution, warn_of_embedded_guidance
+from .encoder_offload import EncoderOffload
 from .patch import (
     REMEMBERED,
     Encoding,
@@ -40,7 +42,16 @@ from .patch import (
     remember,
     with_latents,
 )
-from .records import BatchAxes, Rehearsal, RolloutBatch, is_per_sample, repeat_each
+from .records import (
+    BatchAxes,
+    Rehearsal,
+    RolloutBatch,
+    host_copy,
+    is_per_sample,
+    once_per_prompt,
+    repeat_each,
+    repeated,
+)
 from .replay_check import ReplayError, check_replay
 from .sample_axes import concatenate, sample_axes, take
 from .schedulers import (
@@ -70,6 +81,8 @@ class PipelineFlow:
         model (`Callable`): Called in the place of the trained module: the module itself, or its wrapper (DDP, DeepSpeed,
             FSDP, a compiled module), so that the wrapper's hooks fire.
         prompt_embeddings (`Mapping[str, list]`): Return value of `encode` for some prompts, which are not encoded again.
+        encoders ([`EncoderOffload`], *optional*): Takes the text encoders off the device before the transformer is called.
+            None where they stay.
 
     Raises:
         ValueError: The pipeline is no flow-matching one, or its call does not take one of the arguments.
@@ -95,6 +108,7 @@ class PipelineFlow:
         check_resolution(pipeline, call_kwargs.get("height"), call_kwargs.get("width"))
         self.model: Callable = trained_module(pipeline)
         self.prompt_embeddings: Mapping[str, list] = {}
+        self.encoders: EncoderOffload | None = None
         self._axes: BatchAxes | None = None
         self._image_modes: dict[str, str] = {}  # by column
         # A copy: the noise levels of a run do not change if the pipeline's shift is set later.
@@ -134,7 +148,7 @@ class PipelineFlow:
             shapes = repr(recursively_apply(lambda tensor: tensor.shape, (args, kwargs)))
             if scheduler.steps_done > 0 and shapes in known:
                 return recursively_apply(torch.zeros_like, known[shapes])
-            known[shapes] = self.model(*args, **kwargs)
+            known[shapes] = self._call_model(*args, **kwargs)
             if scheduler.steps_done == 0:
                 calls.append((args, kwargs))
                 outputs.append(known[shapes])
@@ -257,17 +271,55 @@ class PipelineFlow:
         return self._axes
 
     @torch.no_grad()
-    def encode(self, prompt: str) -> list:
-        """Return value of each call of `encode_prompt` for one sample of the prompt, for `prompt_embeddings`."""
+    def encode(
+        self,
+        prompts: Sequence[str],
+        samples_per_prompt: int = 1,
+        columns: dict[str, Sequence] | None = None,
+        **call_kwargs: Any,
+    ) -> list:
+        """
+        Return value of each call of `encode_prompt` in a call of the pipeline, which ends where the transformer is needed.
+
+        Args:
+            prompts (`Sequence[str]`): P prompts.
+            samples_per_prompt (`int`): N = P x samples_per_prompt.
+            columns (`dict[str, Sequence]`, *optional*): As in `rollout`.
+            **call_kwargs: Arguments of the pipeline's call in the place of those given at construction.
+        """
         remembered: dict[str, list] = {name: [] for name in REMEMBERED}
 
         def model(*args, **kwargs):
             raise StopPipeline(None)
 
         scheduler = RehearsalScheduler.of(self._scheduler)
-        with self._patched(scheduler, model, **remember(remembered)), contextlib.suppress(StopPipeline):
-            self.pipeline(**self._arguments([prompt], [torch.Generator()]))
+        arguments = self._arguments(prompts, _generators([0] * len(prompts) * samples_per_prompt), columns)
+        with (
+            self._patched(scheduler, model, **remember(remembered)),
+            self._own_random_numbers(0),
+            contextlib.suppress(StopPipeline),
+        ):
+            self.pipeline(**{**arguments, **call_kwargs})
         return remembered["encode_prompt"]
+
+    def encode_ahead(
+        self,
+        prompts: Sequence[str],
+        samples_per_prompt: int = 1,
+        columns: dict[str, Sequence] | None = None,
+        **call_kwargs: Any,
+    ) -> list | None:
+        """
+        The embeddings for a later `rollout` or `generate` with the same arguments, in host memory. If all batches are encoded
+        ahead of the first one that is sampled, offloaded text encoders move to the device once.
+
+        Returns:
+            `list`: For the argument `encoded`. None where a later call has nothing to encode, or may as well do it itself.
+        """
+        if self.encoders is None or (not call_kwargs and self._knows(prompts)):
+            return None
+        encoded = self.encode(prompts, samples_per_prompt, columns, **call_kwargs)
+        return host_copy(once_per_prompt(encoded, samples_per_prompt, len(prompts) * samples_per_prompt))
 
     @torch.no_grad()
     def rollout(
@@ -278,6 +330,7 @@ class PipelineFlow:
         noise_seeds: Sequence[int],
         levels: Collection[int],
         columns: dict[str, Sequence] | None = None,
+        encoded: list | None = None,
     ) -> RolloutBatch:
         """
         Sample G images of each prompt with the noise of the algorithm's scheduler.
@@ -292,6 +345,7 @@ class PipelineFlow:
             levels (`Collection[int]`): Steps in [0, T) whose tuples are recorded.
             columns (`dict[str, Sequence]`, *optional*): Further arguments of the call that differ between prompts, such
                 as the image to be edited, P values each. With them, P must be 1.
+            encoded (`list`, *optional*): Return value of `encode_ahead`.
 
         Returns:
             [`RolloutBatch`]: images, endpoints and recorded tuples.
@@ -303,7 +357,7 @@ class PipelineFlow:
         remembered: dict[str, list] = {name: [] for name in REMEMBERED}
         wrappers = remember(remembered)
         outputs = []
-        call_model = self.model
+        call_model = self._call_model
         if self.shared_prefix:
             call_model = self._sharing_prefix(scheduler, len(prompts), noise_amounts, self.axes(columns))
 
@@ -312,12 +366,16 @@ class PipelineFlow:
             outputs.append(recursively_apply(lambda tensor: tensor.to("meta"), output))
             return output
 
-        wrappers["encode_prompt"] = self._encode_from_cache(wrappers["encode_prompt"], prompts, branches)
+        if encoded is None:
+            encoded = self._from_cache(prompts, branches)
+        wrappers["encode_prompt"] = self._encoding_to(encoded, wrappers["encode_prompt"])
         # Branches that share a seed have their own generators from it: their initial noise is the same.
         generators = _generators(repeat_each(seeds, len(prompts) * branches // len(seeds)))
         call_kwargs = self._arguments(prompts, generators, columns)
         with self._patched(scheduler, model, **wrappers), self._own_random_numbers(seeds[0]):
             images = self.pipeline(**call_kwargs)[0]
+        samples = len(prompts) * branches
+        remembered["encode_prompt"] = once_per_prompt(remembered["encode_prompt"], branches, samples)
         return RolloutBatch(
             images=images.float(),
             endpoints=scheduler.endpoints.unflatten(0, (len(prompts), branches)),
@@ -394,6 +452,7 @@ class PipelineFlow:
         prompts: Sequence[str],
         seeds: Sequence[int],
         columns: dict[str, Sequence] | None = None,
+        encoded: list | None = None,
         **call_kwargs: Any,
     ) -> Tensor:
         """
@@ -403,6 +462,7 @@ class PipelineFlow:
             prompts (`Sequence[str]`): N prompts.
             seeds (`Sequence[int]`): Seed of the initial noise of each image, N of them.
             columns (`dict[str, Sequence]`, *optional*): As in `rollout`, N values each. With them, N must be 1.
+            encoded (`list`, *optional*): Return value of `encode_ahead`, with the same `call_kwargs`.
             **call_kwargs: Arguments of the pipeline's call in the place of those given at construction.
 
         Returns:
@@ -410,11 +470,12 @@ class PipelineFlow:
         """
         scheduler = RolloutScheduler.of(self._scheduler)
         scheduler.record(torch.zeros(0), [], levels=())
-        # Other arguments may change the embeddings.
-        encode_prompt = self._encode_from_cache(call, prompts if not call_kwargs else ())
+        if encoded is None and not call_kwargs:  # which may change the embeddings
+            encoded = self._from_cache(prompts)
+        encode_prompt = self._encoding_to(encoded, call)
         encode_image = remember({"encode_image": []})["encode_image"]
         with (
-            self._patched(scheduler, self.model, call, encode_image, encode_prompt=encode_prompt),
+            self._patched(scheduler, self._call_model, call, encode_image, encode_prompt=encode_prompt),
             self._own_random_numbers(seeds[0]),
         ):
             return self.pipeline(**{**self._arguments(prompts, _generators(seeds), columns), **call_kwargs})[0].float()
@@ -425,6 +486,7 @@ class PipelineFlow:
         device = batch.device
         scheduler.known_first_step = batch.first_step
         remembered = send_to_device(batch.remembered, device, non_blocking=True)
+        remembered["encode_prompt"] = repeated(remembered["encode_prompt"])
         remembered = {name: iter(values) for name, values in remembered.items()}
         outputs = iter(batch.outputs)
 
@@ -440,7 +502,7 @@ class PipelineFlow:
         def model(*args, **kwargs):
             output = next(outputs)
             if is_computed():
-                return self.model(*args, **kwargs)
+                return self._call_model(*args, **kwargs)
             # The scheduler ignores these steps: only the shape matters.
             return recursively_apply(lambda shape: _zeros(shape, device), output)
 
@@ -455,16 +517,30 @@ class PipelineFlow:
         prepare_latents: Callable,
         encode_image: Callable | None = None,
         device: torch.device | None = None,
-        **methods: Callable,
+        *,
+        encode_prompt: Callable,
     ) -> contextlib.AbstractContextManager:
+        def encode(original, *args, **kwargs):
+            return encode_prompt(functools.partial(self._with_encoders, original), *args, **kwargs)
+
         def begin(original, *args, **kwargs):
             prepared = prepare_latents(original, *args, **kwargs)
             return with_latents(prepared, scheduler.begin(latents_of(prepared)))
 
         proxy = ModelProxy(model, trained_module(self.pipeline))
-        methods["prepare_latents"] = begin
+        methods = {"encode_prompt": encode, "prepare_latents": begin}
         device = device or self.pipeline._execution_device
         return patched(self.pipeline, scheduler, proxy, device, self._attention, encode_image, **methods)
+
+    def _with_encoders(self, encode: Callable, *args: Any, **kwargs: Any) -> Any:
+        if self.encoders is not None:
+            self.encoders.come()
+        return encode(*args, **kwargs)
+
+    def _call_model(self, *args: Any, **kwargs: Any) -> Any:
+        if self.encoders is not None:
+            self.encoders.leave()
+        return self.model(*args, **kwargs)
 
     @contextlib.contextmanager
     def _own_random_numbers(self, seed: int) -> Iterator[None]:
@@ -474,15 +550,23 @@ class PipelineFlow:
             torch.manual_seed(seed)
             yield
 
-    def _encode_from_cache(self, encode: Callable, prompts: Sequence[str], branches: int = 1) -> Callable:
-        """Give `encode`, a wrapper of `encode_prompt`, the known embeddings of the prompts if all of them are known."""
-        if not prompts or not all(prompt in self.prompt_embeddings for prompt in prompts):
-            return encode
+    def _knows(self, prompts: Sequence[str]) -> bool:
+        return all(prompt in self.prompt_embeddings for prompt in prompts)
+
+    def _from_cache(self, prompts: Sequence[str], branches: int = 1) -> list | None:
+        """The known embeddings of the prompts' samples, if all of them are known."""
+        if not self._knows(prompts):
+            return None
         axes = self.axes().encoded
         samples = repeat_each(range(len(prompts)), branches)
         known = concatenate([self.prompt_embeddings[prompt] for prompt in prompts], axes)
-        known = send_to_device(take(known, axes, samples, len(prompts)), self.pipeline._execution_device)
-        values = iter(known)
+        return take(known, axes, samples, len(prompts))
+
+    def _encoding_to(self, encoded: list | None, encode: Callable) -> Callable:
+        """Give `encode`, a wrapper of `encode_prompt`, these embeddings instead, if there are any."""
+        if encoded is None:
+            return encode
+        values = iter(repeated(send_to_device(encoded, self.pipeline._execution_device)))
         return lambda original, *args, **kwargs: encode(lambda *args, **kwargs: next(values))
 
     def _sharing_prefix(
@@ -500,9 +584,9 @@ class PipelineFlow:
             calls[scheduler.steps_done] += 1
             # Guidance may need more calls in later steps than in the first, whose axes are known.
             if scheduler.steps_done >= shared_steps or number >= len(axes.model_calls):
-                return self.model(*args, **kwargs)
+                return self._call_model(*args, **kwargs)
             args, kwargs = take((args, kwargs), axes.model_calls[number], range(0, total, branches), total)
-            output = self.model(*args, **kwargs)
+            output = self._call_model(*args, **kwargs)
             return take(output, axes.outputs[number], repeat_each(range(prompts), branches), prompts)
 
         return model

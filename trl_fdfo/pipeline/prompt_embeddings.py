@@ -91,7 +91,7 @@ def _load_or_encode(flow: PipelineFlow, prompts: list[str], key: str) -> Dataset
     folder.mkdir(parents=True, exist_ok=True)
 
     def encode(row: dict[str, str]) -> dict[str, bytes | str]:
-        embeddings = recursively_apply(lambda tensor: tensor.cpu(), flow.encode(row["prompt"]))
+        embeddings = recursively_apply(lambda tensor: tensor.cpu(), flow.encode([row["prompt"]]))
         shapes = recursively_apply(lambda tensor: tuple(tensor.shape), embeddings)
         buffer = io.BytesIO()
         # In PyTorch's format: Arrow has no bfloat16, and pipelines return tuples, lists and None.

@@ -7,10 +7,10 @@ Dimensions: P prompts, G branches (images per prompt), N = P x G samples in prom
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import recursively_apply
+from accelerate.utils import honor_type, recursively_apply
 from torch import Tensor
 
 from .sample_axes import take
@@ -77,7 +77,8 @@ class RolloutBatch:
         first_step (`int`): Steps at the start of the schedule that the pipeline does not take.
         device (`torch.device`): The device that the pipeline computes on.
         call_kwargs (`dict`): Arguments of the pipeline's call.
-        remembered (`dict[str, list]`): Return values of the pipeline's methods that the replay does not repeat.
+        remembered (`dict[str, list]`): Return values of the pipeline's methods that the replay does not repeat; those of
+            `encode_prompt` once per prompt, by [`once_per_prompt`].
         outputs (`list`): Return value of each call of the transformer, as tensors on the meta device.
     """
 
@@ -98,6 +99,7 @@ class RolloutBatch:
         prompts, branches = self.endpoints.shape[:2]
         samples = range(first * branches, (first + count) * branches)
         part = partial(take, samples=samples, total=prompts * branches)
+        encoded = part(repeated(self.remembered["encode_prompt"]), axes.encoded)
         return RolloutBatch(
             images=None,
             # Copies: a view would keep the whole in memory.
@@ -113,7 +115,7 @@ class RolloutBatch:
                 for name, value in self.call_kwargs.items()
             },
             remembered={
-                "encode_prompt": part(self.remembered["encode_prompt"], axes.encoded),
+                "encode_prompt": once_per_prompt(encoded, branches, len(samples)),
                 "prepare_latents": part(self.remembered["prepare_latents"], axes.prepared),
                 "encode_image": part(self.remembered["encode_image"], axes.encoded_images),
             },
@@ -139,6 +141,55 @@ def host_copy(data: Any) -> Any:
         return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pin).copy_(tensor)
 
     return recursively_apply(copy, data)
+
+
+class OncePerPrompt(NamedTuple):
+    """
+    A tensor, or a list of tensors, that had each of its rows several times in succession.
+
+    Attributes:
+        rows (`Tensor` or `list[Tensor]`): The rows, each once.
+        times (`int`): How often each of them stood there: once for each branch of a prompt.
+    """
+
+    rows: Any
+    times: int
+
+
+def once_per_prompt(value: Any, branches: int, samples: int) -> Any:
+    """
+    Keep what the branches of a prompt share once per prompt, where they share it to the bit; [`repeated`] is the inverse.
+
+    Args:
+        value: Nested lists, tuples and dicts of tensors, such as return values of `encode_prompt`.
+        branches (`int`): Branches G of each prompt.
+        samples (`int`): Samples N = P x G. Only a first axis that is a multiple of N is looked at.
+    """
+    if isinstance(value, Tensor):
+        if value.ndim and len(value) and len(value) % samples == 0:
+            groups = value.unflatten(0, (-1, branches))
+            if torch.equal(groups, groups[:, :1].expand_as(groups)):
+                return OncePerPrompt(groups[:, 0].clone(), branches)
+        return value
+    if isinstance(value, dict):
+        return type(value)({name: once_per_prompt(item, branches, samples) for name, item in value.items()})
+    if isinstance(value, list) and value and len(value) % samples == 0 and all(isinstance(v, Tensor) for v in value):
+        groups = [value[start : start + branches] for start in range(0, len(value), branches)]
+        if all(torch.equal(group[0], other) for group in groups for other in group[1:]):
+            return OncePerPrompt([group[0].clone() for group in groups], branches)
+    if isinstance(value, (list, tuple)):
+        return honor_type(value, (once_per_prompt(item, branches, samples) for item in value))
+    return value
+
+
+def repeated(value: Any) -> Any:
+    """Nested lists, tuples and dicts with the rows of each [`OncePerPrompt`] as often as they stood there."""
+    if isinstance(value, OncePerPrompt):
+        rows, times = value
+        return rows.repeat_interleave(times, dim=0) if isinstance(rows, Tensor) else repeat_each(rows, times)
+    if isinstance(value, dict):
+        return type(value)({name: repeated(item) for name, item in value.items()})
+    return honor_type(value, map(repeated, value)) if isinstance(value, (list, tuple)) else value
 
 
 def repeat_each(values: Sequence, times: int) -> list:

@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 from ..pipeline.options import is_quantized
 from ..pipeline.patch import in_float32
 from ..pipeline.prompt_embeddings import text_encoders
-from ..pipeline.records import Rehearsal
+from ..pipeline.records import Rehearsal, once_per_prompt
 from ..pipeline.schedulers import RolloutScheduler
 from ..pipeline.trained import frozen_modules
 
@@ -139,18 +139,37 @@ def component_parts(pipeline: DiffusionPipeline, args: TrainingArguments) -> Ite
     """The text encoders, the VAE and the pipeline's other frozen modules."""
     for name, component in frozen_modules(pipeline).items():
         size = nbytes((*component.parameters(), *component.buffers()))
-        # With cached embeddings a text encoder stays in host memory. Offloaded parts move to the device when called and
-        # leave when the rollout ends.
-        cached = args.cache_prompt_embeds and name in text_encoders(pipeline)
-        waits = cached or args.offload_components
+        # Offloaded parts move to the device when called. Text encoders leave before the transformer is called, the others
+        # when the rollout ends.
+        encodes = name in text_encoders(pipeline)
+        waits = args.offload_components or (args.cache_prompt_embeds and encodes)
         note = f"{size_text(size)} in host memory" if waits else ""
-        sampling = 0 if cached else size
+        sampling = 0 if waits and encodes else size
         if name == "vae":
             with in_float32(component):
                 upcast = nbytes((*component.parameters(), *component.buffers()))
             if upcast != size:
                 sampling, note = size + upcast, ", ".join(filter(None, [note, "with a copy in float32 that decodes"]))
         yield Part(name, sampling, 0 if waits else size, note)
+
+
+def encoding_bytes(pipeline: DiffusionPipeline, args: TrainingArguments, parts: Sequence[Part]) -> int:
+    """
+    Bytes on one device while text encoders that wait in host memory encode; 0 if they stay on the device.
+
+    Args:
+        pipeline (`DiffusionPipeline`): The pipeline.
+        args (`TrainingArguments`): Options of the run.
+        parts (`Sequence[Part]`): The table of memory.
+    """
+    if not (args.offload_components or args.cache_prompt_embeds):
+        return 0
+    encoders = text_encoders(pipeline).values()
+    size = nbytes([tensor for part in encoders for tensor in (*part.parameters(), *part.buffers())])
+    absent = ["gradients", "trajectories", "activations"]
+    if args.cache_prompt_embeds:  # before the run, and the transformer waits in host memory
+        absent += ["transformer, frozen", "trained weights", "optimizer", "average of weights"]
+    return size + sum(part.training for part in parts if part.name not in absent)
 
 
 def reward_parts(rewards: dict[str, Callable | None]) -> Iterator[Part]:
@@ -186,7 +205,8 @@ def trajectory_bytes(
     latents = 2 * 4 * rehearsal.latents.numel() if scheduler_class.records_arrivals else size([rehearsal.latents])
     level = latents + size([rehearsal.velocity])
     targets = 4 * args.per_device_train_batch_size + latents_per_target * 4 * rehearsal.latents.numel()
-    values = [rehearsal.encoded, rehearsal.encoded_images, rehearsal.prepared]
+    encoded = once_per_prompt(rehearsal.encoded, args.num_generations, len(rehearsal.latents))
+    values = [encoded, rehearsal.encoded_images, rehearsal.prepared]
     remembered = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
     return args.num_rollout_batches * (args.num_trained_levels * level + targets + size(remembered))
 

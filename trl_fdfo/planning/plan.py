@@ -24,6 +24,7 @@ from .memory import (
     Engine,
     Part,
     component_parts,
+    encoding_bytes,
     model_parts,
     nbytes,
     reward_parts,
@@ -176,7 +177,8 @@ class RunPlan:
         rows.append(("  sum", size_text(sampling), size_text(training), ""))
         lines = [f"  {name:28}{one:>12}{other:>12}   {note}".rstrip() for name, one, other, note in rows]
         if self.peak() > max(sampling, training):
-            lines.append(f"    before the run, with the text encoders: {size_text(self.peak())}")
+            when = "before the run" if self.args.cache_prompt_embeds else "before each rollout"
+            lines.append(f"    {when}, with the text encoders: {size_text(self.peak())}")
         lines.append(f"    not counted: {NOT_COUNTED}")
         if self.failure is not None:
             reason = str(self.failure).strip().partition("\n")[0]
@@ -278,8 +280,7 @@ class RunPlan:
 
     def parts(self, **options: bool) -> list[Part]:
         """The parts of the memory on one device; `options` replace options of the run."""
-        args = copy.copy(self.args)
-        vars(args).update(options)
+        args = self._args_with(options)
         on_host = args.offload_trajectories
         trajectories = Part(
             "trajectories",
@@ -301,17 +302,20 @@ class RunPlan:
             parts.append(Part("activations", sampling, self.training.peak + base_model, note))
         return parts
 
+    def _args_with(self, options: dict[str, bool]) -> TrainingArguments:
+        args = copy.copy(self.args)
+        vars(args).update(options)
+        return args
+
     def peaks(self, **options: bool) -> tuple[int, int]:
         """Bytes on one device while sampling, and while training."""
         parts = self.parts(**options)
         return sum(part.sampling for part in parts), sum(part.training for part in parts)
 
     def peak(self, **options: bool) -> int:
-        """Most bytes on one device, also in the rehearsal before the run, which needs the text encoders there."""
-        parts = self.parts(**{**options, "cache_prompt_embeds": False})
-        later = ("optimizer", "trajectories", "average of weights", "reward ")
-        rehearsal = sum(part.sampling for part in parts if not part.name.startswith(later))
-        return max(rehearsal, *self.peaks(**options))
+        """Most bytes on one device, also while prompts are encoded."""
+        encoding = encoding_bytes(self.pipeline, self._args_with(options), self.parts(**options))
+        return max(encoding, *self.peaks(**options))
 
 
 def _needed(peak: int) -> float:

@@ -70,17 +70,19 @@ def _sample_all(
     size = args.per_device_prompt_batch_size
     rows = rollout_rows(len(trainer.train_dataset), args.prompts_per_rollout, rollout, args.seed)
     at_a_time = args.per_device_sampling_batch_size // size
+    groups = [numbers[start : start + at_a_time] for start in range(0, len(numbers), at_a_time)]
     batches, pending = [], []
+    encoded = [_encode_ahead(trainer, group, rows) for group in groups]
     bar = contextlib.nullcontext()
     if trainer.progress is not None:
         bar = trainer.progress.rollout_bar(rollout, len(numbers) * size)
     with bar:
-        for start in range(0, len(numbers), at_a_time):
+        for group, embeddings in zip(groups, encoded):
             if trainer.is_told_to_end():
                 break  # `save_if_interrupted` ends the run
             for each in pending:
                 each.raise_errors()
-            sampled, rewards = _sample_some(trainer, rollout, numbers[start : start + at_a_time], rows)
+            sampled, rewards = _sample_some(trainer, rollout, group, rows, embeddings)
             batches += sampled
             pending.append(rewards)
             if trainer.progress is not None:
@@ -88,13 +90,37 @@ def _sample_all(
     return batches, pending
 
 
+def _places(trainer: Trainer, batches: Sequence[int]) -> range:
+    """Places of the prompts of some neighbouring batches in the rollout."""
+    size = trainer.args.per_device_prompt_batch_size
+    return range(batches[0] * size, (batches[-1] + 1) * size)
+
+
+def _encode_ahead(trainer: Trainer, batches: Sequence[int], rows: list[int]) -> list | None:
+    """
+    The embeddings of some batches that are sampled together, so that the text encoders can leave before any batch is
+    sampled. None if they stay on the device, or have nothing to encode.
+    """
+    args, flow = trainer.args, trainer.flow
+    if flow.encoders is None or trainer.signals.received is not None:
+        return None
+    sampled_columns = args.pipeline_columns or ()
+    own_rows = [rows[n] for n in _places(trainer, batches)]
+    columns = read_rows(
+        trainer.train_dataset, own_rows, [args.dataset_prompt_column, *sampled_columns], "train_dataset"
+    )
+    prompts = columns.pop(args.dataset_prompt_column)
+    with trainer.compute_loss_context_manager(), noted(f"Raised by the rows {own_rows} of the train_dataset."):
+        return flow.encode_ahead(prompts, args.num_generations, columns)
+
+
 def _sample_some(
-    trainer: Trainer, rollout: int, batches: Sequence[int], rows: list[int]
+    trainer: Trainer, rollout: int, batches: Sequence[int], rows: list[int], encoded: list | None
 ) -> tuple[list[SampledBatch], PendingRewards]:
     """Some batches in one call of the pipeline; `rows` are the rows of all prompts of the rollout."""
     args, flow = trainer.args, trainer.flow
     branches, size = args.num_generations, args.per_device_prompt_batch_size
-    numbers = range(batches[0] * size, (batches[-1] + 1) * size)  # places of the prompts in the rollout
+    numbers = _places(trainer, batches)
     levels = [checked.trained_levels(trainer, rollout, batch) for batch in batches]
     sampled_columns = args.pipeline_columns or ()
     needed = needed_columns(
@@ -116,6 +142,7 @@ def _sample_some(
             noise_seeds,
             levels={level for one in levels for level in one},
             columns={name: columns[name] for name in sampled_columns},
+            encoded=encoded,
         )
     if not sampled.endpoints.isfinite().all():
         raise WatchdogError(

@@ -23,6 +23,7 @@ from transformers.utils import logging
 from ..evaluation.evaluator import read_rows, reported_metrics
 from ..metric_names import EVAL_PREFIX, REWARD
 from ..pipeline.checks import check_call_kwargs, check_resolution, check_trainable
+from ..pipeline.encoder_offload import EncoderOffload
 from ..pipeline.flow import PipelineFlow
 from ..pipeline.loading import load_pipeline
 from ..pipeline.lora import add_adapter, continue_adapter, default_lora_config
@@ -209,21 +210,22 @@ def check_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module) -
         )
 
 
-def place_components(
-    pipeline: DiffusionPipeline, config: RolloutConfig, device: torch.device
-) -> list[UserCpuOffloadHook]:
+def place_components(flow: PipelineFlow, config: RolloutConfig, device: torch.device) -> list[UserCpuOffloadHook]:
     """
     Put the frozen components on the device. An offloaded one moves there when it is called, and its hook, of which a list
-    is returned, takes it back.
+    is returned, takes it back. Offloaded text encoders also leave, each time, before the transformer is called.
     """
-    hooks = []
-    encoders = text_encoders(pipeline)
-    for name, module in frozen_modules(pipeline).items():
+    hooks = {}
+    encoders = text_encoders(flow.pipeline)
+    for name, module in frozen_modules(flow.pipeline).items():
         if config.offload_components or (config.cache_prompt_embeds and name in encoders):
-            hooks.append(cpu_offload_with_hook(module, device)[1])
+            hooks[name] = cpu_offload_with_hook(module, device)[1]
         else:
             module.to(device)
-    return hooks
+    of_encoders = [hook for name, hook in hooks.items() if name in encoders]
+    if of_encoders:
+        flow.encoders = EncoderOffload(of_encoders, trained_module(flow.pipeline), device)
+    return list(hooks.values())
 
 
 def check_callbacks(callbacks: list[TrainerCallback] | None) -> None:

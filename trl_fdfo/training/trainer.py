@@ -189,15 +189,16 @@ class RolloutTrainer(Algorithm, Trainer):
             leave_out_autocast(self.accelerator, self.model)
             keep_out_of_ddp(self.model)
             # Offloaded parts move to the device when called and leave when the rollout ends.
-            self._offload_hooks = place_components(pipeline, config, self.args.device)
+            self._offload_hooks = place_components(self.flow, config, self.args.device)
             self._add_collaborators()
             self._plan: RunPlan | None = None
             self._buffer: RolloutBuffer | None = None
             self._replay_errors: list[tuple[Tensor, int]] = []  # of the next optimizer step
             self._rehearsal: Rehearsal | None
-            self._rehearsal, all_take_part = rehearse(
-                self.flow, self.args, self.train_dataset, self.eval_dataset, self.accelerator.autocast
-            )
+            with self.flow.encoders.alone() if self.flow.encoders is not None else contextlib.nullcontext():
+                self._rehearsal, all_take_part = rehearse(
+                    self.flow, self.args, self.train_dataset, self.eval_dataset, self.accelerator.autocast
+                )
             if not all_take_part and self.accelerator.ddp_handler is not None:
                 # DDP waits for the gradients of all weights, unless it searches for those that take no part.
                 self.accelerator.ddp_handler.find_unused_parameters = True
@@ -235,6 +236,7 @@ class RolloutTrainer(Algorithm, Trainer):
             batch_size=1 if args.pipeline_columns else args.per_device_eval_batch_size,
             device=args.device,
             disable_tqdm=args.disable_tqdm,
+            encode_ahead=self._encode_ahead if self.flow.encoders is not None else None,
         )
         if args.eval_strategy != "no" or args.eval_on_start:
             self._load_diversity()
@@ -348,8 +350,9 @@ class RolloutTrainer(Algorithm, Trainer):
             resume_from_checkpoint = self.args.resume_from_checkpoint
         self._buffer = None
         self.metrics.seconds_of_run.clear()
+        plan = self.run_plan()  # by each process: it frees the rehearsal
         if self.is_world_process_zero():
-            print(self.run_plan())
+            print(plan)
         if self.comparison is not None:
             self.comparison.forget_after()
         checkpoint = self.checkpointer.find(resume_from_checkpoint, self.is_world_process_zero())
@@ -603,6 +606,10 @@ class RolloutTrainer(Algorithm, Trainer):
     def averaged_weights(self) -> contextlib.AbstractContextManager:
         """The model with the averaged weights, if there are some."""
         return contextlib.nullcontext() if self.averaging is None else self.averaging.applied()
+
+    def _encode_ahead(self, prompts: Sequence[str], columns: dict[str, Sequence], **call_kwargs: Any) -> list | None:
+        with self.compute_loss_context_manager():
+            return self.flow.encode_ahead(prompts, columns=columns, **call_kwargs)
 
     def _sample(
         self, prompts: Sequence[str], seeds: Sequence[int], columns: dict[str, Sequence], **call_kwargs: Any
