@@ -84,12 +84,14 @@ def run(output_dir: str, checkpoint: str | None = None, **options) -> tuple[FDFO
 def finished(trainer: FDFOTrainer, checkpoint: str | None = None) -> dict:
     """Train, evaluate, save and generate: the results."""
     trainer.train(resume_from_checkpoint=checkpoint)
+    assert trainer._rehearsal is None  # freed by each process
     metrics = trainer.evaluate()
     trainer.save_model()
     trained = trained_parameters(trainer.model)
     return {
         "weights": dict(zip(trained, whole_values(trained.values()))),
-        "images": trainer.generate(tiny_runs.PROMPTS[:5], range(5)),
+        # Each of two processes samples two batches, of 4 and of 2 images.
+        "images": trainer.generate(2 * tiny_runs.PROMPTS[:5], range(10)),
         "eval_reward": metrics["eval_reward"],
         "evaluations": [
             {name: value for name, value in log.items() if name != "eval_runtime"}

@@ -28,6 +28,7 @@ from trl_fdfo.fdfo.churn import constant_churn
 from trl_fdfo.flow_grpo.scheduler import SDEScheduler
 from trl_fdfo.pipeline import checks, schedulers
 from trl_fdfo.pipeline.checks import check_pipeline
+from trl_fdfo.pipeline.records import OncePerPrompt, host_copy, once_per_prompt, repeated
 from trl_fdfo.pipeline_flow import PipelineFlow, ReplayError, check_replay
 
 
@@ -88,6 +89,33 @@ def test_replay_of_another_step_or_other_latents_is_far_from_exact(name):
     for wrong in (batch.velocities[2], other.velocities[1]):
         with pytest.raises(ReplayError):
             check_replay(exact, wrong, flow.pipeline, 1)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_embeddings_are_recorded_once_per_prompt(name):
+    flow = make_flow(name, branches=3)
+    batch = roll_out(flow)
+    prompts, branches = batch.endpoints.shape[:2]
+    assert branches == 3
+    embeddings = batch.remembered["encode_prompt"][0][0]
+    assert isinstance(embeddings, OncePerPrompt) and len(embeddings.rows) == prompts and embeddings.times == 3
+    assert embeddings.rows.untyped_storage().nbytes() == embeddings.rows.nbytes
+    repeats = repeated(batch.remembered["encode_prompt"])
+    for found, encoded in zip(repeats[0], flow.encode(PROMPTS, 3)[0], strict=True):
+        assert found is encoded is None or torch.equal(found, encoded)
+
+
+def test_what_branches_do_not_share_is_recorded_whole():
+    rows = torch.arange(12.0).reshape(4, 3)
+    shared, apart = rows.repeat_interleave(2, dim=0), rows.repeat(2, 1)
+    listed = [row for row in rows for _ in range(2)]
+    value = [(shared, apart, None, 3), {"list": listed, "others": list(apart), "odd": rows[:3]}]
+    kept = once_per_prompt(value, 2, 8)
+    assert torch.equal(kept[0][0].rows, rows) and kept[0][1:] == (apart, None, 3)
+    assert len(kept[1]["list"].rows) == 4 and kept[1]["odd"] is value[1]["odd"]
+    assert type(kept[1]["others"]) is list and len(kept[1]["others"]) == 8
+    back = repeated(host_copy(kept))
+    assert torch.equal(back[0][0], shared) and torch.equal(torch.stack(back[1]["list"]), torch.stack(listed))
 
 
 @pytest.mark.parametrize("name", ["sd3 guided", "flux"])

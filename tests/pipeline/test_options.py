@@ -1,8 +1,10 @@
 """Effects of the config's sections Memory and Speed, and of Trainer's options that save memory."""
 
+import re
 import warnings
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import tiny_pipelines
 import torch
@@ -220,6 +222,57 @@ def test_memory_options_change_nothing_but_memory(make_trainer, option):
     tolerance = 1e-5 if option == "vae_slicing" else 0.0
     for name, weight in results[0].items():
         torch.testing.assert_close(results[1][name], weight, rtol=0, atol=tolerance)
+
+
+class Watched:
+    """Mixed into the class of a module: logs its calls, and each time that it is put on a device."""
+
+    log: list[str]
+
+    def forward(self, *args, **kwargs):
+        self.log.append(f"{type(self).__name__} called")
+        return super().forward(*args, **kwargs)
+
+    def _apply(self, *args, **kwargs):
+        self.log.append(f"{type(self).__name__} placed")
+        return super()._apply(*args, **kwargs)
+
+
+def watch(pipeline) -> list[str]:
+    """The log of the text encoders and the transformer from now on."""
+    log = []
+    for part, name in (("text_encoder", "encoder"), ("text_encoder_2", "encoder"), ("transformer", "transformer")):
+        module = getattr(pipeline, part)
+        module.__class__ = type(name, (Watched, type(module)), {"log": log})
+    return log
+
+
+@pytest.mark.parametrize(("option", "turns"), [("offload_components", 2), ("cache_prompt_embeds", 4)])
+def test_text_encoders_leave_before_the_transformer_is_called(make_trainer, option, turns, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    pipeline = tiny_pipelines.sd3()
+    log = watch(pipeline)
+    options = {option: True, "images_per_eval_prompt": 2, "per_device_eval_batch_size": 4, "num_rollouts": 1}
+    trainer = make_trainer(pipeline, eval_dataset=Dataset.from_dict({"prompt": PROMPTS[3:]}), **options)
+    # The transformer makes room, two encoders encode and leave, and it comes back: in a rehearsal and in the trial, and with
+    # a cache in two rehearsals more, which find the axes of the samples.
+    turn = "transformer placed (encoder called )+(encoder placed ){2}transformer placed transformer called"
+    assert len(re.findall(turn, " ".join(log))) == turns
+    assert len(re.findall("encoder called (encoder placed ){2}", " ".join(log))) == turns
+
+    def logged(function, *args) -> tuple[list[str], list[str]]:
+        del log[:]
+        function(*args)
+        return log[: log.index("transformer called")], log[log.index("transformer called") :]
+
+    # Two batches each. The prompts of all are encoded before the first is sampled.
+    calls = [] if option == "cache_prompt_embeds" else 2 * 2 * ["encoder called"] + 2 * ["encoder placed"]
+    for function, *args in ((trainer._roll_out, 0), (trainer.evaluate,), (trainer.generate, PROMPTS, range(6))):
+        encoding, sampling = logged(function, *args)
+        assert encoding == calls and "encoder called" not in sampling
+    # Prompts that nobody has announced.
+    encoding, _ = logged(trainer.generate, ["something else"], [0])
+    assert encoding == 2 * ["encoder called"] + 2 * ["encoder placed"]
 
 
 @pytest.mark.parametrize("pipeline", [tiny_pipelines.sd3, tiny_pipelines.flux])
