@@ -12,7 +12,7 @@ from accelerate.utils import DistributedType
 from checkpoint_contents import assert_equal, contents
 from conftest import logged, trained_weights
 from datasets import Dataset
-from diffusers import PipelineQuantizationConfig, SD3Transformer2DModel, TorchAoConfig
+from diffusers import AsymmetricAutoencoderKL, PipelineQuantizationConfig, SD3Transformer2DModel, TorchAoConfig
 from peft import PeftModel
 from tiny_runs import PROMPTS
 from torch._dynamo.utils import counters
@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 
 from trl_fdfo import shapes
 from trl_fdfo.algorithm import constant_churn
-from trl_fdfo.pipeline.options import is_quantized
+from trl_fdfo.pipeline.options import SLICED_PIXELS, is_quantized, set_vae_options
 from trl_fdfo.pipeline_flow import PipelineFlow, load_pipeline
 from trl_fdfo.training.engines import prepare_for_engine
 
@@ -298,6 +298,42 @@ def test_gradient_checkpointing_changes_nothing_but_memory(make_trainer, pipelin
 
 
 # The VAE --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("slicing", "pixels", "expected"),
+    [
+        (None, SLICED_PIXELS, False),
+        (None, SLICED_PIXELS + 1, True),
+        (False, SLICED_PIXELS + 1, False),
+        (True, 1, True),
+    ],
+)
+def test_large_batches_are_decoded_one_image_at_a_time(slicing, pixels, expected):
+    pipeline = tiny_pipelines.sd3()
+    set_vae_options(pipeline, slicing, False, pixels)
+    assert pipeline.vae.use_slicing is expected
+
+
+def test_a_vae_that_cannot_slice_is_asked_only_if_the_option_says_so():
+    pipeline = tiny_pipelines.sd3()
+    pipeline.register_modules(vae=AsymmetricAutoencoderKL())
+    set_vae_options(pipeline, None, False, SLICED_PIXELS + 1)
+    with pytest.raises(ValueError, match="vae_slicing=True, but the VAE"):
+        set_vae_options(pipeline, True, False, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "pixels"),
+    [
+        ({}, 4 * 16 * 16),
+        ({"per_device_sampling_batch_size": 4, "num_generations": 3}, 12 * 16 * 16),
+        ({"per_device_eval_batch_size": 5}, 5 * 16 * 16),
+        ({"height": None}, 4 * 1024 * 16),
+    ],
+)
+def test_pixels_that_are_decoded_at_a_time(make_config, options, pixels):
+    assert make_config(**options).decoded_pixels() == pixels
 
 
 def test_tiles_are_decoded_on_their_own_and_blended(make_trainer):

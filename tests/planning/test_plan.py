@@ -369,6 +369,18 @@ def test_plan_without_weights_equals_the_plan_of_the_run(make_config, folder):
     assert str(plan).splitlines()[:6] == str(run).splitlines()[:6]
 
 
+def test_decoding_is_counted_as_it_runs(make_config, folder):
+    def peak(**options) -> int:
+        return planned_run(planned_config(make_config(), use_cpu=True, **options), folder).decoding.peak
+
+    images = 4 * 3 * 16 * 16 * 4  # bytes of the four images of two prompts, in float32
+    whole, sliced = peak(), peak(vae_slicing=True)
+    assert peak(per_device_sampling_batch_size=4) == 2 * whole
+    # One image, and all images that are done: as parts, then as a whole.
+    assert whole / 4 < sliced < whole / 4 + 2 * images
+    assert peak(vae_slicing=True, per_device_sampling_batch_size=4) < sliced + 2 * images + images / 4
+
+
 def test_engines_share_out(make_config, folder):
     plan = planned_run(planned_config(make_config(), prompts_per_rollout=16, plan_processes=4), folder)
     assert plan.args.world_size == 4 and plan.args.num_rollout_batches == 2

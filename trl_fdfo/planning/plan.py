@@ -13,7 +13,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from transformers import TrainingArguments
 
 from ..pipeline.flow import PipelineFlow
@@ -96,12 +97,16 @@ class RunPlan:
         precision = Precision(engine.device_type, engine.autocast)
         sampling = self._cost(sampling_cost, model, rehearsal.model_calls, precision)
         self.training = self._cost(training_cost, model, rehearsal.model_calls, precision, args.gradient_checkpointing)
-        decoding = self._cost(sampling_cost, flow.pipeline.vae, rehearsal.decode_calls, precision, "decode")
         # The transformer samples and the VAE decodes batches of this many times the size of the rehearsed one.
         times = args.per_device_sampling_batch_size // args.per_device_prompt_batch_size
-        self.sampling, self.decoding = (
-            replace(cost, peak=times * cost.peak, operations=cost.operations // times) for cost in (sampling, decoding)
-        )
+        # A VAE that decodes one image at a time does not take as many times the memory.
+        larger = lambda latents: latents.repeat(times, *[1] * (latents.ndim - 1))
+        decode_calls = tree_map_only(Tensor, larger, rehearsal.decode_calls)
+        decoding = self._cost(sampling_cost, flow.pipeline.vae, decode_calls, precision, "decode")
+        # Peaks of a whole call; the rest for a rehearsed batch of it.
+        self.sampling = replace(sampling, peak=times * sampling.peak, operations=sampling.operations // times)
+        counts = {name: getattr(decoding, name) // times for name in ("flops", "traffic", "operations")}
+        self.decoding = replace(decoding, **counts)
 
     def _cost(self, function: Callable[..., Cost], *args: Any) -> Cost:
         try:

@@ -150,10 +150,10 @@ def plan_without_weights(
             their shapes.
     """
     pipeline = load_without_weights(name_or_path, config.load_dtype)
-    set_vae_options(pipeline, config.vae_slicing, config.vae_tiling)
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):
             component.requires_grad_(False)
+    set_vae_options(pipeline, config.vae_slicing, config.vae_tiling, config.decoded_pixels())
     flow = PipelineFlow(
         pipeline,
         num_generations=config.num_generations,

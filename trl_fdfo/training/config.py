@@ -232,8 +232,9 @@ class RolloutConfig(TrainingArguments):
             or 8 bits and train LoRA beside them, for a pipeline that is given by its name. `int8` saves memory in an
             update only together with `gradient_checkpointing`. Unpacking costs time in each pass, and the model is no
             longer quite the one that was given. A pipeline that you quantised yourself needs no option.
-        vae_slicing (`bool`, defaults to `False`):
-            The VAE decodes one image at a time, in as little memory as one takes. Costs nearly nothing.
+        vae_slicing (`bool`, *optional*):
+            The VAE decodes one image at a time, in as little memory as one takes. Costs nearly nothing. `None` does so where
+            more pixels than those of two images of 512 x 512 would be decoded at a time.
         vae_tiling (`bool`, defaults to `False`):
             The VAE decodes large images in overlapping tiles that are blended. Costs the overlaps, and images that
             differ a little where tiles meet. The VAE decides which sizes are large.
@@ -372,7 +373,7 @@ class RolloutConfig(TrainingArguments):
     offload_trajectories: bool = option(False, changes_result=False)
     cache_prompt_embeds: bool = option(False, changes_result=False)
     quantization: str | None = option(None, choices=QUANTIZATIONS)
-    vae_slicing: bool = option(False, changes_result=False)
+    vae_slicing: bool | None = option(None, changes_result=False)
     vae_tiling: bool = option(False)
 
     # Speed
@@ -518,6 +519,11 @@ class RolloutConfig(TrainingArguments):
             **{name: value for name, value in options.items() if value is not None},
             **(self.pipeline_kwargs or {}),
         }
+
+    def decoded_pixels(self) -> int:
+        """Most pixels that a process decodes at a time, where a size that is the pipeline's own counts as 1024."""
+        sampled = self.num_generations * self.per_device_sampling_batch_size
+        return max(sampled, self.per_device_eval_batch_size) * (self.height or 1024) * (self.width or 1024)
 
     def result_options(self) -> dict[str, Any]:
         """The options that the result of a run depends on, as JSON values that are the same in each process."""
