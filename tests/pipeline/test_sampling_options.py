@@ -1,5 +1,7 @@
 """Options that change how a rollout is sampled, but not the result of the training."""
 
+from types import SimpleNamespace
+
 import datasets
 import pytest
 import tiny_pipelines
@@ -155,7 +157,7 @@ def test_embeddings_are_found_by_the_pipeline_and_its_arguments(make_trainer, ca
     assert keys.pop("again") == keys["as it is"]
     assert len(set(keys.values())) == len(keys)
     embeddings = PromptEmbeddings(flows["guided"], ["two dogs", "a cat", "two dogs"])
-    assert list(embeddings) == ["a cat", "two dogs"] and embeddings.same_shapes and embeddings.nbytes > 0
+    assert list(embeddings) == ["two dogs", "a cat"] and embeddings.same_shapes and embeddings.nbytes > 0
     for read, encoded in zip(embeddings["a cat"][0], flows["guided"].encode(["a cat"])[0], strict=True):
         assert torch.equal(read, encoded)
 
@@ -164,9 +166,49 @@ def test_many_prompts_go_to_several_files(make_trainer, cache, monkeypatch):
     monkeypatch.setattr("trl_fdfo.pipeline.prompt_embeddings.PROMPTS_PER_FILE", 2)
     flow = make_trainer().flow
     embeddings = PromptEmbeddings(flow, PROMPTS[:5])
-    assert len(list(cache.rglob("*.arrow"))) == 3 and list(embeddings) == sorted(PROMPTS[:5])
+    assert len(list(cache.rglob("*.arrow"))) == 3 and list(embeddings) == PROMPTS[:5]
     for prompt in PROMPTS[:5]:
         assert torch.equal(embeddings[prompt][0][0], flow.encode([prompt])[0][0])
+
+
+def test_only_prompts_that_the_run_draws_are_encoded(make_trainer, cache):
+    drawn, cached = [], {}
+
+    def reward(images, prompts):
+        drawn.extend(prompts)
+        return redness(images, prompts)
+
+    for rollouts in (2, 3):
+        prompts = [f"prompt {n}" for n in range(20)]
+        trainer = make_trainer(prompts=prompts, reward_fn=reward, num_rollouts=rollouts, cache_prompt_embeds=True)
+        del drawn[:]
+        trainer.train()
+        cached[rollouts] = list(trainer.flow.prompt_embeddings)
+        assert cached[rollouts] == list(dict.fromkeys(drawn)) and len(cached[rollouts]) == 4 * rollouts
+    # More rollouts draw these first.
+    assert cached[3][:8] == cached[2]
+
+
+def test_disk_is_counted_beforehand(make_trainer, cache, monkeypatch):
+    flow, titles = make_trainer().flow, []
+
+    def progress(files, title):
+        titles.append(title)
+        return files
+
+    prompts = [f"prompt {n}" for n in range(200)]
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=100_000))
+    with pytest.raises(
+        ValueError, match="would write 0.00 GiB of embeddings of 200 prompts .*has 0.00 GiB left.*_CACHE"
+    ):
+        PromptEmbeddings(flow, prompts, progress)
+    assert not list(cache.rglob("*.arrow")) and not titles
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=10_000_000))
+    size = PromptEmbeddings(flow, prompts, progress).nbytes
+    assert titles == ["encoding 200 prompts, 0.00 GiB on disk"]
+    assert 100_000 < size < 10_000_000
+    PromptEmbeddings(flow, prompts, progress)
+    assert titles[1:] == ["reading embeddings"]
 
 
 def test_embeddings_of_different_length_need_batches_of_one(make_trainer, cache):

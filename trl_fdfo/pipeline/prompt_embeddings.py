@@ -1,6 +1,7 @@
 """Embeddings of prompts, computed once and kept on disk, so that the text encoders need not be on the GPU."""
 
 import io
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -27,19 +28,30 @@ class PromptEmbeddings(Mapping):
     The embeddings are kept in the cache of `datasets`, under a key of the pipeline, its text encoders and its call's
     arguments. Processes that share that folder share the work.
 
+    Prompts are encoded one by one: in a batch some encoders round otherwise, and an embedding would depend on the prompts
+    beside it. (Stable Diffusion 3's pooled embeddings do, by 6e-7 of their size in float32 on a CPU.)
+
     Args:
         flow ([`PipelineFlow`]): Encodes the prompts that the cache lacks.
-        prompts (`Iterable[str]`): All prompts to hold.
-        progress (`Callable`): Wraps an iterable in a progress bar.
+        prompts (`Iterable[str]`): All prompts to hold. Files hold neighbours: the same prompts in front are found again.
+        progress (`Callable`): `(files, title) -> files` with a progress bar.
+
+    Raises:
+        ValueError: The disk has not enough room.
     """
 
-    def __init__(self, flow: PipelineFlow, prompts: Iterable[str], progress: Callable[[Iterable], Iterable] = iter):
-        # Each prompt once, in an order that does not depend on the dataset's.
-        prompts = sorted(set(prompts))
+    def __init__(
+        self,
+        flow: PipelineFlow,
+        prompts: Iterable[str],
+        progress: Callable[[Iterable, str], Iterable] = lambda files, title: files,
+    ):
+        prompts = list(dict.fromkeys(prompts))
         key = encoding_key(flow)
         files = [prompts[start : start + PROMPTS_PER_FILE] for start in range(0, len(prompts), PROMPTS_PER_FILE)]
         state = PartialState()
-        for file in progress(files[state.process_index :: state.num_processes]):
+        title = _check_disk(flow, [prompt for file in files if not _path(file, key).exists() for prompt in file])
+        for file in progress(files[state.process_index :: state.num_processes], title):
             _load_or_encode(flow, file, key)
         state.wait_for_everyone()
         self._data = concatenate_datasets([_load_or_encode(flow, file, key) for file in files])
@@ -85,23 +97,48 @@ def encoding_key(flow: PipelineFlow) -> str:
     return checksum([type(pipeline).__name__, sorted(flow.call_kwargs.items()), encoders, tokenizers])
 
 
-def _load_or_encode(flow: PipelineFlow, prompts: list[str], key: str) -> Dataset:
-    fingerprint = checksum([key, prompts])
+def _path(prompts: list[str], key: str) -> Path:
+    """The file of these prompts; its stem is their fingerprint."""
     folder = Path(datasets.config.HF_DATASETS_CACHE, "trl_fdfo_prompt_embeddings")
     folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{checksum([key, prompts])}.arrow"
 
-    def encode(row: dict[str, str]) -> dict[str, bytes | str]:
-        embeddings = recursively_apply(lambda tensor: tensor.cpu(), flow.encode([row["prompt"]]))
-        shapes = recursively_apply(lambda tensor: tuple(tensor.shape), embeddings)
-        buffer = io.BytesIO()
-        # In PyTorch's format: Arrow has no bfloat16, and pipelines return tuples, lists and None.
-        torch.save(embeddings, buffer)
-        return {"embeddings": buffer.getvalue(), "shapes": repr(shapes)}
 
+def _check_disk(flow: PipelineFlow, missing: list[str]) -> str:
+    """
+    Title of the work on the prompts that the cache lacks, with the bytes that they will take, estimated from the longest.
+
+    Raises:
+        ValueError: The disk has less.
+    """
+    if not missing:
+        return "reading embeddings"
+    needed = len(missing) * len(_encode(flow, max(missing, key=len))["embeddings"])
+    free = shutil.disk_usage(datasets.config.HF_DATASETS_CACHE).free
+    if needed > free:
+        raise ValueError(
+            f"cache_prompt_embeds=True would write {needed / 2**30:.2f} GiB of embeddings of {len(missing)} prompts into the "
+            f"cache of `datasets`, whose disk has {free / 2**30:.2f} GiB left. Set the environment variable "
+            "HF_DATASETS_CACHE to a folder on a larger disk, or cache_prompt_embeds=False with offload_components=True."
+        )
+    return f"encoding {len(missing)} prompts, {needed / 2**30:.2f} GiB on disk"
+
+
+def _encode(flow: PipelineFlow, prompt: str) -> dict[str, bytes | str]:
+    embeddings = recursively_apply(lambda tensor: tensor.cpu(), flow.encode([prompt]))
+    shapes = recursively_apply(lambda tensor: tuple(tensor.shape), embeddings)
+    buffer = io.BytesIO()
+    # In PyTorch's format: Arrow has no bfloat16, and pipelines return tuples, lists and None.
+    torch.save(embeddings, buffer)
+    return {"embeddings": buffer.getvalue(), "shapes": repr(shapes)}
+
+
+def _load_or_encode(flow: PipelineFlow, prompts: list[str], key: str) -> Dataset:
+    path = _path(prompts, key)
     # `map` writes under a temporary name first, so an existing file is complete.
     return Dataset.from_dict({"prompt": prompts}).map(
-        encode,
-        cache_file_name=str(folder / f"{fingerprint}.arrow"),
-        new_fingerprint=fingerprint,
+        lambda row: _encode(flow, row["prompt"]),
+        cache_file_name=str(path),
+        new_fingerprint=path.stem,
         writer_batch_size=16,
     )

@@ -34,7 +34,7 @@ from ..pipeline.trained import frozen_modules, trained_module
 from ..rewards.reward_functions import RewardFunctions
 from .config import RolloutConfig
 from .config_checks import check_argument_of_call
-from .prompts import check_prompts, hold_out, load_prompts, plain
+from .prompts import check_prompts, hold_out, load_prompts, plain, rollout_rows
 
 
 logger = logging.get_logger(__name__)
@@ -345,12 +345,11 @@ def rehearse(
     if larger_batches or flow.shared_prefix or config.cache_prompt_embeds:
         flow.axes(columns)
     if config.cache_prompt_embeds:
-        datasets = [dataset for dataset in (train_dataset, eval_dataset) if dataset]
         disable = config.disable_tqdm or not PartialState().is_main_process
         embeddings = PromptEmbeddings(
             flow,
-            [prompt for dataset in datasets for prompt in dataset[column]],
-            lambda files: tqdm(files, "encoding", disable=disable),
+            _encoded_prompts(config, train_dataset, eval_dataset),
+            lambda files, title: tqdm(files, title, disable=disable),
         )
         if not embeddings.same_shapes and config.per_device_sampling_batch_size > 1:
             raise ValueError(
@@ -414,6 +413,19 @@ def _tensors(data: Any) -> list[Tensor]:
     found: list[Tensor] = []
     recursively_apply(found.append, data)
     return found
+
+
+def _encoded_prompts(config: RolloutConfig, train_dataset: Dataset, eval_dataset: Dataset | None) -> list[str]:
+    """
+    The prompts that a run encodes. If it draws all rows, their order is the same for every seed; otherwise it is that of
+    the rollouts, so that a run with more of them finds those of the shorter one.
+    """
+    column, drawn = config.dataset_prompt_column, config.num_rollouts * config.prompts_per_rollout
+    evaluated = sorted(eval_dataset[column]) if eval_dataset else []
+    if drawn >= len(train_dataset):
+        return sorted({*evaluated, *train_dataset[column]})
+    rows = rollout_rows(len(train_dataset), drawn, 0, config.seed)  # the rollouts in succession
+    return [*evaluated, *read_rows(train_dataset, rows, [column], "train_dataset")[column]]
 
 
 def _try_replay(
