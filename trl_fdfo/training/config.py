@@ -217,16 +217,17 @@ class RolloutConfig(TrainingArguments):
         > Memory
 
         offload_components (`bool`, defaults to `False`):
-            Text encoders, VAE and everything but the transformer wait in host memory while a rollout is trained on.
-            Costs their copy to the device once per rollout. Rewards have an `offload` of their own.
+            Text encoders, VAE and everything but the transformer wait in host memory while a rollout is trained on. A
+            rollout encodes all its prompts first, and the text encoders leave before it is sampled. Costs their copy to the
+            device once per rollout. Rewards have an `offload` of their own.
         offload_trajectories (`bool`, defaults to `False`):
             The records of a rollout (noisy latents, velocities, embeddings of the prompts) wait in host memory, and each
             micro-batch is copied from there.
         cache_prompt_embeds (`bool`, defaults to `False`):
-            Encode each prompt once, before the run, and keep the embeddings on disk in the cache of `datasets`, for later
-            runs too. The text encoders wait in host memory once the run begins. Costs disk: 1 MB per prompt of 128 T5
-            tokens in bfloat16. Prompts are encoded one by one, which can round differently from a batch of them. A prompt
-            that is in no dataset of the trainer is encoded when it comes.
+            Encode each prompt that the run draws once, before the run, and keep the embeddings on disk in the cache of
+            `datasets`, for later runs too. The text encoders wait in host memory once the run begins. Costs disk: 1 to 2 MB
+            per prompt of 128 T5 tokens in bfloat16; how much is said beforehand. Prompts are encoded one by one, which can
+            round differently from a batch of them. A prompt that is in no dataset of the trainer is encoded when it comes.
         quantization (`str`, *optional*):
             `"nf4"` (bitsandbytes, on a GPU) or `"int8"` (torchao): load the linear layers of the frozen transformer in 4
             or 8 bits and train LoRA beside them, for a pipeline that is given by its name. `int8` saves memory in an
