@@ -7,7 +7,7 @@ Post-train Stable Diffusion 3 (or any diffusers flow-matching pipeline) with FDF
     accelerate launch examples/train_sd3.py --config examples/recipes/pickscore.yaml \
         --reward pickscore --reward my_module:my_reward --reward_weights 1.0 2.0           # with a reward of your own
 
-    python examples/train_sd3.py --config examples/recipes/combined.yaml --plan            # what it would take: no weights
+    python examples/train_sd3.py --config examples/recipes/combined.yaml --plan --gpu h100  # what it would take: no weights
 
 With `--algorithm flow_grpo` it is Flow-GRPO that trains, the baseline, with the options of `FlowGRPOConfig`.
 
@@ -56,7 +56,9 @@ class ScriptArguments:
     )
     plan: bool = field(
         default=False,
-        metadata={"help": "Print what the run would do and the memory of its GPUs, without loading weights, and exit."},
+        metadata={
+            "help": "Print what the run would do and the memory of its GPUs, without loading weights, and exit. With --gpu also its hours."
+        },
     )
     metrics: str | None = field(
         default=None,

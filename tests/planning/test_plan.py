@@ -21,7 +21,7 @@ from trl import TrlParser
 from trl_fdfo import FDFOConfig, FDFOTrainer, FlowGRPOConfig, FlowGRPOTrainer, shapes
 from trl_fdfo.fdfo.scheduler import ChurnScheduler
 from trl_fdfo.planning.cost import Cost, Precision, sampling_cost, training_cost
-from trl_fdfo.planning.memory import Engine
+from trl_fdfo.planning.memory import QUANTIZED_BYTES, Engine, nbytes
 from trl_fdfo.planning.plan import RunPlan
 from trl_fdfo.planning.time import CARDS, LAUNCH, UTILISATION, Card
 from trl_fdfo.planning.without_weights import load_without_weights, plan_without_weights, planned
@@ -496,16 +496,17 @@ def test_plan_says_seconds_and_hours(make_config, folder):
     cheaper = plan.seconds(num_inference_steps=10, timestep_fraction=0.25)
     assert cheaper["sampling"] == pytest.approx(expected["sampling"] / 2)
     assert cheaper["training"] == pytest.approx(expected["training"] * 2 / 10)
-    rows = {line[:34].strip(): line[34:].split() for line in str(plan).splitlines()}
+    printed = str(plan)
+    rows = {line[:34].strip(): line[34:].split() for line in printed.splitlines()}
     assert rows["seconds per rollout"] == "as given 1/4 levels 10 steps both".split()
     assert rows["reward my_module:reward"] == 4 * ["not", "counted"]
     total = sum(seconds for seconds in plan.seconds().values() if seconds is not None)
     assert rows["hours of 2 rollouts"][0] == f"{2 * total / 3600:,.1f}"
-    assert f"in short: h100: {plan.needed_memory():.1f} of 80 GB; an estimated " in str(plan)
+    assert f"in short: h100: {plan.needed_memory():.1f} of 80 GB; an estimated " in printed
     # Nothing to choose from is not shown.
-    short = planned_run(planned_config(make_config(), gpu="h100", timestep_fraction=0.25), folder)
-    assert "1/4 levels" not in str(short) and "10 steps" not in str(short)
-    assert "per rollout   " in str(short) and "seconds" not in str(planned_run(planned_config(make_config()), folder))
+    short = str(planned_run(planned_config(make_config(), gpu="h100", timestep_fraction=0.25), folder))
+    assert "seconds per rollout" in short and "1/4 levels" not in short and "10 steps" not in short
+    assert "seconds per rollout" not in str(planned_run(planned_config(make_config()), folder))
 
 
 def test_a_larger_sampling_batch_launches_less(make_config, folder):
@@ -534,6 +535,13 @@ def test_plan_without_weights_quantises_linear_layers(make_config, folder, quant
     saved = sizes(plain)["transformer, frozen"][0] - sizes(plan)["transformer, frozen"][0]
     assert saved == pytest.approx((16 - bits) / 8 * numbers, abs=1)
     assert f"   {quantization}, bfloat16\n" in str(plan)
+
+
+def test_a_weight_of_bitsandbytes_has_scales():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    options = {"requires_grad": False, "quant_type": "nf4", "compress_statistics": False}  # diffusers' default
+    weight = bitsandbytes.nn.Params4bit(torch.randn(64, 128), **options)._quantize("cpu")
+    assert nbytes([weight]) == QUANTIZED_BYTES["nf4"] * 64 * 128
 
 
 def test_script_plans_the_packaged_pipeline(tmp_path, capsys):

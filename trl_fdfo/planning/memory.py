@@ -229,7 +229,12 @@ def size_text(size: int) -> str:
 
 
 def _stored(tensor: Tensor) -> list[Tensor]:
-    """The tensors that hold a tensor's numbers. torchao's wrappers report the size and dtype of the unpacked weight."""
+    """
+    The tensors that hold a tensor's numbers. torchao's wrappers report the size and dtype of the unpacked weight, and
+    bitsandbytes keeps the scales of a weight beside it.
+    """
+    if getattr(tensor, "quant_state", None) is not None:
+        return [tensor.data, tensor.quant_state.absmax]
     if isinstance(tensor, DTensor) or not is_traceable_wrapper_subclass(tensor):
         return [tensor]
     return [part for name in tensor.__tensor_flatten__()[0] for part in _stored(getattr(tensor, name))]
