@@ -18,6 +18,7 @@ benchmark: $(VENV)/installed  ## the figures of README and docs
 	$(VENV)/bin/python benchmarks/replay.py
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/remote_reward.py
 	$(VENV)/bin/python benchmarks/memory.py
+	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/recipe_plans.py
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/scale.py
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/precision.py
 	$(VENV)/bin/python benchmarks/full_size.py

@@ -498,6 +498,8 @@ def test_plan_says_seconds_and_hours(make_config, folder):
     assert cheaper["training"] == pytest.approx(expected["training"] * 2 / 10)
     printed = str(plan)
     rows = {line[:34].strip(): line[34:].split() for line in printed.splitlines()}
+    milliseconds = 1000 * card.seconds(*plan.reward_costs["clip"])
+    assert rows["reward clip"][4:] == f"{milliseconds:.2g} ms per image, bfloat16".split()
     assert rows["seconds per rollout"] == "as given 1/4 levels 10 steps both".split()
     assert rows["reward my_module:reward"] == 4 * ["not", "counted"]
     total = sum(seconds for seconds in plan.seconds().values() if seconds is not None)

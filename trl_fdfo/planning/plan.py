@@ -228,7 +228,14 @@ class RunPlan:
             f"  time, {self.gpu}: estimated, with {UTILISATION:g} of {card.peak / 1e12:,.0f} TFLOP/s, "
             f"{card.bandwidth / 1e9:,.0f} GB/s, {1e6 * LAUNCH:g} us per operation (docs/memory_plan.md)"
         ]
-        lines += [f"    {name:30}" + "".join(f"{value:>13}" for value in values) for name, *values in rows]
+        notes = {
+            f"  reward {name}": f"{1000 * card.seconds(*cost):.2g} ms per image, {str(cost[1]).removeprefix('torch.')}"
+            for name, cost in self.reward_costs.items()
+            if cost is not None
+        }
+        for name, *values in rows:
+            columns_of_row = "".join(f"{value:>13}" for value in values)
+            lines.append(f"    {name:30}{columns_of_row}   {notes.get(name, '')}".rstrip())
         saved = ", what shared_prefix saves" if self.shared_prefix else ""
         lines.append(f"    not counted: {NOT_TIMED}{saved}")
         return [*lines, f"  in short: {self.in_short()}"]
