@@ -584,7 +584,7 @@ def test_an_error_of_the_trial_names_the_call():
     flow = make_flow(pipeline=Fails(**parts_of(tiny_pipelines.sd3())))
     flow.rehearse(["a"])
     with pytest.raises(ValueError, match="A rollout of Fails with .*'num_inference_steps': 2.*RuntimeError: once too"):
-        flow.try_replay("a cat")
+        flow.try_replay(["a cat"])
 
 
 def test_construction_leaves_the_modes_of_the_layers(make_trainer):

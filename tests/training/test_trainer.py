@@ -139,6 +139,31 @@ def test_default_lora_targets_are_the_attention_projections(make_trainer):
     assert config.init_lora_weights == "gaussian"
 
 
+def rounding_with_the_batch(size):
+    """A pipeline whose kernels round otherwise, by a share of `size`, in batches of more than two prompts."""
+    pipeline = tiny_pipelines.sd3()
+    hook = lambda module, args, output: (output[0] * (1 + size * (len(output[0]) > 4)),)
+    pipeline.transformer.register_forward_hook(hook)
+    return pipeline
+
+
+def test_the_tolerance_of_the_replay_is_measured(make_trainer):
+    larger = {"per_device_sampling_batch_size": 4, "num_rollouts": 1}
+    usual = 1e-3  # of float32
+    # One batch size in eager kernels is exact: a small difference is another function.
+    assert make_trainer().replay_tolerance == pytest.approx(0.1 * usual)
+    for size, expected in ((1e-5, 0.1 * usual), (5e-4, 4 * 5e-4), (4e-3, 5 * usual)):
+        trainer = make_trainer(rounding_with_the_batch(size), **larger)
+        assert trainer.replay_tolerance == pytest.approx(expected, rel=0.01)
+        trainer.train()
+        assert logged(trainer, "replay_error") == [pytest.approx(size, rel=0.1)]
+    with pytest.raises(ReplayError, match="by 0.00[56].*at most 0.005 is allowed.*set `replay_tolerance`"):
+        make_trainer(rounding_with_the_batch(6e-3), **larger)
+    assert make_trainer(rounding_with_the_batch(6e-3), replay_tolerance=0.01, **larger).replay_tolerance == 0.01
+    with pytest.raises(ReplayError, match="at most 0.0001 is allowed"):
+        make_trainer(rounding_with_the_batch(5e-4), replay_tolerance=1e-4, **larger)
+
+
 def test_lora_weights_are_fp32_on_a_bf16_model(make_trainer):
     trainer = make_trainer(pipeline=tiny_pipelines.sd3().to(torch.bfloat16))
     assert {weight.dtype for weight in trained_weights(trainer).values()} == {torch.float32}

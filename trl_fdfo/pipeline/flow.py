@@ -20,7 +20,7 @@ import inspect
 import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -201,24 +201,34 @@ class PipelineFlow:
             images=images,
         )
 
-    def try_replay(self, prompt: str, columns: dict[str, Sequence] | None = None, steps: int = 2) -> bool:
+    def try_replay(
+        self,
+        prompts: Sequence[str],
+        columns: dict[str, Sequence] | None = None,
+        *,
+        parts: int = 1,
+        tolerance: float | None = None,
+        steps: int = 2,
+    ) -> tuple[float, bool]:
         """
-        Sample one prompt in a few steps, and replay each of them: the self-check of the replay, before any work.
+        Sample some prompts in a few steps, and replay each step: the self-check of the replay, before any work.
 
         Args:
-            prompt (`str`): A prompt.
-            columns (`dict[str, Sequence]`, *optional*): As in `rollout`, for that prompt.
+            prompts (`Sequence[str]`): P prompts.
+            columns (`dict[str, Sequence]`, *optional*): As in `rollout`.
+            parts (`int`): Parts of equal size that the batch is split into, of which the first is replayed.
+            tolerance (`float`, *optional*): As in [`check_replay`].
             steps (`int`): Steps of the call. One that has `sigmas` or `timesteps` takes those.
 
         Returns:
-            `bool`: Whether each velocity depends on every trained weight.
+            `tuple[float, bool]`: The largest [`replay_error`], and whether each velocity depends on every trained weight.
 
         Raises:
             ReplayError: A replayed velocity is not the recorded one.
             ValueError: The pipeline's call fails.
         """
         trained = {weight for weight in trained_module(self.pipeline).parameters() if weight.requires_grad}
-        depends_on_all = True
+        largest, depends_on_all = 0.0, True
         short = copy.copy(self)
         schedule = self.call_kwargs.get("sigmas") or self.call_kwargs.get("timesteps")
         if schedule is None:
@@ -226,14 +236,15 @@ class PipelineFlow:
         else:
             steps = len(schedule)
         try:
-            batch = short.rollout(
-                [prompt], torch.zeros(steps + 1), [0], range(self.num_generations), range(steps), columns
-            )
+            count = len(prompts)
+            noise_seeds = range(count * self.num_generations)
+            batch = short.rollout(prompts, torch.zeros(steps + 1), range(count), noise_seeds, range(steps), columns)
+            batch = short.split(replace(batch, images=None), [range(steps)] * parts)[0]
             for level, recorded in batch.velocities.items():
                 # Nothing goes back through this graph: it keeps no activations.
                 with torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda _: None):
                     velocity = short.velocity(batch, level)
-                check_replay(velocity, recorded, self.pipeline, level)
+                largest = max(largest, check_replay(velocity, recorded, self.pipeline, level, tolerance))
                 depends_on_all = depends_on_all and trained <= _leaves(velocity)
         except (torch.OutOfMemoryError, ReplayError):
             raise
@@ -242,7 +253,7 @@ class PipelineFlow:
                 f"A rollout of {type(self.pipeline).__name__} with {short.call_kwargs} cannot be sampled and replayed: "
                 f"{type(error).__name__}: {error}"
             ) from error
-        return depends_on_all
+        return largest, depends_on_all
 
     def axes(self, columns: dict[str, Sequence] | None = None) -> BatchAxes:
         """

@@ -122,21 +122,25 @@ def set_attention_backend(pipeline: DiffusionPipeline, backend: str) -> None:
         raise ValueError(f"attention_backend='{backend}' cannot be used here: {error}") from error
 
 
-def compile_blocks(accelerator: Accelerator, transformer: torch.nn.Module) -> None:
+def compile_blocks(accelerator: Accelerator, transformer: torch.nn.Module) -> bool:
     """
     Compile the repeated blocks of a transformer, in place, instead of the whole of it, as Accelerate would. The blocks
     take nearly all of its time, and compile in a fraction of the time. The names of its weights do not change.
 
     Call this before the transformer is wrapped.
+
+    Returns:
+        `bool`: Whether compilation is asked for.
     """
     plugin = accelerator.state.dynamo_plugin
     if plugin.backend == DynamoBackend.NO:
-        return
+        return False
     # Each batch size has graphs of its own: kernels for any size would be slower for all, and round otherwise.
     options = {"dynamic": False, **plugin.to_kwargs()}
     plugin.backend = DynamoBackend.NO
     for block in list(_repeated_blocks(transformer)) or [transformer]:
         block.compile(recompile_limit=_COMPILED_VERSIONS, **options)
+    return True
 
 
 def _repeated_blocks(module: torch.nn.Module) -> Iterator[torch.nn.Module]:

@@ -255,6 +255,10 @@ class RolloutConfig(TrainingArguments):
         torch_compile (`bool`, defaults to `False`):
             Compile the transformer's repeated blocks, not the whole. Costs the compilation, in the first rollout and the
             first update, and a velocity replayed to rounding instead of to the bit.
+        replay_tolerance (`float`, *optional*):
+            Largest relative rms difference between a replayed and a recorded velocity that does not end the run. `None` takes
+            four times what a batch shows at construction, in the run's own batch sizes and kernels, within bounds
+            (docs/pipelines.md).
 
         > Logging
 
@@ -380,6 +384,7 @@ class RolloutConfig(TrainingArguments):
     # Speed
     per_device_sampling_batch_size: int | None = option(None, changes_result=False)
     attention_backend: str | None = option(None, changes_result=False)
+    replay_tolerance: float | None = option(None, changes_result=False)
 
     # Logging
     logging_images_steps: int | None = option(None, changes_result=False)

@@ -4,7 +4,7 @@ import copy
 import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from ..pipeline.lora import add_adapter, continue_adapter, default_lora_config
 from ..pipeline.options import is_quantized, quantization_config, set_attention_backend, set_vae_options
 from ..pipeline.prompt_embeddings import PromptEmbeddings, text_encoders
 from ..pipeline.records import Rehearsal
+from ..pipeline.replay_check import MAX_TOLERANCE, default_tolerance
 from ..pipeline.trained import frozen_modules, trained_module
 from ..rewards.reward_functions import RewardFunctions
 from .config import RolloutConfig
@@ -297,12 +298,10 @@ def rehearse(
     config: RolloutConfig,
     train_dataset: Dataset,
     eval_dataset: Dataset | None,
-    autocast: Callable[[], AbstractContextManager] = nullcontext,
-) -> tuple[Rehearsal, bool]:
+) -> Rehearsal:
     """
     Call the pipeline once as a rollout will, so that it refuses here what it refuses; encode the prompts if they are to be
-    kept on disk; then sample and replay one prompt in a few steps. Rewards are not called: one may be a paid service, or a
-    person.
+    kept on disk. Rewards are not called: one may be a paid service, or a person.
 
     Args:
         flow ([`PipelineFlow`]): Flow of the run. If a `strength` starts the schedule late, its `num_inference_steps` are
@@ -310,23 +309,16 @@ def rehearse(
         config ([`RolloutConfig`]): Options of the run.
         train_dataset (`datasets.Dataset`): Prompts to train on.
         eval_dataset (`datasets.Dataset`, *optional*): Prompts to evaluate on.
-        autocast (`Callable`): Makes the context in which the run will call the model.
-
-    Returns:
-        `tuple[Rehearsal, bool]`: The rehearsal, and whether each velocity depends on every trained weight.
 
     Raises:
-        ReplayError: A replayed velocity is not the sampled one.
         ValueError: The pipeline cannot be called with the options.
     """
-    column = config.dataset_prompt_column
     check_call_kwargs(flow.pipeline, config.pipeline_columns or ())
     for name in sorted({"height", "width"} & set(config.pipeline_columns or ())):
         for size in sorted({size for dataset in (train_dataset, eval_dataset) if dataset for size in dataset[name]}):
             check_resolution(flow.pipeline, **{"height": None, "width": None, name: size})
-    first = read_rows(train_dataset, [0], [column, *(config.pipeline_columns or ())], "train_dataset")
-    columns = {name: first[name] for name in config.pipeline_columns or ()}
-    prompts = first[column] * config.per_device_prompt_batch_size
+    prompt, columns = _first_row(config, train_dataset)
+    prompts = prompt * config.per_device_prompt_batch_size
     rehearsal = _rehearse_row(flow, prompts, columns, config.num_generations)
     _check_negative_prompt(flow, config, prompts, columns, rehearsal)
     steps = len(rehearsal.sigmas) - 1
@@ -358,7 +350,14 @@ def rehearse(
                 "cache_prompt_embeds=False."
             )
         flow.prompt_embeddings = embeddings
-    return rehearsal, _try_replay(flow, first[column][0], columns, autocast)
+    return rehearsal
+
+
+def _first_row(config: RolloutConfig, dataset: Dataset) -> tuple[list[str], dict[str, list]]:
+    """The prompt of the first row, and its values of the columns that the pipeline takes."""
+    column, columns = config.dataset_prompt_column, config.pipeline_columns or ()
+    row = read_rows(dataset, [0], [column, *columns], "train_dataset")
+    return row[column], {name: row[name] for name in columns}
 
 
 def _rehearse_row(flow: PipelineFlow, prompts: list[str], columns: dict[str, list], samples: int) -> Rehearsal:
@@ -428,21 +427,43 @@ def _encoded_prompts(config: RolloutConfig, train_dataset: Dataset, eval_dataset
     return [*evaluated, *read_rows(train_dataset, rows, [column], "train_dataset")[column]]
 
 
-def _try_replay(
-    flow: PipelineFlow, prompt: str, columns: dict[str, list], autocast: Callable[[], AbstractContextManager]
-) -> bool:
-    """Try the replay as it will be trained, in training mode and mixed precision. Whether all trained weights take part."""
+def try_replay(
+    flow: PipelineFlow, config: RolloutConfig, dataset: Dataset, autocast: Callable[[], AbstractContextManager]
+) -> tuple[float, bool]:
+    """
+    Sample one batch as the run will, in a few steps, and replay it as it will be trained: in training mode, in mixed precision,
+    in the batch size of an update.
+
+    Args:
+        flow ([`PipelineFlow`]): Flow of the run, which has been rehearsed.
+        config ([`RolloutConfig`]): Options of the run.
+        dataset (`datasets.Dataset`): Prompts to train on.
+        autocast (`Callable`): Makes the context in which the run will call the model.
+
+    Returns:
+        `tuple[float, bool]`: The largest replay error, and whether each velocity depends on every trained weight.
+
+    Raises:
+        ReplayError: A replayed velocity is not the sampled one.
+        ValueError: The pipeline's call fails.
+    """
     model = flow.model
 
     def call(*args, **kwargs):
         with autocast():
             return model(*args, **kwargs)
 
+    tolerance = config.replay_tolerance
+    if tolerance is None:
+        tolerance = MAX_TOLERANCE * default_tolerance(flow.pipeline, config.mixed_precision_dtype)
+    prompt, columns = _first_row(config, dataset)
+    size = config.per_device_sampling_batch_size
     modes = [(part, part.training) for part in model.modules()]
     flow.model = call
     model.train()
     try:
-        return flow.try_replay(prompt, columns)
+        parts = size // config.per_device_prompt_batch_size
+        return flow.try_replay(prompt * size, columns, parts=parts, tolerance=tolerance)
     finally:
         flow.model = model
         for part, mode in modes:

@@ -34,7 +34,7 @@ from ..pipeline.lora import check_stored_weights
 from ..pipeline.options import compile_blocks, keep_out_of_ddp
 from ..pipeline.patch import shadowed
 from ..pipeline.records import Rehearsal
-from ..pipeline.replay_check import check_replay_error, replay_error
+from ..pipeline.replay_check import check_replay_error, default_tolerance, replay_error, tolerance_above
 from ..pipeline.trained import restored_on_error, trained_module
 from ..planning.memory import Engine
 from ..planning.plan import RunPlan
@@ -72,6 +72,7 @@ from .setup import (
     place_components,
     prepare_pipeline,
     rehearse,
+    try_replay,
 )
 from .watchdogs import Watchdogs
 
@@ -108,6 +109,7 @@ class RolloutTrainer(Algorithm, Trainer):
         signals ([`~trl_fdfo.saving.signals.Signals`]): SIGTERM and SIGINT.
         averaging ([`~trl_fdfo.saving.weight_averaging.WeightAveraging`], *optional*): Average of the trained weights.
         metrics ([`~trl_fdfo.training.metrics.RolloutMetrics`]): Metrics since the last log.
+        replay_tolerance (`float`): Largest replay error that does not end the run.
         comparison ([`~trl_fdfo.evaluation.before_after.BeforeAfter`], *optional*): Images and rewards before and after
             training, for the model card.
 
@@ -196,17 +198,11 @@ class RolloutTrainer(Algorithm, Trainer):
             self._replay_errors: list[tuple[Tensor, int]] = []  # of the next optimizer step
             self._rehearsal: Rehearsal | None
             with self.flow.encoders.alone() if self.flow.encoders is not None else contextlib.nullcontext():
-                self._rehearsal, all_take_part = rehearse(
-                    self.flow, self.args, self.train_dataset, self.eval_dataset, self.accelerator.autocast
-                )
-            if not all_take_part and self.accelerator.ddp_handler is not None:
-                # DDP waits for the gradients of all weights, unless it searches for those that take no part.
-                self.accelerator.ddp_handler.find_unused_parameters = True
+                self._rehearsal = rehearse(self.flow, self.args, self.train_dataset, self.eval_dataset)
+                self.replay_tolerance = self._try_replay()
             self.offload_components()
             self.sigmas = self._rehearsal.sigmas
             checked.check_methods(self)
-            # Compile after the rehearsals: their batch sizes never recur.
-            compile_blocks(self.accelerator, trained_module(pipeline))
             self.checkpointer = Checkpointer(
                 self.args.output_dir,
                 self._fingerprint(),
@@ -216,6 +212,20 @@ class RolloutTrainer(Algorithm, Trainer):
             config.hold()
 
     # Setup ------------------------------------------------------------------------------------------------------------
+
+    def _try_replay(self) -> float:
+        """Replay a batch in the kernels that the run will use, and return the replay error that the run allows."""
+        arguments = (self.flow, self.args, self.train_dataset, self.accelerator.autocast)
+        floor, all_take_part = try_replay(*arguments)
+        if not all_take_part and self.accelerator.ddp_handler is not None:
+            # DDP waits for the gradients of all weights, unless it searches for those that take no part.
+            self.accelerator.ddp_handler.find_unused_parameters = True
+        # Compile after what is called in other batch sizes, each of which would have graphs of its own.
+        if compile_blocks(self.accelerator, trained_module(self.pipeline)):
+            floor = max(floor, try_replay(*arguments)[0])
+        if self.args.replay_tolerance is not None:
+            return self.args.replay_tolerance
+        return tolerance_above(floor, default_tolerance(self.pipeline, self.args.mixed_precision_dtype))
 
     def _add_collaborators(self) -> None:
         args = self.args
@@ -421,7 +431,7 @@ class RolloutTrainer(Algorithm, Trainer):
             levels = [level for _, level in self._replay_errors]
             errors = torch.stack([error for error, _ in self._replay_errors]).nan_to_num(nan=math.inf).tolist()
             self._replay_errors.clear()
-            check_replay_error(*max(zip(errors, levels)), self.pipeline, self.args.mixed_precision_dtype)
+            check_replay_error(*max(zip(errors, levels)), self.pipeline, self.replay_tolerance)
         self._watchdogs.check_losses()
 
     def _get_grad_norm(self, *args, **kwargs) -> float:
