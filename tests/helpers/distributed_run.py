@@ -7,10 +7,12 @@ test_distributed.py has put a pipeline and the run of one process into FOLDER. P
 same two processes do everything, because starting them takes longest.
 """
 
+import asyncio
 import gc
 import importlib.util
 import os
 import sys
+from datetime import timedelta
 from math import prod
 from pathlib import Path
 
@@ -157,11 +159,32 @@ def measure_traffic(folder: Path) -> dict:
     }
 
 
+TIMEOUT = 5  # seconds of a collective, in `wait_for_a_slow_reward`
+
+
+async def slow_on_one_process(images, prompts):
+    """Redness, for which process 1 takes longer than a collective may."""
+    if dist.get_rank() == 1:
+        await asyncio.sleep(1.5 * TIMEOUT)
+    return tiny_runs.redness(images, prompts)
+
+
+def wait_for_a_slow_reward(folder: Path) -> list[float]:
+    """Rewards of a rollout whose images are scored at once, later by one process."""
+    options = {"num_rollouts": 1, "per_device_sampling_batch_size": 4, "eval_strategy": "no", "save_strategy": "no"}
+    group = dist.group.WORLD
+    group._get_backend(torch.device("cpu"))._set_default_timeout(timedelta(seconds=TIMEOUT))
+    trainer = build(str(folder / "slow"), reward=slow_on_one_process, **options)
+    trainer.train()
+    return [log["reward"] for log in trainer.state.log_history if "reward" in log]
+
+
 def main(folder: Path) -> None:
     results = {}
     _, results["two"] = run(str(folder / "two"), **SAMPLING)
     _, results["more"] = run(str(folder / "more"), str(folder / "one" / "checkpoint-4"), **SAMPLING)
     results["traffic"] = measure_traffic(folder)
+    results["slow reward"] = wait_for_a_slow_reward(folder)
     if importlib.util.find_spec("torchao"):
         pipeline = lambda: str(folder / "pipeline")
         _, results["quantized"] = run(str(folder / "quantized"), make_pipeline=pipeline, quantization="int8")

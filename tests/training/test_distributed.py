@@ -25,7 +25,7 @@ def runs(tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr[-4000:]
     results = torch.load(folder / "results.pt", weights_only=True)
-    for name in results.keys() - {"traffic"}:
+    for name in results.keys() - {"traffic", "slow reward"}:
         assert results[name]["processes"] == 2 and results[name]["wrapper"] == "DistributedDataParallel"
     return folder, one, results
 
@@ -70,3 +70,8 @@ def test_gradients_and_metrics_alone_pass_between_processes(runs):
     assert 2 * 8 < sum(others) < 200
     # What one rollout has recorded on one process alone.
     assert result["recorded"] > 10_000
+
+
+def test_a_slow_reward_of_one_process_does_not_end_the_others(runs):
+    _, one, results = runs
+    assert results["slow reward"] == pytest.approx(one["rewards"][:1], abs=1e-5)

@@ -42,8 +42,7 @@ def sample_rollout(trainer: Trainer, rollout: int) -> RolloutBuffer:
     numbers = range(first_batch, first_batch + args.num_rollout_batches)
     batches, pending = _sample_all(trainer, rollout, numbers)
     with metrics.timed("reward"):
-        while trainer.signals.received is None and not all(each.done() for each in pending):
-            time.sleep(0.005)
+        _wait(trainer, pending)
     trainer.end_if_interrupted()
     trainer.save_if_interrupted()
     with metrics.timed("reward"):
@@ -88,6 +87,21 @@ def _sample_all(
             if trainer.progress is not None:
                 bar.update(len(sampled) * size)
     return batches, pending
+
+
+def _wait(trainer: Trainer, pending: Sequence[PendingRewards]) -> None:
+    """
+    Wait for the rewards, or for a signal. The processes ask each other again and again: one that waited for another's slow
+    reward in a single collective would run into the engine's timeout (`ddp_timeout`).
+    """
+    several = trainer.args.world_size > 1
+    while True:
+        waiting, told = not all(each.done() for each in pending), trainer.signals.received is not None
+        if several:
+            waiting, told = (bool(trainer.any_process(value)) for value in (waiting, told))
+        if told or not waiting:
+            return
+        time.sleep(0.1 if several else 0.005)
 
 
 def _places(trainer: Trainer, batches: Sequence[int]) -> range:
