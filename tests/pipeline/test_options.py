@@ -267,7 +267,7 @@ def test_text_encoders_leave_before_the_transformer_is_called(make_trainer, opti
 
     # Two batches each. The prompts of all are encoded before the first is sampled.
     calls = [] if option == "cache_prompt_embeds" else 2 * 2 * ["encoder called"] + 2 * ["encoder placed"]
-    for function, *args in ((trainer._roll_out, 0), (trainer.evaluate,), (trainer.generate, PROMPTS, range(6))):
+    for function, *args in ((trainer._roll_out, 0), (trainer.evaluate,), (trainer.generate, 2 * PROMPTS[3:], range(6))):
         encoding, sampling = logged(function, *args)
         assert encoding == calls and "encoder called" not in sampling
     # Prompts that nobody has announced.
