@@ -28,6 +28,7 @@ from trl_fdfo.fdfo.churn import constant_churn
 from trl_fdfo.flow_grpo.scheduler import SDEScheduler
 from trl_fdfo.pipeline import checks, schedulers
 from trl_fdfo.pipeline.checks import check_pipeline
+from trl_fdfo.pipeline.encoder_offload import EncoderOffload
 from trl_fdfo.pipeline.records import OncePerPrompt, host_copy, once_per_prompt, repeated
 from trl_fdfo.pipeline_flow import PipelineFlow, ReplayError, check_replay
 
@@ -103,6 +104,21 @@ def test_embeddings_are_recorded_once_per_prompt(name):
     repeats = repeated(batch.remembered["encode_prompt"])
     for found, encoded in zip(repeats[0], flow.encode(PROMPTS, 3)[0], strict=True):
         assert found is encoded is None or torch.equal(found, encoded)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "rows"), [(["a", "a", "b", "b"], 2), (["a", "a", "b"], 3), (["a"], 1), (["a", "b", "a", "b"], 4)]
+)
+def test_an_evaluation_keeps_the_embeddings_of_a_prompt_once(prompts, rows):
+    flow = make_flow()
+    assert flow.encode_ahead(prompts) is None  # the text encoders stay on the device
+    flow.encoders = EncoderOffload([], flow.pipeline.transformer, torch.device("cpu"))
+    encoded = flow.encode_ahead(prompts)
+    assert len(encoded[0][0].rows) == rows
+    images = flow.generate(prompts, range(len(prompts)), encoded=encoded)
+    assert torch.equal(images, flow.generate(prompts, range(len(prompts))))
+    wrong = flow.encode_ahead(["another prompt"] * len(prompts))
+    assert not torch.equal(images, flow.generate(prompts, range(len(prompts)), encoded=wrong))
 
 
 def test_what_branches_do_not_share_is_recorded_whole():

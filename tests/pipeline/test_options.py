@@ -252,7 +252,7 @@ def test_text_encoders_leave_before_the_transformer_is_called(make_trainer, opti
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     pipeline = tiny_pipelines.sd3()
     log = watch(pipeline)
-    options = {option: True, "images_per_eval_prompt": 2, "per_device_eval_batch_size": 4, "num_rollouts": 1}
+    options = {option: True, "images_per_eval_prompt": 2, "per_device_eval_batch_size": 4}
     trainer = make_trainer(pipeline, eval_dataset=Dataset.from_dict({"prompt": PROMPTS[3:]}), **options)
     # The transformer makes room, two encoders encode and leave, and it comes back: in a rehearsal and in the trial, and with
     # a cache in two rehearsals more, which find the axes of the samples.

@@ -17,6 +17,8 @@ import contextlib
 import copy
 import functools
 import inspect
+import itertools
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -330,7 +332,9 @@ class PipelineFlow:
         if self.encoders is None or (not call_kwargs and self._knows(prompts)):
             return None
         encoded = self.encode(prompts, samples_per_prompt, columns, **call_kwargs)
-        return host_copy(once_per_prompt(encoded, samples_per_prompt, len(prompts) * samples_per_prompt))
+        # An evaluation names a prompt once for each of its images.
+        equal = math.gcd(*(len(list(run)) for _, run in itertools.groupby(prompts)))
+        return host_copy(once_per_prompt(encoded, equal * samples_per_prompt, len(prompts) * samples_per_prompt))
 
     @torch.no_grad()
     def rollout(
