@@ -278,7 +278,9 @@ class RunPlan:
         vars(args).update(options)
         levels = max(1, round(args.timestep_fraction * args._num_trainable_levels()))
         dtype = self.engine.autocast or next(self.model.parameters()).dtype
-        call, update = (card.seconds(cost, dtype, bool(args.tf32)) for cost in (self.sampling, self.training))
+        call, update = (
+            card.seconds(cost, dtype, bool(args.tf32), args.torch_compile) for cost in (self.sampling, self.training)
+        )
         update += call if args.beta else 0  # the model without its adapter
         batches = args.num_rollout_batches
         parts: dict[str, float | None] = {
