@@ -201,8 +201,8 @@ def test_resumed_run_ends_in_the_same_bits(two_processes):
 def generated(pipeline: StableDiffusion3Pipeline) -> torch.Tensor:
     """The images that the trainer generates, by diffusers alone."""
     return pipeline(
-        tiny_runs.PROMPTS[:5],
-        generator=[torch.Generator().manual_seed(seed) for seed in range(5)],
+        2 * tiny_runs.PROMPTS[:5],
+        generator=[torch.Generator().manual_seed(seed) for seed in range(10)],
         num_inference_steps=4,
         guidance_scale=1.0,
         height=16,
@@ -219,7 +219,7 @@ def test_saved_adapter_is_whole_in_both_formats(two_processes):
     with_peft = tiny_pipelines.sd3()
     with_peft.transformer = PeftModel.from_pretrained(with_peft.transformer, folder / "out").base_model.model
     expected = results["run"]["images"]
-    assert (expected - results["images before"]).abs().max() > 1e-3
+    assert (expected[:5] - results["images before"]).abs().max() > 1e-3
     for pipeline in (with_diffusers, with_peft):
         torch.testing.assert_close(generated(pipeline), expected, rtol=0, atol=1e-5)
 

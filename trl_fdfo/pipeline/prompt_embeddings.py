@@ -29,7 +29,7 @@ class PromptEmbeddings(Mapping):
     arguments. Processes that share that folder share the work.
 
     Prompts are encoded one by one: in a batch some encoders round otherwise, and an embedding would depend on the prompts
-    beside it. (Stable Diffusion 3's pooled embeddings do, by 6e-7 of their size in float32 on a CPU.)
+    beside it. (CLIP's pooled embeddings do, by 6e-7 of their size in float32 on a CPU.)
 
     Args:
         flow ([`PipelineFlow`]): Encodes the prompts that the cache lacks.

@@ -20,8 +20,8 @@ from .cost import Cost
 UTILISATION = 0.6
 # Seconds of the host per operation: an assumption, the usual order of eager PyTorch. Compiled blocks need fewer.
 LAUNCH = 5e-6
-# Share of traffic and operations that remains where `torch_compile` fuses them. Of the traffic of Stable Diffusion 3.5
-# Medium, Inductor's kernels keep 0.35 in sampling and 0.43 in training (benchmarks/results/traffic.txt).
+# Share of traffic and operations that remains where `torch_compile` fuses them: of a joint transformer's traffic, Inductor's
+# kernels keep 0.35 in sampling and 0.43 in training (benchmarks/results/traffic.txt).
 COMPILED = 0.4
 
 
