@@ -2,7 +2,7 @@
 Takes pipelines of their published size through a run on the CPU: set-up, a rollout, an update, saving, loading in
 diffusers, and resuming for a second rollout.
 
-    python benchmarks/full_size.py                          # half an hour on two cores, 8 GiB of memory
+    python benchmarks/full_size.py                          # 8 GiB of memory; estimated at half an hour on two idle cores
     python benchmarks/full_size.py --families tiny          # a rehearsal on a tiny model: measures nothing
 
 The transformer and the VAE have the published configs, and random weights in bfloat16. A prompt's embedding has the

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import get_type_hints
 
 import pytest
-import tiny_pipelines
+import tiny_pipelines.lumina2
 import torch
 from datasets import Dataset
 from diffusers import SD3Transformer2DModel
@@ -309,6 +309,13 @@ def test_a_model_that_cannot_be_counted_is_trained_all_the_same(make_trainer, ca
     assert "activations are missing: DataDependentOutputException" in printed
     assert "without gradient checkpointing" not in printed and "FLOP" not in printed
     assert "After rollout 1" in printed
+
+
+def test_a_model_that_reads_the_lengths_of_prompts_off_a_mask_is_counted(make_trainer):
+    size = {"height": 32, "width": 32, "pipeline_kwargs": {"max_sequence_length": 40}}
+    plan = make_trainer(tiny_pipelines.lumina2.build(), guidance_scale=1.0, **size).run_plan()
+    assert plan.failure is None
+    assert plan.training.peak > plan.sampling.peak > 0 and plan.training.flops > plan.sampling.flops > 0
 
 
 def test_plan_counts_the_evaluations(make_trainer):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -85,7 +85,7 @@ def _remembered(function: Callable[..., Cost]) -> Callable[..., Cost]:
     def look_up(module: nn.Module, calls: Sequence[tuple[tuple, dict]], *args, **kwargs) -> Cost:
         describe = lambda tensor: (tensor.shape, tensor.dtype, tensor.requires_grad)
         weights = [describe(tensor) for tensor in (*module.parameters(), *module.buffers())]
-        shapes = tree_map_only(Tensor, describe, list(calls))
+        shapes = tree_map_only(Tensor, lambda t: t.tolist() if _has_data(t) else describe(t), list(calls))
         # Switches such as `use_slicing` of a VAE, which no config shows.
         switches = [
             (path, name, value)
@@ -170,6 +170,11 @@ def _in_float32(function: Callable) -> Callable:
     return call
 
 
+def _has_data(tensor: Tensor) -> bool:
+    """True for masks, lengths and the like: tensors of integers or booleans, unless they have a shape alone."""
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.is_meta or isinstance(tensor, FakeTensor))
+
+
 class _Counter(TorchDispatchMode):
     """Counts operations, and the bytes of returned tensors while they live; `known` tensors are free."""
 
@@ -182,10 +187,12 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        given, returned = (
-            [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)] for tree in ((args, kwargs), result)
-        )
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        # Some models read the lengths of prompts off a mask.
+        computed = unset_fake_temporarily() if given and all(map(_has_data, given)) else contextlib.nullcontext()
+        with computed:
+            result = func(*args, **kwargs)
+        returned = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if not _is_view(func, given, returned):
             self.operations += 1
             formula = _FLOPS.get(func._overloadpacket)
@@ -254,7 +261,7 @@ def _counting(module: nn.Module, calls: Sequence[tuple[tuple, dict]], precision:
     known = {id(tensor): fake(tensor) for tensor in weights}
     known |= {id(hooks): OrderedDict() for part in module.modules() for hooks in _hooks(part)}
     twin = copy.deepcopy(module, known)
-    calls = tree_map_only(Tensor, fake, list(calls))
+    calls = tree_map_only(Tensor, lambda tensor: tensor if _has_data(tensor) else fake(tensor), list(calls))
     gradients = [parameter.grad for parameter in twin.parameters() if parameter.grad is not None]
     arguments = [leaf for leaf in tree_leaves(calls) if isinstance(leaf, Tensor)]
     counter = _Counter([*twin.parameters(), *twin.buffers(), *gradients, *arguments])
