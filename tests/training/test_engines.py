@@ -287,4 +287,4 @@ def test_run_in_bfloat16(engine, models, tmp_path):
     for name, weight in results["run"]["weights"].items():
         assert weight.isfinite().all()
         torch.testing.assert_close(results["resumed"]["weights"][name], weight, rtol=0, atol=1e-3)
-    assert (results["run"]["images"] - results["images before"]).abs().max() > 1e-3
+    assert (results["run"]["images"][:5] - results["images before"]).abs().max() > 1e-3
