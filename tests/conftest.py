@@ -1,6 +1,8 @@
 # First: it sets the environment before torch and huggingface_hub are imported.
 from tiny_runs import PROMPTS, redness  # isort: skip
 
+import socket
+
 import pytest
 import tiny_pipelines
 import torch
@@ -83,3 +85,9 @@ def pytest_collection_modifyitems(items):
     # Files with slow tests first: with several workers, the last one to end then ends soon after the others.
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]

@@ -5,7 +5,6 @@ import io
 import json
 import math
 import random
-import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import tiny_vlms
 import torch
+from conftest import free_port
 from PIL import Image
 from transformers import (
     AutoModelForImageTextToText,
@@ -442,12 +442,6 @@ def test_one_failure_ends_the_call():
         with pytest.raises(VLMServerError):
             ask(server.url, IMAGES[:1] * 50, ["a"] * 50, max_concurrency=2)
         assert len(server.bodies) < 10
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
 
 
 def test_no_server_at_all():

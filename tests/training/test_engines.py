@@ -3,8 +3,12 @@
 import importlib.util
 import json
 import os
+import re
+import shlex
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import distributed_run
@@ -16,6 +20,7 @@ import tiny_vlms
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType, compare_versions
+from conftest import free_port
 from diffusers import StableDiffusion3Pipeline
 from distributed_run import assert_same
 from peft import PeftModel
@@ -152,26 +157,71 @@ def two_processes(request, models, tmp_path_factory):
     return engine, folder, results
 
 
+def small_run(folder: Path, use_cpu: bool = False) -> list[str]:
+    """
+    The script with a smaller rollout of the demo, and what processes on CPUs ask for. Accelerate takes `use_cpu` for "not
+    DeepSpeed".
+    """
+    script = [engine_run.__file__, "examples/train_sd3.py", "--config", "examples/recipes/shapes.yaml"]
+    script += ["--use_cpu", str(use_cpu), "--ddp_backend", "gloo", "--num_rollouts", "1", "--prompts_per_rollout", "4"]
+    script += ["--per_device_prompt_batch_size", "1", "--optimizer_steps_per_rollout", "1"]
+    script += ["--num_report_prompts", "2", "--images_per_report_prompt", "1", "--output_dir", str(folder)]
+    return script
+
+
+def check_small_run(folder: Path) -> None:
+    report = json.loads((folder / "metrics.json").read_text())
+    assert 0 < abs(report["after"]["reward"] - report["before"]["reward"]) < 0.2
+    shapes.load_pipeline().load_lora_weights(folder)
+    assert (folder / "README.md").is_file() and (folder / "before_after.png").is_file()
+
+
 @needs_deepspeed
 @pytest.mark.slow
-def test_script_runs_with_the_config_as_it_is(tmp_path):
-    """The command of the docs, with a smaller rollout and what two processes on CPUs ask for."""
-    script = [
-        engine_run.__file__,
-        "examples/train_sd3.py",
-        "--config",
-        "examples/recipes/shapes.yaml",
-        "--output_dir",
-        tmp_path,
-    ]
-    script += ["--use_cpu", "false", "--ddp_backend", "gloo", "--num_rollouts", "1", "--prompts_per_rollout", "4"]
-    script += ["--per_device_prompt_batch_size", "1", "--optimizer_steps_per_rollout", "1"]
-    script += ["--num_report_prompts", "2", "--images_per_report_prompt", "1"]
-    launch(CONFIGS / "zero3.yaml", 2, *script, CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
-    report = json.loads((tmp_path / "metrics.json").read_text())
-    assert 0 < abs(report["after"]["reward"] - report["before"]["reward"]) < 0.2
-    shapes.load_pipeline().load_lora_weights(tmp_path)
-    assert (tmp_path / "README.md").is_file() and (tmp_path / "before_after.png").is_file()
+@pytest.mark.parametrize(
+    ("engine", "processes"), [("zero3", 2), ("zero1", 1), ("zero2_offload", 1), ("zero3_offload", 1)]
+)
+def test_script_runs_with_the_config_as_it_is(engine, processes, tmp_path):
+    """The command of the docs."""
+    environment = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    launch(CONFIGS / f"{engine}.yaml", processes, *small_run(tmp_path), **environment)
+    check_small_run(tmp_path)
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("localhost", port)) == 0
+
+
+@pytest.mark.slow
+def test_two_machines_run_the_command_of_the_docs(tmp_path):
+    """Two launchers stand in for the machines, each with one process in the place of eight."""
+    page = (ROOT / "docs" / "distributed.md").read_text()
+    command = re.search(r"exec (accelerate launch .*?)examples/train_sd3.py", page, re.DOTALL)[1]
+    assert "multi_node.yaml" in command
+    command = command.replace("accelerate launch", f"{sys.executable} -m accelerate.commands.launch")
+    port = free_port()
+    command = command.replace("8 * SLURM_NNODES", "SLURM_NNODES").replace("29500", str(port))
+    script = shlex.join(small_run(tmp_path / "run", use_cpu=True))
+    environment = {**os.environ, "SLURM_NNODES": "2", "MAIN": "localhost", "CUDA_VISIBLE_DEVICES": ""}
+    logs = [tmp_path / f"machine_{number}.log" for number in range(2)]
+    machines = []
+    for number, log in enumerate(logs):
+        with log.open("w") as file:
+            machine = {**environment, "SLURM_NODEID": str(number)}
+            machines.append(
+                subprocess.Popen(["bash", "-c", command + script], env=machine, cwd=ROOT, stdout=file, stderr=file)
+            )
+        # Here the second one could take the port before the first one does.
+        while number == 0 and machines[0].poll() is None and not listens(port):
+            time.sleep(0.2)
+    try:
+        ends = [machine.wait(timeout=250) for machine in machines]
+    finally:
+        for machine in machines:
+            machine.kill()
+    assert ends == [0, 0], "".join(log.read_text()[-4000:] for log in logs)
+    check_small_run(tmp_path / "run")
 
 
 def test_weights_are_sharded(two_processes, one_process):
