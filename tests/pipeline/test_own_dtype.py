@@ -1,5 +1,8 @@
 """A LoRA of float32 on a transformer of 16 bits, computed without autocast."""
 
+import copy
+import pickle
+
 import pytest
 import tiny_pipelines
 import torch
@@ -14,24 +17,41 @@ from trl_fdfo.pipeline.own_dtype import can_run_in_own_dtype, run_in_own_dtype
 CALL = {"height": 16, "width": 16, "max_sequence_length": 8, "guidance_scale": 1.0}
 
 
+class Experts(nn.Module):
+    """Adds what its matrices add, which is nothing without an adapter."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.matrices = nn.Parameter(torch.zeros(2, 4, 4, dtype=dtype))
+
+    def forward(self, x):
+        return x + x @ self.matrices.sum(dim=0)
+
+
 class Layer(nn.Module):
     dtype = torch.bfloat16
 
     def __init__(self):
         super().__init__()
         self.inner = nn.Linear(6, 4, dtype=self.dtype)
+        self.words = nn.Embedding.from_pretrained(torch.zeros(3, 6, dtype=self.dtype))
+        self.experts = Experts(self.dtype)
 
     def forward(self, x):
-        return self.inner(x)
+        return self.experts(self.inner(x + self.words(torch.zeros(x.shape[:-1], dtype=torch.long))))
 
 
 def adapted(**options):
     torch.manual_seed(0)
-    model = get_peft_model(Layer(), LoraConfig(r=2, lora_alpha=6, target_modules=["inner"], **options))
+    model = get_peft_model(Layer(), LoraConfig(r=2, lora_alpha=6, **{"target_modules": ["inner"], **options}))
+    randomize(model)
+    return model
+
+
+def randomize(model):
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = torch.randn_like(parameter, dtype=torch.float32)
-    return model
 
 
 def test_the_adapter_computes_in_the_dtype_of_the_layer():
@@ -61,7 +81,17 @@ def test_the_adapter_computes_in_the_dtype_of_the_layer():
     torch.testing.assert_close(merged(x).float(), exact, rtol=5e-2, atol=5e-2)
 
 
-@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}, {"use_rslora": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"use_rslora": True},
+        {"target_modules": ["words", "inner"]},
+        {"target_parameters": ["experts.matrices"]},
+    ],
+    ids=str,
+)
 def test_what_other_adapters_compute(options):
     model = adapted(**options)
     x = torch.randn(3, 6, dtype=torch.bfloat16)
@@ -71,6 +101,32 @@ def test_what_other_adapters_compute(options):
         return
     run_in_own_dtype(model)
     torch.testing.assert_close(model(x).float(), expected.float(), rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}, {"r": 3}], ids=str)
+def test_an_adapter_that_a_user_adds_later_computes_what_it_would(options):
+    models = adapted(), adapted()
+    run_in_own_dtype(models[0])
+    x = torch.randn(3, 6, dtype=torch.bfloat16)
+    for model in models:
+        torch.manual_seed(1)
+        model.add_adapter("other", LoraConfig(target_modules=["inner"], **options))
+        model.set_adapter("other")
+        randomize(model)
+    own, expected = (model(x).float() for model in models)
+    torch.testing.assert_close(own, expected, rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_a_copy_computes_the_same_with_weights_of_its_own(copied):
+    model = adapted()
+    run_in_own_dtype(model)
+    x = torch.randn(3, 6, dtype=torch.bfloat16)
+    expected, copy_of_model = model(x), copied(model)
+    model.get_base_model().inner.lora_B["default"].weight.data.zero_()
+    assert torch.equal(copy_of_model(x), expected) and not torch.equal(model(x), expected)
 
 
 def test_autocast_stays_where_it_is_needed(make_trainer):

@@ -10,6 +10,7 @@ import functools
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional
@@ -33,14 +34,20 @@ def can_run_in_own_dtype(model: nn.Module, dtype: torch.dtype | None) -> bool:
 def run_in_own_dtype(model: PeftModel) -> None:
     """Make the model's LoRA layers compute in the dtype of their input, in place."""
     for layer in model.modules():
-        if isinstance(layer, LoraLayer) and all(
-            _is_plain(part) for part in (*layer.lora_A.values(), *layer.lora_B.values())
-        ):
+        # Other kinds compute something else with these matrices, and an embedding has none: they stay as they are.
+        is_layer = isinstance(layer, LoraLayer) and not isinstance(layer, ParamWrapper)
+        if is_layer and layer.lora_A and all(_is_plain(layer, name) for name in layer.lora_A):
             layer.__class__ = _in_own_dtype(type(layer))
 
 
-def _is_plain(part: nn.Module) -> bool:
-    return isinstance(part, nn.Linear) and part.bias is None
+def _is_plain(layer: LoraLayer, name: str) -> bool:
+    """Whether an adapter of a layer multiplies by two matrices and does nothing else."""
+    return (
+        isinstance(layer.lora_A[name], nn.Linear)
+        and layer.lora_B[name].bias is None
+        and name not in layer.lora_variant
+        and isinstance(layer.lora_dropout[name], nn.Identity)
+    )
 
 
 @functools.cache
@@ -48,19 +55,30 @@ def _in_own_dtype(layer_class: type[LoraLayer]) -> type[LoraLayer]:
     return type(layer_class.__name__, (_InOwnDtype, layer_class), {})
 
 
+def _new_layer(layer_class: type[LoraLayer]) -> LoraLayer:
+    own = _in_own_dtype(layer_class)
+    return own.__new__(own)
+
+
 class _InOwnDtype:
     """Base of the LoRA layers. PEFT's forward pass would take the input to float32 and add up in three operations."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        if args or kwargs or self.disable_adapters or self.merged:
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        # Users add adapters of their own to a trained model, which need not be plain.
+        is_plain = all(_is_plain(self, name) for name in names)
+        if args or kwargs or self.disable_adapters or self.merged or not is_plain:
             return super().forward(x, *args, **kwargs)
         result = self.base_layer(x)
         shape = result.shape
-        for name in self.active_adapters:
-            if name in self.lora_A:
-                hidden = functional.linear(x, self.lora_A[name].weight.to(x.dtype))
-                weight = self.lora_B[name].weight.to(x.dtype)
-                result = torch.addmm(
-                    result.flatten(0, -2), hidden.flatten(0, -2), weight.t(), alpha=self.scaling[name]
-                ).view(shape)
+        for name in names:
+            hidden = functional.linear(x, self.lora_A[name].weight.to(x.dtype))
+            weight = self.lora_B[name].weight.to(x.dtype)
+            result = torch.addmm(
+                result.flatten(0, -2), hidden.flatten(0, -2), weight.t(), alpha=self.scaling[name]
+            ).view(shape)
         return result
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        # Pickle finds no class by name that is made on the way.
+        return _new_layer, (type(self).__bases__[1],), vars(self)
