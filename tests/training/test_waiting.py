@@ -1,15 +1,19 @@
 """The host waits for the device once per optimizer step, not once per micro-batch: on a GPU each wait leaves it idle."""
 
 import traceback
+from signal import SIGTERM
+from types import SimpleNamespace
 
 import pytest
 import tiny_pipelines
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
+
+from trl_fdfo.training.rollouts import wait_for_rewards
 
 
 # Python's and PyTorch's ways to a tensor's values. All of them wait for a GPU.
@@ -100,6 +104,21 @@ def test_the_schedule_is_made_once_for_all_replays(make_trainer):
     assert Counting.made == made + 1
 
 
+def test_a_shift_that_the_pipeline_sets_is_part_of_the_schedule(make_trainer):
+    class Shifting(StableDiffusion3Pipeline):
+        def check_inputs(self, prompt, prompt_2, prompt_3, height, width, *args, **kwargs):
+            self.scheduler.set_shift(height / 16)
+            super().check_inputs(prompt, prompt_2, prompt_3, height, width, *args, **kwargs)
+
+    flow = make_trainer(Shifting(**tiny_pipelines.sd3().components)).flow
+    levels = {}
+    for height in (16, 32):
+        flow.call_kwargs["height"] = height
+        levels[height] = flow.rehearse(["a cat"]).sigmas
+    # A shift s takes the noise level t to s t / (1 + (s - 1) t).
+    torch.testing.assert_close(levels[32], 2 * levels[16] / (1 + levels[16]))
+
+
 def test_a_replay_does_not_search_the_modules_for_the_device(make_trainer):
     trainer = make_trainer()
     flow, pipeline = trainer.flow, trainer.pipeline
@@ -126,3 +145,20 @@ def test_a_replay_does_not_search_the_modules_for_the_device(make_trainer):
     with pytest.raises(ZeroDivisionError):
         flow.velocity(batch, 3)
     assert type(pipeline) is Searching
+
+
+def test_a_process_that_is_told_to_end_does_not_wait_for_others_that_sample():
+    class Told(KeyboardInterrupt):
+        pass
+
+    class OfTwo:
+        args, signals = SimpleNamespace(world_size=2), SimpleNamespace(received=SIGTERM)
+
+        def end_if_interrupted(self):
+            raise Told
+
+        def any_process(self, value):
+            pytest.fail("The other process does not answer before it has sampled its images.")
+
+    with pytest.raises(Told):
+        wait_for_rewards(OfTwo(), [])

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import logged, trained_weights, warnings_of_the_package
 from tiny_runs import redness
+from transformers import TrainerCallback
 
 from trl_fdfo.training.watchdogs import MAX_IDLE_ROLLOUTS, WatchdogError, Watchdogs
 
@@ -39,6 +40,25 @@ def test_loss_that_is_not_finite_ends_the_run_before_the_step(make_trainer):
     assert trainer.state.global_step == 3
     for name, weight in trained_weights(trainer).items():
         assert weight.isfinite().all() and torch.equal(weight, before[name])
+
+
+def test_a_run_after_an_interrupted_one_starts_afresh(make_trainer):
+    bad = torch.ones(1)
+
+    class Interrupt(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            if bad.isnan():
+                raise KeyboardInterrupt
+
+    trainer = make_trainer(callbacks=[Interrupt()])
+    proj_out = trainer.pipeline.transformer.proj_out
+    proj_out.register_forward_hook(lambda module, inputs, output: output * bad if output.requires_grad else output)
+    bad.fill_(math.nan)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    bad.fill_(1.0)
+    trainer.train()
+    assert logged(trainer, "replay_error") == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])

@@ -54,6 +54,11 @@ class RolloutMetrics:
         self.seconds: dict[str, float] = defaultdict(float)
         self.seconds_of_run: dict[str, float] = defaultdict(float)
 
+    def forget(self) -> None:
+        """Before a run: the one before may have ended between two logs."""
+        for kept in (self.values, self.seconds, self.seconds_of_run):
+            kept.clear()
+
     def add(self, **values: Tensor) -> None:
         for name, value in values.items():
             self.values[name].append(value)

@@ -42,7 +42,7 @@ def sample_rollout(trainer: Trainer, rollout: int) -> RolloutBuffer:
     numbers = range(first_batch, first_batch + args.num_rollout_batches)
     batches, pending = _sample_all(trainer, rollout, numbers)
     with metrics.timed("reward"):
-        _wait(trainer, pending)
+        wait_for_rewards(trainer, pending)
     trainer.end_if_interrupted()
     trainer.save_if_interrupted()
     with metrics.timed("reward"):
@@ -89,13 +89,14 @@ def _sample_all(
     return batches, pending
 
 
-def _wait(trainer: Trainer, pending: Sequence[PendingRewards]) -> None:
+def wait_for_rewards(trainer: Trainer, pending: Sequence[PendingRewards]) -> None:
     """
     Wait for the rewards, or for a signal. The processes ask each other again and again: one that waited for another's slow
     reward in a single collective would run into the engine's timeout (`ddp_timeout`).
     """
     several = trainer.args.world_size > 1
     while True:
+        trainer.end_if_interrupted()  # at once: the other processes may be sampling for minutes yet
         waiting, told = not all(each.done() for each in pending), trainer.signals.received is not None
         if several:
             waiting, told = (bool(trainer.any_process(value)) for value in (waiting, told))

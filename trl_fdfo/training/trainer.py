@@ -359,7 +359,9 @@ class RolloutTrainer(Algorithm, Trainer):
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint
         self._buffer = None
-        self.metrics.seconds_of_run.clear()
+        self._replay_errors.clear()
+        self._watchdogs.forget_losses()
+        self.metrics.forget()
         plan = self.run_plan()  # by each process: it frees the rehearsal
         if self.is_world_process_zero():
             print(plan)

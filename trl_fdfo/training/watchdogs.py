@@ -50,6 +50,10 @@ class Watchdogs:
         """Keep the loss of a micro-batch for `check_losses`, without waiting for the device."""
         self._losses.append((torch.stack([loss.detach().float(), velocity.detach().isfinite().all().float()]), level))
 
+    def forget_losses(self) -> None:
+        """Before a run: the one before may have ended inside an optimizer step."""
+        self._losses.clear()
+
     def check_losses(self) -> None:
         """
         Before an optimizer step.
