@@ -207,6 +207,12 @@ def test_whole_numbers_of_any_library_are_seeds(make_trainer, whole):
     assert derive_seed(one, two) == derive_seed(1, 2)
 
 
+def test_whole_numbers_of_numpy_are_steps(make_trainer):
+    trainer = make_trainer()
+    images = trainer.generate(PROMPTS[:1], [0], num_inference_steps=np.int64(3))
+    assert torch.equal(images, trainer.generate(PROMPTS[:1], [0], num_inference_steps=3))
+
+
 def test_fractions_are_no_seeds(make_trainer):
     with pytest.raises(TypeError, match="float"):
         derive_seed(1.0)

@@ -5,6 +5,7 @@ import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -289,7 +290,7 @@ def check_generate(
         check_argument_of_call("generate got", name, value)
     check_resolution(flow.pipeline, call_kwargs.get("height"), call_kwargs.get("width"))
     steps = call_kwargs.get("num_inference_steps")
-    if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
+    if steps is not None and (not isinstance(steps, Integral) or isinstance(steps, bool) or steps < 1):
         raise ValueError(f"generate got num_inference_steps={steps!r}: it must be an int, at least 1.")
 
 
