@@ -162,5 +162,5 @@ def test_its_plan_needs_no_weights(tmp_path):
         weights.unlink()
     config = planned(ReinforceConfig)(output_dir=str(tmp_path), **OPTIONS)
     prompts = Dataset.from_dict({"prompt": PROMPTS})
-    plan = str(ReinforceTrainer.plan(config, tmp_path / "pipeline", ["redness"], prompts))
+    plan = str(ReinforceTrainer.plan(config, tmp_path / "pipeline", ["tiny_runs:redness"], prompts))
     assert plan.startswith("REINFORCE on StableDiffusion3Pipeline") and "trajectories" in plan

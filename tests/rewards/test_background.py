@@ -222,3 +222,17 @@ def test_a_setting_of_pytorch_that_a_reward_leaves_behind_is_refused_and_undone(
     with pytest.raises(RewardError, match=r"set_default_dtype\(torch.float64\).*by redness, doubled, and not undone"):
         functions.on_rollout_end()
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_a_default_dtype_that_the_user_sets_before_a_run_is_the_users_own(make_trainer):
+    trainer = make_trainer()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with pytest.raises(RewardError, match="set_default_dtype"):
+            trainer.reward_functions.on_rollout_end()
+        torch.set_default_dtype(torch.float64)
+        trainer._on_run_begin()
+        trainer.reward_functions.on_rollout_end()
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -139,6 +139,19 @@ def _decode_in_own_dtype(vae: nn.Module, decode: Callable, latents: Tensor, *arg
         return decode(latents.to(vae.dtype), *args, **kwargs)
 
 
+def upcast_weights(module: nn.Module) -> dict[int, Tensor]:
+    """The weights of a module that [`in_float32`] replaces, by `id`."""
+    weights = [
+        weight
+        for part in module.modules()
+        for weight in (*part._parameters.values(), *part._buffers.values())
+        if weight is not None and weight.is_floating_point()
+    ]
+    if is_quantized(module) or any(weight.element_size() < 2 for weight in weights):
+        return {}
+    return {id(weight): weight for weight in weights if weight.dtype in (torch.bfloat16, torch.float16)}
+
+
 @contextlib.contextmanager
 def in_float32(module: nn.Module) -> Iterator[None]:
     """
@@ -146,20 +159,10 @@ def in_float32(module: nn.Module) -> Iterator[None]:
     with weights of other types, such as quantised ones, stays as it is.
     """
     owners = [weights for part in module.modules() for weights in (part._parameters, part._buffers)]
-    floats = {
-        id(weight): weight
-        for weights in owners
-        for weight in weights.values()
-        if weight is not None and weight.is_floating_point()
-    }
-    halves = {key: weight for key, weight in floats.items() if weight.dtype in (torch.bfloat16, torch.float16)}
-    if not halves or is_quantized(module) or any(w.element_size() < 2 for w in floats.values()):
-        yield
-        return
     # Other tensors, not other data of these: a backward pass may need them after the `with`.
     upcast = {
         key: nn.Parameter(weight.float(), requires_grad=False) if isinstance(weight, nn.Parameter) else weight.float()
-        for key, weight in halves.items()
+        for key, weight in upcast_weights(module).items()
     }
     originals = [dict(weights) for weights in owners]
     for weights in owners:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import TrainingArguments
 
 from ..pipeline.options import is_quantized
-from ..pipeline.patch import in_float32
+from ..pipeline.patch import upcast_weights
 from ..pipeline.prompt_embeddings import text_encoders
 from ..pipeline.records import Rehearsal, once_per_prompt
 from ..pipeline.schedulers import RolloutScheduler
@@ -146,9 +146,9 @@ def component_parts(pipeline: DiffusionPipeline, args: TrainingArguments) -> Ite
         note = f"{size_text(size)} in host memory" if waits else ""
         sampling = 0 if waits and encodes else size
         if name == "vae":
-            with in_float32(component):
-                upcast = nbytes((*component.parameters(), *component.buffers()))
-            if upcast != size:
+            halves = upcast_weights(component).values()
+            if halves:
+                upcast = size + nbytes(halves)  # twice as large
                 sampling, note = size + upcast, ", ".join(filter(None, [note, "with a copy in float32 that decodes"]))
         yield Part(name, sampling, 0 if waits else size, note)
 

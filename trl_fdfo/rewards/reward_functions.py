@@ -88,7 +88,7 @@ class RewardFunctions:
             for name, function in zip(self.names, self.functions)
             if _attribute(function, "background", False)
         }
-        self._default_dtype = torch.get_default_dtype()
+        self.on_run_begin()
 
     @property
     def scores(self) -> list[str]:
@@ -200,12 +200,16 @@ class RewardFunctions:
             described[name] = f"{weight:g}" + (f" ({settings})" if settings else "")
         return described
 
+    def on_run_begin(self) -> None:
+        """Note PyTorch's default dtype, which no function may change for good."""
+        self._default_dtype = torch.get_default_dtype()
+
     def on_rollout_end(self) -> None:
         """
         Call the method of this name of each function that has one: a rollout (or evaluation) is scored.
 
         Raises:
-            RewardError: PyTorch has another default dtype than before the rewards.
+            RewardError: PyTorch has another default dtype than when the run or evaluation began.
         """
         # Only now: while a reward loads a model in the background, another default may be right.
         dtype = torch.get_default_dtype()

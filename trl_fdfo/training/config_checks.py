@@ -93,11 +93,6 @@ def check_pipeline_kwargs(config: TrainingArguments, options_of_call: Sequence[s
         if name in options_of_call:
             raise ValueError(f"pipeline_kwargs has {name}={value!r}: set the option `{name}` instead.")
         check_argument_of_call("pipeline_kwargs has", name, value)
-        if name.startswith("callback") and value is not None:
-            raise ValueError(
-                f"pipeline_kwargs has {name}={value!r}: a replay calls no callback, and it may change what is sampled. "
-                "Leave it out."
-            )
         try:
             json.dumps(value, default=str)
         except (TypeError, ValueError) as error:

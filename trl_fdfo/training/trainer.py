@@ -358,6 +358,7 @@ class RolloutTrainer(Algorithm, Trainer):
             )
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint
+        self._on_run_begin()
         self._buffer = None
         self._replay_errors.clear()
         self._watchdogs.forget_losses()
@@ -455,6 +456,10 @@ class RolloutTrainer(Algorithm, Trainer):
         """Sample the images of this process, score them, and derive from the rewards what is to be learned."""
         return sample_rollout(self, rollout)
 
+    def _on_run_begin(self) -> None:
+        for functions in filter(None, (self.reward_functions, self.control_functions)):
+            functions.on_run_begin()
+
     def offload_components(self) -> None:
         for hook in self._offload_hooks:
             hook.offload()
@@ -517,6 +522,7 @@ class RolloutTrainer(Algorithm, Trainer):
         rewards, controls = self.reward_functions, self.control_functions
         check_eval_dataset(self.args, dataset, rewards, controls)
         start = time.perf_counter()
+        self._on_run_begin()
         self._load_diversity()
         shown: list[Tensor] = []
 
