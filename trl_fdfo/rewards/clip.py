@@ -1,6 +1,7 @@
 """The base class of rewards that embed with CLIP."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from PIL import Image
@@ -104,19 +105,18 @@ class CLIPReward(LearnedReward):
         processor: str | None = None,
         *,
         dtype: str | torch.dtype = "float32",
-        device: str | torch.device | None = None,
-        batch_size: int = 16,
-        offload: bool = False,
+        **options: Any,
     ) -> "CLIPReward | None":
-        """The reward with a model that has shapes and no weights, for a plan; None for another than the default model."""
+        """
+        The reward with a model that has shapes and no weights, for a plan; None for another than the default model. Arguments
+        are those of the class.
+        """
         if model not in (None, cls.default_model):
             return None
         with torch.device("meta"):
             clip = CLIPModel(CLIPConfig(**cls.architecture))
         reward = cls.__new__(cls)
-        LearnedReward.__init__(
-            reward, clip.to(torch_dtype(dtype)), device=device, batch_size=batch_size, offload=offload
-        )
+        LearnedReward.__init__(reward, clip.to(torch_dtype(dtype)), **options)
         return reward
 
     def planned_call(self) -> dict[str, Tensor]:
