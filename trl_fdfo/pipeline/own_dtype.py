@@ -41,7 +41,7 @@ def run_in_own_dtype(model: PeftModel) -> None:
 
 
 def _is_plain(layer: LoraLayer, name: str) -> bool:
-    """Whether an adapter of a layer multiplies by two matrices and does nothing else."""
+    """Tell if an adapter of a layer only multiplies by its two matrices."""
     return (
         isinstance(layer.lora_A[name], nn.Linear)
         and layer.lora_B[name].bias is None

@@ -218,7 +218,7 @@ class _Counter(TorchDispatchMode):
 
 
 def _is_view(func: torch._ops.OpOverload, given: Sequence[Tensor], returned: Sequence[Tensor]) -> bool:
-    """Whether an operation only returns other shapes of what it was given, or memory that nothing is written to."""
+    """Tell if an operation moves no data: it returns views of its arguments, or memory that it does not write."""
     if func._schema.is_mutable:
         return False
     if func._overloadpacket.__name__.startswith(("empty", "new_empty")):
