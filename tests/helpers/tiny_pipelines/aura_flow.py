@@ -5,6 +5,7 @@ from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, FlowMatchEul
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from . import t5_tokenizer, vae
+from .family import Family
 
 
 CALLS = {
@@ -52,3 +53,8 @@ def build(seed: int = 0) -> AuraFlowPipeline:
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+FAMILIES = {
+    "AuraFlow": Family(build, CALLS),
+}

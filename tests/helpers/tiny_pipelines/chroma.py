@@ -4,6 +4,7 @@ import torch
 from diffusers import ChromaPipeline, ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler
 
 from . import t5_encoder, t5_tokenizer, vae
+from .family import Family
 
 
 CALLS = {
@@ -44,3 +45,8 @@ def build(seed: int = 0) -> ChromaPipeline:
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+FAMILIES = {
+    "Chroma": Family(build, CALLS),
+}

@@ -6,6 +6,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import GlmConfig, GlmModel, PreTrainedTokenizerFast
 
 from . import LETTERS, vae
+from .family import Family
 
 
 CALLS = {
@@ -79,3 +80,8 @@ def build(seed: int = 0) -> CogView4Pipeline:
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+FAMILIES = {
+    "CogView 4": Family(build, CALLS),
+}

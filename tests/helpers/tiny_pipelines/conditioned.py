@@ -19,6 +19,7 @@ from diffusers import (
 from PIL import Image
 
 from . import flux, sd3, vae
+from .family import Family
 
 
 SMALL = {"height": 16, "width": 16, "max_sequence_length": 8}
@@ -142,3 +143,16 @@ def _wake(controlnet: torch.nn.Module) -> None:
     for parameter in controlnet.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)
+
+
+FAMILIES = {
+    "FLUX.1 Fill": Family(fill, CALLS["fill"], image_and_mask),
+    "FLUX.1 Control": Family(control, CALLS["control"], control_image),
+    "FLUX.1 ControlNet": Family(controlnet, CALLS["controlnet"], control_image),
+    "FLUX.1 inpainting": Family(inpaint, CALLS["inpaint"], image_and_mask),
+    "FLUX.1 image to image": Family(img2img, CALLS["img2img"], image),
+    "Stable Diffusion 3 inpainting": Family(sd3_inpaint, CALLS["sd3_inpaint"], image_and_mask),
+    "Stable Diffusion 3 image to image": Family(sd3_img2img, CALLS["sd3_img2img"], image),
+    "Stable Diffusion 3 ControlNet": Family(sd3_controlnet, CALLS["sd3_controlnet"], control_image),
+    "Stable Diffusion 3 perturbed attention": Family(sd3_pag, CALLS["sd3_pag"]),
+}

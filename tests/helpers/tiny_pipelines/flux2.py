@@ -5,6 +5,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Pipeline
 from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
+from .family import Family
 from .flux2_klein import flux2_transformer, flux2_vae, images
 from .qwen_image import qwen_tokenizer
 
@@ -67,3 +68,9 @@ def build(seed: int = 0) -> Flux2Pipeline:
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+FAMILIES = {
+    "FLUX.2": Family(build, CALLS),
+    "FLUX.2 with an image": Family(build, CALLS, images),
+}

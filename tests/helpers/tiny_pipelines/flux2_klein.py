@@ -5,6 +5,7 @@ from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2
 from PIL import Image
 from transformers import Qwen3ForCausalLM
 
+from .family import Family
 from .qwen_image import qwen_tokenizer
 from .z_image import CHAT_TEMPLATE, qwen3_config
 
@@ -61,3 +62,8 @@ def build(seed: int = 0) -> Flux2KleinPipeline:
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+FAMILIES = {
+    "FLUX.2 Klein": Family(build, CALLS),
+}

@@ -6,6 +6,7 @@ from PIL import Image
 from transformers import CLIPTextModel
 
 from . import clip_encoder, clip_tokenizer, t5_encoder, t5_tokenizer, vae
+from .family import Family
 
 
 # By default the pipeline scales the image (`max_area`) and the conditioning image (`_auto_resize`) to a megapixel.
@@ -48,3 +49,8 @@ def build(seed: int = 0) -> FluxKontextPipeline:
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+FAMILIES = {
+    "FLUX.1 Kontext": Family(build, CALLS, images),
+}

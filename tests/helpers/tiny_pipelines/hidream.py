@@ -11,6 +11,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from . import LETTERS, clip_encoder, clip_tokenizer, t5_encoder, t5_tokenizer, vae
+from .family import Family
 
 
 CALLS = {
@@ -95,3 +96,8 @@ def build(seed: int = 0) -> HiDreamImagePipeline:
 
 def usual_scheduler() -> UniPCMultistepScheduler:
     return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+
+
+FAMILIES = {
+    "HiDream": Family(build, CALLS),
+}

@@ -4,6 +4,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, Lumina2Transformer2DModel
 
 from . import vae
+from .family import Family
 from .sana import gemma_encoder, gemma_tokenizer
 
 
@@ -44,3 +45,8 @@ def build(seed: int = 0) -> Lumina2Pipeline:
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+FAMILIES = {
+    "Lumina 2": Family(build, CALLS),
+}

@@ -9,6 +9,8 @@ from diffusers import (
 )
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
+from .family import Family
+
 
 CALLS = {
     "plain": {"height": 16, "width": 16, "true_cfg_scale": 1.0},
@@ -97,3 +99,8 @@ def build(seed: int = 0) -> QwenImagePipeline:
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+FAMILIES = {
+    "Qwen-Image": Family(build, CALLS),
+}

@@ -5,6 +5,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageEditPipeline, Qw
 from PIL import Image
 from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor
 
+from .family import Family
 from .qwen_image import qwen_text_encoder, qwen_tokenizer, qwen_transformer, qwen_vae
 
 
@@ -61,3 +62,9 @@ def build_plus(seed: int = 0) -> QwenImageEditPlusPipeline:
     pipeline = QwenImageEditPlusPipeline(**components())
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+FAMILIES = {
+    "Qwen-Image-Edit": Family(build, CALLS, images),
+    "Qwen-Image-Edit Plus": Family(build_plus, CALLS, images),
+}

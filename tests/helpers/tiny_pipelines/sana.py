@@ -11,6 +11,7 @@ from diffusers import (
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
 
 from . import LETTERS
+from .family import Family
 
 
 CALLS = {
@@ -96,3 +97,8 @@ def build(seed: int = 0) -> SanaPipeline:
 
 def usual_scheduler() -> DPMSolverMultistepScheduler:
     return DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+
+
+FAMILIES = {
+    "Sana": Family(build, CALLS),
+}

@@ -11,6 +11,7 @@ from diffusers import (
 
 from . import t5_tokenizer
 from .aura_flow import umt5_encoder
+from .family import Family
 
 
 SHARED = {"height": 16, "width": 16, "num_frames": 5, "max_sequence_length": 16}
@@ -74,3 +75,8 @@ def build_two_transformers(seed: int = 0) -> WanPipeline:
 
 def usual_scheduler() -> UniPCMultistepScheduler:
     return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+
+
+FAMILIES = {
+    "Wan (video)": Family(build, CALLS),
+}

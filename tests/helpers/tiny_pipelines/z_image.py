@@ -5,6 +5,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTra
 from transformers import Qwen3Config, Qwen3Model
 
 from . import vae
+from .family import Family
 from .qwen_image import qwen_tokenizer
 
 
@@ -60,3 +61,8 @@ def build(seed: int = 0) -> ZImagePipeline:
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+FAMILIES = {
+    "Z-Image": Family(build, CALLS),
+}
