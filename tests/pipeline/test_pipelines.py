@@ -248,12 +248,6 @@ def test_no_line_of_the_package_names_a_family():
             assert not re.search(names, line, flags=re.IGNORECASE), f"{file.name}:{number}: {line}"
 
 
-def test_two_transformers_are_refused():
-    wan = importlib.import_module("tiny_pipelines.wan")
-    with pytest.raises(ValueError, match="WanPipeline has a second transformer, `transformer_2`"):
-        PipelineFlow(wan.build_two_transformers(), num_generations=2, num_inference_steps=STEPS)
-
-
 @pytest.mark.parametrize("name", ["sana", "hidream", "wan"])
 def test_usual_scheduler_of_another_kind_is_replaced(name):
     module = importlib.import_module(f"tiny_pipelines.{name}")

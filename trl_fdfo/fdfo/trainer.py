@@ -109,14 +109,11 @@ class FDFOTrainer(RolloutTrainer):
 
     def trained_levels(self, rollout: int, batch: int) -> list[int]:
         args = self.args
-        return trained_levels(
-            args.num_inference_steps,
-            args.num_trained_levels,
-            args.optimizer_steps_per_rollout,
-            args.seed,
-            rollout,
-            batch,
+        steps = self.trainable_levels
+        levels = trained_levels(
+            len(steps), args.num_trained_levels, args.optimizer_steps_per_rollout, args.seed, rollout, batch
         )
+        return [steps[level] for level in levels]
 
     def loss(self, velocity: Tensor, old_velocity: Tensor, batch: ScoredBatch, level: int) -> SurrogateLoss:
         return surrogate_loss(velocity, old_velocity, *batch.targets, self.args.epsilon)

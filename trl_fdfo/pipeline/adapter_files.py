@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .checks import check_own_layers, check_trainable
-from .trained import TRAINED, restore_point, trained_module
+from .trained import TRAINED, restore_point, trained_module, trained_modules
 
 
 CALL_OPTIONS = "generation_config.json"
@@ -122,6 +122,12 @@ def _read_by_diffusers(pipeline: DiffusionPipeline, path: Path) -> tuple[PeftCon
             "files, an adapter_config.json beside an adapter_model.safetensors."
         )
     file = path if path.is_file() else path / DIFFUSERS_FILE
+    if len(trained_modules(pipeline)) > 1:
+        raise ValueError(
+            f"{file} is an adapter on one transformer, and {type(pipeline).__name__} has "
+            f"{', '.join(trained_modules(pipeline))}: give PEFT's files, an {CONFIG_NAME} beside an "
+            f"{SAFETENSORS_WEIGHTS_NAME}, whose names say which."
+        )
     with safe_open(file, "pt") as stored:
         if any("dora_scale" in name for name in stored.keys()):
             raise ValueError(f"{file} is a DoRA, whose `dora_scale` diffusers would drop: give it in PEFT's format.")
@@ -185,7 +191,8 @@ def save_diffusers_lora(
     pipeline: DiffusionPipeline, model: PeftModel, output_dir: str | Path, state_dict: dict[str, Tensor] | None = None
 ) -> None:
     """
-    Write `pytorch_lora_weights.safetensors`, which `pipeline.load_lora_weights(output_dir)` opens.
+    Write `pytorch_lora_weights.safetensors`, which `pipeline.load_lora_weights(output_dir)` opens; a pipeline with several
+    transformers gets a [`diffusers_file`] for each that has an adapter.
 
     The rank and alpha go along as metadata: without them `load_lora_weights` takes alpha = rank. If the pipeline has no
     LoRA loader of its own, or the adapter is no LoRA, nothing is written: PEFT's file remains the only one.
@@ -193,11 +200,27 @@ def save_diffusers_lora(
     if not has_diffusers_format(pipeline, model):
         return
     weights = get_peft_model_state_dict(model, state_dict=state_dict, save_embedding_layers=False)
-    layers = {name.removeprefix(_PEFT_PREFIX): value for name, value in weights.items()}
     metadata = model.peft_config["default"].to_dict()
-    pipeline.save_lora_weights(
-        output_dir, **{f"{TRAINED}_lora_layers": layers, f"{TRAINED}_lora_adapter_metadata": metadata}
-    )
+    transformers = trained_modules(pipeline)
+    for name in transformers:
+        prefix = _PEFT_PREFIX if len(transformers) == 1 else f"{_PEFT_PREFIX}{name}."
+        layers = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+        if not layers:
+            continue
+        if len(transformers) > 1:
+            # The names of layers, and of those left out, are the transformer's own.
+            targets = sorted({_layer(key) for key in layers})
+            metadata = {**metadata, "target_modules": targets, "exclude_modules": None}
+        arguments = {f"{TRAINED}_lora_layers": layers, f"{TRAINED}_lora_adapter_metadata": metadata}
+        pipeline.save_lora_weights(output_dir, weight_name=diffusers_file(name), **arguments)
+
+
+def diffusers_file(transformer: str) -> str:
+    """
+    Name of diffusers' file of an adapter on the transformer of this name. A pipeline's own `load_lora_weights` opens that of
+    `transformer`; those of others the transformer's `load_lora_adapter(folder, weight_name=...)`.
+    """
+    return DIFFUSERS_FILE if transformer == TRAINED else f"pytorch_lora_weights_{transformer}.safetensors"
 
 
 def save_call_options(call_kwargs: dict[str, Any], output_dir: str | Path) -> None:

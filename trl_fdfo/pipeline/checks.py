@@ -2,17 +2,17 @@
 
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from accelerate.hooks import AlignDevicesHook, SequentialHook
 from diffusers import DiffusionPipeline
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.utils import logging
 
+from .patch import DRAW
 from .schedulers import check_scheduler
-from .trained import TRAINED, frozen_modules, trained_module
+from .trained import TRAINED, has_adapter, trained_module, trained_modules
 
 
 logger = logging.get_logger(__name__)
@@ -31,8 +31,9 @@ def check_pipeline(pipeline: DiffusionPipeline) -> None:
         received = pipeline.__name__ + " itself" if inspect.isclass(pipeline) else f"a {type(pipeline).__name__}"
         raise ValueError(f"pipeline must be a `DiffusionPipeline`, or the Hub id or path of one, not {received}.")
     name = type(pipeline).__name__
-    # Text encoders may be missing.
-    missing = [part for part in ("scheduler", "vae") if pipeline.components.get(part, "no such part") is None]
+    # Text encoders may be missing. A pipeline may have no VAE, but not one that was left out.
+    parts = {"scheduler": getattr(pipeline, "scheduler", None), "vae": pipeline.components.get("vae", "no such part")}
+    missing = [part for part, value in parts.items() if value is None]
     if missing:
         raise ValueError(f"{name} has no {', '.join(missing)}: load it whole.")
     try:
@@ -45,24 +46,14 @@ def check_pipeline(pipeline: DiffusionPipeline) -> None:
                 f"The scheduler of {name} has `{option}=True`, which changes the sampler that a rollout replaces. "
                 f"Set `pipeline.scheduler.register_to_config({option}=False)` if the model allows it."
             )
-    for part in (TRAINED, "encode_prompt", "prepare_latents"):
-        if getattr(pipeline, part, None) is None:
-            raise ValueError(f"{name} has no `{part}`, which is needed to sample from it and to replay its steps.")
+    if getattr(pipeline, TRAINED, None) is None:
+        raise ValueError(f"{name} has no `{TRAINED}`, whose velocity would be trained.")
+    if not hasattr(pipeline, "prepare_latents") and DRAW not in inspect.unwrap(type(pipeline).__call__).__globals__:
+        raise ValueError(
+            f"{name} has no `prepare_latents` and does not draw its noise by diffusers' `{DRAW}`: the images of a prompt "
+            "could not start from the same noise. Move what draws it into a method `prepare_latents`."
+        )
     check_own_layers(pipeline)
-    steps = _scheduler_steps(pipeline)
-    if steps is not None and steps > 1:
-        raise ValueError(
-            f"{name} calls `scheduler.step` in {steps} places of its sampling loop: it denoises more than one thing, or "
-            "in more than one way, and it is unclear which velocity to train."
-        )
-    transformer = trained_module(pipeline)
-    others = [key for key, part in frozen_modules(pipeline).items() if type(part) is type(transformer)]
-    if others:
-        raise ValueError(
-            f"{name} has a second transformer, `{others[0]}`, for a part of the noise levels, and only one model can "
-            "be trained, at all of them. If the pipeline allows it, load it without: "
-            f"`from_pretrained(..., {others[0]}=None)`."
-        )
     for key, part in pipeline.components.items():
         if hasattr(part, "momentum_buffer"):
             raise ValueError(
@@ -70,11 +61,12 @@ def check_pipeline(pipeline: DiffusionPipeline) -> None:
                 "single step cannot be replayed. Take a guidance without state, such as `ClassifierFreeGuidance`: "
                 f"`pipeline.update_components({key}=...)`."
             )
-    if getattr(transformer, "is_cache_enabled", False):
-        raise ValueError(
-            f"The transformer of {name} has a feature cache on, which reuses results of earlier steps: a single step "
-            f"cannot be replayed. Call `pipeline.{TRAINED}.disable_cache()`."
-        )
+    for key, transformer in trained_modules(pipeline).items():
+        if getattr(transformer, "is_cache_enabled", False):
+            raise ValueError(
+                f"`{key}` of {name} has a feature cache on, which reuses results of earlier steps: a single step cannot be "
+                f"replayed. Call `pipeline.{key}.disable_cache()`."
+            )
 
 
 def check_call_kwargs(pipeline: DiffusionPipeline, call_kwargs: Iterable[str]) -> None:
@@ -129,21 +121,38 @@ def check_own_layers(pipeline: DiffusionPipeline) -> None:
         ValueError: The layers of the transformer do not have the names that its class gives them, under which another
             pipeline would find trained weights: it is wrapped or compiled, or its attention is fused.
     """
-    for path, module in trained_module(pipeline).named_modules():
-        layer = "`" + ".".join(filter(None, [f"pipeline.{TRAINED}", path])) + "`"
+    layers = [
+        (".".join(filter(None, ["pipeline", key, path])), module)
+        for key, transformer in trained_modules(pipeline).items()
+        for path, module in transformer.named_modules()
+    ]
+    for path, module in layers:
         wrapped = next(iter(module._modules), None)
         if wrapped in _WRAPPED and len(module._modules) == 1:
             raise ValueError(
-                f"{layer} is a {type(module).__name__}, a wrapper: the names of its weights hold `{wrapped}`, and no other "
+                f"`{path}` is a {type(module).__name__}, a wrapper: the names of its weights hold `{wrapped}`, and no other "
                 f"pipeline would find them in a saved file. Give the module itself, its `{wrapped}`. To compile it, set "
                 "torch_compile=True; for several processes the trainer wraps it."
             )
         if getattr(module, "fused_projections", False):
             raise ValueError(
-                f"{layer} is fused, by `fuse_qkv_projections`: no plain pipeline would find the weights of its fused layers "
+                f"`{path}` is fused, by `fuse_qkv_projections`: no plain pipeline would find the weights of its fused layers "
                 f"in a saved file. Load the pipeline anew without it. (`pipeline.{TRAINED}.unfuse_qkv_projections()` leaves "
                 "these layers in some models.)"
             )
+
+
+def check_trained_transformers(pipeline: DiffusionPipeline, names: Collection[str]) -> None:
+    """
+    Raises:
+        ValueError: There is no name, or one is none of the pipeline's transformers.
+    """
+    known = list(trained_modules(pipeline))
+    if not names or not set(names) <= set(known):
+        raise ValueError(
+            f"trained_transformers={list(names)} must name some of the transformers of {type(pipeline).__name__}: "
+            f"{', '.join(known)}."
+        )
 
 
 def check_trainable(pipeline: DiffusionPipeline) -> None:
@@ -152,7 +161,7 @@ def check_trainable(pipeline: DiffusionPipeline) -> None:
         ValueError: The transformer has an adapter already, or hooks load the weights of a component layer by layer.
     """
     name = type(pipeline).__name__
-    if any(isinstance(layer, BaseTunerLayer) for layer in trained_module(pipeline).modules()):
+    if has_adapter(trained_module(pipeline)):
         raise ValueError(
             f"The transformer of this {name} already has an adapter, from an earlier trainer or from `load_lora_weights`. "
             "Load the pipeline anew; to go on from an adapter, name it in the option `adapter`; to train a new one on top "
@@ -172,11 +181,3 @@ def _loads_its_weights(module: nn.Module) -> bool:
     hooks = hook.hooks if isinstance(hook, SequentialHook) else [hook]
     by_accelerate = any(isinstance(hook, AlignDevicesHook) and hook.offload for hook in hooks)
     return by_accelerate or _is_group_offload_enabled(module)
-
-
-def _scheduler_steps(pipeline: DiffusionPipeline) -> int | None:
-    """Count the places of the pipeline's call that have `scheduler.step(`; None if there is no source code."""
-    try:
-        return inspect.getsource(inspect.unwrap(type(pipeline).__call__)).count("scheduler.step(")
-    except (OSError, TypeError):
-        return None

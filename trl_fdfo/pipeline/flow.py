@@ -38,6 +38,7 @@ from .patch import (
     Encoding,
     ModelProxy,
     call,
+    drawn_noise,
     latents_of,
     patched,
     recorded_decoding,
@@ -64,7 +65,7 @@ from .schedulers import (
     StandIn,
     StopPipeline,
 )
-from .trained import trained_module
+from .trained import TRAINED, Transformers, trained_module, trained_modules
 
 
 class PipelineFlow:
@@ -82,6 +83,7 @@ class PipelineFlow:
     Attributes:
         model (`Callable`): Called in the place of the trained module: the module itself, or its wrapper (DDP, DeepSpeed,
             FSDP, a compiled module), so that the wrapper's hooks fire.
+        has_several_transformers (`bool`): Calls of `model` take the name of a component first.
         prompt_embeddings (`Mapping[str, list]`): Return value of `encode` for some prompts, which are not encoded again.
         encoders ([`EncoderOffload`], *optional*): Takes the text encoders off the device before the transformer is called.
             None where they stay.
@@ -109,6 +111,7 @@ class PipelineFlow:
         warn_of_embedded_guidance(pipeline, call_kwargs.get("guidance_scale"))
         check_resolution(pipeline, call_kwargs.get("height"), call_kwargs.get("width"))
         self.model: Callable = trained_module(pipeline)
+        self.has_several_transformers = isinstance(self.model, Transformers)
         self.prompt_embeddings: Mapping[str, list] = {}
         self.encoders: EncoderOffload | None = None
         self._axes: BatchAxes | None = None
@@ -145,8 +148,10 @@ class PipelineFlow:
         remembered: dict[str, list] = {name: [] for name in REMEMBERED}
         calls, outputs, decode_calls = [], [], []
         known: dict[str, Any] = {}  # by the shapes of the arguments
+        callers: dict[int, set[str]] = defaultdict(set)
 
         def model(*args, **kwargs):
+            callers[scheduler.steps_done].add(args[0] if self.has_several_transformers else TRAINED)
             shapes = repr(recursively_apply(lambda tensor: tensor.shape, (args, kwargs)))
             if scheduler.steps_done > 0 and shapes in known:
                 return recursively_apply(torch.zeros_like, known[shapes])
@@ -184,6 +189,12 @@ class PipelineFlow:
         if scheduler.latents is None:
             raise ValueError(f"{type(self.pipeline).__name__} took no step: it is not a pipeline to train.")
         sigmas = scheduler.noise_levels.cpu()
+        if scheduler.steps_done != len(sigmas) - 1:
+            raise ValueError(
+                f"{type(self.pipeline).__name__} denoised {len(scheduler.streams)} thing(s) in {scheduler.steps_done} steps of a "
+                f"schedule of {len(sigmas) - 1}: it has more than one sampling loop, or starts latents that it does not "
+                "denoise, and it is unclear which velocity to train."
+            )
         if not (sigmas[:-1] > sigmas[1:]).all():
             raise ValueError(
                 f"The noise levels of {type(self.pipeline).__name__} must fall from step to step, and are "
@@ -201,6 +212,7 @@ class PipelineFlow:
             outputs=outputs,
             decode_calls=decode_calls,
             images=images,
+            callers=[callers[step] for step in range(len(sigmas) - 1)],
         )
 
     def try_replay(
@@ -509,7 +521,8 @@ class PipelineFlow:
             return next(remembered["encode_prompt"])
 
         def prepare_latents(original, *args, **kwargs):
-            return next(remembered["prepare_latents"])
+            prepared = next(remembered["prepare_latents"])
+            return with_latents(prepared, scheduler.begin(latents_of(prepared)))
 
         def encode_image(original, *args, **kwargs):
             return Encoding(next(remembered["encode_image"]))
@@ -539,13 +552,21 @@ class PipelineFlow:
             return encode_prompt(functools.partial(self._with_encoders, original), *args, **kwargs)
 
         def begin(original, *args, **kwargs):
-            prepared = prepare_latents(original, *args, **kwargs)
+            with drawn_noise(original, scheduler.draw):
+                prepared = original(*args, **kwargs)
             return with_latents(prepared, scheduler.begin(latents_of(prepared)))
 
-        proxy = ModelProxy(model, trained_module(self.pipeline))
-        methods = {"encode_prompt": encode, "prepare_latents": begin}
+        def prepare(original, *args, **kwargs):
+            return prepare_latents(functools.partial(begin, original), *args, **kwargs)
+
+        proxies = {
+            # Several transformers are called by one wrapper, which gets their names.
+            name: ModelProxy(functools.partial(model, name) if self.has_several_transformers else model, module)
+            for name, module in trained_modules(self.pipeline).items()
+        }
+        methods = {"encode_prompt": encode, "prepare_latents": prepare, "prepare_audio_latents": prepare}
         device = device or self.pipeline._execution_device
-        return patched(self.pipeline, scheduler, proxy, device, self._attention, encode_image, **methods)
+        return patched(self.pipeline, scheduler, proxies, device, self._attention, encode_image, **methods)
 
     def _with_encoders(self, encode: Callable, *args: Any, **kwargs: Any) -> Any:
         if self.encoders is not None:

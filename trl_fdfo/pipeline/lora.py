@@ -1,5 +1,6 @@
 """Adapters on the trained transformer: the layers that get one, and how it is injected."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +54,25 @@ def attention_projections(transformer: nn.Module) -> list[str]:
     )
 
 
-def default_lora_config(rank: int, alpha: int, targets: list[str] | None, transformer: nn.Module) -> LoraConfig:
-    """LoRA with gaussian initialisation on the layers named in `targets`; None means the attention projections."""
+def default_lora_config(
+    rank: int, alpha: int, targets: list[str] | None, transformer: nn.Module, trained: Collection[str] | None = None
+) -> LoraConfig:
+    """
+    LoRA with gaussian initialisation.
+
+    Args:
+        rank, alpha (`int`): Rank, and scale of the output times the rank.
+        targets (`list[str]`, *optional*): Endings of the names of the layers; None means the attention projections.
+        transformer (`nn.Module`): The [`trained_module`].
+        trained (`Collection[str]`, *optional*): Of several transformers, those that get an adapter; None means all.
+    """
+    others = [] if trained is None else [name for name, _ in transformer.named_children() if name not in trained]
     return LoraConfig(
         r=rank,
         lora_alpha=alpha,
         init_lora_weights="gaussian",
         target_modules=attention_projections(transformer) if targets is None else targets,
+        exclude_modules=rf"({'|'.join(others)})\..*" if others else None,
     )
 
 

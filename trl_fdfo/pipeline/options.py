@@ -84,8 +84,9 @@ def set_vae_options(pipeline: DiffusionPipeline, slicing: bool | None, tiling: b
     Raises:
         ValueError: The VAE has no such option.
     """
+    vae = getattr(pipeline, "vae", None)
     if slicing is None:
-        slicing = pixels > SLICED_PIXELS and hasattr(pipeline.vae, "use_slicing")
+        slicing = pixels > SLICED_PIXELS and hasattr(vae, "use_slicing")
     for option, method, wanted in (
         ("vae_slicing", "enable_slicing", slicing),
         ("vae_tiling", "enable_tiling", tiling),
@@ -93,10 +94,10 @@ def set_vae_options(pipeline: DiffusionPipeline, slicing: bool | None, tiling: b
         if not wanted:
             continue
         try:
-            getattr(pipeline.vae, method)()
+            getattr(vae, method)()
         except (AttributeError, NotImplementedError):
             raise ValueError(
-                f"{option}=True, but the VAE of {type(pipeline).__name__}, a {type(pipeline.vae).__name__}, has no "
+                f"{option}=True, but the VAE of {type(pipeline).__name__}, a {type(vae).__name__}, has no "
                 f"`{method}`: leave it out, and lower `per_device_prompt_batch_size` if memory is short."
             ) from None
 

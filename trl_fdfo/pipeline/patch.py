@@ -6,17 +6,22 @@ A wrapper of a method takes the original method first, then the arguments of the
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from accelerate.utils import recursively_apply
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 
 from .options import is_quantized
 from .schedulers import StandIn
-from .trained import TRAINED, trained_module
+from .trained import decoders, trained_modules
+
+
+# The function of diffusers by which its pipelines draw their noise.
+DRAW = "randn_tensor"
 
 
 @contextlib.contextmanager
@@ -66,47 +71,56 @@ class ModelProxy:
 def patched(
     pipeline: DiffusionPipeline,
     scheduler: StandIn,
-    model: ModelProxy,
+    models: dict[str, ModelProxy],
     device: torch.device,
     attention: Sequence[nn.Module] = (),
     encode_image: Callable | None = None,
     **methods: Callable,
 ) -> Iterator[None]:
     """
-    The pipeline with another scheduler, a stand-in for its transformer, wrapped methods and no progress bar. After the
-    last step its VAE is float32.
+    The pipeline with another scheduler, stand-ins for its transformers, wrapped methods and no progress bar. After the
+    last step its decoders are float32.
 
     Args:
         pipeline (`DiffusionPipeline`): The pipeline, patched in place.
-        scheduler ([`StandIn`]): The scheduler to run with.
-        model ([`ModelProxy`]): The stand-in for the transformer.
+        scheduler ([`StandIn`]): The scheduler to run with, in the place of all that the pipeline has.
+        models (`dict[str, ModelProxy]`): The stand-ins for the transformers, by name.
         device (`torch.device`): The pipeline's `_execution_device`, which it would look for in all its modules, again and
             again: that takes longer than a small transformer.
-        attention (`Sequence[nn.Module]`): Attention modules of the transformer. They get their processors back, which a
+        attention (`Sequence[nn.Module]`): Attention modules of the transformers. They get their processors back, which a
             pipeline whose call is cut short may have replaced.
-        encode_image (`Callable`, *optional*): Wrapper of the VAE's `encode`.
-        **methods (`Callable`): Wrappers of the pipeline's methods, by name.
+        encode_image (`Callable`, *optional*): Wrapper of each VAE's `encode`.
+        **methods (`Callable`): Wrappers of the pipeline's methods, by name. A method that it does not have is not wrapped;
+            in the place of a missing `prepare_latents`, the function that draws its noise is.
     """
+    schedulers = [name for name, part in pipeline.components.items() if isinstance(part, SchedulerMixin)]
     attributes = {
-        "scheduler": scheduler,
-        TRAINED: model,
+        **dict.fromkeys(schedulers, scheduler),
+        **models,
         "_device_of_call": device,
         "_progress_bar_config": {**getattr(pipeline, "_progress_bar_config", {}), "disable": True},
-        **{name: functools.partial(method, getattr(pipeline, name)) for name, method in methods.items()},
     }
-    vae = pipeline.vae
-    vae_methods = {"decode": functools.partial(_decode_in_own_dtype, vae, vae.decode)}
-    if encode_image is not None and hasattr(vae, "encode"):
-        vae_methods["encode"] = functools.partial(encode_image, vae.encode)
+    attributes |= {
+        name: functools.partial(method, getattr(pipeline, name))
+        for name, method in methods.items()
+        if hasattr(pipeline, name)
+    }
     processors = [module.processor for module in attention]
     with contextlib.ExitStack() as stack:
-        # In training mode a transformer may return another layout, which the pipeline does not expect. Its layers keep
-        # their mode: some have no gradients in evaluation mode.
-        stack.enter_context(shadowed(trained_module(pipeline), training=False))
-        stack.enter_context(shadowed(vae, **vae_methods))
+        for module in trained_modules(pipeline).values():
+            # In training mode a transformer may return another layout, which the pipeline does not expect. Its layers keep
+            # their mode: some have no gradients in evaluation mode.
+            stack.enter_context(shadowed(module, training=False))
+        parts = decoders(pipeline)
+        for part in parts:
+            stack.enter_context(shadowed(part, **_wrapped_coder(part, encode_image)))
+        if not hasattr(pipeline, "prepare_latents"):
+            names = inspect.unwrap(type(pipeline).__call__).__globals__
+            draw = functools.partial(methods["prepare_latents"], names[DRAW])
+            stack.enter_context(_replaced(names, DRAW, draw))
         stack.enter_context(shadowed(pipeline, **attributes))
         stack.enter_context(_of_class(pipeline, _with_known_device(type(pipeline))))
-        scheduler.on_last_step = lambda: stack.enter_context(in_float32(vae))
+        scheduler.on_last_step = lambda: [stack.enter_context(in_float32(part)) for part in parts]
         try:
             yield
         finally:
@@ -114,6 +128,41 @@ def patched(
             for module, processor in zip(attention, processors):
                 if module.processor is not processor:
                     module.set_processor(processor)
+
+
+def _wrapped_coder(part: nn.Module, encode_image: Callable | None) -> dict[str, Callable]:
+    """The methods of a VAE or a vocoder for the time of a call."""
+    if not hasattr(part, "decode"):
+        return {"forward": functools.partial(_decode_in_own_dtype, part, part.forward)}
+    methods = {"decode": functools.partial(_decode_in_own_dtype, part, part.decode)}
+    if encode_image is not None and hasattr(part, "encode"):
+        methods["encode"] = functools.partial(encode_image, part.encode)
+    return methods
+
+
+@contextlib.contextmanager
+def drawn_noise(method: Callable, draw: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """
+    For the time of a `with`, pass the noise that a pipeline's method draws through `draw`. What a pipeline makes of its
+    noise may hold more: an image that it starts from, which stays as it is.
+    """
+    names = getattr(inspect.unwrap(method), "__globals__", {})
+    if DRAW not in names:
+        yield
+        return
+    original = names[DRAW]
+    with _replaced(names, DRAW, lambda *args, **kwargs: draw(original(*args, **kwargs))):
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(names: dict[str, Any], name: str, value: Any) -> Iterator[None]:
+    original = names[name]
+    names[name] = value
+    try:
+        yield
+    finally:
+        names[name] = original
 
 
 @functools.cache
@@ -176,14 +225,18 @@ def in_float32(module: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def recorded_decoding(pipeline: DiffusionPipeline, calls: list[tuple[tuple, dict]]) -> Iterator[None]:
-    """Append the arguments of each call of the VAE's `decode` to `calls`."""
-    decode = pipeline.vae.decode
+    """Append the arguments of each call of the VAE's `decode` to `calls`; a pipeline without a VAE has none."""
+    vae = getattr(pipeline, "vae", None)
+    if vae is None:
+        yield
+        return
+    decode = vae.decode
 
     def record(*args, **kwargs):
         calls.append((args, kwargs))
         return decode(*args, **kwargs)
 
-    with shadowed(pipeline.vae, decode=record):
+    with shadowed(vae, decode=record):
         yield
 
 
@@ -271,4 +324,8 @@ def latents_of(prepared: Any) -> Tensor:
 
 
 def with_latents(prepared: Any, latents: Tensor) -> Any:
-    return latents if isinstance(prepared, Tensor) else (latents, *prepared[1:])
+    if isinstance(prepared, Tensor):
+        return latents
+    # What a pipeline makes of its noise beside the latents, such as the noise itself, has their dtype.
+    is_like = lambda value: isinstance(value, Tensor) and value.is_floating_point() and value.shape == latents.shape
+    return (latents, *(value.to(latents.dtype) if is_like(value) else value for value in prepared[1:]))

@@ -33,6 +33,7 @@ class Rehearsal:
         outputs (`list`): Return value of each of these calls.
         decode_calls (`list[tuple[tuple, dict]]`): Arguments of each call of the VAE's `decode`.
         images (`Tensor`): Floats in [0, 1], shape [N, 3, H, W]; videos [N, F, 3, H, W]. They show nothing.
+        callers (`list[set[str]]`): Names of the transformers that each step calls.
     """
 
     sigmas: Tensor
@@ -46,6 +47,7 @@ class Rehearsal:
     outputs: list
     decode_calls: list[tuple[tuple, dict]]
     images: Tensor
+    callers: list[set[str]]
 
 
 @dataclass(frozen=True)

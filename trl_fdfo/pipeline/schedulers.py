@@ -13,7 +13,7 @@ Dimensions: N samples (prompts x branches), T steps that the pipeline takes.
 
 import copy
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -106,6 +106,8 @@ class StandIn:
         schedules (`dict`): What `set_timesteps` made, by its arguments. Copies of a scheduler share it: a replay neither
             computes its schedule nor copies it to the device, for which the host would wait too.
         is_scheduled (`bool`): `set_timesteps` has been called.
+        streams (`list[Stream]`): What is denoised, in the order in which the pipeline prepares it. A step of the sampler
+            takes one call of `step` for each.
     """
 
     first_step = 0
@@ -120,25 +122,45 @@ class StandIn:
         vars(scheduler).setdefault("schedules", {})
         stand_in = copy.copy(scheduler)
         stand_in.__class__ = _stand_in_class(cls, type(scheduler))
+        stand_in.streams = []
+        stand_in._next_stream = 0
+        stand_in._noise_dtype = None
         return stand_in
+
+    def __deepcopy__(self, memo: dict) -> "StandIn":
+        # For its second stream a pipeline copies its scheduler: one object takes the steps of both.
+        return self
 
     @property
     def noise_levels(self) -> Tensor:
         """Noise levels t_0 > ... > t_T of the steps that the pipeline takes, shape [T + 1]."""
         return self.sigmas[self.first_step :]
 
-    def begin(self, latents: Tensor) -> Tensor:
-        """The latents that the pipeline starts from, from those that `prepare_latents` made, shape [N, ...]."""
+    def draw(self, noise: Tensor) -> Tensor:
+        """The initial noise that the pipeline gets, in float32, in the place of what it drew with each sample's seed."""
         self.first_step = self.begin_index or 0
-        self._dtype = latents.dtype
-        return self._hand_out(self.start(latents.float()))
+        self._noise_dtype = noise.dtype
+        return self.initial_noise(noise.float())
+
+    def begin(self, latents: Tensor) -> Tensor:
+        """The latents that a stream starts from, of those that were prepared for it, shape [N, ...]."""
+        if self._noise_dtype is None:
+            # The pipeline drew its noise in a way of its own.
+            latents = self.draw(latents)
+        dtype, self._noise_dtype = self._noise_dtype, None
+        self.streams.append(Stream(dtype))
+        return self.streams[-1].hand_out(self.start(latents.float()))
+
+    def initial_noise(self, noise: Tensor) -> Tensor:
+        """Initial noise of each sample, from that in float32 which was drawn with its seed, shape [N, ...]."""
+        return noise
 
     def start(self, x: Tensor) -> Tensor:
-        """Initial latents of each sample, from those in float32 that `prepare_latents` drew with its seed, shape [N, ...]."""
+        """Initial latents in float32 of a stream, from those that were prepared for it, shape [N, ...]."""
         return x
 
-    def take_step(self, velocity: Tensor, sample: Tensor, step: int) -> Tensor:
-        """The latents at noise level `step + 1`, from those that the pipeline has at noise level `step`."""
+    def take_step(self, velocity: Tensor, sample: Tensor, step: int, stream: "Stream") -> Tensor:
+        """A stream's latents at noise level `step + 1`, from those that the pipeline has at noise level `step`."""
         raise NotImplementedError
 
     def step(self, model_output, timestep, sample, return_dict=True, **kwargs):
@@ -150,25 +172,69 @@ class StandIn:
             else:
                 self._step_index = self.known_first_step
             self.first_step = self.step_index
-        x_s = self.take_step(model_output, sample, self.steps_done)
-        self._step_index += 1
-        self.steps_done += 1
-        if self.step_index == len(self.timesteps):
-            self._dtype = torch.float32
-            self.on_last_step()
-        x_s = self._hand_out(x_s)
+        stream = self.streams[self._next_stream]
+        x_s = self.take_step(model_output, sample, self.steps_done, stream)
+        is_last_step = self.step_index + 1 == len(self.timesteps)
+        if is_last_step:
+            stream.dtype = torch.float32
+        self._next_stream = (self._next_stream + 1) % len(self.streams)
+        if self._next_stream == 0:
+            self._step_index += 1
+            self.steps_done += 1
+            if is_last_step:
+                self.on_last_step()
+        x_s = stream.hand_out(x_s)
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=x_s) if return_dict else (x_s,)
 
-    def _hand_out(self, x: Tensor) -> Tensor:
-        self._exact = x
-        self.handed_out = x.to(self._dtype)
+
+class Stream:
+    """
+    Latents that a pipeline denoises: nearly always all that it denoises, or its video, or its audio.
+
+    Args:
+        dtype (`torch.dtype`): The dtype that the pipeline computes in.
+
+    Attributes:
+        exact (`Tensor`): The latents in float32.
+        handed_out (`Tensor`): The copy that the pipeline got.
+    """
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
+
+    def hand_out(self, x: Tensor) -> Tensor:
+        # A replay hands out copies, which are contiguous: kernels may round by the order in memory.
+        self.exact = x.contiguous()
+        self.handed_out = self.exact.to(self.dtype)
         return self.handed_out
 
-    def _unrounded(self, sample: Tensor) -> Tensor:
+    def unrounded(self, sample: Tensor) -> Tensor:
         """The latents in float32 that the pipeline has in its own dtype, where it has not changed them."""
-        if sample.dtype == torch.float32 or sample.shape != self._exact.shape:
+        if sample.dtype == torch.float32 or sample.shape != self.exact.shape:
             return sample.float()
-        return torch.where(sample == self.handed_out, self._exact, sample.float())
+        return torch.where(sample == self.handed_out, self.exact, sample.float())
+
+
+def join(streams: Sequence[Tensor]) -> Tensor:
+    """The latents of all streams as one tensor: as they are if there is one stream, [N, elements of all] otherwise."""
+    return streams[0] if len(streams) == 1 else torch.cat([x.flatten(1) for x in streams], dim=1)
+
+
+class _Joint:
+    """Gives the streams their parts of what [`join`] made, in the same order."""
+
+    def __init__(self, joint: Tensor):
+        self._joint = joint
+        self._taken = 0
+
+    def take(self, like: Tensor) -> Tensor:
+        """The part of the next stream, which has the shape of `like`."""
+        if self._joint.shape == like.shape:
+            return self._joint
+        count = like[0].numel()
+        part = self._joint[:, self._taken : self._taken + count].view(like.shape)
+        self._taken += count
+        return part
 
 
 class RehearsalScheduler(StandIn):
@@ -177,8 +243,11 @@ class RehearsalScheduler(StandIn):
     latents: Tensor | None = None
     velocity: Tensor | None = None
 
-    def take_step(self, velocity, sample, step):
-        self.latents, self.velocity = sample, velocity
+    def take_step(self, velocity, sample, step, stream):
+        first = stream is self.streams[0]
+        self._parts = [(sample, velocity)] if first else [*self._parts, (sample, velocity)]
+        if stream is self.streams[-1]:
+            self.latents, self.velocity = map(join, zip(*self._parts))
         return sample
 
 
@@ -207,27 +276,33 @@ class RolloutScheduler(StandIn):
         self.velocities: dict[int, Tensor] = {}
         self.x_s: dict[int, Tensor] = {}
         self.endpoints: Tensor | None = None  # latents after the latest step, [N, ...]
+        self._parts: list[tuple[Tensor, ...]] = []  # of the streams that have taken the step that is being taken
 
     def advance(self, x_t: Tensor, velocity: Tensor, step: int) -> Tensor:
         """Take the samples at level `step`, in fp32, to level `step + 1`. Levels are those of `noise_levels`."""
         t, s = self.noise_levels[step], self.noise_levels[step + 1]
         return x_t + (s - t) * velocity
 
-    def take_step(self, velocity, sample, step):
-        handed_out, exact, x_t = self.handed_out, self._exact, self._unrounded(sample)
-        x_s = self.endpoints = self.advance(x_t, velocity, step)
-        if step in self.levels:
-            self.velocities[step] = velocity
-            # The replay hands out the same once more, and the pipeline then does with it what it did.
-            self.x_t[step] = handed_out
-            if self.records_arrivals:
-                if exact.shape != x_t.shape or not torch.equal(exact, x_t):
-                    raise ValueError(
-                        "The pipeline changes its latents between two steps of the scheduler (such as inpainting, which "
-                        "puts the known pixels back), and this algorithm needs the likelihood of a whole step. Train "
-                        "this pipeline with an algorithm that does not, such as the finite difference."
-                    )
-                self.x_t[step], self.x_s[step] = exact, x_s
+    def take_step(self, velocity, sample, step, stream):
+        handed_out, exact, x_t = stream.handed_out, stream.exact, stream.unrounded(sample)
+        x_s = self.advance(x_t, velocity, step)
+        if self.records_arrivals and step in self.levels:
+            if exact.shape != x_t.shape or not torch.equal(exact, x_t):
+                raise ValueError(
+                    "The pipeline changes its latents between two steps of the scheduler (such as inpainting, which "
+                    "puts the known pixels back), and this algorithm needs the likelihood of a whole step. Train "
+                    "this pipeline with an algorithm that does not, such as the finite difference."
+                )
+            handed_out = exact
+        # The replay hands out the same once more, and the pipeline then does with it what it did.
+        self._parts.append((handed_out, velocity, x_s))
+        if stream is self.streams[-1]:
+            handed_out, velocities, self.endpoints = map(join, zip(*self._parts))
+            self._parts = []
+            if step in self.levels:
+                self.x_t[step], self.velocities[step] = handed_out, velocities
+                if self.records_arrivals:
+                    self.x_s[step] = self.endpoints
         return x_s
 
     def _draw(self, x: Tensor, level: int) -> Tensor:
@@ -251,7 +326,8 @@ class ReplayScheduler(StandIn):
     def replay(self, level: int, x_t: Tensor) -> None:
         """Prepare for one call, which stops at step `level` and hands out `x_t` for it."""
         self.level = level
-        self.x_t = x_t
+        self._x_t = _Joint(x_t)
+        self._velocities: list[Tensor] = []
 
     @property
     def is_there(self) -> bool:
@@ -259,13 +335,15 @@ class ReplayScheduler(StandIn):
         return self.steps_done == self.level
 
     def start(self, x):
-        return self.x_t
+        return self._x_t.take(x) if self.level == 0 else x
 
-    def take_step(self, velocity, sample, step):
+    def take_step(self, velocity, sample, step, stream):
         if step == self.level:
-            raise StopPipeline(velocity)
-        # Not `sample`: a pipeline that changes its latents after a step must change these only once.
-        return self.x_t
+            self._velocities.append(velocity)
+            if stream is self.streams[-1]:
+                raise StopPipeline(join(self._velocities))
+        # A pipeline that changes its latents after a step changes these once, as in the rollout.
+        return self._x_t.take(sample) if step + 1 == self.level else sample
 
 
 class DecodeScheduler(StandIn):
@@ -273,10 +351,7 @@ class DecodeScheduler(StandIn):
 
     def decode(self, endpoints: Tensor) -> None:
         """Prepare for one call, which decodes `endpoints`."""
-        self.endpoints = endpoints
+        self._endpoints = _Joint(endpoints)
 
-    def start(self, x):
-        return self.endpoints.detach()
-
-    def take_step(self, velocity, sample, step):
-        return self.endpoints if self.step_index + 1 == len(self.timesteps) else sample
+    def take_step(self, velocity, sample, step, stream):
+        return self._endpoints.take(sample) if self.step_index + 1 == len(self.timesteps) else sample

@@ -2,9 +2,11 @@
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
 
 from diffusers import DiffusionPipeline
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 
@@ -12,18 +14,78 @@ from torch import nn
 TRAINED = "transformer"
 
 
-def trained_module(pipeline: DiffusionPipeline) -> nn.Module:
+class Transformers(nn.Module):
     """
-    The module that is trained, whole or by an adapter on it.
+    Several transformers of a pipeline as one module, which one adapter, one optimizer and one wrapper then hold: the
+    pipeline has each for a part of the noise levels, or for a part of its guidance.
 
-    For a pipeline with two transformers this would return both, as a dict by name, and `check_pipeline` let it pass.
+    Its call takes the name of the component first. Other attributes are those of the first one.
     """
-    return getattr(pipeline, TRAINED)
+
+    def __init__(self, transformers: dict[str, nn.Module]):
+        super().__init__()
+        # Not by `add_module`, which asks for attributes of these names.
+        self._modules.update(transformers)
+
+    def forward(self, component: str, *args: Any, **kwargs: Any) -> Any:
+        return self._modules[component](*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(next(self.children()), name)
+
+    def enable_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
+        for transformer in self.children():
+            transformer.enable_gradient_checkpointing(*args, **kwargs)
+
+    def set_attention_backend(self, backend: str) -> None:
+        for transformer in self.children():
+            transformer.set_attention_backend(backend)
+
+
+def trained_modules(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
+    """The transformer, and other components of its class: all modules whose velocity is trained, by name."""
+    transformer = getattr(pipeline, TRAINED)
+    others = {name: part for name, part in pipeline.components.items() if type(part) is type(transformer)}
+    return {TRAINED: transformer, **others}
+
+
+def trained_module(pipeline: DiffusionPipeline) -> nn.Module:
+    """The module that is trained, whole or by an adapter on it: the transformer, or all of several as [`Transformers`]."""
+    modules = trained_modules(pipeline)
+    if len(modules) == 1:
+        return modules[TRAINED]
+    own = vars(pipeline)
+    known = own.get("_transformers")
+    if known is None or dict(known.named_children()) != modules:
+        # Not by the pipeline's `__setattr__`, which would register it as a component.
+        own["_transformers"] = Transformers(modules)
+    return own["_transformers"]
+
+
+def has_adapter(module: nn.Module) -> bool:
+    """Tell if a module has layers of an adapter."""
+    return any(isinstance(layer, BaseTunerLayer) for layer in module.modules())
+
+
+def train_weights(pipeline: DiffusionPipeline, names: Collection[str] | None = None) -> None:
+    """Let all weights of the transformers of these names have gradients, and no others; None means all transformers."""
+    for name, module in trained_modules(pipeline).items():
+        module.requires_grad_(names is None or name in names)
 
 
 def frozen_modules(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
     """The other components that are modules, such as the text encoders and the VAE, by name."""
-    return {name: part for name, part in pipeline.components.items() if name != TRAINED and isinstance(part, nn.Module)}
+    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    return {name: part for name, part in parts.items() if name not in trained_modules(pipeline)}
+
+
+def decoders(pipeline: DiffusionPipeline) -> list[nn.Module]:
+    """The frozen modules that make images, videos or audio of latents."""
+    # A vocoder makes audio of the spectrogram that a VAE has decoded.
+    return [part for name, part in frozen_modules(pipeline).items() if hasattr(part, "decode") or name == "vocoder"]
 
 
 def restore_point(pipeline: DiffusionPipeline) -> Callable[[], None]:

@@ -102,7 +102,9 @@ class RunPlan:
         # A VAE that decodes one image at a time does not take as many times the memory.
         larger = lambda latents: latents.repeat(times, *[1] * (latents.ndim - 1))
         decode_calls = tree_map_only(Tensor, larger, rehearsal.decode_calls)
-        decoding = self._cost(sampling_cost, flow.pipeline.vae, decode_calls, precision, "decode")
+        decoding = Cost(0, 0)  # of a pipeline without a VAE
+        if decode_calls:
+            decoding = self._cost(sampling_cost, flow.pipeline.vae, decode_calls, precision, "decode")
         # Peaks of a whole call; the rest for a rehearsed batch of it.
         self.sampling = replace(sampling, peak=times * sampling.peak, operations=sampling.operations // times)
         counts = {name: getattr(decoding, name) // times for name in ("flops", "traffic", "operations")}

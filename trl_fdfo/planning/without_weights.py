@@ -21,13 +21,14 @@ from torch.utils._pytree import tree_map_only
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
+from ..pipeline.checks import check_trained_transformers
 from ..pipeline.flow import PipelineFlow
 from ..pipeline.lora import add_adapter, default_lora_config
 from ..pipeline.options import set_vae_options
 from ..pipeline.own_dtype import can_run_in_own_dtype, run_in_own_dtype
 from ..pipeline.patch import shadowed
 from ..pipeline.schedulers import RolloutScheduler
-from ..pipeline.trained import trained_module
+from ..pipeline.trained import train_weights, trained_module
 from ..rewards.by_name import reward_without_weights
 from .memory import Engine
 from .plan import RunPlan
@@ -161,12 +162,14 @@ def plan_without_weights(
         shared_prefix=shared_prefix,
         **config.call_kwargs(),
     )
-    model = trained_module(pipeline)
+    model, trained = trained_module(pipeline), config.trained_transformers
+    if trained is not None:
+        check_trained_transformers(pipeline, trained)
     if config.use_peft:
-        lora = default_lora_config(config.lora_r, config.lora_alpha, config.lora_target_modules, model)
-        model = add_adapter(pipeline, lora)
+        lora = (config.lora_r, config.lora_alpha, config.lora_target_modules, model, trained)
+        model = add_adapter(pipeline, default_lora_config(*lora))
     else:
-        model.requires_grad_(True)
+        train_weights(pipeline, trained)
     row = prompts[0]
     batch = [row[config.dataset_prompt_column]] * config.per_device_prompt_batch_size
     columns = {name: [row[name]] for name in config.pipeline_columns or ()}

@@ -27,8 +27,9 @@ from transformers.utils import logging
 
 from ..media import evenly_spread, makes_video, middle_frame
 from ..metric_names import EVAL_PREFIX, REWARD
+from ..pipeline.adapter_files import diffusers_file
 from ..pipeline.loading import base_model_name
-from ..pipeline.trained import trained_module
+from ..pipeline.trained import TRAINED, has_adapter, trained_module, trained_modules
 from ..reporting.sheets import before_after_grid, picture
 
 
@@ -81,6 +82,7 @@ class PipelineRecord:
     absent: Sequence[str] = ()  # components that the base model may have, such as a large text encoder, and it lacks
     hub_id: str | None = None  # Hub id that it was loaded from
     folder: str | None = None  # name of the local folder that it was loaded from
+    adapted: Sequence[str] = (TRAINED,)  # its transformers that have an adapter, if one is trained
 
     @classmethod
     def of(
@@ -97,6 +99,7 @@ class PipelineRecord:
             absent=[name for name, part in pipeline.components.items() if part is None and name not in optional],
             hub_id=origin if is_on_hub else None,
             folder=None if is_on_hub else origin,
+            adapted=[name for name, module in trained_modules(pipeline).items() if has_adapter(module)] or (TRAINED,),
         )
 
 
@@ -198,6 +201,14 @@ def write_model_card(record: CardRecord, folder: str | Path) -> None:
     card.save(folder / "README.md")
 
 
+def _load_lora(transformer: str, repo_id: str) -> str:
+    """The line that loads the adapter of a transformer; a pipeline's own loader knows one transformer."""
+    if transformer == TRAINED:
+        return f'pipeline.load_lora_weights("{repo_id}")'
+    file = diffusers_file(transformer)
+    return f'pipeline.{transformer}.load_lora_adapter("{repo_id}", weight_name="{file}", prefix="{TRAINED}")'
+
+
 def usage_snippet(record: CardRecord) -> str:
     """Return Python code that loads the result from `record.repo_id` and makes an image or a video as in training."""
     pipeline = record.pipeline
@@ -207,7 +218,7 @@ def usage_snippet(record: CardRecord) -> str:
     source = [f'"{loaded}"', *(f"{part}=None" for part in pipeline.absent), f"dtype={pipeline.dtype}"]
     imports, load = ["import torch", f"from diffusers import {name}"], []
     if record.adapter == "diffusers":
-        load = [f'pipeline.load_lora_weights("{record.repo_id}")']
+        load = [_load_lora(name, record.repo_id) for name in pipeline.adapted]
     elif record.adapter == "peft":
         imports.append("from peft import PeftModel")
         load = [f'PeftModel.from_pretrained(pipeline.transformer, "{record.repo_id}")']

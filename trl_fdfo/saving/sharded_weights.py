@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..pipeline.patch import shadowed
-from ..pipeline.trained import TRAINED, trained_module
+from ..pipeline.trained import trained_modules
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
@@ -58,25 +58,33 @@ def save_whole_pipeline(pipeline: DiffusionPipeline, folder: str | Path, is_writ
         folder (`str` or `Path`): Folder to write.
         is_writer (`bool`): This process writes.
     """
-    module = trained_module(pipeline)
-    if not _fsdp_modules(module):
-        with _gathered(list(module.parameters())):
+    modules = trained_modules(pipeline)
+    if not any(_fsdp_modules(module) for module in modules.values()):
+        with _gathered([weight for module in modules.values() for weight in module.parameters()]):
             if is_writer:
                 _save_pipeline(pipeline, folder)
         return
-    # FSDP2 shards again what is whole before it gives the state dict: a twin takes the weights.
+    # FSDP2 shards again what is whole before it gives the state dict: twins take the weights.
+    twins = {name: _whole_twin(module, is_writer) for name, module in modules.items()}
+    if is_writer:
+        with shadowed(pipeline, **twins):
+            _save_pipeline(pipeline, folder)
+
+
+def _whole_twin(module: torch.nn.Module, is_writer: bool) -> torch.nn.Module | None:
+    """A module like one that FSDP2 has sharded, with its whole weights; None on a process that does not write."""
     state = {
         name: (value.full_tensor() if isinstance(value, DTensor) else value).cpu()
         for name, value in module.state_dict().items()
     }
-    if is_writer:
-        # FSDP2 has made a class of its own of the module's.
-        twin_class = next(c for c in type(module).__mro__ if not issubclass(c, FSDPModule))
-        with init_empty_weights():
-            twin = twin_class.from_config(dict(module.config))
-        twin.load_state_dict(state, assign=True)
-        with shadowed(pipeline, **{TRAINED: twin}):
-            _save_pipeline(pipeline, folder)
+    if not is_writer:
+        return None
+    # FSDP2 has made a class of its own of the module's.
+    twin_class = next(c for c in type(module).__mro__ if not issubclass(c, FSDPModule))
+    with init_empty_weights():
+        twin = twin_class.from_config(dict(module.config))
+    twin.load_state_dict(state, assign=True)
+    return twin
 
 
 def _save_pipeline(pipeline: DiffusionPipeline, folder: str | Path) -> None:

@@ -28,6 +28,8 @@ class Algorithm:
         base_distance_name (`str`): Metric of the distance that `beta` weighs.
         args ([`RolloutConfig`]): Options of the run.
         sigmas (`Tensor`): Noise levels t_0 > ... > t_T = 0 of the sampler, shape [T + 1], on the CPU.
+        trainable_levels (`list[int]`): The levels in [0, T) whose velocity has gradients: all, unless the transformer of
+            some is not trained.
     """
 
     algorithm: str
@@ -39,6 +41,7 @@ class Algorithm:
     base_distance_name = "base_distance"
     args: RolloutConfig
     sigmas: Tensor
+    trainable_levels: list[int]
 
     @classmethod
     def shares_prefix(cls, config: RolloutConfig) -> bool:

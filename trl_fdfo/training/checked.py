@@ -105,13 +105,16 @@ def noise_amounts(trainer: Algorithm, rollout: int, numbers: Sequence[int]) -> T
 
 def trained_levels(trainer: Algorithm, rollout: int, batch: int) -> list[int]:
     steps, count = len(trainer.sigmas) - 1, trainer.args.num_trained_levels
+    known = set(trainer.trainable_levels)
     returned = trainer.trained_levels(rollout, batch)
     try:
         levels = [operator.index(level) for level in returned]
     except TypeError:
         levels = []
-    if len(levels) != count or not all(0 <= level < steps for level in levels):
+    if len(levels) != count or not known.issuperset(levels):
         should = f"it must return K = {count} ints in [0, T) = [0, {steps})"
+        if len(known) < steps:
+            should += f", of which only {sorted(known)} are steps of a trained transformer"
         _refuse(trainer, "trained_levels", returned, should)
     return levels
 

@@ -182,6 +182,9 @@ class RolloutConfig(TrainingArguments):
         lora_target_modules (`list[str]`, *optional*):
             Names (endings) of the linear layers that get an adapter. `None` takes the transformer's attention
             projections; in a block with joint attention, the projections of the joint one.
+        trained_transformers (`list[str]`, *optional*):
+            Of a pipeline with several transformers, such as one for the low noise levels, the components that are trained:
+            `["transformer_2"]`. The others stay as they are. `None` trains all of them.
         adapter (`str`, *optional*):
             LoRA adapter to continue, with its rank, alpha and layers, in the format of PEFT or of diffusers: a folder, a
             .safetensors file, or a place on the Hub (`owner/name`, `owner/name@revision`, either with `/folder`, or the
@@ -362,6 +365,7 @@ class RolloutConfig(TrainingArguments):
     lora_r: int = option(32, changes_result=False)
     lora_alpha: int = option(64, changes_result=False)
     lora_target_modules: list[str] | None = option(None, changes_result=False)
+    trained_transformers: list[str] | None = option(None, changes_result=False)
     adapter: str | None = option(None, changes_result=False)
     ema_decay: float | None = option(None)
 

@@ -1,6 +1,7 @@
 """Everything that a trainer makes of its arguments before the first rollout, and refuses there."""
 
 import copy
+import math
 import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +24,7 @@ from transformers.utils import logging
 
 from ..evaluation.evaluator import read_rows, reported_metrics
 from ..metric_names import EVAL_PREFIX, REWARD
-from ..pipeline.checks import check_call_kwargs, check_resolution, check_trainable
+from ..pipeline.checks import check_call_kwargs, check_resolution, check_trainable, check_trained_transformers
 from ..pipeline.encoder_offload import EncoderOffload
 from ..pipeline.flow import PipelineFlow
 from ..pipeline.loading import load_pipeline
@@ -32,7 +33,7 @@ from ..pipeline.options import is_quantized, quantization_config, set_attention_
 from ..pipeline.prompt_embeddings import PromptEmbeddings, text_encoders
 from ..pipeline.records import Rehearsal
 from ..pipeline.replay_check import MAX_TOLERANCE, default_tolerance
-from ..pipeline.trained import frozen_modules, trained_module
+from ..pipeline.trained import frozen_modules, train_weights, trained_module, trained_modules
 from ..rewards.reward_functions import RewardFunctions
 from .config import RolloutConfig
 from .config_checks import check_argument_of_call
@@ -177,15 +178,22 @@ def make_trainable(pipeline: DiffusionPipeline, config: RolloutConfig, peft_conf
     Raises:
         ValueError: The adapter does not fit, or the weights cannot be trained.
     """
-    transformer = trained_module(pipeline)
+    transformer, trained = trained_module(pipeline), config.trained_transformers
     if config.adapter is not None:
-        names = ("lora_r", "lora_alpha", "lora_target_modules")
+        names = ("lora_r", "lora_alpha", "lora_target_modules", "trained_transformers")
         defaults = {name: RolloutConfig.__dataclass_fields__[name].default for name in names}
         given = {name: getattr(config, name) for name in names if getattr(config, name) != defaults[name]}
         return continue_adapter(pipeline, config.adapter, given, peft_config)
+    if trained is not None:
+        check_trained_transformers(pipeline, trained)
     if config.use_peft:
-        lora = lambda: default_lora_config(config.lora_r, config.lora_alpha, config.lora_target_modules, transformer)
-        return add_adapter(pipeline, peft_config or lora())
+        if peft_config is not None and trained is not None:
+            raise ValueError(
+                "peft_config was given together with trained_transformers: leave the option out, and name the layers in "
+                "peft_config, as a regular expression that begins with the name of their transformer."
+            )
+        lora = (config.lora_r, config.lora_alpha, config.lora_target_modules, transformer, trained)
+        return add_adapter(pipeline, peft_config or default_lora_config(*lora))
     if peft_config is not None:
         raise ValueError("peft_config was given together with use_peft=False: leave one of them out.")
     if is_quantized(transformer):
@@ -194,7 +202,8 @@ def make_trainable(pipeline: DiffusionPipeline, config: RolloutConfig, peft_conf
             "small steps. Set use_peft=True, or load it without quantization."
         )
     check_trainable(pipeline)
-    return transformer.requires_grad_(True)
+    train_weights(pipeline, trained)
+    return transformer
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module) -> None:
@@ -352,6 +361,29 @@ def rehearse(
             )
         flow.prompt_embeddings = embeddings
     return rehearsal
+
+
+def find_trainable_levels(rehearsal: Rehearsal, pipeline: DiffusionPipeline, config: RolloutConfig) -> list[int]:
+    """
+    The noise levels at which a trained transformer is called: all, unless `trained_transformers` leaves one out.
+
+    Raises:
+        ValueError: More levels are to be trained than there are.
+    """
+    trained = {
+        name
+        for name, module in trained_modules(pipeline).items()
+        if any(weight.requires_grad for weight in module.parameters())
+    }
+    levels = [level for level, names in enumerate(rehearsal.callers) if names & trained]
+    steps, count = len(rehearsal.callers), config.num_trained_levels
+    if len(levels) < min(count, steps):
+        raise ValueError(
+            f"timestep_fraction={config.timestep_fraction} trains {count} of {steps} noise levels, and the trained "
+            f"{', '.join(sorted(trained))} of {type(pipeline).__name__} is called at {len(levels)} of them: set "
+            f"timestep_fraction={math.floor(100 * len(levels) / steps) / 100:g}."
+        )
+    return levels
 
 
 def _first_row(config: RolloutConfig, dataset: Dataset) -> tuple[list[str], dict[str, list]]:

@@ -66,6 +66,7 @@ from .setup import (
     check_evaluation,
     check_generate,
     check_optimizer,
+    find_trainable_levels,
     load_datasets,
     make_trainable,
     open_pipeline,
@@ -202,6 +203,7 @@ class RolloutTrainer(Algorithm, Trainer):
                 self.replay_tolerance = self._try_replay()
             self.offload_components()
             self.sigmas = self._rehearsal.sigmas
+            self.trainable_levels = find_trainable_levels(self._rehearsal, pipeline, self.args)
             checked.check_methods(self)
             self.checkpointer = Checkpointer(
                 self.args.output_dir,

@@ -1,0 +1,183 @@
+"""Pipelines with two transformers: one for the high noise levels and one for the low ones."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import trained_weights
+from datasets import Dataset
+from tiny_pipelines import wan
+from tiny_runs import PROMPTS
+
+from trl_fdfo import FDFOTrainer
+from trl_fdfo.fdfo.churn import constant_churn
+from trl_fdfo.pipeline.patch import shadowed
+from trl_fdfo.pipeline.trained import trained_module, trained_modules
+from trl_fdfo.pipeline_flow import PipelineFlow, ReplayError, check_replay
+
+
+STEPS = 4
+CALL = wan.CALLS_TWO_TRANSFORMERS["two_scales"]
+
+
+def brightness(images, prompts, **kwargs):
+    return images.flatten(1).mean(dim=1)
+
+
+@pytest.fixture
+def make(make_config):
+    """A trainer of a pipeline with two transformers, of which the first has one step of four."""
+
+    def make(**options):
+        call = {name: value for name, value in CALL.items() if name not in ("height", "width", "guidance_scale")}
+        config = make_config(
+            **{"guidance_scale": CALL["guidance_scale"], "pipeline_kwargs": call, "learning_rate": 1e-2, **options}
+        )
+        dataset = Dataset.from_dict({"prompt": PROMPTS[:4]})
+        return FDFOTrainer(config, wan.build_two_transformers(), brightness, train_dataset=dataset)
+
+    return make
+
+
+def roll_out(pipeline):
+    flow = PipelineFlow(pipeline, num_generations=2, num_inference_steps=STEPS, **CALL)
+    churn = constant_churn(flow.rehearse(["a cat"]).sigmas, 0.2)
+    return flow, flow.rollout(["a cat", "two dogs"], churn, [0, 1], range(10, 14), range(STEPS))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("call", wan.CALLS_TWO_TRANSFORMERS)
+def test_replay_is_exact(call, dtype):
+    pipeline = wan.build_two_transformers().to(dtype)
+    flow = PipelineFlow(pipeline, num_generations=2, num_inference_steps=STEPS, **wan.CALLS_TWO_TRANSFORMERS[call])
+    churn = constant_churn(flow.rehearse(["a cat"]).sigmas, 0.2)
+    batch = flow.rollout(["a cat", "two dogs"], churn, [0, 1], range(10, 14), range(STEPS))
+    for level in range(STEPS):
+        assert torch.equal(flow.velocity(batch, level), batch.velocities[level])
+
+
+def test_gradients_reach_each_transformer_at_its_levels_alone():
+    pipeline = wan.build_two_transformers()
+    flow, batch = roll_out(pipeline)
+    reached = []
+    for level in range(STEPS):
+        pipeline.transformer.zero_grad()
+        pipeline.transformer_2.zero_grad()
+        flow.velocity(batch, level).square().sum().backward()
+        modules = trained_modules(pipeline).values()
+        reached.append(tuple(all(p.grad is not None for p in module.parameters()) for module in modules))
+        assert all(
+            any(p.grad is not None for p in module.parameters()) == has for module, has in zip(modules, reached[-1])
+        )
+    assert reached == [(True, False), (False, True), (False, True), (False, True)]
+
+
+def test_the_wrong_transformer_of_two_is_far_from_exact():
+    pipeline = wan.build_two_transformers()
+    flow, batch = roll_out(pipeline)
+    first, second = pipeline.transformer, pipeline.transformer_2
+    for level in range(STEPS):
+        wrong = {"transformer": second, "transformer_2": first}
+        with shadowed(pipeline, **wrong), pytest.raises(ReplayError):
+            swapped = PipelineFlow(pipeline, num_generations=2, num_inference_steps=STEPS, **CALL)
+            check_replay(swapped.velocity(batch, level), batch.velocities[level], pipeline, level)
+        check_replay(flow.velocity(batch, level), batch.velocities[level], pipeline, level)
+
+
+def test_other_guidance_of_the_second_transformer_is_far_from_exact():
+    flow, batch = roll_out(wan.build_two_transformers())
+    other = replace(batch, call_kwargs={**batch.call_kwargs, "guidance_scale_2": 1.0})
+    check_replay(flow.velocity(other, 0), batch.velocities[0], flow.pipeline, 0)
+    with pytest.raises(ReplayError):
+        check_replay(flow.velocity(other, 3), batch.velocities[3], flow.pipeline, 3)
+
+
+def images_of(pipeline):
+    return PipelineFlow(pipeline, num_generations=2, num_inference_steps=STEPS, **CALL).generate(["a red ball"], [0])
+
+
+def test_each_gets_an_adapter_that_trains_and_diffusers_opens(make, tmp_path):
+    trainer = make()
+    before = trained_weights(trainer)
+    trainer.train()
+    assert all(log["replay_error"] == 0.0 for log in trainer.state.log_history if "replay_error" in log)
+    for name in ("transformer", "transformer_2"):
+        moved = [
+            not torch.equal(w, before[key]) for key, w in trained_weights(trainer).items() if f".{name}.blocks" in key
+        ]
+        assert len(moved) == 16 and all(moved)
+    trainer.save_model(str(tmp_path))
+    expected = trainer.generate(["a red ball"], [0])
+    pipeline = wan.build_two_transformers()
+    assert not torch.equal(images_of(pipeline), expected)
+    pipeline.load_lora_weights(str(tmp_path))
+    half = images_of(pipeline)
+    pipeline.transformer_2.load_lora_adapter(
+        str(tmp_path), weight_name="pytorch_lora_weights_transformer_2.safetensors", prefix="transformer"
+    )
+    assert torch.equal(images_of(pipeline), expected) and not torch.equal(half, expected)
+    pipeline = wan.build_two_transformers()
+    pipeline.load_lora_weights(str(tmp_path))
+    file = "pytorch_lora_weights_transformer_2.safetensors"
+    pipeline.load_lora_weights(str(tmp_path), weight_name=file, load_into_transformer_2=True)
+    assert torch.equal(images_of(pipeline), expected)
+    # To go on from, in PEFT's format, which holds both.
+    again = make(adapter=str(tmp_path))
+    assert torch.equal(again.generate(["a red ball"], [0]), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_peft": False, "learning_rate": 1e-4}])
+def test_one_of_them_alone_is_trained(make, options, tmp_path):
+    # Of 4 steps 3 are the second transformer's.
+    trainer = make(trained_transformers=["transformer_2"], timestep_fraction=0.5, **options)
+    assert trainer.trainable_levels == [1, 2, 3]
+    assert {level for batch in range(9) for level in trainer.trained_levels(0, batch)} == {1, 2, 3}
+    weights = lambda: {
+        name: [p.detach().clone() for p in module.parameters()]
+        for name, module in trained_modules(trainer.pipeline).items()
+    }
+    before = weights()
+    trainer.train()
+    after = weights()
+    assert all(map(torch.equal, before["transformer"], after["transformer"]))
+    assert not all(map(torch.equal, before["transformer_2"], after["transformer_2"]))
+    trainer.save_model(str(tmp_path))
+    if "use_peft" not in options:
+        assert sorted(path.name for path in tmp_path.glob("pytorch_lora*")) == [
+            "pytorch_lora_weights_transformer_2.safetensors"
+        ]
+        card = Path(tmp_path, "README.md").read_text()
+        assert "pipeline.transformer_2.load_lora_adapter(" in card and "load_lora_weights" not in card
+
+
+def test_more_levels_than_the_trained_one_has_are_refused(make):
+    with pytest.raises(ValueError, match=r"trains 4 of 4 noise levels, .* at 3 of them: set timestep_fraction=0\.75"):
+        make(trained_transformers=["transformer_2"])
+
+
+@pytest.mark.parametrize("names", [[], ["transformer_3"], ["transformer", "unet"]])
+def test_unknown_transformers_are_refused(make, names):
+    with pytest.raises(ValueError, match=r"trained_transformers=.* must name some of .*: transformer, transformer_2\."):
+        make(trained_transformers=names)
+
+
+def test_a_run_resumes_to_the_bit(make, tmp_path):
+    whole = make(num_rollouts=2)
+    whole.train()
+    options = {"save_strategy": "steps", "save_steps": 2, "output_dir": str(tmp_path / "parts")}
+    make(num_rollouts=2, max_steps=-1, **options).train()
+    resumed = make(num_rollouts=2, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-2"))
+    expected = trained_weights(whole)
+    assert all(torch.equal(weight, expected[key]) for key, weight in trained_weights(resumed).items())
+
+
+def test_all_of_the_pipeline_is_one_module():
+    pipeline = wan.build_two_transformers()
+    module = trained_module(pipeline)
+    assert trained_module(pipeline) is module
+    count = sum(p.numel() for part in (pipeline.transformer, pipeline.transformer_2) for p in part.parameters())
+    assert sum(p.numel() for p in module.parameters()) == count
+    pipeline.transformer_2 = wan.transformer()
+    assert trained_module(pipeline).transformer_2 is pipeline.transformer_2
