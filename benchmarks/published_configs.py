@@ -72,6 +72,23 @@ def _up_to(tokenizer: PreTrainedTokenizerBase, length: int) -> PreTrainedTokeniz
 
 T5_XXL = T5Config(**MEDIUM.t5, feed_forward_proj="gated-gelu", dropout_rate=0.0)
 
+
+def flux(guidance_embeds: bool, scheduler: FlowMatchEulerDiscreteScheduler) -> tuple[str, dict[str, tuple[str, str, Any]]]:
+    """FLUX.1: dev gets its guidance as an embedding, schnell has none."""
+    return (
+        "FluxPipeline",
+        {
+            "transformer": ("diffusers", "FluxTransformer2DModel", {"guidance_embeds": guidance_embeds}),
+            "vae": ("diffusers", "AutoencoderKL", {**VAE, "shift_factor": 0.1159, "scaling_factor": 0.3611}),
+            "text_encoder": ("transformers", "CLIPTextModel", clip_config(CLIP_L)),
+            "text_encoder_2": ("transformers", "T5EncoderModel", T5_XXL),
+            "tokenizer": ("transformers", "CLIPTokenizer", clip_tokenizer()),
+            "tokenizer_2": ("transformers", "T5Tokenizer", t5_tokenizer()),
+            "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler", scheduler),
+        },
+    )
+
+
 # By model: class of the pipeline, and of each part the class with its config, its tokenizer or its scheduler. What is not
 # said is the default of the class, which is the published number.
 PIPELINES: dict[str, tuple[str, dict[str, tuple[str, str, Any]]]] = {
@@ -93,22 +110,8 @@ PIPELINES: dict[str, tuple[str, dict[str, tuple[str, str, Any]]]] = {
             ),
         },
     ),
-    "black-forest-labs/FLUX.1-dev": (
-        "FluxPipeline",
-        {
-            "transformer": ("diffusers", "FluxTransformer2DModel", {"guidance_embeds": True}),
-            "vae": ("diffusers", "AutoencoderKL", {**VAE, "shift_factor": 0.1159, "scaling_factor": 0.3611}),
-            "text_encoder": ("transformers", "CLIPTextModel", clip_config(CLIP_L)),
-            "text_encoder_2": ("transformers", "T5EncoderModel", T5_XXL),
-            "tokenizer": ("transformers", "CLIPTokenizer", clip_tokenizer()),
-            "tokenizer_2": ("transformers", "T5Tokenizer", t5_tokenizer()),
-            "scheduler": (
-                "diffusers",
-                "FlowMatchEulerDiscreteScheduler",
-                FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-            ),
-        },
-    ),
+    "black-forest-labs/FLUX.1-dev": flux(True, FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)),
+    "black-forest-labs/FLUX.1-schnell": flux(False, FlowMatchEulerDiscreteScheduler()),
     "Qwen/Qwen-Image": (
         "QwenImagePipeline",
         {

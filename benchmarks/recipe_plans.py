@@ -33,6 +33,7 @@ CARDS_OF = {
     "sd35_8x80gb": ("h100", 8),
     "flux_dev_24gb_nf4": ("rtx4090", 1),
     "flux_dev_80gb": ("h100", 1),
+    "flux_schnell_80gb": ("h100", 1),
     "qwen_image_80gb": ("h100", 1),
 }
 PLAN = re.compile(r"^# Plan:.*$", re.MULTILINE)
