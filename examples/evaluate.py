@@ -38,6 +38,7 @@ from trl_fdfo.evaluation.before_after import FIRST_SEED
 from trl_fdfo.evaluation.diversity import load_diversity
 from trl_fdfo.evaluation.estimates import Estimate, markdown_table
 from trl_fdfo.evaluation.evaluator import Evaluator
+from trl_fdfo.media import Media, Outputs, unbind
 from trl_fdfo.reporting.sheets import Panel, Section, picture, sheet
 from trl_fdfo.rewards.by_name import load_reward
 from trl_fdfo.rewards.reward_functions import RewardFunctions
@@ -94,6 +95,7 @@ def main(args: list[str] | None = None) -> None:
                 f"reward '{name}' compares the images of a prompt with each other, and says nothing of a model: leave it out."
             )
     flow = open_flow(arguments.model, options, adapters, state.device)
+    rewards.expect(Outputs.of(flow.pipeline, options, flow.rehearse(dataset["prompt"][:1]).images))
     evaluator = Evaluator(
         flow.generate, rewards, diversity=diversity, batch_size=arguments.batch_size, device=state.device
     )
@@ -127,9 +129,9 @@ def evaluate(
     count, rewards = arguments.images_per_prompt, evaluator.rewards
     shown: list[tuple[int, list[Any]]] = []
 
-    def keep(number: int, images: Tensor) -> None:
+    def keep(number: int, images: Tensor | Media) -> None:
         if number < arguments.grid_prompts and number not in dict(shown):
-            shown.append((number, [picture(image) for image in images]))
+            shown.append((number, [picture(image) for image in unbind(images)]))
 
     first_seed: Callable[[int], int] = lambda number: arguments.first_seed + number * count
     evaluation = evaluator.evaluate(
@@ -151,7 +153,9 @@ def evaluate(
         panels.append([Panel(p, f"{name}, seed {seed}\n{text}") for p, seed, text in zip(pictures, seeds, scores)])
     means = evaluation.rewards.double().nanmean(dim=1)  # [P, R]
     values = dict(zip(rewards.names, means.T.tolist()))
-    return {**values, evaluator.diversity.__name__: evaluation.diversity.tolist()}, panels
+    if evaluation.diversity is not None:  # audio has none
+        values[evaluator.diversity.__name__] = evaluation.diversity.tolist()
+    return values, panels
 
 
 def write(

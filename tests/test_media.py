@@ -1,8 +1,30 @@
+from types import SimpleNamespace
+
+import pytest
 import tiny_pipelines
 import torch
+from accelerate.utils import concatenate, recursively_apply
+from diffusers import AutoencoderOobleck
 from tiny_pipelines import wan
 
-from trl_fdfo.media import makes_video, mean_over_frames, middle_frame, split_frames, spread_frames, to_pil
+from trl_fdfo.media import (
+    Media,
+    Outputs,
+    by_kind,
+    frame_rate,
+    made_by,
+    makes_video,
+    mean_over_frames,
+    middle_frame,
+    sampling_rate,
+    split_frames,
+    spread_frames,
+    to_pil,
+    unbind,
+)
+
+
+VIDEO, AUDIO = torch.rand(2, 4, 3, 8, 6), torch.rand(2, 1, 50)
 
 
 def test_which_pipelines_make_videos():
@@ -35,3 +57,78 @@ def test_a_video_scores_the_mean_over_its_frames():
     assert mean_over_frames([0.1, 1.0, 2.0, 6.0], counts) == [0.1, 3.0]
     assert mean_over_frames([0.1, None, None, None], counts) == [0.1, None]
     assert mean_over_frames(torch.tensor([0.1, 1.0, 2.0, 6.0]), counts).tolist() == torch.tensor([0.1, 3.0]).tolist()
+
+
+@pytest.mark.parametrize(
+    ("output", "kinds"),
+    [
+        ((VIDEO[:, 0],), {"images": VIDEO[:, 0]}),
+        ((VIDEO.double(), None), {"images": VIDEO, "videos": VIDEO}),
+        ((list(VIDEO[:, 0]), [False, True]), {"images": VIDEO[:, 0]}),
+        (([list(video.numpy()) for video in VIDEO],), {"images": VIDEO, "videos": VIDEO}),
+        ((AUDIO.bfloat16(),), {"audio": AUDIO.bfloat16().float()}),
+        ((AUDIO[:, 0].numpy(),), {"audio": AUDIO}),
+        ((list(AUDIO.numpy()),), {"audio": AUDIO}),
+        ((AUDIO, VIDEO), {"images": VIDEO, "videos": VIDEO, "audio": AUDIO}),
+        # Of several, the first: others are key frames, say.
+        ((VIDEO, AUDIO, VIDEO[:, :1], torch.zeros(3)), {"images": VIDEO, "videos": VIDEO, "audio": AUDIO}),
+    ],
+)
+def test_what_a_call_made(output, kinds):
+    made = by_kind(made_by(output))
+    assert made.keys() == kinds.keys()
+    for name, tensor in kinds.items():
+        assert made[name].dtype == torch.float32 and torch.equal(made[name], tensor)
+
+
+@pytest.mark.parametrize("output", [(), (None,), (torch.zeros(3),), ([AUDIO[0], AUDIO[0, :, 1:]],), (["a cat"],)])
+def test_a_call_that_made_nothing_to_score(output):
+    with pytest.raises(ValueError, match=r"the call returned .*, and a reward needs a tensor: images \[N, 3, H, W\]"):
+        made_by(output)
+
+
+def test_videos_with_their_sound_are_mapped_over_and_taken_apart():
+    both = Media(VIDEO, AUDIO)
+    twice = concatenate([recursively_apply(lambda made: made + 1, both), both])
+    assert isinstance(twice, Media) and torch.equal(twice.audio, torch.cat([AUDIO + 1, AUDIO]))
+    first, second = unbind(both)
+    assert isinstance(first, Media) and torch.equal(second.images, VIDEO[1]) and torch.equal(first.audio, AUDIO[0])
+    assert [image.tolist() for image in unbind(VIDEO)] == VIDEO.tolist()
+
+
+def part(**config):
+    return SimpleNamespace(config=SimpleNamespace(**config))
+
+
+@pytest.mark.parametrize(
+    ("attributes", "components", "rate"),
+    [
+        ({}, {"vae": part(sampling_rate=44100)}, 44100),
+        ({}, {"audio_vae": part(sample_rate=16000), "vocoder": part(input_rate=1, output_sampling_rate=24000)}, 24000),
+        ({"sample_rate": 48000}, {"vae": part(scaling_factor=1.0), "text_encoder": part(sampling_rate=8000)}, 48000),
+        ({}, {"vae": part(sample_size=32), "tokenizer": object(), "vocoder": None}, None),
+    ],
+)
+def test_sampling_rate_is_that_of_the_part_that_makes_the_audio(attributes, components, rate):
+    assert sampling_rate(SimpleNamespace(components=components, **attributes)) == rate
+
+
+def test_rates_of_real_parts():
+    vae = AutoencoderOobleck(encoder_hidden_size=4, downsampling_ratios=[2, 2], decoder_channels=4, sampling_rate=32000)
+    assert sampling_rate(SimpleNamespace(components={"vae": vae})) == 32000
+    videos = wan.build()
+    assert frame_rate(videos, {}) is None and sampling_rate(videos) is None
+    assert Outputs.of(videos, {}, VIDEO) == (("images", "videos"), None, None)
+
+
+def test_frame_rate_is_given_or_the_default_of_the_call():
+    class Pipeline:
+        components = {"vocoder": part(sampling_rate=8000)}
+
+        def __call__(self, prompt, frame_rate=24.0): ...
+
+    assert frame_rate(Pipeline(), {}) == frame_rate(Pipeline(), {"frame_rate": None}) == 24.0
+    assert frame_rate(Pipeline(), {"frame_rate": 12}) == 12
+    # Without videos there is no frame rate.
+    assert Outputs.of(Pipeline(), {}, AUDIO) == (("audio",), None, 8000)
+    assert Outputs.of(Pipeline(), {}, Media(VIDEO, AUDIO)) == (("images", "videos", "audio"), 24.0, 8000)

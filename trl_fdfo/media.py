@@ -1,24 +1,138 @@
 """
-The layout of images and videos.
+The layout of what a pipeline makes: images, videos, audio.
 
-Tensors hold floats in [0, 1]. N samples, or P prompts with S samples each; F frames:
+Tensors of images and videos hold floats in [0, 1], those of audio floats of about -1 to 1. N samples, or P prompts with S
+samples each; F frames; C channels of L values:
 
-    one image        [3, H, W]             one video         [F, 3, H, W]
-    N images         [N, 3, H, W]          N videos          [N, F, 3, H, W]
-    P prompts        [P, S, 3, H, W]       P prompts         [P, S, F, 3, H, W]
+    one image        [3, H, W]             one video         [F, 3, H, W]             one sound         [C, L]
+    N images         [N, 3, H, W]          N videos          [N, F, 3, H, W]          N sounds          [N, C, L]
+    P prompts        [P, S, 3, H, W]       P prompts         [P, S, F, 3, H, W]       P prompts         [P, S, C, L]
 
-In PIL, a video is a list of frames. The score of a video is the mean over its frames.
+So the number of axes says what a tensor is. A pipeline that makes one of them gives its tensor; one that makes both, such
+as videos with their sound, gives a [`Media`]: Accelerate's `recursively_apply`, `concatenate` and `gather` take either.
+
+In PIL, a video is a list of frames.
 """
 
 import inspect
 import itertools
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
+
+
+class Media(NamedTuple):
+    """What a pipeline makes that makes both: images (or videos), and audio, of the same samples."""
+
+    images: Tensor
+    audio: Tensor
+
+
+def made_by(output: Iterable[Any]) -> Tensor | Media:
+    """
+    What a pipeline made, from the tuple that its call returned: float32, the first tensor of 4 or 5 axes as images or
+    videos, and the first of 2 or 3 as audio; both as [`Media`]. A list of tensors or arrays of one shape is a tensor, and
+    audio [N, L] has one channel.
+
+    Raises:
+        ValueError: There is neither.
+    """
+    tensors = [tensor for tensor in map(_as_tensor, output) if tensor is not None]
+    images = next((tensor.float() for tensor in tensors if tensor.ndim in (4, 5)), None)
+    audio = next((tensor.float() for tensor in tensors if tensor.ndim in (2, 3)), None)
+    if audio is not None and audio.ndim == 2:
+        audio = audio[:, None]
+    if images is None and audio is None:
+        shown = [f"{type(part).__name__} {list(getattr(part, 'shape', ()))}" for part in output]
+        raise ValueError(
+            f"the call returned {', '.join(shown) or 'nothing'}, and a reward needs a tensor: images [N, 3, H, W], videos "
+            "[N, F, 3, H, W] or audio [N, C, samples]. Samples of different sizes cannot be in one: let the call fix the size."
+        )
+    if images is not None and audio is not None:
+        return Media(images, audio)
+    return audio if images is None else images
+
+
+def _as_tensor(value: Any) -> Tensor | None:
+    """A tensor or array, or a list of them that have one shape, as a tensor; None for anything else."""
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value)
+    if isinstance(value, (list, tuple)):
+        parts = [_as_tensor(part) for part in value]
+        is_one = parts and all(part is not None and part.shape == parts[0].shape for part in parts)
+        return torch.stack(parts) if is_one else None
+    return value if isinstance(value, Tensor) else None
+
+
+def by_kind(made: Tensor | Media) -> dict[str, Tensor]:
+    """N samples by the names that rewards take them by: "images" for both images and videos, "videos", "audio"."""
+    if isinstance(made, Media):
+        return by_kind(made.images) | by_kind(made.audio)
+    if made.ndim == 3:
+        return {"audio": made}
+    return {"images": made, "videos": made} if made.ndim == 5 else {"images": made}
+
+
+def unbind(made: Tensor | Media) -> list:
+    """The samples of N, or the prompts of P: a list of tensors or of [`Media`]."""
+    if isinstance(made, Media):
+        return [Media(*pair) for pair in zip(*made)]
+    return list(made)
+
+
+class Outputs(NamedTuple):
+    """
+    What the calls of a pipeline make.
+
+    Attributes:
+        kinds (`tuple[str]`): Names of [`by_kind`].
+        frame_rate (`float`, *optional*): Frames of a video per second. None if the call has no such argument.
+        sampling_rate (`int`, *optional*): Values of audio per second and channel, in hertz. None if no part says so.
+    """
+
+    kinds: tuple[str, ...]
+    frame_rate: float | None = None
+    sampling_rate: int | None = None
+
+    @classmethod
+    def of(cls, pipeline: DiffusionPipeline, call_kwargs: Mapping[str, Any], made: Tensor | Media) -> "Outputs":
+        """Of a pipeline with the arguments `call_kwargs`, from what a call of it made."""
+        kinds = tuple(by_kind(made))
+        return cls(
+            kinds,
+            frame_rate(pipeline, call_kwargs) if "videos" in kinds else None,
+            sampling_rate(pipeline) if "audio" in kinds else None,
+        )
+
+
+def frame_rate(pipeline: DiffusionPipeline, call_kwargs: Mapping[str, Any]) -> float | None:
+    """Frames per second: the argument `frame_rate` or `fps` of the pipeline's call, or its default."""
+    parameters = inspect.signature(pipeline.__call__).parameters
+    for name in ("frame_rate", "fps"):
+        if name in parameters:
+            given = call_kwargs.get(name)
+            given = parameters[name].default if given is None else given
+            return given if isinstance(given, (int, float)) else None
+    return None
+
+
+def sampling_rate(pipeline: DiffusionPipeline) -> int | None:
+    """
+    Values per second of the audio that a pipeline makes, in hertz: from the config of the part that makes it, a vocoder if
+    there is one, otherwise the VAE; or an attribute of the pipeline.
+    """
+    named = [part for kind in ("vocoder", "vae") for name, part in pipeline.components.items() if kind in name]
+    for part in (*(getattr(part, "config", None) for part in named), pipeline):
+        for name in ("output_sampling_rate", "sampling_rate", "sample_rate"):
+            rate = getattr(part, name, None)
+            if isinstance(rate, (int, float)):
+                return int(rate)
+    return None
 
 
 def makes_video(pipeline: DiffusionPipeline) -> bool:

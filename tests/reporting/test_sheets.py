@@ -3,6 +3,7 @@ import pytest
 import torch
 from PIL import Image, ImageFont
 
+from trl_fdfo.media import Media
 from trl_fdfo.reporting.curves import reward_curve
 from trl_fdfo.reporting.sheets import (
     GAP,
@@ -46,6 +47,20 @@ def test_a_video_is_four_frames_from_its_first_to_its_last():
     assert strip.shape == (2, 4 * 64 + 3, 3)
     assert strip[0, :, 0].tolist() == [0] * 64 + [255] + [3] * 64 + [255] + [6] * 64 + [255] + [9] * 64
     assert picture(frames[:1]).size == (64, 2)
+
+
+def test_audio_is_its_spectrogram():
+    time = torch.arange(4000) / 8000
+    tone = torch.sin(2 * torch.pi * 1000 * time)  # hertz: 32 of the 128 frequencies from the bottom
+    pixels = np.asarray(picture(torch.stack([tone, tone])))
+    assert pixels.shape == (128, 251, 3)
+    assert (pixels[:, 20:230, 0].argmax(axis=0) == 127 - 32).all() and (pixels[127 - 32, 20:230] == 255).all()
+    assert pixels[:60, 20:230].max() == 0  # nothing above 2 kHz is louder than -80 dB
+    quieter = np.asarray(picture(tone[None] / 100))  # by 40 dB of 80
+    assert abs(int(quieter[127 - 32, 100, 0]) - 127) <= 1
+    assert np.asarray(picture(torch.zeros(1, 3))).max() == 0
+    both = np.asarray(picture(Media(torch.ones(3, 20, 251), torch.stack([tone, tone]))))
+    assert both.shape == (148, 251, 3) and (both[:20] == 255).all() and (both[20:] == pixels).all()
 
 
 def test_tiny_images_are_shown_as_their_pixels():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import TrainerState
 
+from trl_fdfo.media import Outputs
 from trl_fdfo.rewards import PairwiseJudge, RewardFunctions
 
 
@@ -47,6 +48,22 @@ def test_swapping_the_images_flips_the_sign_to_the_bit():
 
 def test_judge_that_always_prefers_the_first_sees_no_difference():
     assert score(PairwiseJudge(lambda a, b, prompts: [7.0] * len(a)), images(0.1, 0.9), ["x"] * 2, 2).tolist() == [0, 0]
+
+
+def test_a_judge_of_sounds():
+    def louder(first, second, prompts, sampling_rate, label):
+        assert sampling_rate == 100 and label == ["l"]
+        return (first - second).mean(dim=(1, 2))
+
+    functions = RewardFunctions(PairwiseJudge(louder, of="audio"))
+    functions.expect(Outputs(("audio",), sampling_rate=100))
+    audio = torch.tensor([0.25, 0.75])[:, None, None].expand(2, 1, 9)
+    rewards = functions(audio, ["x", "x"], TrainerState(), {"label": ["l", "l"]}, 2)
+    assert rewards[:, 0].tolist() == [-0.25, 0.25]
+    with pytest.raises(ValueError, match="'louder' scores audio, and the pipeline makes images"):
+        functions.expect(Outputs(("images",)))
+    with pytest.raises(ValueError, match="of='sound' of PairwiseJudge is nothing that a pipeline makes"):
+        PairwiseJudge(louder, of="sound")
 
 
 def test_three_branches_get_the_least_squares_rewards():

@@ -9,7 +9,9 @@ import torch
 from conftest import EACH_DEVICE
 from transformers import TrainerState
 
+from trl_fdfo.media import Media, Outputs
 from trl_fdfo.rewards import JPEGCompressibility, PairwiseJudge, RewardFunctions
+from trl_fdfo.rewards.reward_functions import RewardError
 
 
 IMAGES = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -273,3 +275,104 @@ def test_rewards_on_another_device_and_of_another_type(device):
 def test_integers_and_bfloat16_are_numbers():
     rewards = call([lambda images: torch.arange(4), lambda images: torch.full((4,), 0.5, dtype=torch.bfloat16)])
     assert rewards.dtype == torch.float64 and rewards.tolist() == [[i, 0.5] for i in range(4)]
+
+
+# What a pipeline makes ------------------------------------------------------------------------------------------------
+
+VIDEO, AUDIO = IMAGES[:, None].expand(4, 3, 3, 16, 16), torch.rand(4, 1, 20) - 0.5
+BOTH = Outputs(("images", "videos", "audio"), frame_rate=24.0, sampling_rate=8000)
+
+
+def loudness(audio):
+    return audio.square().mean(dim=(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("made", "names"),
+    [
+        (IMAGES, {"images"}),
+        (VIDEO, {"images", "videos"}),
+        (AUDIO, {"audio"}),
+        (Media(VIDEO, AUDIO), {"images", "videos", "audio"}),
+    ],
+)
+def test_a_reward_gets_what_there_is_by_its_name(made, names):
+    seen = {}
+
+    def wide(**kwargs):
+        seen.update(kwargs)
+        return [0.0] * 4
+
+    def narrow(prompts, images=None, audio=None):
+        assert (images is not None) is ("images" in names) and (audio is not None) is ("audio" in names)
+        return [0.0] * 4
+
+    RewardFunctions([wide, narrow])(made, PROMPTS, TrainerState(), {})
+    assert seen.keys() - {"prompts", "trainer_state", "num_generations"} == names
+    expected = {"images": made, "videos": VIDEO, "audio": AUDIO} | (made._asdict() if isinstance(made, Media) else {})
+    assert all(torch.equal(seen[name], expected[name]) for name in names)
+
+
+def test_rates_are_given_where_they_are_known():
+    def reward(audio, sampling_rate, frame_rate=1.0):
+        return [sampling_rate * frame_rate] * 4
+
+    functions = RewardFunctions(reward)
+    functions.expect(BOTH)
+    assert functions(Media(VIDEO, AUDIO), PROMPTS, TrainerState(), {})[0].tolist() == [8000 * 24.0]
+    functions.expect(Outputs(("audio",), sampling_rate=100))
+    assert functions(AUDIO, PROMPTS, TrainerState(), {})[0].tolist() == [100.0]
+
+
+def test_pil_frames_stand_beside_audio():
+    def reward(videos, audio):
+        return [len(video) * sound.shape[-1] for video, sound in zip(videos, audio)]
+
+    reward.image_type = "pil"
+    assert RewardFunctions(reward)(Media(VIDEO, AUDIO), PROMPTS, TrainerState(), {})[:, 0].tolist() == [60.0] * 4
+
+
+@pytest.mark.parametrize(
+    ("reward", "outputs", "message"),
+    [
+        (loudness, Outputs(("images",)), "Reward 'loudness' scores audio, and the pipeline makes images: take"),
+        (
+            JPEGCompressibility(),
+            Outputs(("audio",)),
+            "'JPEGCompressibility' scores images, and the pipeline makes audio",
+        ),
+        (lambda videos: 0, Outputs(("images",)), "scores videos, and the pipeline makes images"),
+        (lambda prompts, audio=None: 0, Outputs(("images",)), "takes prompts, audio, and so sees nothing of.*, images"),
+        (lambda images, **columns: 0, Outputs(("audio",)), "scores images, and the pipeline makes audio"),
+        (
+            lambda audio, sampling_rate: 0,
+            Outputs(("audio",)),
+            "needs 'sampling_rate', and the pipeline.*give the argument a default, sampling_rate=None",
+        ),
+    ],
+)
+def test_a_reward_of_what_is_not_made_is_refused(reward, outputs, message):
+    functions = RewardFunctions(reward)
+    with pytest.raises(ValueError, match=message):
+        functions.expect(outputs)
+    if outputs.kinds == ("images",):
+        functions.expect(BOTH)
+
+
+def test_audio_is_left_as_it_is():
+    def louder(images, audio):
+        audio *= 2
+        return [0.0] * 4
+
+    with pytest.raises(RewardError, match=r"The audio was changed in place: a reward works on `audio.clone\(\)`"):
+        RewardFunctions(louder)(Media(VIDEO, AUDIO.clone()), PROMPTS, TrainerState(), {})
+
+
+def test_gradients_of_images_and_audio():
+    images, audio = IMAGES.clone().requires_grad_(), AUDIO.clone().requires_grad_()
+    functions = RewardFunctions([loudness, lambda images: images.mean(dim=(1, 2, 3))], [2.0, 3.0])
+    functions.with_gradients(Media(images, audio), PROMPTS, TrainerState(), {}, 2).sum().backward()
+    torch.testing.assert_close(audio.grad, 2 * 2 * AUDIO / 20)
+    torch.testing.assert_close(images.grad, torch.full_like(IMAGES, 3 / IMAGES[0].numel()))
+    with pytest.raises(ValueError, match=r"returned a list without a gradient to its audio: .* \[4\]"):
+        RewardFunctions(lambda audio: [0.0] * 4).with_gradients(AUDIO, PROMPTS, TrainerState(), {}, 2)

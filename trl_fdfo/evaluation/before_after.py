@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import recursively_apply
 from datasets import Dataset
 from torch import Tensor
 from transformers import TrainerState
 from transformers.utils import logging
 
+from ..media import Media, by_kind
 from ..metric_names import CONTROL, REWARD, part
 from ..pipeline.records import repeat_each
 from .diversity import load_diversity
@@ -40,7 +42,7 @@ class BeforeAfter:
         num_prompts (`int`): Prompts P, at most as many as the dataset has.
         images_per_prompt (`int`): Images S of each; at least 2 for their distance.
         metrics (`Callable`, *optional*): `(images, prompts) -> dict of floats`, reported beside the rewards; images
-            [P S, 3, H, W] in [0, 1].
+            [P S, 3, H, W] in [0, 1], or what else `generate` makes.
         diversity (`str` or `Callable`): A name for [`~trl_fdfo.evaluation.diversity.load_diversity`], such as "clip", or a
             callable `(images [P, S, ...]) -> Tensor [P]`, reported under its `__name__`.
 
@@ -49,7 +51,8 @@ class BeforeAfter:
         prompts (`list[str]`): The P prompts.
         held_out (`bool`): The prompts are not trained on.
         diversity (`Callable`): The measure of diversity.
-        images (`dict[str, Tensor]`): Samples by name, on the CPU, [P, S, 3, H, W] in [0, 1]; videos [P, S, F, 3, H, W].
+        images (`dict[str, Tensor]`): Samples by name, on the CPU, [P, S, 3, H, W] in [0, 1]; videos [P, S, F, 3, H, W];
+            audio [P, S, C, L]; a [`Media`] of both.
         results (`dict[str, dict[str, float]]`): Means of rewards, metrics and diversity by name, on the main process.
 
     Raises:
@@ -59,7 +62,7 @@ class BeforeAfter:
     def __init__(
         self,
         evaluator: Evaluator,
-        generate: Callable[..., Tensor],
+        generate: Callable[..., Tensor | Media],
         state: Callable[[], TrainerState],
         dataset: Dataset,
         prompt_column: str,
@@ -88,7 +91,7 @@ class BeforeAfter:
         self._all_prompts = self._columns[prompt_column]
         self._images_per_prompt = images_per_prompt
         self.prompts = self._all_prompts[::images_per_prompt]
-        self.images: dict[str, Tensor] = {}
+        self.images: dict[str, Tensor | Media] = {}
         self.results: dict[str, dict[str, float]] = {}
         self._after_step: int | None = None
 
@@ -135,7 +138,7 @@ class BeforeAfter:
         seeds = range(FIRST_SEED, FIRST_SEED + len(self._all_prompts))
         images = self._generate(self._all_prompts, seeds, self._columns, **call_kwargs)
         self.images.pop(name, None)  # to the end of the table
-        self.images[name] = images.unflatten(0, (-1, self._images_per_prompt))
+        self.images[name] = recursively_apply(lambda made: made.unflatten(0, (-1, self._images_per_prompt)), images)
         self.results.pop(name, None)
         if name == "after":
             self._after_step = self._state().global_step
@@ -151,14 +154,16 @@ class BeforeAfter:
             shown += [CONTROL] if len(controls.names) > 1 else []
             shown += [part(CONTROL, f) for f in controls.names]
         results = {metric: figures[metric] for metric in shown}
+        flat = recursively_apply(lambda made: made.flatten(0, 1), images)
         if self._metrics is not None:
-            metrics = self._metrics(images.flatten(0, 1), self._all_prompts)
+            metrics = self._metrics(flat, self._all_prompts)
             if not isinstance(metrics, Mapping):
                 raise ValueError(f"metrics returned {metrics!r}: it must return a dict of floats, by their names.")
             _add(results, metrics, "metrics")
-        if self._images_per_prompt > 1:
+        seen = by_kind(flat).get("images")
+        if self._images_per_prompt > 1 and seen is not None:
             title = getattr(self.diversity, "__name__", type(self.diversity).__name__)
-            _add(results, {title: self.diversity(images).mean()}, "diversity")
+            _add(results, {title: self.diversity(seen.unflatten(0, (-1, self._images_per_prompt))).mean()}, "diversity")
         self.results[name] = results
 
 

@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather, gather_object
+from accelerate.utils import concatenate, gather, gather_object, recursively_apply
 from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import TrainerState
 
+from ..media import Media, by_kind, unbind
 from ..metric_names import CONTROL, DIVERSITY, REWARD, deviation, part, standard_error
 from ..pipeline.records import repeat_each
 from ..rewards.reward_functions import RewardFunctions
@@ -54,10 +55,10 @@ class Evaluator:
 
     Args:
         sample (`Callable`): `(prompts, seeds, columns, **call_kwargs) -> images [N, 3, H, W]` in [0, 1]; videos
-            [N, F, 3, H, W]. Called with at most `batch_size` images at a time.
+            [N, F, 3, H, W]; audio [N, C, L]; or a [`Media`]. Called with at most `batch_size` images at a time.
         rewards ([`RewardFunctions`]): Rewards.
         controls ([`RewardFunctions`], *optional*): Control rewards, which nothing is trained on.
-        diversity (`Callable`, *optional*): Images [P, S, ...] -> distance of the images of each prompt, [P].
+        diversity (`Callable`, *optional*): Images [P, S, ...] -> distance of the images of each prompt, [P]. Audio has none.
         prompt_column (`str`): Column of a dataset that holds the prompts.
         sampled_columns (`Sequence[str]`): Columns of a dataset that `sample` gets.
         batch_size (`int`): Images that are sampled at a time.
@@ -70,7 +71,7 @@ class Evaluator:
 
     def __init__(
         self,
-        sample: Callable[..., Tensor],
+        sample: Callable[..., Tensor | Media],
         rewards: RewardFunctions,
         controls: RewardFunctions | None = None,
         diversity: Callable[[Tensor], Tensor] | None = None,
@@ -95,7 +96,7 @@ class Evaluator:
 
     def generate(
         self, prompts: Sequence[str], seeds: Sequence[int], columns: dict[str, Sequence], **call_kwargs: Any
-    ) -> Tensor:
+    ) -> Tensor | Media:
         """
         One image per prompt and seed, on the CPU, whole on each process, [N, ...]; all processes must call it.
 
@@ -110,19 +111,23 @@ class Evaluator:
         seeds = [operator.index(seeds[n]) for n in own]
         batches = self._sample_in_batches(rows, seeds, encoded, **call_kwargs)
         # Only one batch at a time is on the device.
-        images = [batch.cpu() for batch in self._with_bar(batches, -(-len(own) // self._batch_size), "sampling")]
-        if columns:
-            sizes = sorted({tuple(size) for size in gather_object([list(batch.shape[-2:]) for batch in images])})
+        bar = self._with_bar(batches, -(-len(own) // self._batch_size), "sampling")
+        images = [recursively_apply(Tensor.cpu, batch) for batch in bar]
+        for kind in by_kind(images[0]) if columns else ():
+            axes = "channels, length" if kind == "audio" else "height, width"
+            own_sizes = [list(by_kind(batch)[kind].shape[-2:]) for batch in images]
+            sizes = sorted({tuple(size) for size in gather_object(own_sizes)})
             if len(sizes) > 1:
                 raise DifferentSizesError(
-                    f"The images of these rows have different sizes (height, width), such as {sizes[0]} and {sizes[-1]}, "
+                    f"The {kind} of these rows have different sizes ({axes}), such as {sizes[0]} and {sizes[-1]}, "
                     "and are returned as one tensor: sample rows of one size at a time."
                 )
         processes = PartialState().num_processes
         if processes > 1:
-            images = [gather(batch.to(self._device)).cpu().unflatten(0, (processes, -1)) for batch in images]
-            return torch.cat(images, dim=1).flatten(0, 1)[: len(prompts)]
-        return torch.cat(images)
+            whole = lambda own: gather(own.to(self._device)).cpu().unflatten(0, (processes, -1))
+            images = concatenate([recursively_apply(whole, batch) for batch in images], dim=1)
+            return recursively_apply(lambda made: made.flatten(0, 1)[: len(prompts)], images)
+        return concatenate(images)
 
     def evaluate(
         self,
@@ -132,7 +137,7 @@ class Evaluator:
         state: TrainerState,
         *,
         prompts_at_a_time: int | None = None,
-        on_images: Callable[[int, Tensor], None] = lambda number, images: None,
+        on_images: Callable[[int, Tensor | Media], None] = lambda number, images: None,
         title: str = "sampling",
     ) -> Evaluation:
         """
@@ -165,15 +170,17 @@ class Evaluator:
             rows = rows_of(numbers, needed)
             seeds = [operator.index(seed_of(n, image)) for n in numbers for image in range(images_per_prompt)]
             with noted(f"Raised by the rows {numbers} of the evaluated dataset."):
-                images = torch.cat(list(self._sample_in_batches(rows, seeds, encoded)))
+                images = concatenate(list(self._sample_in_batches(rows, seeds, encoded)))
             for batch in pending:
                 for scores in batch:
                     scores.raise_errors()
             pending.append([f.submit(images, rows[self._prompt_column], state, rows) for f in self._kinds()])
-            images = images.unflatten(0, (-1, images_per_prompt))
-            if self.diversity is not None:
-                diversity.append(self.diversity(images).to(self._device, torch.float32))
-            for number, of_prompt in zip(numbers, images):
+            seen = by_kind(images).get("images")
+            if self.diversity is not None and seen is not None:
+                distances = self.diversity(seen.unflatten(0, (-1, images_per_prompt)))
+                diversity.append(distances.to(self._device, torch.float32))
+            images = recursively_apply(lambda made: made.unflatten(0, (-1, images_per_prompt)), images)
+            for number, of_prompt in zip(numbers, unbind(images)):
                 on_images(number, of_prompt)
         scores = [torch.cat([batch[kind].result() for batch in pending]) for kind in range(len(self._kinds()))]
         scores = [values.unflatten(0, (-1, images_per_prompt)) for values in scores]
@@ -186,20 +193,23 @@ class Evaluator:
             rewards, controls[0] if controls else None, whole(torch.cat(diversity)) if diversity else None
         )
 
-    def score(self, images: Tensor, columns: dict[str, Sequence], state: TrainerState) -> Evaluation:
+    def score(self, images: Tensor | Media, columns: dict[str, Sequence], state: TrainerState) -> Evaluation:
         """
         Scores of images that are there already, on this process alone, without diversity.
 
         Args:
-            images (`Tensor`): Floats in [0, 1], shape [P, S, 3, H, W]; videos [P, S, F, 3, H, W].
+            images (`Tensor` or [`Media`]): Floats in [0, 1], shape [P, S, 3, H, W]; videos [P, S, F, 3, H, W]; audio
+                [P, S, C, L].
             columns (`dict[str, Sequence]`): Columns of the dataset, P x S values each.
             state (`TrainerState`): Passed to the rewards.
         """
         prompts = columns[self._prompt_column]
-        scores = [functions(images.flatten(0, 1), prompts, state, columns) for functions in self._kinds()]
+        flat = recursively_apply(lambda made: made.flatten(0, 1), images)
+        scores = [functions(flat, prompts, state, columns) for functions in self._kinds()]
         for functions in self._kinds():
             functions.on_rollout_end()
-        rewards, *controls = (values.unflatten(0, images.shape[:2]) for values in scores)
+        of_prompts = len(unbind(images))
+        rewards, *controls = (values.unflatten(0, (of_prompts, -1)) for values in scores)
         return Evaluation(rewards, controls[0] if controls else None, None)
 
     def needed_columns(self, dataset: Dataset) -> list[str]:
@@ -211,7 +221,7 @@ class Evaluator:
 
     def _sample_in_batches(
         self, rows: dict[str, Sequence], seeds: Sequence[int], encoded: Iterator[dict[str, Any]], **call_kwargs: Any
-    ) -> Iterator[Tensor]:
+    ) -> Iterator[Tensor | Media]:
         """Images of some rows with a seed each, a batch at a time."""
         for number, (prompts, columns) in enumerate(self._calls(rows)):
             part = slice(number * self._batch_size, (number + 1) * self._batch_size)

@@ -93,9 +93,9 @@ class FDFOTrainer(RolloutTrainer):
         columns = {name: repeat_each(values, branches) for name, values in self.train_dataset[rows].items()}
         with torch.enable_grad():
             endpoints = sampled.endpoints.flatten(0, 1).detach().requires_grad_()
-            images = self.flow.decode(sampled, endpoints)
+            made = self.flow.decode(sampled, endpoints)
             total = self.reward_functions.with_gradients(
-                images, columns[self.args.dataset_prompt_column], self.state, columns, branches
+                made, columns[self.args.dataset_prompt_column], self.state, columns, branches
             )
             (gradient,) = torch.autograd.grad(total.sum(), endpoints)
         if not gradient.isfinite().all():

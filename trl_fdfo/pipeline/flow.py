@@ -31,6 +31,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
+from ..media import Media, made_by
 from .checks import check_call_kwargs, check_pipeline, check_resolution, warn_of_embedded_guidance
 from .encoder_offload import EncoderOffload
 from .patch import (
@@ -169,7 +170,7 @@ class PipelineFlow:
             self._own_random_numbers(0),
         ):
             try:
-                images = self.pipeline(**call_kwargs)[0].float()
+                images = made_by(self.pipeline(**call_kwargs))
             except torch.OutOfMemoryError:
                 raise
             except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -400,11 +401,11 @@ class PipelineFlow:
         generators = _generators(repeat_each(seeds, len(prompts) * branches // len(seeds)))
         call_kwargs = self._arguments(prompts, generators, columns)
         with self._patched(scheduler, model, **wrappers), self._own_random_numbers(seeds[0]):
-            images = self.pipeline(**call_kwargs)[0]
+            images = made_by(self.pipeline(**call_kwargs))
         samples = len(prompts) * branches
         remembered["encode_prompt"] = once_per_prompt(remembered["encode_prompt"], branches, samples)
         return RolloutBatch(
-            images=images.float(),
+            images=images,
             endpoints=scheduler.endpoints.unflatten(0, (len(prompts), branches)),
             x_t=scheduler.x_t,
             velocities=scheduler.velocities,
@@ -457,7 +458,7 @@ class PipelineFlow:
             f"{type(self.pipeline).__name__} did not call `scheduler.step` in the replay of step {level}."
         )
 
-    def decode(self, batch: RolloutBatch, endpoints: Tensor) -> Tensor:
+    def decode(self, batch: RolloutBatch, endpoints: Tensor) -> Tensor | Media:
         """
         Decode final latents to images as the pipeline does, with gradients if enabled.
 
@@ -466,12 +467,12 @@ class PipelineFlow:
             endpoints (`Tensor`): Final latents, shape [N, ...].
 
         Returns:
-            `Tensor`: Images, floats in [0, 1], shape [N, 3, H, W]; videos [N, F, 3, H, W].
+            `Tensor` or [`Media`]: Images, floats in [0, 1], shape [N, 3, H, W]; videos [N, F, 3, H, W]; audio [N, C, L].
         """
         scheduler = DecodeScheduler.of(self._scheduler)
         scheduler.decode(endpoints)
         with self._replayed(batch, scheduler, lambda: False):
-            return self._call_with_grad(self.pipeline, **batch.call_kwargs)[0].float()
+            return made_by(self._call_with_grad(self.pipeline, **batch.call_kwargs))
 
     @torch.no_grad()
     def generate(
@@ -481,7 +482,7 @@ class PipelineFlow:
         columns: dict[str, Sequence] | None = None,
         encoded: list | None = None,
         **call_kwargs: Any,
-    ) -> Tensor:
+    ) -> Tensor | Media:
         """
         Sample one image of each prompt by the pipeline's own sampler, without added noise, for evaluation.
 
@@ -493,7 +494,7 @@ class PipelineFlow:
             **call_kwargs: Arguments of the pipeline's call in the place of those given at construction.
 
         Returns:
-            `Tensor`: Images, floats in [0, 1], shape [N, 3, H, W]; videos [N, F, 3, H, W].
+            `Tensor` or [`Media`]: Images, floats in [0, 1], shape [N, 3, H, W]; videos [N, F, 3, H, W]; audio [N, C, L].
         """
         scheduler = RolloutScheduler.of(self._scheduler)
         scheduler.record(torch.zeros(0), [], levels=())
@@ -505,7 +506,7 @@ class PipelineFlow:
             self._patched(scheduler, self._call_model, call, encode_image, encode_prompt=encode_prompt),
             self._own_random_numbers(seeds[0]),
         ):
-            return self.pipeline(**{**self._arguments(prompts, _generators(seeds), columns), **call_kwargs})[0].float()
+            return made_by(self.pipeline(**{**self._arguments(prompts, _generators(seeds), columns), **call_kwargs}))
 
     @contextlib.contextmanager
     def _replayed(self, batch: RolloutBatch, scheduler: StandIn, is_computed: Callable[[], bool]) -> Iterator[None]:

@@ -13,6 +13,7 @@ import torch
 from accelerate.utils import honor_type, recursively_apply
 from torch import Tensor
 
+from ..media import Media
 from .sample_axes import take
 
 
@@ -32,7 +33,8 @@ class Rehearsal:
         model_calls (`list[tuple[tuple, dict]]`): Arguments of each call of the transformer in the first step.
         outputs (`list`): Return value of each of these calls.
         decode_calls (`list[tuple[tuple, dict]]`): Arguments of each call of the VAE's `decode`.
-        images (`Tensor`): Floats in [0, 1], shape [N, 3, H, W]; videos [N, F, 3, H, W]. They show nothing.
+        images (`Tensor` or [`Media`]): What was made: images or videos, floats in [0, 1], shape [N, 3, H, W] or
+            [N, F, 3, H, W]; audio [N, C, L]; or both. They show nothing.
         callers (`list[set[str]]`): Names of the transformers that each step calls.
     """
 
@@ -46,7 +48,7 @@ class Rehearsal:
     model_calls: list[tuple[tuple, dict]]
     outputs: list
     decode_calls: list[tuple[tuple, dict]]
-    images: Tensor
+    images: Tensor | Media
     callers: list[set[str]]
 
 
@@ -67,7 +69,8 @@ class RolloutBatch:
     A rollout of one batch of prompts, with all that its replay needs.
 
     Attributes:
-        images (`Tensor`): Decoded images, floats in [0, 1], shape [N, 3, H, W]; videos [N, F, 3, H, W]. None in a part.
+        images (`Tensor` or [`Media`]): What was made: images or videos, floats in [0, 1], shape [N, 3, H, W] or
+            [N, F, 3, H, W]; audio [N, C, L]; or both. None in a part.
         endpoints (`Tensor`): Final latents x_0 as the pipeline lays them out, shape [P, G, ...].
         x_t (`dict[int, Tensor]`): Noisy latents that the pipeline gets for step k, for each recorded k in [0, T), shape
             [N, ...], in the pipeline's dtype; float32 if the scheduler records x_s.
@@ -84,7 +87,7 @@ class RolloutBatch:
         outputs (`list`): Return value of each call of the transformer, as tensors on the meta device.
     """
 
-    images: Tensor
+    images: Tensor | Media
     endpoints: Tensor
     x_t: dict[int, Tensor]
     velocities: dict[int, Tensor]

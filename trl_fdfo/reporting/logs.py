@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import recursively_apply
 from PIL import Image
 from torch import Tensor
 from transformers import TrainerCallback, TrainerState
@@ -16,6 +17,7 @@ from transformers.integrations import TensorBoardCallback, TrackioCallback, Wand
 from transformers.trainer_callback import CallbackHandler
 from transformers.utils import logging
 
+from ..media import Media, unbind
 from ..rewards.reward_functions import RewardFunctions
 from .sheets import Panel, Section, picture, rows_of, sheet
 
@@ -47,16 +49,17 @@ class PictureLogger(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self._kept = []
 
-    def keep(self, state: TrainerState, images: Tensor, prompts: Sequence[str]) -> None:
+    def keep(self, state: TrainerState, images: Tensor | Media, prompts: Sequence[str]) -> None:
         """
         Keep the first images of a rollout until their rewards are known, if its sheet is due. `images` are in [0, 1],
-        shape [N, 3, H, W], or videos [N, F, 3, H, W]: N / P consecutive ones for each of P prompts.
+        shape [N, 3, H, W], videos [N, F, 3, H, W], or audio [N, C, L]: N / P consecutive ones for each of P prompts.
         """
         if self._is_off(state) or state.global_step % self._every:
             return
         missing = self._num_prompts - len(self._kept)
-        for prompt, branches in list(zip(prompts, images.unflatten(0, (len(prompts), -1))))[:missing]:
-            self._kept.append((prompt, [picture(image) for image in branches]))
+        of_prompts = unbind(recursively_apply(lambda made: made.unflatten(0, (len(prompts), -1)), images))
+        for prompt, branches in list(zip(prompts, of_prompts))[:missing]:
+            self._kept.append((prompt, [picture(image) for image in unbind(branches)]))
 
     def log_rollout(self, state: TrainerState, rewards: Tensor, functions: RewardFunctions) -> None:
         """Show the kept images with their rewards. `rewards` are this process's, shape [P, G, number of functions]."""
@@ -71,7 +74,7 @@ class PictureLogger(TrainerCallback):
     def log_evaluation(
         self,
         state: TrainerState,
-        images: Sequence[Tensor],
+        images: Sequence[Tensor | Media],
         prompts: Sequence[str],
         rewards: Sequence[tuple[RewardFunctions, Tensor]],
         prefix: str = "eval",
@@ -80,7 +83,8 @@ class PictureLogger(TrainerCallback):
         Show one image of each of the first prompts of an evaluation with its rewards.
 
         Args:
-            images (`Sequence[Tensor]`): This process's images, [3, H, W] each, or videos, [F, 3, H, W], one per prompt.
+            images (`Sequence[Tensor]`): This process's images, [3, H, W] each, videos, [F, 3, H, W], or audio, [C, L], one
+                per prompt.
             rewards (`Sequence[tuple[RewardFunctions, Tensor]]`): Functions and the rewards that they returned, shape
                 [N, number of functions]: the training rewards first, then the control rewards.
             prefix (`str`): Start of the file's name.

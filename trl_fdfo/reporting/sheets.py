@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..media import spread_frames
+from ..media import Media, spread_frames
 
 
 # Lengths in pixels of the sheet.
@@ -24,6 +24,11 @@ MAGNIFIED = 256  # height of a magnified tiny image
 MARGIN, GAP = 16, 8
 
 FRAMES = 4  # frames that are shown of a video
+
+# A picture of audio: its spectrogram, with the low frequencies at the bottom.
+WINDOW = 256  # values that a column is computed from; half as many frequencies
+COLUMNS = 256  # at most
+QUIETEST = -80.0  # in decibels, black; a sine of amplitude 1 has 0, white
 
 # PIL's own font has little more than ASCII. Linux, macOS and Windows come with these fonts.
 FONTS = ("DejaVuSans.ttf", "Arial.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "msyh.ttc")
@@ -39,15 +44,36 @@ class Section(NamedTuple):
     rows: list[list[Panel]]
 
 
-def picture(image: Tensor) -> Image.Image:
+def picture(image: Tensor | Media) -> Image.Image:
     """
-    Convert an image, floats in [0, 1], shape [3, H, W], or some frames of a video [F, 3, H, W], side by side. Values
-    that are not finite become black.
+    Convert an image, floats in [0, 1], shape [3, H, W]; some frames of a video [F, 3, H, W], side by side; audio [C, L], as
+    its spectrogram; or images above the spectrogram of their sound. Values that are not finite become black.
     """
+    if isinstance(image, Media):
+        above, below = map(picture, image)
+        below = below.resize((above.width, below.height))
+        both = Image.new("RGB", (above.width, above.height + below.height))
+        both.paste(above)
+        both.paste(below, (0, above.height))
+        return both
+    if image.ndim == 2:
+        image = spectrogram(image)
     line = image.new_ones(3, image.shape[-2], max(1, image.shape[-1] // 64))
     strip = [part for frame in spread_frames(image, FRAMES) for part in (line, frame)][1:]
     image = torch.cat(strip, dim=-1).detach().float().nan_to_num(0, 0, 0).clamp(0, 1)
     return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def spectrogram(audio: Tensor) -> Tensor:
+    """Loudness of the frequencies of audio [C, L] over time, the mean of its channels, as an image [3, 128, at most 256]."""
+    sound = audio.detach().float().cpu().nan_to_num(0, 0, 0).mean(dim=0)
+    hop = max(1, -(-len(sound) // COLUMNS))
+    window = torch.hann_window(WINDOW)
+    # Zeros around it: audio may be shorter than the window.
+    bins = torch.stft(sound, WINDOW, hop, window=window, pad_mode="constant", return_complex=True)[:-1].abs()
+    decibels = 20 * (2 * bins / window.sum()).clamp(min=1e-10).log10()
+    shades = (1 - decibels / QUIETEST).clamp(0, 1).flip(0)
+    return shades.expand(3, -1, -1)
 
 
 def rows_of(panels: Sequence[Panel], columns: int) -> list[list[Panel]]:

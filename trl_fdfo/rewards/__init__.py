@@ -4,17 +4,23 @@ Rewards: callables `(images, prompts, **columns) -> one float per image`.
 A reward is called by keyword with the arguments that its signature names, or with all of them if it has `**kwargs`:
 
 - `images`: floats in [0, 1], shape [N, 3, H, W]; videos [N, F, 3, H, W]. The images of a prompt are adjacent.
+- `videos`: videos alone, laid out so.
+- `audio`: floats of about -1 to 1, shape [N, C, L], C channels of L values.
+- `frame_rate`: frames of the videos per second; `sampling_rate`: values of the audio per second, in hertz.
 - `prompts`: N prompts.
 - `trainer_state`: the trainer's [`~transformers.TrainerState`].
 - `num_generations`: images per prompt; 1 in an evaluation.
 - every column of the dataset, N values each.
+
+A trainer refuses a reward that needs what its pipeline does not make, or takes nothing that it makes. An argument with a
+default keeps that where there is none: `def reward(images, audio=None)`.
 
 It returns N finite floats on any scale, or a tensor of shape [N]. None instead of a float says that the reward does not
 apply to that image.
 
 `async` rewards run in the background, concurrently, while the next images are sampled. A reward can have attributes:
 
-- `image_type = "pil"`: `images` are N PIL images; videos are N lists of F PIL frames.
+- `image_type = "pil"`: `images` are N PIL images; videos are N lists of F PIL frames. Audio stays a tensor.
 - `background = True`: an ordinary function runs in the background too, in a thread, one call at a time.
 - `pairwise = True`: the reward compares the images of a prompt, so it has no score in an evaluation of single images.
 - `on_rollout_end()`: a method that is called when all images of a rollout or an evaluation are scored.

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reward_functions import checked_rewards
+from .reward_functions import RATES, SAMPLES, checked_rewards
 from .vlm_score import VLMScore
 from .vlm_server import VLMServer
 
@@ -38,21 +38,24 @@ class PairwiseJudge:
             images and their M prompts: M numbers, or None for a pair without an opinion. The images are tensors
             [M, 3, H, W] in [0, 1], or PIL if `compare` has `image_type = "pil"`. Sync or `async`. The method `compare`
             of [`VLMScore`] and [`VLMServer`] asks a VLM.
+        of (`str`): What is compared: `"images"` (videos too), `"videos"` alone, or `"audio"`, tensors [M, C, L].
 
     Raises:
-        ValueError: `compare` takes other arguments. In a call: `compare` did not return one finite number (or None) per
+        ValueError: `compare` takes other arguments, or `of` is something else. In a call: `compare` did not return one finite number (or None) per
             pair.
     """
 
     pairwise = True
 
-    def __init__(self, compare: Callable[..., Any]):
-        self.compare = compare
+    def __init__(self, compare: Callable[..., Any], of: str = "images"):
+        if of not in SAMPLES:
+            raise ValueError(f"of={of!r} of PairwiseJudge is nothing that a pipeline makes: name one of {SAMPLES}.")
+        self.compare, self.of = compare, of
         owner = getattr(compare, "__self__", compare)  # the object, if `compare` is a method
         self.__name__ = getattr(owner, "__name__", type(owner).__name__)
         self.image_type = getattr(compare, "image_type", "pt")
         self.background = getattr(compare, "background", False)
-        own = ("images", "prompts", "num_generations")
+        own = (of, "prompts", "num_generations")
         parameters = list(inspect.signature(compare).parameters.values())
         positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         columns = parameters[3:]
@@ -61,7 +64,7 @@ class PairwiseJudge:
                 f"PairwiseJudge compares by a callable (first, second, prompts, **columns), and {self.__name__} takes "
                 f"{inspect.signature(compare)}."
             )
-        taken = [column.name for column in columns if column.name in own]
+        taken = [column.name for column in columns if column.name in {*own, *SAMPLES}]
         if taken:
             raise ValueError(
                 f"{self.__name__} has an argument '{taken[0]}', which a judge gets for another purpose: rename it."
@@ -73,11 +76,14 @@ class PairwiseJudge:
         )
         self.on_rollout_end = getattr(owner, "on_rollout_end", lambda: None)
 
-    def __call__(self, images: Any, prompts: Sequence[str], num_generations: int, **columns: Any) -> Any:
+    def __call__(self, *samples: Any, **arguments: Any) -> Any:
         """
         N rewards in log odds, which sum to 0 over each prompt; None without an opinion. An awaitable if `compare` is
-        `async`. The `num_generations` images of a prompt are adjacent; `columns` are further arguments of `compare`.
+        `async`. Called by `__signature__`: with N images, or what else is compared, of which the `num_generations` of a
+        prompt are adjacent; N prompts; `num_generations`; and further arguments of `compare`.
         """
+        columns = self.__signature__.bind(*samples, **arguments).arguments
+        images, prompts, num_generations = map(columns.pop, (self.of, "prompts", "num_generations"))
         if num_generations < 2:
             return [None] * len(prompts)
         pairs = [
@@ -89,7 +95,8 @@ class PairwiseJudge:
         # Two calls of the same shape, so that swapping the images swaps the answers to the bit.
         answers = []
         for one, other in ((first, second), (second, first)):
-            further = {name: v if name == "trainer_state" else _take(v, one) for name, v in columns.items()}
+            whole = ("trainer_state", *RATES)
+            further = {name: v if name in whole else _take(v, one) for name, v in columns.items()}
             answers.append(self.compare(_take(images, one), _take(images, other), _take(prompts, one), **further))
 
         def combined(answers: Sequence) -> list[float | None]:

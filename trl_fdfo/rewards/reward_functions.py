@@ -20,14 +20,18 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerState
 
-from ..media import to_pil
+from ..media import Media, Outputs, by_kind, to_pil
 from ..redaction import without_folders
 
 
 RewardFunction = Callable[..., Any]
 
-# Every reward can take these arguments, and the columns of the dataset.
-ARGUMENTS = ("images", "prompts", "trainer_state", "num_generations")
+# What a reward can take of a pipeline, if the pipeline makes it.
+SAMPLES = ("images", "videos", "audio")
+RATES = ("frame_rate", "sampling_rate")
+
+# A reward can take these arguments, and the columns of the dataset.
+ARGUMENTS = ("images", "prompts", "trainer_state", "num_generations", "videos", "audio", *RATES)
 
 
 class RewardError(RuntimeError):
@@ -88,7 +92,39 @@ class RewardFunctions:
             for name, function in zip(self.names, self.functions)
             if _attribute(function, "background", False)
         }
+        self._rates: dict[str, float] = {}
         self.on_run_begin()
+
+    def expect(self, outputs: Outputs) -> None:
+        """
+        Note what the pipeline makes, and check that each function takes some of it and needs nothing else.
+
+        Raises:
+            ValueError: A function needs what the pipeline does not make, or takes nothing that it makes.
+        """
+        self._rates = {name: rate for name in RATES if (rate := getattr(outputs, name)) is not None}
+        kinds, makes = outputs.kinds, " and ".join(outputs.kinds)
+        for name, function in zip(self.names, self.functions):
+            parameters = _parameters(name, function)
+            for parameter in parameters:
+                is_needed = parameter.default is parameter.empty
+                if is_needed and parameter.name in RATES and parameter.name not in self._rates:
+                    raise ValueError(
+                        f"Reward '{name}' needs '{parameter.name}', and the pipeline, which makes {makes}, does not say it in "
+                        f"its call or in the config of a part: give the argument a default, {parameter.name}=None."
+                    )
+                if is_needed and parameter.name in SAMPLES and parameter.name not in kinds:
+                    raise ValueError(
+                        f"Reward '{name}' scores {parameter.name}, and the pipeline makes {makes}: take a reward that has "
+                        f"one of these as an argument, or another pipeline."
+                    )
+            takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+            if not takes_all and not any(parameter.name in kinds for parameter in parameters):
+                taken = ", ".join(parameter.name for parameter in parameters) or "nothing"
+                raise ValueError(
+                    f"Reward '{name}' takes {taken}, and so sees nothing of what the pipeline makes, {makes}: the samples of "
+                    f"a prompt would have one reward. Name one of these in its signature: `def {name}({kinds[0]}, prompts): ...`."
+                )
 
     @property
     def scores(self) -> list[str]:
@@ -129,17 +165,17 @@ class RewardFunctions:
 
     def submit(
         self,
-        images: Tensor,
+        made: Tensor | Media,
         prompts: Sequence[str],
         trainer_state: TrainerState,
         columns: dict[str, Sequence],
         num_generations: int = 1,
     ) -> "PendingRewards":
         """
-        Score each image with each function. `async` functions and those with `background = True` run in the background.
+        Score each sample with each function. `async` functions and those with `background = True` run in the background.
 
         Args:
-            images (`Tensor`): Floats in [0, 1], shape [N, 3, H, W]; videos [N, F, 3, H, W].
+            made (`Tensor` or [`Media`]): N images, videos or sounds, laid out as in [`trl_fdfo.media`].
             prompts (`Sequence[str]`): N prompts.
             columns (`dict[str, Sequence]`): Columns of the dataset, N values each.
             num_generations (`int`): Images per prompt. The images of a prompt are adjacent.
@@ -147,12 +183,12 @@ class RewardFunctions:
         Raises:
             ValueError: A function did not return one finite number (or None) per image.
         """
-        prompts = list(prompts)
-        arguments = columns | dict(zip(ARGUMENTS, (images, prompts, trainer_state, num_generations)))
-        pil_images = functools.cache(lambda: to_pil(images))
+        prompts, samples = list(prompts), by_kind(made)
+        arguments = self._all_arguments(samples, prompts, trainer_state, columns, num_generations)
+        pil_images = functools.cache(lambda: to_pil(samples["images"]))
         results = []
         for name, function in zip(self.names, self.functions):
-            call = functools.partial(_unchanged, images, function, _arguments(name, function, arguments, pil_images))
+            call = functools.partial(_unchanged, samples, function, _arguments(name, function, arguments, pil_images))
             if name in self._workers:
                 result = _in_thread(self._workers[name], call)
             else:
@@ -166,31 +202,44 @@ class RewardFunctions:
 
     def with_gradients(
         self,
-        images: Tensor,
+        made: Tensor | Media,
         prompts: Sequence[str],
         trainer_state: TrainerState,
         columns: dict[str, Sequence],
         num_generations: int,
     ) -> Tensor:
         """
-        Weighted sum of the rewards, differentiable in the images, shape [N]. The arguments are as in `submit`.
+        Weighted sum of the rewards, differentiable in what was made, shape [N]. The arguments are as in `submit`.
 
         Raises:
             ValueError: The result of a function has no gradient.
         """
-        arguments = columns | dict(zip(ARGUMENTS, (images, list(prompts), trainer_state, num_generations)))
-        total = torch.zeros(len(images), device=images.device)  # in the float32 of the images
+        samples = by_kind(made)
+        arguments = self._all_arguments(samples, list(prompts), trainer_state, columns, num_generations)
+        some = next(iter(samples.values()))
+        total = torch.zeros(len(some), device=some.device)  # in the float32 of the samples
         for name, function, weight in zip(self.names, self.functions, self.weights.tolist()):
             # PIL images carry no gradient, so every function receives tensors, and may refuse them.
-            result = function(**_arguments(name, function, arguments, lambda: images))
+            result = function(**_arguments(name, function, arguments, lambda: samples["images"]))
             if not isinstance(result, Tensor) or not result.requires_grad or result.shape != total.shape:
                 raise ValueError(
                     f"direction='reward_gradient' needs rewards that are differentiable, and '{name}' returned a "
-                    f"{type(result).__name__} without a gradient to its images: it must return a tensor of shape "
-                    f"[{len(images)}] that is computed from them. Set direction='finite_difference', which needs no gradient."
+                    f"{type(result).__name__} without a gradient to its {next(iter(samples))}: it must return a tensor of shape "
+                    f"[{len(some)}] that is computed from them. Set direction='finite_difference', which needs no gradient."
                 )
             total = total + weight * result
         return total
+
+    def _all_arguments(
+        self,
+        samples: dict[str, Tensor],
+        prompts: list[str],
+        trainer_state: TrainerState,
+        columns: dict[str, Sequence],
+        num_generations: int,
+    ) -> dict[str, Any]:
+        own = {"prompts": prompts, "trainer_state": trainer_state, "num_generations": num_generations}
+        return columns | samples | self._rates | own
 
     def describe(self) -> dict[str, str]:
         """The weight of each function, and the settings that it was made with; nothing that each process has anew."""
@@ -293,20 +342,20 @@ def _run(calls: queue.SimpleQueue) -> None:
 
 def _arguments(name: str, function: RewardFunction, arguments: dict[str, Any], pil_images: Callable) -> dict[str, Any]:
     """Select the arguments that the function's signature names."""
-    if _attribute(function, "image_type", "pt") == "pil":
-        arguments = {**arguments, "images": pil_images()}
+    if _attribute(function, "image_type", "pt") == "pil" and "images" in arguments:
+        arguments = {name: pil_images() if name in ("images", "videos") else value for name, value in arguments.items()}
     parameters = _parameters(name, function)
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return arguments
     return {p.name: arguments[p.name] for p in parameters if p.name in arguments}
 
 
-def _unchanged(images: Tensor, function: RewardFunction, arguments: dict[str, Any]) -> Any:
+def _unchanged(samples: dict[str, Tensor], function: RewardFunction, arguments: dict[str, Any]) -> Any:
     """
-    The function's result. Other rewards and the pictures have the same images, so it must not write to them; and the
+    The function's result. Other rewards and the pictures have the same samples, so it must not write to them; and the
     update, in the same thread, takes gradients.
     """
-    version, has_gradients = images._version, torch.is_grad_enabled()
+    versions, has_gradients = {name: tensor._version for name, tensor in samples.items()}, torch.is_grad_enabled()
     result = function(**arguments)
     if torch.is_grad_enabled() != has_gradients:
         torch.set_grad_enabled(has_gradients)
@@ -314,8 +363,10 @@ def _unchanged(images: Tensor, function: RewardFunction, arguments: dict[str, An
             f"torch.set_grad_enabled({not has_gradients}) was called and not undone, and nothing could be trained with it: "
             "a reward works in `with torch.no_grad():`, which ends by itself."
         )
-    if images._version != version:
-        raise RewardError("The images were changed in place: a reward works on `images.clone()`.")
+    for name, tensor in samples.items():
+        if tensor._version != versions[name]:
+            was = "was" if name == "audio" else "were"
+            raise RewardError(f"The {name} {was} changed in place: a reward works on `{name}.clone()`.")
     return result
 
 

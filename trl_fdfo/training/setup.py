@@ -23,6 +23,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ..evaluation.evaluator import read_rows, reported_metrics
+from ..media import Outputs
 from ..metric_names import EVAL_PREFIX, REWARD
 from ..pipeline.checks import check_call_kwargs, check_resolution, check_trainable, check_trained_transformers
 from ..pipeline.encoder_offload import EncoderOffload
@@ -117,6 +118,24 @@ def check_evaluation(
         raise ValueError(
             "stop_on_alarm=True, and no alarm would be raised: it takes an eval_strategy, and an eval_reward_fn or "
             "eval_diversity, to watch while the reward rises."
+        )
+
+
+def check_outputs(
+    config: RolloutConfig, outputs: Outputs, rewards: RewardFunctions, controls: RewardFunctions | None
+) -> None:
+    """
+    Tell the rewards what the pipeline makes.
+
+    Raises:
+        ValueError: A reward, or the measure of diversity, is of something else.
+    """
+    for functions in filter(None, (rewards, controls)):
+        functions.expect(outputs)
+    if config.eval_diversity is not None and "images" not in outputs.kinds:
+        raise ValueError(
+            f"eval_diversity='{config.eval_diversity}' is a distance between images, and the pipeline makes "
+            f"{' and '.join(outputs.kinds)}: leave it out. A control reward (`eval_reward_fn`) shows what training costs."
         )
 
 

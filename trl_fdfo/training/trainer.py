@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import recursively_apply
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from huggingface_hub import CommitInfo
@@ -27,6 +28,7 @@ from ..evaluation.alarms import Alarms
 from ..evaluation.before_after import BeforeAfter
 from ..evaluation.diversity import load_working_diversity
 from ..evaluation.evaluator import Evaluator, summarize
+from ..media import Media, Outputs
 from ..metric_names import ALARM, EVAL_PREFIX
 from ..pipeline.adapter_files import save_call_options, save_diffusers_lora
 from ..pipeline.flow import PipelineFlow
@@ -66,6 +68,7 @@ from .setup import (
     check_evaluation,
     check_generate,
     check_optimizer,
+    check_outputs,
     find_trainable_levels,
     load_datasets,
     make_trainable,
@@ -204,6 +207,8 @@ class RolloutTrainer(Algorithm, Trainer):
             self.offload_components()
             self.sigmas = self._rehearsal.sigmas
             self.trainable_levels = find_trainable_levels(self._rehearsal, pipeline, self.args)
+            self.outputs = Outputs.of(pipeline, self.flow.call_kwargs, self._rehearsal.images)
+            check_outputs(self.args, self.outputs, self.reward_functions, self.control_functions)
             checked.check_methods(self)
             self.checkpointer = Checkpointer(
                 self.args.output_dir,
@@ -474,7 +479,7 @@ class RolloutTrainer(Algorithm, Trainer):
         seeds: Sequence[int],
         columns: dict[str, Sequence] | None = None,
         **call_kwargs: Any,
-    ) -> Tensor:
+    ) -> Tensor | Media:
         """
         One image per prompt and seed by the pipeline's own sampler, with the averaged weights if there are some.
 
@@ -488,7 +493,8 @@ class RolloutTrainer(Algorithm, Trainer):
             **call_kwargs: Arguments of the pipeline's call in the place of the configured ones.
 
         Returns:
-            `Tensor`: Images on the CPU, floats in [0, 1], shape [N, 3, H, W]; videos [N, F, 3, H, W].
+            `Tensor`: Images on the CPU, floats in [0, 1], shape [N, 3, H, W]; videos [N, F, 3, H, W]; audio [N, C, L] of about
+                -1 to 1. A [`~trl_fdfo.media.Media`] with `images` and `audio` if the pipeline makes both.
 
         Raises:
             ValueError: The numbers of prompts, seeds and values differ, a seed is none, or the pipeline's call cannot have
@@ -526,11 +532,11 @@ class RolloutTrainer(Algorithm, Trainer):
         start = time.perf_counter()
         self._on_run_begin()
         self._load_diversity()
-        shown: list[Tensor] = []
+        shown: list[Tensor | Media] = []
 
-        def show(number: int, images: Tensor) -> None:
+        def show(number: int, images: Tensor | Media) -> None:
             if len(shown) < self.args.num_prompts_to_log:
-                shown.append(images[0].cpu())
+                shown.append(recursively_apply(lambda made: made[0].cpu(), images))
 
         with self.averaged_weights():
             evaluation = self.evaluator.evaluate(
