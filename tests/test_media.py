@@ -14,8 +14,8 @@ from trl_fdfo.media import (
     frame_rate,
     made_by,
     makes_video,
-    mean_over_frames,
     middle_frame,
+    over_frames,
     sampling_rate,
     split_frames,
     spread_frames,
@@ -50,13 +50,17 @@ def test_stills_of_videos():
     assert torch.equal(*spread_frames(images[0, 0], 3), images[0, 0])
 
 
-def test_a_video_scores_the_mean_over_its_frames():
+def test_a_video_scores_the_mean_or_the_minimum_over_its_frames():
     counts, frames, prompts, labels = split_frames(["a1", ["b1", "b2", "b3"]], ["a", "b"], iter([1, None]))
     assert counts == [1, 3] and frames == ["a1", "b1", "b2", "b3"]
     assert prompts == ["a", "b", "b", "b"] and labels == [1, None, None, None]
-    assert mean_over_frames([0.1, 1.0, 2.0, 6.0], counts) == [0.1, 3.0]
-    assert mean_over_frames([0.1, None, None, None], counts) == [0.1, None]
-    assert mean_over_frames(torch.tensor([0.1, 1.0, 2.0, 6.0]), counts).tolist() == torch.tensor([0.1, 3.0]).tolist()
+    assert over_frames([0.1, 1.0, 2.0, 6.0], counts) == [0.1, 3.0]
+    assert over_frames([0.1, None, None, None], counts) == [0.1, None]
+    scores = torch.tensor([0.1, 1.0, 2.0, 6.0])
+    assert over_frames(scores, counts).tolist() == torch.tensor([0.1, 3.0]).tolist()
+    assert over_frames(scores, counts, "min").tolist() == torch.tensor([0.1, 1.0]).tolist()
+    assert over_frames([0.1, 2.0, 1.0, 6.0], counts, "min") == [0.1, 1.0]
+    assert over_frames([0.1, None, 1.0, 6.0], counts, "min") == [0.1, None]
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,7 @@ def spread_frames(sample: Tensor, most: int) -> list[Tensor]:
 
 def split_frames(images: Sequence, *columns: Iterable) -> tuple[list, ...]:
     """
-    Put the frames of N PIL images or videos in one row, for a score of single images; `mean_over_frames` then averages
+    Put the frames of N PIL images or videos in one row, for a score of single images; `over_frames` then makes one score of
     each video. An image is a video of one frame.
 
     Returns:
@@ -182,13 +182,25 @@ def split_frames(images: Sequence, *columns: Iterable) -> tuple[list, ...]:
     return [len(video) for video in videos], [frame for video in videos for frame in video], *repeated
 
 
-def mean_over_frames(scores: Any, counts: Sequence[int]) -> Any:
+def checked_frames(frames: str, owner: str) -> str:
+    """The option `frames` of a reward of single frames; a ValueError, which names the owner, if it is none."""
+    if frames not in ("mean", "min"):
+        raise ValueError(
+            f"frames={frames!r} of {owner}: a video scores the 'mean' over its frames, or that of the worst one, 'min'."
+        )
+    return frames
+
+
+def over_frames(scores: Any, counts: Sequence[int], frames: str = "mean") -> Any:
     """
-    Average the scores (or vectors) of the frames that `split_frames` has put in one row, by the numbers of frames: a
+    The mean or the minimum of the scores of the frames that `split_frames` has put in one row, by the numbers of frames: a
     tensor, or a list that has None for a video if one of its frames has None.
     """
     if isinstance(scores, Tensor):
-        return torch.stack([frames.mean(dim=0) for frames in scores.split(counts)])
+        return torch.stack(
+            [part.mean(dim=0) if frames == "mean" else part.amin(dim=0) for part in scores.split(counts)]
+        )
     rest = iter(scores)
     videos = [list(itertools.islice(rest, count)) for count in counts]
-    return [None if None in frames else sum(frames) / len(frames) for frames in videos]
+    total = min if frames == "min" else lambda video: sum(video) / len(video)
+    return [None if None in video else total(video) for video in videos]

@@ -45,7 +45,10 @@ def test_names_options_and_paths(my_rewards):
         ("missing_module:reward", r"there is no module 'missing_module'"),
         ("my_rewards:", r"is not of the form module:callable"),
         ("my_rewards:other", r"module 'my_rewards' has no 'other'"),
-        ("jpeg_compressibility(size=3)", r"got an unexpected keyword argument 'size'. It takes \(quality: int = 95\)"),
+        (
+            "jpeg_compressibility(size=3)",
+            r"got an unexpected keyword argument 'size'. It takes \(quality: int = 95, frames: str = 'mean'\)",
+        ),
         ("jpeg_compressibility(30)", r"cannot read its options \(options have names\)"),
         ("jpeg_compressibility(quality=95", r"cannot read its options"),
         ("jpeg_compressibility(quality=__import__('os'))", r"cannot read its options"),

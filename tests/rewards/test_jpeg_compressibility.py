@@ -24,9 +24,13 @@ def test_rewards_are_the_size_of_the_file_in_kilobytes(tmp_path):
     assert sizes["plain", 95] < sizes["noise", 40] < sizes["noise", 95]
 
 
-def test_a_video_is_the_mean_of_its_frames():
+def test_a_video_is_the_mean_or_the_minimum_of_its_frames():
     plain, noise = JPEGIncompressibility()([PLAIN, NOISE])
     assert JPEGCompressibility()([[PLAIN, NOISE, NOISE], [PLAIN]]) == pytest.approx([-(plain + 2 * noise) / 3, -plain])
+    assert JPEGCompressibility(frames="min")([[PLAIN, NOISE, NOISE], [PLAIN]]) == [-noise, -plain]
+    assert JPEGIncompressibility(frames="min")([[NOISE, PLAIN], [NOISE]]) == [plain, noise]
+    with pytest.raises(ValueError, match="frames=None of JPEGCompressibility: a video scores the 'mean'"):
+        JPEGCompressibility(frames=None)
 
 
 def test_through_the_images_of_the_trainer():

@@ -412,12 +412,16 @@ def test_long_prompts_are_cut(make, name, tokens):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_videos_are_means_of_their_frames(make, name):
+def test_videos_are_means_or_minima_of_their_frames(make, name):
     reward = make(name, batch_size=2)
     scores = reward([IMAGES[:3], IMAGES[3:4], IMAGES[4:]], PROMPTS[:3])
     frames = reward(IMAGES, [PROMPTS[i] for i in (0, 0, 0, 1, 2, 2, 2)])
     expected = torch.stack([frames[:3].mean(), frames[3], frames[4:].mean()])
     torch.testing.assert_close(scores, expected, rtol=0, atol=2e-5)
+    worst = make(name, frames="min")([IMAGES[:3], IMAGES[3:4], IMAGES[4:]], PROMPTS[:3])
+    torch.testing.assert_close(worst, torch.stack([frames[:3].min(), frames[3], frames[4:].min()]), rtol=0, atol=2e-5)
+    with pytest.raises(ValueError, match=f"frames='max' of .*{name}: a video scores the 'mean' over its frames, or"):
+        make(name, frames="max")
 
 
 @pytest.mark.parametrize("name", ALL)

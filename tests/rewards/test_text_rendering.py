@@ -102,10 +102,11 @@ def test_punctuation_in_any_style(reward):
     assert reward([image] * 2, ["x"] * 2, ["don’t stop！", "don't stop?"]) == [1, pytest.approx(1 - 1 / 10)]
 
 
-def test_a_video_is_the_mean_of_its_frames(reward):
+def test_a_video_is_the_mean_or_the_minimum_of_its_frames(reward):
     videos = [[WELCOME, BLANK, BLANK, BLANK], [WELCOME, WELCOME]]
     assert reward(videos, ['"welcome"'] * 2) == [0.25, 1]
     assert reward(videos, ["none"] * 2) == [None, None]
+    assert TextRendering(frames="min")(videos, ['"welcome"'] * 2) == [0, 1]
 
 
 def test_images_of_any_size(reward):

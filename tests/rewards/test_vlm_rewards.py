@@ -24,6 +24,9 @@ from transformers import (
 )
 from transformers.utils import is_torchvision_available
 
+from trl_fdfo.media import Outputs
+from trl_fdfo.rewards import RewardFunctions
+from trl_fdfo.rewards.edit_judge import vlm_edit
 from trl_fdfo.rewards.pairwise_judge import vlm_judge
 from trl_fdfo.rewards.questions import QUESTIONS, Question, get_question
 from trl_fdfo.rewards.vlm_score import VLMScore
@@ -106,7 +109,7 @@ def assert_equal(actual, expected, tolerance=1e-4):
 
 
 def test_question_is_filled_in_without_a_look_at_the_prompt():
-    assert QUESTIONS["alignment"] == Question(ALIGNMENT, target="Yes", contrast="No", images=1)
+    assert QUESTIONS["alignment"] == Question(ALIGNMENT, target="Yes", contrast="No", about="image")
     question = get_question("{prompt} or {prompt}?", contrast="Maybe")
     assert question.ask("a {prompt} {0} {") == "a {prompt} {0} { or a {prompt} {0} {?"
     assert (question.target, question.contrast) == ("Yes", "Maybe")
@@ -187,11 +190,73 @@ def test_bfloat16_ranks_as_float32_and_does_not_tie(vlm):
     assert len(set(rough(alike, [""] * 12).tolist())) == 12
 
 
-def test_videos_score_the_mean_over_their_frames(qwen):
-    folder, _ = qwen
-    reward = VLMScore(str(folder), device="cpu")
-    scores = reward(IMAGES[:3], ["a", "a", "b"])
-    assert_equal(reward([IMAGES[:2], IMAGES[2:3]], ["a", "b"]), torch.stack([scores[:2].mean(), scores[2]]))
+def frames_of(first: int, last: int) -> str:
+    return f"Images {first} to {last} are frames of one video in their order: they count as one image. "
+
+
+def test_a_video_is_some_frames_in_one_question(qwen):
+    folder, reference = qwen
+    reward = VLMScore(str(folder), device="cpu", num_frames=3)
+    video = [image(seed) for seed in range(5)]
+    question = ALIGNMENT.replace("{prompt}", "a")
+    odds = [
+        reference.log_odds([video[0], video[2], video[4]], frames_of(1, 3) + question),
+        reference.log_odds(video[:2], frames_of(1, 2) + question),
+        reference.log_odds(video[:1], question),
+    ]
+    assert_equal(reward([video, video[:2], video[:1]], ["a"] * 3), 100 * torch.tensor(odds).sigmoid())
+    assert torch.equal(reward([video[:1]], ["a"]), reward(video[:1], ["a"]))
+    # Frames of another order are another video.
+    assert abs(reward([video[:2]], ["a"]) - reward([video[1::-1]], ["a"])) > 1e-3
+
+
+def test_a_judge_compares_videos(qwen):
+    folder, reference = qwen
+    reward = VLMScore(str(folder), question="comparison", device="cpu", num_frames=2)
+    first, second = [image(seed) for seed in range(3)], [image(seed) for seed in range(3, 5)]
+    notes = frames_of(1, 2) + frames_of(3, 4)
+    question = notes + QUESTIONS["comparison"].template.replace("{prompt}", "a")
+    expected = reference.log_odds([first[0], first[2], *second], question, "A", "B")
+    assert_equal(reward.compare([first], [second], ["a"]), torch.tensor([expected]))
+
+
+# Edits
+
+
+def test_a_judge_of_edits_sees_the_source_the_result_and_the_instruction(qwen):
+    folder, reference = qwen
+    judge = vlm_edit(model=str(folder), device="cpu", num_frames=2)
+    template = QUESTIONS["edit"].template
+    video = [image(seed) for seed in range(3)]
+    results, prompts = [IMAGES[0], video], ["make it red", "melt it"]
+    sources = [IMAGES[1].convert("RGBA"), [IMAGES[2], IMAGES[3]]]  # of one, and of two reference images
+    odds = [
+        reference.log_odds([IMAGES[1], IMAGES[0]], template.replace("{prompt}", "make it red")),
+        reference.log_odds(
+            [IMAGES[2], IMAGES[3], video[0], video[2]], frames_of(3, 4) + template.replace("{prompt}", "melt it")
+        ),
+    ]
+    expected = 100 * torch.tensor(odds).sigmoid()
+    assert_equal(judge(images=results, prompts=prompts, image=sources), expected)
+    with serving(reference) as server:
+        served = vlm_edit(server.url, num_frames=2)
+        assert_equal(asyncio.run(served(images=results, prompts=prompts, image=sources)), expected)
+
+
+def test_a_judge_of_edits_is_called_with_its_column():
+    judge = vlm_edit("http://localhost:1", column="photo")
+    functions = RewardFunctions(judge)
+    functions.check_columns(["photo"])
+    functions.expect(Outputs(("images",)))
+    assert functions.names == ["vlm_edit"] and judge.image_type == "pil"
+    with pytest.raises(ValueError, match="'vlm_edit' needs the argument 'photo', and train_dataset has no such column"):
+        functions.check_columns(["image"])
+    with pytest.raises(ValueError, match="The column 'photo' has 'cat.png', a str, where an image was edited"):
+        judge(images=IMAGES[:1], prompts=["a"], photo=["cat.png"])
+    with pytest.raises(ValueError, match="is about one image, and a judge of edits shows.*take.*question='edit'"):
+        vlm_edit("http://localhost:1", question="quality")
+    with pytest.raises(ValueError, match="num_frames=0 of VLMServer: show at least one frame of a video"):
+        VLMServer("http://localhost:1", num_frames=0)
 
 
 @pytest.mark.parametrize(
@@ -335,9 +400,8 @@ def test_served_score_is_that_in_process(vlm):
         scores = ask(server.url, IMAGES, PROMPTS, model="tiny")
         assert scores.dtype == torch.float32
         assert_equal(scores, expected)
-        videos = ask(server.url, [IMAGES[:2], IMAGES[2:3]], ["a", "b"])
-    frames = VLMScore(str(folder), device="cpu")(IMAGES[:3], ["a", "a", "b"])
-    assert_equal(videos, torch.stack([frames[:2].mean(), frames[2]]))
+        videos = ask(server.url, [IMAGES[:2], IMAGES[2:3]], ["a", "b"], model="tiny")
+    assert_equal(videos, VLMScore(str(folder), device="cpu")([IMAGES[:2], IMAGES[2:3]], ["a", "b"]), tolerance=1e-3)
     sent = {name: value for name, value in server.bodies[0].items() if name != "messages"}
     assert sent == {
         "model": "tiny",
@@ -613,7 +677,7 @@ def test_comparison_is_no_score_and_presets_name_the_metric(qwen):
     image = Image.new("RGB", (32, 32))
     with pytest.raises(ValueError, match="compares two images, and a score is of one.*PairwiseJudge"):
         VLMScore(tiny_qwen, question="comparison")([image], ["a"])
-    with pytest.raises(ValueError, match="is about one image, and a judge shows two: take question='comparison'"):
+    with pytest.raises(ValueError, match="is about one image, and a judge shows two: take.*question='comparison'"):
         VLMScore(tiny_qwen).compare([image], [image], ["a"])
     with pytest.raises(ValueError, match="is about one image, and a judge shows two"):
         vlm_judge(url="http://localhost:1", question="alignment")

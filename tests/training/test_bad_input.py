@@ -436,7 +436,7 @@ TABLE = [
         trainer(reward_fn=lambda imgs, prompts: 0),
         "'<lambda>' needs the argument 'imgs'",
         "train_dataset has no such column",
-        "images, prompts, trainer_state, num_generations, prompt",
+        "images, prompts, trainer_state, num_generations, videos, audio, frame_rate, sampling_rate, prompt",
     ),
     # Their weights:
     bad(config(reward_weights=2.0), "reward_weights=2.0 is a float", "must be list[float]"),

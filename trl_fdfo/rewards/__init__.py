@@ -28,10 +28,13 @@ apply to that image.
 
 from .aesthetic_score import AestheticScore
 from .by_name import load_reward
+from .clap_score import CLAPScore
 from .clip_score import CLIPScore
+from .edit_judge import EditJudge, vlm_edit
 from .hpsv2 import HPSv2
 from .image_reward import ImageReward
 from .jpeg_compressibility import JPEGCompressibility, JPEGIncompressibility
+from .motion import Motion, TemporalSmoothness
 from .pairwise_judge import PairwiseJudge, vlm_judge
 from .pickscore import PickScore
 from .reward_functions import RewardFunctions
@@ -42,17 +45,22 @@ from .vlm_server import VLMServer
 
 __all__ = [
     "AestheticScore",
+    "CLAPScore",
     "CLIPScore",
+    "EditJudge",
     "HPSv2",
     "ImageReward",
     "JPEGCompressibility",
     "JPEGIncompressibility",
+    "Motion",
     "PairwiseJudge",
     "PickScore",
     "RewardFunctions",
+    "TemporalSmoothness",
     "TextRendering",
     "VLMScore",
     "VLMServer",
     "load_reward",
+    "vlm_edit",
     "vlm_judge",
 ]

@@ -21,7 +21,7 @@ class AestheticScore(CLIPReward):
     Args:
         head (`str`): The layers, computed in float32: a .pth, .pt or .safetensors file with their state dict, or a Hub
             id or folder with a file `aesthetic-model.pth`.
-        model, processor, dtype, device, batch_size, offload: As in [`CLIPReward`].
+        model, processor, dtype, device, batch_size, offload, frames: As in [`CLIPReward`].
 
     Raises:
         ValueError: `head` is not a stack of linear layers from the embedding to one number.
@@ -37,8 +37,11 @@ class AestheticScore(CLIPReward):
         device: str | torch.device | None = None,
         batch_size: int = 16,
         offload: bool = False,
+        frames: str = "mean",
     ):
-        super().__init__(model, processor, dtype=dtype, device=device, batch_size=batch_size, offload=offload)
+        super().__init__(
+            model, processor, dtype=dtype, device=device, batch_size=batch_size, offload=offload, frames=frames
+        )
         # The head stays on the CPU: it is small, and so are the embeddings.
         weights = load_weights(head, "aesthetic-model.pth")
         self.head = linear_layers(weights, self.model.config.projection_dim, source=head)

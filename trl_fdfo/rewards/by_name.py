@@ -9,10 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 from .aesthetic_score import AestheticScore
+from .clap_score import CLAPScore
 from .clip_score import CLIPScore
+from .edit_judge import vlm_edit
 from .hpsv2 import HPSv2
 from .image_reward import ImageReward
 from .jpeg_compressibility import JPEGCompressibility, JPEGIncompressibility
+from .motion import Motion, TemporalSmoothness
 from .pairwise_judge import vlm_judge
 from .pickscore import PickScore
 from .reward_functions import RewardFunction
@@ -27,15 +30,19 @@ REWARDS = {
     "hpsv2": HPSv2,
     "image_reward": ImageReward,
     "clip": CLIPScore,
+    "clap": CLAPScore,
     "aesthetic": AestheticScore,
     "vlm": VLMScore,
     "vlm_server": VLMServer,
     "vlm_judge": vlm_judge,
+    "vlm_edit": vlm_edit,
     "text_rendering": TextRendering,
     "jpeg_compressibility": JPEGCompressibility,
     "jpeg_incompressibility": JPEGIncompressibility,
+    "temporal_smoothness": TemporalSmoothness,
+    "motion": Motion,
 }
-_WITHOUT_A_MODEL = (VLMServer, JPEGCompressibility, JPEGIncompressibility)
+_WITHOUT_A_MODEL = (VLMServer, JPEGCompressibility, JPEGIncompressibility, TemporalSmoothness, Motion)
 
 
 def load_reward(spec: str) -> RewardFunction:

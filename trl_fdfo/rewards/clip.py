@@ -61,7 +61,7 @@ class CLIPReward(LearnedReward):
             `default_processor` of the class, otherwise `model`.
         dtype (`str` or `torch.dtype`): Type of the model, such as `"bfloat16"`. The images of a prompt differ little,
             and float32 tells them apart best. Embeddings are always compared in float32.
-        device, batch_size, offload: As in [`LearnedReward`].
+        device, batch_size, offload, frames: As in [`LearnedReward`].
 
     Raises:
         OSError: The model or the processor does not exist.
@@ -81,6 +81,7 @@ class CLIPReward(LearnedReward):
         device: str | torch.device | None = None,
         batch_size: int = 16,
         offload: bool = False,
+        frames: str = "mean",
     ):
         dtype = torch_dtype(dtype)
         model = model or self.default_model
@@ -96,7 +97,7 @@ class CLIPReward(LearnedReward):
             )
         # Read the scale before the cast: bfloat16 would turn 100 into 98.9.
         self.logit_scale = clip.logit_scale.exp().item()
-        super().__init__(clip.to(dtype), device=device, batch_size=batch_size, offload=offload)
+        super().__init__(clip.to(dtype), device=device, batch_size=batch_size, offload=offload, frames=frames)
 
     @classmethod
     def without_weights(

@@ -55,7 +55,7 @@ class ImageReward(LearnedReward):
         model (`str`): The published checkpoint: a file `ImageReward.pt`, or a Hub id or folder with this file.
         processor (`str`): Hub id or folder of the tokenizer of BERT (uncased).
         dtype (`str` or `torch.dtype`): Type of the encoders, such as `"bfloat16"`; float32 tells images apart best.
-        device, batch_size, offload: As in [`LearnedReward`].
+        device, batch_size, offload, frames: As in [`LearnedReward`].
 
     Raises:
         OSError: The checkpoint or the tokenizer does not exist.
@@ -92,6 +92,7 @@ class ImageReward(LearnedReward):
         device: str | torch.device | None = None,
         batch_size: int = 16,
         offload: bool = False,
+        frames: str = "mean",
     ):
         size = self.vision_config["image_size"]
         self.image_processor = CLIPImageProcessorPil(
@@ -106,7 +107,7 @@ class ImageReward(LearnedReward):
                 f"{self.text_config['vocab_size']}: use google-bert/bert-base-uncased."
             )
         blip = self._load(model, torch_dtype(dtype))
-        super().__init__(blip, device=device, batch_size=batch_size, offload=offload)
+        super().__init__(blip, device=device, batch_size=batch_size, offload=offload, frames=frames)
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         vision, text = self.model["vision"], self.model["text"]

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..media import mean_over_frames, split_frames
+from ..media import checked_frames, over_frames, split_frames
 
 
 class LearnedReward:
@@ -21,15 +21,22 @@ class LearnedReward:
         device (`str` or `torch.device`, *optional*): Device of the model. Default: the device of this process.
         batch_size (`int`): Images scored at a time.
         offload (`bool`): Keep the model on the CPU while the policy is trained.
+        frames (`str`): A video scores the `"mean"` over its frames, or that of its worst one, `"min"`.
 
     Raises:
-        ValueError: `batch_size` is less than 1.
+        ValueError: `batch_size` is less than 1, or `frames` is something else.
     """
 
     image_type = "pil"
 
     def __init__(
-        self, model: nn.Module, *, device: str | torch.device | None = None, batch_size: int = 16, offload: bool = False
+        self,
+        model: nn.Module,
+        *,
+        device: str | torch.device | None = None,
+        batch_size: int = 16,
+        offload: bool = False,
+        frames: str = "mean",
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} of {type(self).__name__} must be at least 1.")
@@ -37,6 +44,7 @@ class LearnedReward:
         self._device = device
         self.batch_size = batch_size
         self.offload = offload
+        self.frames = checked_frames(frames, type(self).__name__)
 
     @property
     def device(self) -> torch.device:
@@ -44,9 +52,9 @@ class LearnedReward:
         return torch.device(self._device) if self._device is not None else PartialState().device
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        """Score N images, or N videos as lists of frames (the mean over the frames): float32 on the CPU, shape [N]."""
+        """Score N images, or N videos as lists of frames: float32 on the CPU, shape [N]."""
         counts, frames, prompts = split_frames(images, prompts)
-        return mean_over_frames(self.in_batches(self.score, frames, prompts), counts)
+        return over_frames(self.in_batches(self.score, frames, prompts), counts, self.frames)
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         """Score a batch: shape [batch], on any device."""

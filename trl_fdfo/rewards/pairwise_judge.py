@@ -124,7 +124,7 @@ def vlm_judge(url: str | list[str] | None = None, question: str = "comparison", 
         **options: Further arguments of [`VLMServer`] or [`VLMScore`].
     """
     vlm = VLMScore(question=question, **options) if url is None else VLMServer(url, question=question, **options)
-    vlm.question.check_images(2)
+    vlm.question.check("pair")
     judge = PairwiseJudge(vlm.compare)
     judge.__name__ = "vlm_judge"
     return judge

@@ -3,9 +3,12 @@
 import re
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
+
+from ..media import evenly_spread
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class Question:
     template: str  # the question; `{prompt}` is replaced by the prompt of the image
     target: str = "Yes"  # the word that speaks for the image, or for the first of two
     contrast: str = "No"  # the word that speaks against the image, or for the second of two
-    images: int | None = None  # number of images in the question: 1, or 2 that are compared; None: unknown
+    about: str | None = None  # "image"; "pair", two that are compared; "edit", an image and what it was; None: unknown
 
     def __post_init__(self):
         if not self.template.strip():
@@ -40,39 +43,49 @@ class Question:
         """The question about the image(s) of this prompt."""
         return self.template.replace("{prompt}", prompt)
 
-    def check_images(self, images: int) -> None:
-        """Raise a ValueError if the question is about one image and is asked about two, or vice versa."""
-        if self.images == 2 and images == 1:
+    def check(self, about: str) -> None:
+        """Raise a ValueError if the question is about something else than what it is asked about, as in `about`."""
+        if self.about not in (None, about):
+            (is_about, _, reward), (_, shown, _) = _KINDS[self.about], _KINDS[about]
+            preset = next(name for name, question in QUESTIONS.items() if question.about == about)
             raise ValueError(
-                f"The question {self.template!r} compares two images, and a score is of one. As a reward, compare the "
-                "images of a prompt: `vlm_judge`, or PairwiseJudge(vlm.compare)."
+                f"The question {self.template!r} {is_about}, and {shown}: take {reward} for it, or here "
+                f"question='{preset}' or one of your own."
             )
-        if self.images == 1 and images == 2:
-            raise ValueError(
-                f"The question {self.template!r} is about one image, and a judge shows two: take question='comparison', "
-                "or one of your own about the first and the second image."
-            )
+
+
+# What a question is about; what a reward shows; and the rewards that do.
+_KINDS = {
+    "image": ("is about one image", "a score is of one", "VLMScore or VLMServer"),
+    "pair": ("compares two images", "a judge shows two", "`vlm_judge` or PairwiseJudge(vlm.compare)"),
+    "edit": ("is about an edit", "a judge of edits shows the image before it too", "`vlm_edit` or EditJudge(vlm)"),
+}
 
 
 # The first question is from arXiv 2603.12893. The comparison is answered by letters, which are one token in
 # vocabularies of byte-level BPE and SentencePiece; Llama's vocabulary splits digits.
 QUESTIONS = {
-    "alignment": Question('Does this image match the caption "{prompt}"? Answer Yes or No.', images=1),
+    "alignment": Question('Does this image match the caption "{prompt}"? Answer Yes or No.', about="image"),
     "quality": Question(
         "Is this image of high quality: sharp, well composed and free of artifacts such as noise, distorted shapes or "
         "wrong anatomy? Answer Yes or No.",
-        images=1,
+        about="image",
     ),
     "photorealism": Question(
         "Does this image look like a real photograph, and not like a drawing, a painting or a computer-generated image? "
         "Answer Yes or No.",
-        images=1,
+        about="image",
     ),
     "comparison": Question(
         'The first image is A, the second image is B. Which of them matches the caption "{prompt}" better? Answer A or B.',
         target="A",
         contrast="B",
-        images=2,
+        about="pair",
+    ),
+    "edit": Question(
+        'The last image was made from what comes before it, by the instruction "{prompt}". Does it show what the instruction '
+        "asks for, and is everything else as it was? Answer Yes or No.",
+        about="edit",
     ),
 }
 
@@ -97,7 +110,10 @@ MIN_PROBABILITY = 0.01
 
 
 class VLMReward:
-    """The base class of rewards that ask a VLM a [`Question`]. Subclasses call `ask_about` and implement `log_odds`."""
+    """
+    The base class of rewards that ask a VLM a [`Question`]. Subclasses call `ask_about` and implement `log_odds`. A video, a
+    list of PIL frames, is shown by some of its frames, which a sentence before the question explains.
+    """
 
     image_type = "pil"
 
@@ -111,20 +127,51 @@ class VLMReward:
             "thinking (of a server: extra_body={'chat_template_kwargs': {'enable_thinking': False}})"
         )
 
-    def ask_about(self, question: str, target: str | None, contrast: str | None) -> None:
-        """Set the question, as in [`get_question`], and a name of the reward that tells presets apart."""
-        self.question = get_question(question, target, contrast)
+    def ask_about(self, question: str, target: str | None, contrast: str | None, num_frames: int) -> None:
+        """
+        Set the question, as in [`get_question`], the most frames that are shown of a video, and a name of the reward that
+        tells presets apart.
+        """
+        if not isinstance(num_frames, int) or num_frames < 1:
+            raise ValueError(f"num_frames={num_frames!r} of {type(self).__name__}: show at least one frame of a video.")
+        self.question, self.num_frames = get_question(question, target, contrast), num_frames
         self.__name__ = f"{type(self).__name__}_{question}" if question in QUESTIONS else type(self).__name__
+
+    def asked(
+        self, prompts: Sequence[str], *samples: Sequence[Any], before: Sequence[list[Image.Image]] | None = None
+    ) -> tuple[list[list[Image.Image]], list[str]]:
+        """
+        The images that N questions show, and the questions.
+
+        Args:
+            prompts (`Sequence[str]`): N prompts.
+            *samples (`Sequence`): N images or videos each, in the order in which they are shown.
+            before (`Sequence[list]`, *optional*): N lists of images that are shown before all others.
+        """
+        shown, questions = [], []
+        for number, (prompt, *each) in enumerate(zip(prompts, *samples)):
+            images, notes = list(before[number]) if before is not None else [], []
+            for sample in each:
+                video = sample if isinstance(sample, (list, tuple)) else [sample]
+                images += [video[place] for place in evenly_spread(len(video), self.num_frames)]
+                if len(video) > 1:
+                    first = len(images) - min(len(video), self.num_frames) + 1
+                    notes.append(
+                        f"Images {first} to {len(images)} are frames of one video in their order: they count as one image. "
+                    )
+            shown.append(images)
+            questions.append("".join(notes) + self.question.ask(prompt))
+        return shown, questions
 
     def compare(
         self, first: Sequence[Image.Image], second: Sequence[Image.Image], prompts: Sequence[str]
     ) -> Tensor | Awaitable[Tensor]:
         """
-        Ask the question about two images at once: N log odds that the first, which the target favours, is better than the
+        Ask the question about two images, or videos, at once: N log odds that the first, which the target favours, is better than the
         second, as from `log_odds`. Judges prefer a place as well as an image: ask in both orders.
         """
-        self.question.check_images(2)
-        return self.log_odds(list(zip(first, second)), [self.question.ask(prompt) for prompt in prompts])
+        self.question.check("pair")
+        return self.log_odds(*self.asked(prompts, first, second))
 
     compare.image_type = "pil"
 

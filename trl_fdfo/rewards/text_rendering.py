@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from ..media import mean_over_frames, split_frames
+from ..media import checked_frames, over_frames, split_frames
 
 
 class TextRendering:
@@ -29,14 +29,19 @@ class TextRendering:
     The OCR is PP-OCRv6 (small), part of the package `rapidocr` (`pip install 'trl_fdfo[ocr]'`): nothing is downloaded.
     It reads Latin, Greek, Chinese and Japanese, also in malformed letters: combine it with a reward for quality.
 
+    Args:
+        frames (`str`): A video scores the `"mean"` over its frames, or that of its worst one, `"min"`.
+
     Raises:
         ImportError: `rapidocr` or `onnxruntime` is missing.
+        ValueError: `frames` is something else.
     """
 
     image_type = "pil"
     background = True
 
-    def __init__(self):
+    def __init__(self, frames: str = "mean"):
+        self.frames = checked_frames(frames, type(self).__name__)
         try:
             import onnxruntime  # noqa: F401  # rapidocr itself imports it only at the first image
             from rapidocr import RapidOCR
@@ -62,7 +67,7 @@ class TextRendering:
         self, images: Sequence[Image.Image], prompts: Sequence[str], text: Sequence[str | None] | None = None
     ) -> list[float | None]:
         """
-        Rewards of N images, or of N videos as lists of frames (the mean over the frames): in [0, 1], or None if no text
+        Rewards of N images, or of N videos as lists of frames: in [0, 1], or None if no text
         is requested. The column `text` has N requested texts.
 
         Raises:
@@ -71,7 +76,7 @@ class TextRendering:
         targets = map(_target, prompts, text if text is not None else [None] * len(prompts))
         counts, frames, targets = split_frames(images, targets)
         scores = [self._score(frame, target) if target else None for frame, target in zip(frames, targets)]
-        return mean_over_frames(scores, counts)
+        return over_frames(scores, counts, self.frames)
 
     def _score(self, image: Image.Image, target: str) -> float:
         result = self._ocr(image)

@@ -6,6 +6,7 @@ caption?", by one of two words, such as "Yes" or "No". The score (arXiv 2603.128
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ from .questions import MIN_PROBABILITY, VLMReward
 
 class VLMScore(VLMReward, LearnedReward):
     """
-    The answer of a VLM to a question about each image: 0 to 100, higher is better.
+    The answer of a VLM to a question about each image or video: 0 to 100, higher is better.
 
     The score is 100 sigmoid(logit(target) - logit(contrast)) of the first token of the answer (arXiv 2603.12893). The
     image(s) come before the question, in the model's own chat template.
@@ -36,8 +37,10 @@ class VLMScore(VLMReward, LearnedReward):
     two words are computed in float32 for every `dtype` of the model: bfloat16 rounds logits between 16 and 32 to
     multiples of 1/8, which is 3 points of the score, and the two images of a pair would often tie.
 
-    The presets of `question` are `"alignment"`, `"quality"` and `"photorealism"`, answered by Yes or No, and
-    `"comparison"`, which is for [`~VLMScore.compare`].
+    The presets of `question` are `"alignment"`, `"quality"` and `"photorealism"`, answered by Yes or No;
+    `"comparison"`, which is for [`~VLMScore.compare`]; and `"edit"`, for [`EditJudge`].
+
+    A video is shown in one question, by some of its frames as images in their order, behind which a sentence says so.
 
     torchvision is not needed. If it is installed, it resizes the images instead of Pillow, with the same filter.
 
@@ -51,6 +54,7 @@ class VLMScore(VLMReward, LearnedReward):
             `"No"`.
         dtype (`str` or `torch.dtype`): Data type of the weights. `"auto"`: the published type.
         batch_size (`int`): Questions asked at a time.
+        num_frames (`int`): Most frames that are shown of a video, evenly spread from its first to its last.
         device, offload: As in [`LearnedReward`].
 
     Raises:
@@ -69,8 +73,9 @@ class VLMScore(VLMReward, LearnedReward):
         device: str | torch.device | None = None,
         batch_size: int = 16,
         offload: bool = False,
+        num_frames: int = 8,
     ):
-        self.ask_about(question, target, contrast)
+        self.ask_about(question, target, contrast, num_frames)
         # Check the words before the weights are loaded: errors appear in seconds.
         self.processor = _load_processor(model)
         tokenizer = self.processor.tokenizer
@@ -98,11 +103,10 @@ class VLMScore(VLMReward, LearnedReward):
         if type(head) is torch.nn.Linear:  # a subclass may be quantized
             head.register_forward_hook(self._words_in_float32)
 
-    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        """Scores of a batch in [0, 100], shape [batch]."""
-        self.question.check_images(1)
-        questions = [self.question.ask(prompt) for prompt in prompts]
-        return 100 * self.log_odds([[image] for image in images], questions).sigmoid()
+    def __call__(self, images: Sequence[Any], prompts: Sequence[str]) -> Tensor:
+        """Score N images, or N videos as lists of frames, from 0 to 100: float32 on the CPU, shape [N]."""
+        self.question.check("image")
+        return 100 * self.log_odds(*self.asked(prompts, images)).sigmoid()
 
     def log_odds(self, images: Sequence[Sequence[Image.Image]], questions: Sequence[str]) -> Tensor:
         return self.in_batches(self._log_odds, images, questions)

@@ -18,7 +18,6 @@ from huggingface_hub import get_async_session
 from PIL import Image
 from torch import Tensor
 
-from ..media import mean_over_frames, split_frames
 from .questions import MIN_PROBABILITY, VLMReward
 
 
@@ -28,7 +27,7 @@ _SETTLED = math.log(100 / 0.01 - 1)
 
 class VLMServer(VLMReward):
     """
-    The answer of a VLM on a server to a question about each image: 0 to 100, higher is better.
+    The answer of a VLM on a server to a question about each image or video: 0 to 100, higher is better.
 
     This is the score of [`VLMScore`], from the server's log probabilities of the first token of the answer. Start a
     server by
@@ -38,7 +37,8 @@ class VLMServer(VLMReward):
     python -m sglang.launch_server --model-path Qwen/Qwen2.5-VL-7B-Instruct --port 8000
     ```
 
-    and pass `url="http://host:8000/v1"`. The limit of two images is for [`~VLMServer.compare`]. The log probabilities
+    and pass `url="http://host:8000/v1"`. The limit of two images is for [`~VLMServer.compare`] and [`EditJudge`]; videos need
+    `num_frames` for each. The log probabilities
     are float32, but their logits have the data type of the server: bfloat16 rounds logits between 16 and 32 to
     multiples of 1/8, so two similar images can tie here that [`VLMScore`] tells apart.
 
@@ -53,7 +53,7 @@ class VLMServer(VLMReward):
         url (`str` or `list[str]`): Base URL(s) of servers of the same model, which take turns. A URL without a path
             gets `/v1`.
         model (`str`): The name under which the model is served.
-        question, target, contrast: As in [`VLMScore`].
+        question, target, contrast, num_frames: As in [`VLMScore`].
         max_concurrency (`int`): Requests in flight at a time, at most 100, over all calls on an event loop.
         timeout (`float`): Seconds to wait for an answer to a request.
         max_retries (`int`): Number of retries of a request.
@@ -82,8 +82,9 @@ class VLMServer(VLMReward):
         backoff: float = 1.0,
         api_key: str | None = None,
         extra_body: dict[str, Any] | None = None,
+        num_frames: int = 8,
     ):
-        self.ask_about(question, target, contrast)
+        self.ask_about(question, target, contrast, num_frames)
         self.urls = []
         for each in [url] if isinstance(url, str) else url:
             parts = urlsplit(each)
@@ -113,12 +114,10 @@ class VLMServer(VLMReward):
         # A separate generator, which is not seeded by the training run.
         self._random = random.Random()
 
-    async def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        """Score N images, or N videos as lists of frames (the mean over the frames): float32, shape [N]."""
-        self.question.check_images(1)
-        counts, frames, questions = split_frames(images, map(self.question.ask, prompts))
-        odds = await self.log_odds([[frame] for frame in frames], questions)
-        return mean_over_frames(100 * odds.sigmoid(), counts)
+    async def __call__(self, images: Sequence[Any], prompts: Sequence[str]) -> Tensor:
+        """Score N images, or N videos as lists of frames, from 0 to 100: float32, shape [N]."""
+        self.question.check("image")
+        return 100 * (await self.log_odds(*self.asked(prompts, images))).sigmoid()
 
     async def log_odds(self, images: Sequence[Sequence[Image.Image]], questions: Sequence[str]) -> Tensor:
         # The Hub's client brings its HTTP library (httpx or httpx2, by its version). Its hooks are removed: they forbid
