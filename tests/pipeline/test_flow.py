@@ -439,9 +439,12 @@ class Minimal(DiffusionPipeline):
 
 def test_stateful_guidance_is_refused():
     parts = [tiny_pipelines.sd3().transformer, FlowMatchEulerDiscreteScheduler()]
-    check_pipeline(Minimal(*parts, guider=ClassifierFreeGuidance()))
-    with pytest.raises(ValueError, match="`guider` of Minimal is a AdaptiveProjectedGuidance, which carries momentum"):
-        check_pipeline(Minimal(*parts, guider=AdaptiveProjectedGuidance()))
+    for guider in (ClassifierFreeGuidance(), AdaptiveProjectedGuidance()):  # the second one has no momentum by default
+        check_pipeline(Minimal(*parts, guider=guider))
+    guider = AdaptiveProjectedGuidance(adaptive_projected_guidance_momentum=-0.5)
+    message = "`guider` of Minimal is a AdaptiveProjectedGuidance.*carries momentum.*_projected_guidance_momentum=None"
+    with pytest.raises(ValueError, match=message):
+        check_pipeline(Minimal(*parts, guider=guider))
 
 
 def test_feature_cache_is_refused():
