@@ -163,6 +163,10 @@ class StandIn:
         """A stream's latents at noise level `step + 1`, from those that the pipeline has at noise level `step`."""
         raise NotImplementedError
 
+    def scale_model_input(self, sample: Tensor, timestep: Tensor | None = None) -> Tensor:
+        """A flow takes its latents as they are. Pipelines call this for all schedulers but `FlowMatchEulerDiscreteScheduler`."""
+        return sample
+
     def step(self, model_output, timestep, sample, return_dict=True, **kwargs):
         if kwargs.get("per_token_timesteps") is not None:
             raise ValueError("A pipeline that gives each token a noise level of its own cannot be trained.")
