@@ -60,6 +60,13 @@ def test_what_is_not_there_in_this_batch_stays_away():
     assert concatenate([None, None], 0) is None
 
 
+def test_offsets_stay_those_of_the_whole_batch():
+    # A part of the batch is padded to the length of the whole batch's longest sample.
+    axes = sample_axes(torch.tensor([0, 7, 12]), torch.tensor([0, 7, 12, 19, 24]))
+    whole = torch.tensor([0, 9, 14, 16])
+    assert axes is None and torch.equal(take(whole, axes, [1], total=3), whole)
+
+
 def test_taken_samples_do_not_keep_the_batch_in_memory():
     whole = torch.zeros(100, 10)
     assert take(whole, 0, [3], total=100).untyped_storage().nbytes() == 40

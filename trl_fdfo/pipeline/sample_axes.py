@@ -26,7 +26,7 @@ def sample_axes(some: Any, twice: Any) -> Any:
         twice: The same values of a call with each of its samples twice.
 
     Returns:
-        The axis of a tensor, or None; [`ITEMS`] for a list that has doubled; for other nests the same nest of these.
+        The axis of a tensor, or None, also for offsets; [`ITEMS`] for a list that has doubled; for other nests the same nest of these.
 
     Raises:
         ValueError: Something changes with the number of samples in another way.
@@ -37,6 +37,10 @@ def sample_axes(some: Any, twice: Any) -> Any:
             return None
         if len(changed) == 1 and twice.shape[changed[0]] == 2 * some.shape[changed[0]]:
             return changed[0]
+        if some.ndim == 1 and len(twice) == 2 * len(some) - 1 and some[0] == twice[0] == 0:  # one more than samples
+            # Offsets of the samples' tokens. What they measure stays padded to the batch's longest sample, whose length a
+            # part of the batch needs too.
+            return None
     elif isinstance(some, dict) and isinstance(twice, dict) and some.keys() == twice.keys():
         return {name: sample_axes(value, twice[name]) for name, value in some.items()}
     elif isinstance(some, (list, tuple)) and isinstance(twice, (list, tuple)):
