@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import trained_weights
 from datasets import Dataset
+from diffusers import ModelMixin
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from tiny_pipelines.families import CALLS, FAMILIES, columns_of, first_call, num_prompts
@@ -31,8 +32,19 @@ STEPS = 4
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+def as_loaded(pipeline, dtype):
+    """The pipeline as `from_pretrained(..., torch_dtype=dtype)` loads it: some layers of some models stay float32."""
+    pipeline.to(dtype)
+    for part in pipeline.components.values():
+        kept = set(part._keep_in_fp32_modules or ()) if isinstance(part, ModelMixin) else ()
+        for name, weight in part.named_parameters() if kept else ():
+            if not kept.isdisjoint(name.split(".")):
+                weight.data = weight.data.float()
+    return pipeline
+
+
 def make_flow(name, call, dtype=torch.float32):
-    pipeline = FAMILIES[name].build().to(dtype)
+    pipeline = as_loaded(FAMILIES[name].build(), dtype)
     return PipelineFlow(pipeline, num_generations=2, **{"num_inference_steps": STEPS, **call})
 
 

@@ -40,11 +40,8 @@ def transformer() -> WanTransformer3DModel:
     )
 
 
-def build(seed: int = 0, **kwargs) -> WanPipeline:
-    """Videos of 5 frames of 16 x 16, latents of 2 frames of 4 x 4 with 4 channels."""
-    torch.manual_seed(seed)
-    tokenizer = t5_tokenizer()
-    vae = AutoencoderKLWan(
+def wan_vae() -> AutoencoderKLWan:
+    return AutoencoderKLWan(
         base_dim=4,
         z_dim=4,
         dim_mult=[1, 1, 1],
@@ -55,10 +52,16 @@ def build(seed: int = 0, **kwargs) -> WanPipeline:
         scale_factor_temporal=4,
         scale_factor_spatial=4,
     )
+
+
+def build(seed: int = 0, **kwargs) -> WanPipeline:
+    """Videos of 5 frames of 16 x 16, latents of 2 frames of 4 x 4 with 4 channels."""
+    torch.manual_seed(seed)
+    tokenizer = t5_tokenizer()
     pipeline = WanPipeline(
         tokenizer=tokenizer,
         text_encoder=umt5_encoder(tokenizer),
-        vae=vae,
+        vae=wan_vae(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         transformer=transformer(),
         **kwargs,
