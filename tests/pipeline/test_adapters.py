@@ -25,7 +25,7 @@ from peft import (
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
-from tiny_pipelines import qwen_image
+from tiny_pipelines import prx, qwen_image
 from tiny_runs import PROMPTS
 
 from trl_fdfo.pipeline.adapter_files import OtherComponentsError, read_adapter, save_diffusers_lora
@@ -573,6 +573,15 @@ def test_weights_of_a_text_encoder_are_told_apart(tmp_path):
     save_file(text_encoder(weights), tmp_path / DIFFUSERS)
     with pytest.raises(OtherComponentsError, match="has weights for text_encoder, and only.*`fuse_lora`"):
         read_adapter(tiny_pipelines.sd3(), str(tmp_path))
+
+
+def test_loader_of_another_model_is_none(tmp_path):
+    made = tiny_pipelines.sd3()
+    save_diffusers_lora(made, with_values(made), tmp_path)
+    pipeline = prx.build()
+    assert hasattr(pipeline, "load_lora_weights")  # for a unet
+    with pytest.raises(ValueError, match="PRXPipeline has no LoRA loader of its own: give it PEFT's files"):
+        read_adapter(pipeline, str(tmp_path))
 
 
 def test_file_of_peft_is_read_with_the_config_beside_it(published):

@@ -116,7 +116,8 @@ def read_adapter(pipeline: DiffusionPipeline, name_or_path: str) -> tuple[PeftCo
 
 
 def _read_by_diffusers(pipeline: DiffusionPipeline, path: Path) -> tuple[PeftConfig, dict[str, Tensor]]:
-    if not hasattr(pipeline, "load_lora_weights"):
+    # Some pipelines have the loader of another model.
+    if TRAINED not in getattr(pipeline, "_lora_loadable_modules", ()):
         raise ValueError(
             f"{path} has no {CONFIG_NAME}, and {type(pipeline).__name__} has no LoRA loader of its own: give it PEFT's "
             "files, an adapter_config.json beside an adapter_model.safetensors."
