@@ -123,8 +123,9 @@ class PipelineFlow:
         # `num_images_per_prompt` or `num_videos_per_prompt`.
         options = inspect.signature(type(pipeline).__call__).parameters
         self._per_prompt_option = next((name for name in options if re.fullmatch(r"num_\w+_per_prompt", name)), None)
-        # Give a call its images once for each sample, not once for each prompt: some pipelines need that.
-        self._repeats_columns = self._per_prompt_option is None
+        # How often a call gets its prompts and its images, the first way that the pipeline takes: each once, with its own
+        # option for the number of samples; all once for each sample; or only the prompts so, where one image is for all.
+        self._ways = ["once", "repeated", "prompts repeated"][self._per_prompt_option is None :]
         # `inspect.unwrap` strips the decorator `torch.no_grad()` from the call.
         self._call_with_grad = inspect.unwrap(type(pipeline).__call__)
 
@@ -173,12 +174,13 @@ class PipelineFlow:
                 images = made_by(self.pipeline(**call_kwargs))
             except torch.OutOfMemoryError:
                 raise
-            except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-                if columns and not self._repeats_columns:
-                    self._repeats_columns = True
+            except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+                ways = self._ways
+                if columns and len(ways) > 1:
+                    self._ways = ways[1:]
                     with contextlib.suppress(ValueError):
                         return self.rehearse(prompts, columns, samples_per_prompt)
-                    self._repeats_columns = False
+                    self._ways = ways
                 options = {name: value for name, value in self.call_kwargs.items() if value is not None}
                 raise ValueError(
                     f"{type(self.pipeline).__name__} cannot be called with {options}: {type(error).__name__}: {error}"
@@ -641,17 +643,18 @@ class PipelineFlow:
     ) -> dict[str, Any]:
         """Arguments of a call that makes one sample for each generator; the prompts have equally many generators."""
         branches = len(generators) // len(prompts)
-        if columns and not self._repeats_columns:
-            # Some pipelines take a list of images as one per prompt, others as all for one: with one prompt they agree.
-            if len(prompts) > 1:
-                raise ValueError(f"{len(prompts)} prompts with {', '.join(columns)}: such a call takes one prompt.")
+        way = self._ways[0] if columns else "repeated"
+        # Some pipelines take a list of images as one per prompt, others as all for one: with one prompt they agree.
+        if way != "repeated" and len(prompts) > 1:
+            raise ValueError(f"{len(prompts)} prompts with {', '.join(columns)}: such a call takes one prompt.")
+        if way == "once":
             varying = {"prompt": list(prompts), self._per_prompt_option: branches}
-            varying |= {name: values[0] for name, values in columns.items()}
         else:
             # `num_images_per_prompt` will not do: pipelines differ in how they order repeated samples, and some give
             # the images of one prompt the attention mask of another.
             varying = {"prompt": repeat_each(prompts, branches)}
-            varying |= {name: repeat_each(values, branches) for name, values in (columns or {}).items()}
+        for name, values in (columns or {}).items():
+            varying[name] = repeat_each(values, branches) if way == "repeated" else values[0]
         varying = {name: self._as_rehearsed(name, value) for name, value in varying.items()}
         arguments = {**self.call_kwargs, "generator": generators, "output_type": "pt", "return_dict": False, **varying}
         for name, value in arguments.items():
