@@ -23,7 +23,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.schedulers.scheduling_flow_match_heun_discrete import FlowMatchHeunDiscreteScheduler
-from tiny_pipelines import conditioned
+from tiny_pipelines import conditioned, sana_video
 
 from trl_fdfo import FDFOTrainer
 from trl_fdfo.fdfo.churn import constant_churn
@@ -502,6 +502,23 @@ def test_branches_see_the_same_image_and_share_their_noise():
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     packed = flow.pipeline._pack_latents(latents, 1, 4, 8, 8)
     assert torch.equal(batch.x_t[0][:1], packed)
+
+
+def test_an_image_that_is_part_of_the_latents_gets_no_churn():
+    columns = conditioned.image(1)
+    flow = PipelineFlow(
+        sana_video.image_to_video(), num_generations=2, num_inference_steps=STEPS, **sana_video.CALLS["plain"]
+    )
+    sigmas = flow.rehearse(PROMPTS[:1], columns, 2).sigmas
+    batch, plain = (
+        flow.rollout(PROMPTS[:1], constant_churn(sigmas, gamma), [0], [1, 2], range(STEPS), columns)
+        for gamma in (0.2, 0.0)
+    )
+    first = batch.x_t[0].unbind(dim=2)[0]
+    assert torch.equal(first, plain.x_t[0][:, :, 0])
+    assert not torch.isclose(batch.x_t[0], plain.x_t[0])[:, :, 1:].any()
+    # The scheduler gets the other frames alone.
+    assert batch.x_t[1].shape[2] == batch.x_t[0].shape[2] - 1
 
 
 def test_images_do_not_depend_on_what_the_process_drew_before():

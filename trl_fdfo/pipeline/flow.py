@@ -123,9 +123,10 @@ class PipelineFlow:
         # `num_images_per_prompt` or `num_videos_per_prompt`.
         options = inspect.signature(type(pipeline).__call__).parameters
         self._per_prompt_option = next((name for name in options if re.fullmatch(r"num_\w+_per_prompt", name)), None)
-        # How often a call gets its prompts and its images, the first way that the pipeline takes: each once, with its own
-        # option for the number of samples; all once for each sample; or only the prompts so, where one image is for all.
-        self._ways = ["once", "repeated", "prompts repeated"][self._per_prompt_option is None :]
+        # If a call with images gets its prompts and its images once for each sample: the first way that the pipeline takes.
+        # Prompts that are not repeated need its own option for the number of samples.
+        ways = [(False, False), (True, True), (True, False), (False, True)]
+        self._ways = [way for way in ways if way[0] or self._per_prompt_option is not None]
         # `inspect.unwrap` strips the decorator `torch.no_grad()` from the call.
         self._call_with_grad = inspect.unwrap(type(pipeline).__call__)
 
@@ -643,18 +644,17 @@ class PipelineFlow:
     ) -> dict[str, Any]:
         """Arguments of a call that makes one sample for each generator; the prompts have equally many generators."""
         branches = len(generators) // len(prompts)
-        way = self._ways[0] if columns else "repeated"
+        # Without images, `num_images_per_prompt` will not do: pipelines differ in how they order repeated samples, and some
+        # give the images of one prompt the attention mask of another.
+        prompts_repeated, columns_repeated = self._ways[0] if columns else (True, True)
         # Some pipelines take a list of images as one per prompt, others as all for one: with one prompt they agree.
-        if way != "repeated" and len(prompts) > 1:
+        if not (prompts_repeated and columns_repeated) and len(prompts) > 1:
             raise ValueError(f"{len(prompts)} prompts with {', '.join(columns)}: such a call takes one prompt.")
-        if way == "once":
-            varying = {"prompt": list(prompts), self._per_prompt_option: branches}
-        else:
-            # `num_images_per_prompt` will not do: pipelines differ in how they order repeated samples, and some give
-            # the images of one prompt the attention mask of another.
-            varying = {"prompt": repeat_each(prompts, branches)}
+        varying = {"prompt": repeat_each(prompts, branches) if prompts_repeated else list(prompts)}
+        if not prompts_repeated:
+            varying[self._per_prompt_option] = branches
         for name, values in (columns or {}).items():
-            varying[name] = repeat_each(values, branches) if way == "repeated" else values[0]
+            varying[name] = repeat_each(values, branches) if columns_repeated else values[0]
         varying = {name: self._as_rehearsed(name, value) for name, value in varying.items()}
         arguments = {**self.call_kwargs, "generator": generators, "output_type": "pt", "return_dict": False, **varying}
         for name, value in arguments.items():

@@ -75,6 +75,11 @@ def _stand_in_class(stand_in: type, given: type) -> type:
         given.set_timesteps(self, *args, **kwargs)
         if given.order > 1:  # a sampler of second order visits levels twice
             self.timesteps, self.sigmas = map(torch.unique_consecutive, (self.timesteps, self.sigmas))
+        if self.sigmas.max() > 1 + 1e-3:
+            raise ValueError(
+                f"The noise levels of the {given.__name__} reach {self.sigmas.max().item():.4g}: those of a flow, "
+                "x_t = (1 - t) x_0 + t eps, are in [0, 1], and no other model can be trained."
+            )
         # Some samplers start a millionth below 1, where their own formulas are finite.
         self.sigmas = self.sigmas.masked_fill(self.sigmas > 1 - 1e-5, 1.0)
         if key is not None and not self.is_scheduled:
