@@ -72,10 +72,9 @@ def audio_vae() -> AutoencoderKLLTX2Audio:
     return vae
 
 
-def components() -> dict:
+def components(**transformer_options) -> dict:
     tokenizer = gemma_tokenizer()
-    text_encoder = gemma_encoder(tokenizer)
-    parts = {
+    return {
         "scheduler": FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=True,
             base_shift=0.95,
@@ -86,7 +85,7 @@ def components() -> dict:
         ),
         "vae": video_vae(),
         "audio_vae": audio_vae(),
-        "text_encoder": text_encoder,
+        "text_encoder": gemma_encoder(tokenizer),
         "tokenizer": tokenizer,
         "connectors": LTX2TextConnectors(
             caption_channels=16,
@@ -119,6 +118,7 @@ def components() -> dict:
             num_layers=1,
             caption_channels=16,
             rope_type="split",
+            **transformer_options,
         ),
         "vocoder": LTX2Vocoder(
             in_channels=2 * 8,
@@ -129,7 +129,6 @@ def components() -> dict:
             resnet_dilations=[[1, 3]],
         ),
     }
-    return parts
 
 
 def build(seed: int = 0) -> LTX2Pipeline:
