@@ -1,7 +1,14 @@
 """Stable Audio 3: waveforms of a given duration, from T5Gemma prompts."""
 
 import torch
-from diffusers import AutoencoderSAME, FlowMatchEulerDiscreteScheduler, StableAudio3DiTModel, StableAudio3Pipeline
+from diffusers import (
+    AutoencoderSAME,
+    FlowMatchEulerDiscreteScheduler,
+    StableAudio3AudioToAudioPipeline,
+    StableAudio3DiTModel,
+    StableAudio3InpaintPipeline,
+    StableAudio3Pipeline,
+)
 from diffusers.pipelines.stable_audio_3 import StableAudio3DurationEmbedder
 from transformers import GemmaTokenizer, T5GemmaConfig, T5GemmaEncoderModel
 
@@ -16,6 +23,15 @@ CALLS = {
     # Latents beyond the end, which are cut off.
     "padded": {**SHARED, "guidance_scale": 1.0, "silence_padding_duration": 0.0625},
 }
+WAVEFORM = torch.linspace(-40, 40, 256).sin().view(1, 2, 128)
+CALLS_INPAINT = {"plain": {**SHARED, "audio": WAVEFORM, "mask_start_seconds": 0.03, "mask_end_seconds": 0.08}}
+CALLS_AUDIO_TO_AUDIO = {
+    # The waveform has no say.
+    "noise level 1": {**SHARED, "audio": WAVEFORM, "init_noise_level": 1.0},
+    # From the default of `logsnr_min` on, the second noise level would be above the first.
+    "noise level 0.7": {**SHARED, "audio": WAVEFORM, "init_noise_level": 0.7, "logsnr_min": -2.0},
+}
+CALLS_RISING = {"noise level 0.7": {**SHARED, "audio": WAVEFORM, "init_noise_level": 0.7}}
 
 
 def t5gemma_encoder(tokenizer: GemmaTokenizer) -> T5GemmaEncoderModel:
@@ -86,14 +102,31 @@ def _wake(module: torch.nn.Module) -> None:
             torch.nn.init.normal_(parameter, std=0.3)
 
 
-def build(seed: int = 0) -> StableAudio3Pipeline:
-    """Waveforms of 128 samples in stereo, 8 latents of 4 channels."""
+def _build(pipeline_class: type, seed: int = 0):
     torch.manual_seed(seed)
-    pipeline = StableAudio3Pipeline(**components())
+    pipeline = pipeline_class(**components())
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
+def build(seed: int = 0) -> StableAudio3Pipeline:
+    """Waveforms of 128 samples in stereo, 8 latents of 4 channels."""
+    return _build(StableAudio3Pipeline, seed)
+
+
+def inpaint() -> StableAudio3InpaintPipeline:
+    return _build(StableAudio3InpaintPipeline)
+
+
+def audio_to_audio() -> StableAudio3AudioToAudioPipeline:
+    return _build(StableAudio3AudioToAudioPipeline)
+
+
 PENDING = {
     "Stable Audio 3 (audio)": Family(build, CALLS),
+    "Stable Audio 3 inpainting (audio)": Family(inpaint, CALLS_INPAINT),
+    "Stable Audio 3 audio to audio (audio)": Family(audio_to_audio, CALLS_AUDIO_TO_AUDIO),
+}
+REFUSED = {
+    "Stable Audio 3 audio to audio (audio), rising levels": Family(audio_to_audio, CALLS_RISING),
 }
