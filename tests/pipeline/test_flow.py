@@ -310,10 +310,11 @@ def shifted(shift):
         (DPMSolverMultistepScheduler, [1, 0.9, 0.75, 0.5, 0]),
         (lambda: FlowMatchHeunDiscreteScheduler(shift=3.0), [1, 0.8577, 0.6022, 0.00893, 0]),
         (lambda: FlowMatchEulerDiscreteScheduler(shift=3.0), [1, 0.8577, 0.6022, 0.00893, 0]),
+        (lambda: FlowMatchEulerDiscreteScheduler(shift=3.0, invert_sigmas=True), [1, 0.8577, 0.6022, 0.00893, 0]),
         (lambda: shifted(7.0), [1, 0.9336, 0.7793, 0.02059, 0]),
         (lambda: SquaredLevels(shift=3.0), [1, 0.7356, 0.3626, 0.0000797, 0]),
     ],
-    ids=["UniPC", "DPM++", "Heun", "Euler", "set_shift", "subclass"],
+    ids=["UniPC", "DPM++", "Heun", "Euler", "inverted", "set_shift", "subclass"],
 )
 def test_noise_levels_are_those_of_the_scheduler_that_was_given(scheduler, levels):
     pipeline = tiny_pipelines.sd3()

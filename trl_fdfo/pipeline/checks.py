@@ -40,12 +40,11 @@ def check_pipeline(pipeline: DiffusionPipeline) -> None:
         check_scheduler(pipeline.scheduler)
     except (AttributeError, ValueError) as error:
         raise ValueError(f"{name} cannot be trained: {error}") from None
-    for option in ("stochastic_sampling", "invert_sigmas"):
-        if pipeline.scheduler.config.get(option):
-            raise ValueError(
-                f"The scheduler of {name} has `{option}=True`, which changes the sampler that a rollout replaces. "
-                f"Set `pipeline.scheduler.register_to_config({option}=False)` if the model allows it."
-            )
+    if pipeline.scheduler.config.get("stochastic_sampling"):
+        raise ValueError(
+            f"The scheduler of {name} has `stochastic_sampling=True`, which changes the sampler that a rollout replaces. "
+            "Set `pipeline.scheduler.register_to_config(stochastic_sampling=False)` if the model allows it."
+        )
     if getattr(pipeline, TRAINED, None) is None:
         raise ValueError(f"{name} has no `{TRAINED}`, whose velocity would be trained.")
     if not hasattr(pipeline, "prepare_latents") and DRAW not in inspect.unwrap(type(pipeline).__call__).__globals__:

@@ -2,7 +2,7 @@
 Stand-ins for a pipeline's scheduler in a rehearsal, a rollout, a replay and a decoding.
 
 A stand-in is a copy of the scheduler that was given: noise levels, timesteps, shift and config are its own, whatever its
-class. Only `step` is another. Noise levels sigma are in [0, 1], 1 = pure noise, and `step` gets the velocity v = eps - x_0.
+class. Only `step` is another. Noise levels are in [0, 1], 1 = pure noise, and `take_step` gets the velocity v = eps - x_0.
 
 Latents are float32 from `prepare_latents` to the VAE, whatever the pipeline computes in: a stand-in keeps them, and hands
 the pipeline a copy in the pipeline's own dtype. The small difference between two branches would not survive if they were
@@ -139,7 +139,13 @@ class StandIn:
     @property
     def noise_levels(self) -> Tensor:
         """Noise levels t_0 > ... > t_T of the steps that the pipeline takes, shape [T + 1]."""
-        return self.sigmas[self.first_step :]
+        levels = self.sigmas[self.first_step :]
+        return 1 - levels if self._time_is_inverted else levels
+
+    @property
+    def _time_is_inverted(self) -> bool:
+        """If so, time runs from noise, 0, to the image, 1, and the model gives x_0 - eps."""
+        return bool(self.config.get("invert_sigmas", False))
 
     def draw(self, noise: Tensor) -> Tensor:
         """The initial noise that the pipeline gets, in float32, in the place of what it drew with each sample's seed."""
@@ -182,7 +188,8 @@ class StandIn:
                 self._step_index = self.known_first_step
             self.first_step = self.step_index
         stream = self.streams[self._next_stream]
-        x_s = self.take_step(model_output, sample, self.steps_done, stream)
+        velocity = -model_output if self._time_is_inverted else model_output
+        x_s = self.take_step(velocity, sample, self.steps_done, stream)
         is_last_step = self.step_index + 1 == len(self.timesteps)
         if is_last_step:
             stream.dtype = torch.float32
