@@ -46,6 +46,12 @@ def test_cost_of_a_linear_layer():
     assert layer.weight.grad is None and type(layer.weight.data) is torch.Tensor
 
 
+def test_weight_normalisation_is_counted():
+    # Its layers hold a tensor that is computed from their weights. Autoencoders of sound have such layers.
+    layer = nn.utils.weight_norm(nn.Linear(8, 4))
+    assert sampling_cost(layer, [((torch.ones(3, 8),), {})], Precision("cpu")).flops == 2 * 3 * 8 * 4
+
+
 def test_traffic_is_what_operations_without_flops_read_and_write():
     class Odd(nn.Module):
         def forward(self, x):

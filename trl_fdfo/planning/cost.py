@@ -260,6 +260,9 @@ def _counting(module: nn.Module, calls: Sequence[tuple[tuple, dict]], precision:
     weights = [*module.parameters(), *module.buffers()]
     known = {id(tensor): fake(tensor) for tensor in weights}
     known |= {id(hooks): OrderedDict() for part in module.modules() for hooks in _hooks(part)}
+    # What weight normalisation made of the weights is no weight, and PyTorch would not copy it.
+    computed = [value for part in module.modules() for value in vars(part).values() if isinstance(value, Tensor)]
+    known |= {id(tensor): fake(tensor) for tensor in computed if tensor.grad_fn is not None}
     twin = copy.deepcopy(module, known)
     calls = tree_map_only(Tensor, lambda tensor: tensor if _has_data(tensor) else fake(tensor), list(calls))
     gradients = [parameter.grad for parameter in twin.parameters() if parameter.grad is not None]
