@@ -46,6 +46,7 @@ def glm_encoder(tokenizer: PreTrainedTokenizerFast) -> GlmModel:
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=8,
+        initializer_range=0.5,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )

@@ -1,7 +1,13 @@
 """Flux2KleinPipeline: true guidance against an empty prompt; every conditioning image of a call is for all prompts."""
 
 import torch
-from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
+from diffusers import (
+    AutoencoderKLFlux2,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinKVPipeline,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+)
 from PIL import Image
 from transformers import Qwen3ForCausalLM
 
@@ -64,6 +70,17 @@ def build(seed: int = 0) -> Flux2KleinPipeline:
     return pipeline
 
 
+def build_kv() -> Flux2KleinKVPipeline:
+    """Distilled, without guidance; the first step computes the keys and values of the conditioning image for all steps."""
+    pipeline = Flux2KleinKVPipeline(**build().components)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 FAMILIES = {
     "FLUX.2 Klein": Family(build, CALLS),
+    "FLUX.2 Klein KV": Family(build_kv, {"plain": SIZE}),
+}
+PENDING = {
+    "FLUX.2 Klein KV with an image": Family(build_kv, {"plain": SIZE}, images),
 }
