@@ -73,7 +73,9 @@ def _up_to(tokenizer: PreTrainedTokenizerBase, length: int) -> PreTrainedTokeniz
 T5_XXL = T5Config(**MEDIUM.t5, feed_forward_proj="gated-gelu", dropout_rate=0.0)
 
 
-def flux(guidance_embeds: bool, scheduler: FlowMatchEulerDiscreteScheduler) -> tuple[str, dict[str, tuple[str, str, Any]]]:
+def flux(
+    guidance_embeds: bool, scheduler: FlowMatchEulerDiscreteScheduler
+) -> tuple[str, dict[str, tuple[str, str, Any]]]:
     """FLUX.1: dev gets its guidance as an embedding, schnell has none."""
     return (
         "FluxPipeline",

@@ -23,7 +23,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.schedulers.scheduling_flow_match_heun_discrete import FlowMatchHeunDiscreteScheduler
-from tiny_pipelines import conditioned, sana_video
+from tiny_pipelines import conditioned, flux2_klein, sana_video
 
 from trl_fdfo import FDFOTrainer
 from trl_fdfo.fdfo.churn import constant_churn
@@ -520,6 +520,35 @@ def test_an_image_that_is_part_of_the_latents_gets_no_churn():
     assert not torch.isclose(batch.x_t[0], plain.x_t[0])[:, :, 1:].any()
     # The scheduler gets the other frames alone.
     assert batch.x_t[1].shape[2] == batch.x_t[0].shape[2] - 1
+
+
+def test_gradients_go_through_what_the_first_step_keeps_for_later_ones():
+    flow = PipelineFlow(flux2_klein.build_kv(), num_generations=2, num_inference_steps=STEPS, **flux2_klein.SIZE)
+    columns = {"image": flux2_klein.images(1)}
+    batch = flow.rollout(["a cat"], torch.full((STEPS + 1,), 0.1), [0], [1, 2], range(STEPS), columns)
+    weight = flow.pipeline.transformer.transformer_blocks[0].attn.to_v.weight  # of the image's values, too
+    total = flow.velocity(batch, 2).sum()
+    slope = torch.autograd.grad(total, weight)[0].sum().item()
+    with torch.no_grad():
+        weight += 1e-3
+        more = flow.velocity(batch, 2).sum()
+        weight -= 2e-3
+        less = flow.velocity(batch, 2).sum()
+    assert slope == pytest.approx((more - less).item() / 2e-3, rel=1e-2)
+
+
+def test_checkpointing_of_a_model_that_keeps_keys_and_values_is_refused(make_config):
+    # Its blocks, computed again, would all read those of the last one: wrong gradients after a right velocity.
+    config = make_config(
+        gradient_checkpointing=True,
+        per_device_prompt_batch_size=1,
+        pipeline_columns=["image"],
+        guidance_scale=None,
+        pipeline_kwargs={name: value for name, value in flux2_klein.SIZE.items() if name not in ("height", "width")},
+    )
+    dataset = Dataset.from_dict({"prompt": ["a cat"], "image": flux2_klein.images(1)})
+    with pytest.raises(ValueError, match="this Flux2KleinKVPipeline keeps results of its first call for later ones"):
+        FDFOTrainer(config, flux2_klein.build_kv(), lambda images, prompts, image: images.mean(dim=(1, 2, 3)), dataset)
 
 
 def test_images_do_not_depend_on_what_the_process_drew_before():

@@ -9,6 +9,7 @@ it reaches `scheduler.step`, after guidance, sign flips, packing and slicing. So
 - Replay of one step, with gradients: the undecorated `__call__` runs on the same batch. `encode_prompt` and
   `prepare_latents` return what they returned then, with the recorded x_t as the latents. In earlier steps neither the
   transformer nor the scheduler does anything; at the step itself the scheduler stops the pipeline with the velocity.
+  A call of the transformer that makes a cache for later ones, such as the keys and values of an image, is repeated.
 
 Dimensions: P prompts, G branches (images per prompt), N = P x G samples in prompt-major order, T steps.
 """
@@ -39,6 +40,7 @@ from .patch import (
     Encoding,
     ModelProxy,
     call,
+    carries_state,
     drawn_noise,
     latents_of,
     patched,
@@ -116,6 +118,7 @@ class PipelineFlow:
         self.prompt_embeddings: Mapping[str, list] = {}
         self.encoders: EncoderOffload | None = None
         self._axes: BatchAxes | None = None
+        self._has_state = False  # known with the axes
         self._image_modes: dict[str, str] = {}  # by column
         # A copy: the noise levels of a run do not change if the pipeline's shift is set later.
         self._scheduler = copy.copy(pipeline.scheduler)
@@ -288,6 +291,7 @@ class PipelineFlow:
             # The prompts differ in length: some pipelines have a mask only then.
             prompts = ["a cat"] if columns else ["a cat", "a red cat and a blue dog"]
             some, twice = (self.rehearse(prompts, columns, samples) for samples in (1, 2))
+            self._has_state = carries_state(some.outputs)
             names = [field.name for field in fields(BatchAxes)]
             try:
                 self._axes = BatchAxes(*(sample_axes(getattr(some, name), getattr(twice, name)) for name in names))
@@ -452,7 +456,7 @@ class PipelineFlow:
         scheduler = ReplayScheduler.of(self._scheduler)
         # Already on the device, it is not copied.
         scheduler.replay(level, batch.x_t[level].to(batch.device, non_blocking=True))
-        with self._replayed(batch, scheduler, lambda: scheduler.is_there):
+        with self._replayed(batch, scheduler, lambda output: scheduler.is_there or carries_state(output)):
             try:
                 self._call_with_grad(self.pipeline, **batch.call_kwargs)
             except StopPipeline as stop:
@@ -474,7 +478,7 @@ class PipelineFlow:
         """
         scheduler = DecodeScheduler.of(self._scheduler)
         scheduler.decode(endpoints)
-        with self._replayed(batch, scheduler, lambda: False):
+        with self._replayed(batch, scheduler, lambda output: False):
             return made_by(self._call_with_grad(self.pipeline, **batch.call_kwargs))
 
     @torch.no_grad()
@@ -512,8 +516,8 @@ class PipelineFlow:
             return made_by(self.pipeline(**{**self._arguments(prompts, _generators(seeds), columns), **call_kwargs}))
 
     @contextlib.contextmanager
-    def _replayed(self, batch: RolloutBatch, scheduler: StandIn, is_computed: Callable[[], bool]) -> Iterator[None]:
-        """Prepare the pipeline to be called on `batch` again; few of the transformer's calls compute."""
+    def _replayed(self, batch: RolloutBatch, scheduler: StandIn, is_computed: Callable[[Any], bool]) -> Iterator[None]:
+        """Prepare the pipeline to be called on `batch` again; few of the transformer's calls compute, by their output."""
         device = batch.device
         scheduler.known_first_step = batch.first_step
         remembered = send_to_device(batch.remembered, device, non_blocking=True)
@@ -533,7 +537,7 @@ class PipelineFlow:
 
         def model(*args, **kwargs):
             output = next(outputs)
-            if is_computed():
+            if is_computed(output):
                 return self._call_model(*args, **kwargs)
             # The scheduler ignores these steps: only the shape matters.
             return recursively_apply(lambda shape: _zeros(shape, device), output)
@@ -612,7 +616,12 @@ class PipelineFlow:
     def _sharing_prefix(
         self, scheduler: RolloutScheduler, prompts: int, noise_amounts: Tensor, axes: BatchAxes
     ) -> Callable:
-        """The model; until the first noise is added to any branch, it is called with one branch of each prompt."""
+        """
+        The model; until the first noise is added to any branch, it is called with one branch of each prompt. A model whose
+        first call makes a cache for the others is called with all of them, as its cache must be.
+        """
+        if self._has_state:
+            return self._call_model
         branches = self.num_generations
         total = prompts * branches
         noisy = (torch.atleast_2d(noise_amounts) > 0).any(dim=0).nonzero()

@@ -61,10 +61,20 @@ class ModelProxy:
         self._module = module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return recursively_apply(Tensor.float, self._model(*args, **kwargs), test_type=torch.is_floating_point)
+        is_float = lambda value: isinstance(value, Tensor) and value.is_floating_point()
+        return recursively_apply(Tensor.float, self._model(*args, **kwargs), test_type=is_float)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
+
+
+def carries_state(output: Any) -> bool:
+    """Tell if the output of a transformer has an object in it, such as a cache of keys and values for later calls."""
+    if isinstance(output, (list, tuple)):
+        return any(map(carries_state, output))
+    if isinstance(output, dict):
+        return any(map(carries_state, output.values()))
+    return not (output is None or isinstance(output, (Tensor, bool, int, float, str)))
 
 
 @contextlib.contextmanager

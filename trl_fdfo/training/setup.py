@@ -31,6 +31,7 @@ from ..pipeline.flow import PipelineFlow
 from ..pipeline.loading import load_pipeline
 from ..pipeline.lora import add_adapter, continue_adapter, default_lora_config
 from ..pipeline.options import is_quantized, quantization_config, set_attention_backend, set_vae_options
+from ..pipeline.patch import carries_state
 from ..pipeline.prompt_embeddings import PromptEmbeddings, text_encoders
 from ..pipeline.records import Rehearsal
 from ..pipeline.replay_check import MAX_TOLERANCE, default_tolerance
@@ -350,6 +351,13 @@ def rehearse(
     prompts = prompt * config.per_device_prompt_batch_size
     rehearsal = _rehearse_row(flow, prompts, columns, config.num_generations)
     _check_negative_prompt(flow, config, prompts, columns, rehearsal)
+    if config.gradient_checkpointing and carries_state(rehearsal.outputs):
+        raise ValueError(
+            f"gradient_checkpointing=True computes the blocks of the transformer once more, and that of this "
+            f"{type(flow.pipeline).__name__} keeps results of its first call for later ones, such as the keys and values of "
+            "an image: a block would read those of another one, and the gradients would be wrong. Set "
+            "gradient_checkpointing=False."
+        )
     steps = len(rehearsal.sigmas) - 1
     while rehearsal.skipped_steps and steps < config.num_inference_steps:
         scheduled = flow.call_kwargs["num_inference_steps"]

@@ -58,13 +58,12 @@ def t5_encoder(tokenizer: T5Tokenizer) -> T5EncoderModel:
     return T5EncoderModel(config)
 
 
-def vae(latent_channels: int = 4, downsamplings: int = 1) -> AutoencoderKL:
-    """8 latents per 16 pixels: a factor of 2 for each downsampling."""
-    levels = downsamplings + 1
+def vae(latent_channels: int = 4) -> AutoencoderKL:
+    """8 latents per 16 pixels: a factor of 2."""
     return AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * levels,
-        up_block_types=["UpDecoderBlock2D"] * levels,
-        block_out_channels=(8,) * levels,
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        block_out_channels=(8, 8),
         layers_per_block=1,
         latent_channels=latent_channels,
         norm_num_groups=4,

@@ -80,7 +80,5 @@ def build_kv() -> Flux2KleinKVPipeline:
 FAMILIES = {
     "FLUX.2 Klein": Family(build, CALLS),
     "FLUX.2 Klein KV": Family(build_kv, {"plain": SIZE}),
-}
-PENDING = {
     "FLUX.2 Klein KV with an image": Family(build_kv, {"plain": SIZE}, images),
 }
