@@ -5,6 +5,7 @@ result is scaled to the norm of the conditional prediction. The second pipeline 
 
 import torch
 from diffusers import (
+    AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
     LongCatImageEditPipeline,
     LongCatImagePipeline,
@@ -42,7 +43,23 @@ def images(count: int) -> list[Image.Image]:
     return [Image.new("RGB", (16, 16), color) for color in ["red", "green", "blue", "white", "black"][:count]]
 
 
-def components(vae_downsamplings: int = 1) -> dict:
+def megapixel_vae() -> AutoencoderKL:
+    """A factor of 32, and as little work as there can be in images of a megapixel."""
+    return AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 6,
+        up_block_types=["UpDecoderBlock2D"] * 6,
+        block_out_channels=(2,) * 6,
+        layers_per_block=0,
+        latent_channels=16,
+        norm_num_groups=1,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.1,
+        scaling_factor=1.5,
+    )
+
+
+def components() -> dict:
     tokenizer = qwen_tokenizer(TEXT)
     # As many pixels as there are in 2 x 2 tokens.
     image_processor = Qwen2VLImageProcessor(size={"shortest_edge": 56 * 56, "longest_edge": 56 * 56})
@@ -60,7 +77,7 @@ def components(vae_downsamplings: int = 1) -> dict:
     return {
         "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         # The pipelines insist on latents of 16 channels.
-        "vae": vae(16, vae_downsamplings),
+        "vae": vae(16),
         "text_encoder": qwen_text_encoder(tokenizer),
         "tokenizer": tokenizer,
         "text_processor": Processor(image_processor, tokenizer),
@@ -81,7 +98,7 @@ def build(seed: int = 0) -> LongCatImagePipeline:
 def build_edit(seed: int = 0) -> LongCatImageEditPipeline:
     """1024 x 1024 images, latents packed into 16 x 16 tokens of 64 channels, and as many tokens of the given image."""
     torch.manual_seed(seed)
-    pipeline = LongCatImageEditPipeline(**components(vae_downsamplings=5))
+    pipeline = LongCatImageEditPipeline(**{**components(), "vae": megapixel_vae()})
     pipeline.tokenizer_max_length = 40
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
