@@ -48,7 +48,7 @@ def megapixel_vae() -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 6,
         up_block_types=["UpDecoderBlock2D"] * 6,
-        block_out_channels=(2,) * 6,
+        block_out_channels=(4,) * 6,  # fewer make much of the rounding of latents
         layers_per_block=0,
         latent_channels=16,
         norm_num_groups=1,
