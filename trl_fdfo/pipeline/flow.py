@@ -130,6 +130,8 @@ class PipelineFlow:
         # Prompts that are not repeated need its own option for the number of samples.
         ways = [(False, False), (True, True), (True, False), (False, True)]
         self._ways = [way for way in ways if way[0] or self._per_prompt_option is not None]
+        # Where the prompt has other names, it is in the columns.
+        self._takes_prompt = "prompt" in options
         # `inspect.unwrap` strips the decorator `torch.no_grad()` from the call.
         self._call_with_grad = inspect.unwrap(type(pipeline).__call__)
 
@@ -664,12 +666,15 @@ class PipelineFlow:
             varying[self._per_prompt_option] = branches
         for name, values in (columns or {}).items():
             varying[name] = repeat_each(values, branches) if columns_repeated else values[0]
+        count = len(varying["prompt"])
+        if not self._takes_prompt:
+            del varying["prompt"]
         varying = {name: self._as_rehearsed(name, value) for name, value in varying.items()}
         arguments = {**self.call_kwargs, "generator": generators, "output_type": "pt", "return_dict": False, **varying}
         for name, value in arguments.items():
             if is_per_sample(name) and isinstance(value, str):
                 # One for all: not every pipeline repeats it itself.
-                arguments[name] = [value] * len(varying["prompt"])
+                arguments[name] = [value] * count
             elif isinstance(value, list):
                 # Some pipelines write into the lists that they are given.
                 arguments[name] = list(value)
