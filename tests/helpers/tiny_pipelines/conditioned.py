@@ -169,7 +169,7 @@ def _flux_controlnet(pipeline_class: type):
     torch.manual_seed(1)
     config = {**flux().transformer.config, "num_layers": 1, "num_single_layers": 1}
     net = FluxControlNetModel.from_config(config)
-    _wake(net)
+    wake(net)
     return _flux(pipeline_class, controlnet=net)
 
 
@@ -207,7 +207,7 @@ def sd3_img2img():
 def sd3_controlnet():
     torch.manual_seed(1)
     net = SD3ControlNetModel.from_config({**sd3().transformer.config, "num_layers": 1})
-    _wake(net)
+    wake(net)
     return _sd3(StableDiffusion3ControlNetPipeline, controlnet=net)
 
 
@@ -216,7 +216,7 @@ def sd3_controlnet_inpaint():
     torch.manual_seed(1)
     config = {**sd3().transformer.config, "num_layers": 1, "extra_conditioning_channels": 1}
     net = SD3ControlNetModel.from_config(config)
-    _wake(net)
+    wake(net)
     return _sd3(StableDiffusion3ControlNetInpaintingPipeline, controlnet=net)
 
 
@@ -247,7 +247,7 @@ def cogview4_control():
     return _quiet(CogView4ControlPipeline(**parts))
 
 
-def _wake(controlnet: torch.nn.Module) -> None:
+def wake(controlnet: torch.nn.Module) -> None:
     """A new ControlNet has no effect: its last layers are zero."""
     for parameter in controlnet.parameters():
         if not parameter.any():
