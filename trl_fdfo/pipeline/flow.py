@@ -21,6 +21,7 @@ import inspect
 import itertools
 import math
 import re
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
@@ -122,6 +123,7 @@ class PipelineFlow:
         self._image_modes: dict[str, str] = {}  # by column
         # A copy: the noise levels of a run do not change if the pipeline's shift is set later.
         self._scheduler = copy.copy(pipeline.scheduler)
+        self._scheduler.insists_on_float32 = False
         self._attention = [part for part in self.model.modules() if hasattr(part, "set_processor")]
         # `num_images_per_prompt` or `num_videos_per_prompt`.
         options = inspect.signature(type(pipeline).__call__).parameters
@@ -181,6 +183,9 @@ class PipelineFlow:
             except torch.OutOfMemoryError:
                 raise
             except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+                if _asserts_float32(error) and not self._scheduler.insists_on_float32:
+                    self._scheduler.insists_on_float32 = True
+                    return self.rehearse(prompts, columns, samples_per_prompt)
                 ways = self._ways
                 if columns and len(ways) > 1:
                     self._ways = ways[1:]
@@ -679,6 +684,12 @@ class PipelineFlow:
                 # Some pipelines write into the lists that they are given.
                 arguments[name] = list(value)
         return arguments
+
+
+def _asserts_float32(error: Exception) -> bool:
+    """Diffusers' schedulers return latents in the dtype of the velocity, which some pipelines assert to be float32."""
+    line = traceback.extract_tb(error.__traceback__)[-1].line or ""
+    return isinstance(error, AssertionError) and "float32" in line
 
 
 def _generators(seeds: Sequence[int]) -> list[torch.Generator]:

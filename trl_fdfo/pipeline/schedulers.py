@@ -113,12 +113,14 @@ class StandIn:
         is_scheduled (`bool`): `set_timesteps` has been called.
         streams (`list[Stream]`): What is denoised, in the order in which the pipeline prepares it. A step of the sampler
             takes one call of `step` for each.
+        insists_on_float32 (`bool`): The pipeline takes no other latents, whatever dtype those of `prepare_latents` have.
     """
 
     first_step = 0
     steps_done = 0
     known_first_step: int | None = None
     is_scheduled = False
+    insists_on_float32 = False
     on_last_step: Callable[[], Any] = staticmethod(lambda: None)
 
     @classmethod
@@ -159,7 +161,7 @@ class StandIn:
             # The pipeline drew its noise in a way of its own.
             latents = self.draw(latents)
         dtype, self._noise_dtype = self._noise_dtype, None
-        self.streams.append(Stream(dtype))
+        self.streams.append(Stream(torch.float32 if self.insists_on_float32 else dtype))
         return self.streams[-1].hand_out(self.start(latents.float()))
 
     def initial_noise(self, noise: Tensor) -> Tensor:

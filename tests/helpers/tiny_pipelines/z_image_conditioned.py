@@ -105,6 +105,8 @@ def omni_with_image() -> ZImageOmniPipeline:
 
 
 FAMILIES = {
+    "Z-Image image to image": Family(img2img, CALLS, image),
+    "Z-Image inpainting": Family(inpaint, CALLS, image_and_mask),
     "Z-Image ControlNet": Family(controlnet, {"plain": PLAIN, "guided": GUIDED}, control_image),
     "Z-Image ControlNet inpainting": Family(
         controlnet_inpaint, {"plain": PLAIN, "guided": GUIDED}, control_image_and_mask
