@@ -143,10 +143,10 @@ def patched(
 def _wrapped_coder(part: nn.Module, encode_image: Callable | None) -> dict[str, Callable]:
     """The methods of a VAE or a vocoder for the time of a call."""
     if not hasattr(part, "decode"):
-        return {"forward": functools.partial(_decode_in_own_dtype, part, part.forward)}
-    methods = {"decode": functools.partial(_decode_in_own_dtype, part, part.decode)}
+        return {"forward": functools.partial(_in_own_dtype, part, part.forward)}
+    methods = {"decode": functools.partial(_in_own_dtype, part, part.decode)}
     if encode_image is not None and hasattr(part, "encode"):
-        methods["encode"] = functools.partial(encode_image, part.encode)
+        methods["encode"] = functools.partial(encode_image, functools.partial(_in_own_dtype, part, part.encode))
     return methods
 
 
@@ -193,9 +193,10 @@ def _of_class(owner: object, other: type) -> Iterator[None]:
         object.__setattr__(owner, "__class__", own)
 
 
-def _decode_in_own_dtype(vae: nn.Module, decode: Callable, latents: Tensor, *args: Any, **kwargs: Any) -> Any:
-    with torch.autocast(latents.device.type, enabled=False):
-        return decode(latents.to(vae.dtype), *args, **kwargs)
+def _in_own_dtype(vae: nn.Module, method: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """A pipeline may give the VAE what another dtype than the VAE's needs: its `dtype` changes on the way."""
+    with torch.autocast(x.device.type, enabled=False):
+        return method(x.to(vae.dtype), *args, **kwargs)
 
 
 def upcast_weights(module: nn.Module) -> dict[int, Tensor]:

@@ -112,4 +112,5 @@ FAMILIES = {
         controlnet_inpaint, {"plain": PLAIN, "guided": GUIDED}, control_image_and_mask
     ),
     "Z-Image Omni": Family(omni, {"plain": PLAIN, "guided": GUIDED}),
+    "Z-Image Omni with an image": Family(omni_with_image, {"plain": PLAIN, "guided": GUIDED}, larger_image),
 }
