@@ -36,14 +36,14 @@ class Media(NamedTuple):
 def made_by(output: Iterable[Any]) -> Tensor | Media:
     """
     What a pipeline made, from the tuple that its call returned: float32, the first tensor of 4 or 5 axes as images or
-    videos, and the first of 2 or 3 as audio; both as [`Media`]. A list of tensors or arrays of one shape is a tensor, and
+    videos, transparent ones on white, and the first of 2 or 3 as audio; both as [`Media`]. A list of tensors or arrays of one shape is a tensor, and
     audio [N, L] has one channel.
 
     Raises:
         ValueError: There is neither.
     """
     tensors = [tensor for tensor in map(_as_tensor, output) if tensor is not None]
-    images = next((tensor.float() for tensor in tensors if tensor.ndim in (4, 5)), None)
+    images = next((_on_white(tensor.float()) for tensor in tensors if tensor.ndim in (4, 5)), None)
     audio = next((tensor.float() for tensor in tensors if tensor.ndim in (2, 3)), None)
     if audio is not None and audio.ndim == 2:
         audio = audio[:, None]
@@ -56,6 +56,14 @@ def made_by(output: Iterable[Any]) -> Tensor | Media:
     if images is not None and audio is not None:
         return Media(images, audio)
     return audio if images is None else images
+
+
+def _on_white(images: Tensor) -> Tensor:
+    """Images or videos of 4 channels, the last of which is opacity, with 3 channels; others as they are."""
+    if images.shape[-3] != 4:
+        return images
+    colors, opacity = images.split([3, 1], dim=-3)
+    return opacity * colors + (1 - opacity)
 
 
 def _as_tensor(value: Any) -> Tensor | None:

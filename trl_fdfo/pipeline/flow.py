@@ -125,8 +125,8 @@ class PipelineFlow:
         self._scheduler = copy.copy(pipeline.scheduler)
         self._scheduler.insists_on_float32 = False
         self._attention = [part for part in self.model.modules() if hasattr(part, "set_processor")]
-        # `num_images_per_prompt` or `num_videos_per_prompt`.
         options = inspect.signature(type(pipeline).__call__).parameters
+        # `num_images_per_prompt` or `num_videos_per_prompt`.
         self._per_prompt_option = next((name for name in options if re.fullmatch(r"num_\w+_per_prompt", name)), None)
         # If a call with images gets its prompts and its images once for each sample: the first way that the pipeline takes.
         # Prompts that are not repeated need its own option for the number of samples.
