@@ -142,6 +142,7 @@ def test_another_step_or_other_latents_are_far_from_exact(name):
 # where the block projects it, the projection too.
 WITHOUT_SAY = {
     "Stable Diffusion 3": ["transformer_blocks.1.attn.add_q_proj"],
+    "Qwen-Image 2.1": [],  # one stream of text and image
     "Qwen-Image": ["transformer_blocks.1.attn.add_q_proj", "transformer_blocks.1.attn.to_add_out"],
     "JoyImage": ["double_blocks.1.attn.txt_attn_proj"],
 }
@@ -246,7 +247,8 @@ def test_two_processes_train_every_family(tmp_path):
         assert (result["wrapper"], result["processes"], result["steps"]) == ("DistributedDataParallel", 2, 2), name
         assert result["replay_error"] == 0.0 and result["spread"] == 0.0 and result["moved"] > 0.0, name
         # The search costs time: it is on only where a weight gets no gradient.
-        assert result["finds_unused"] == name.startswith(("Qwen", "JoyImage")), name
+        lacks = name.startswith(("Qwen", "JoyImage")) and not name.startswith("Qwen-Image 2.1")
+        assert result["finds_unused"] == lacks, name
 
 
 def test_no_line_of_the_package_names_a_family():

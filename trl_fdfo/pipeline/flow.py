@@ -126,6 +126,9 @@ class PipelineFlow:
         self._scheduler.insists_on_float32 = False
         self._attention = [part for part in self.model.modules() if hasattr(part, "set_processor")]
         options = inspect.signature(type(pipeline).__call__).parameters
+        if "use_kv_cache" in options:
+            # The replay of a step has no keys and values of the steps before it.
+            self.call_kwargs = {"use_kv_cache": False, **call_kwargs}
         # `num_images_per_prompt` or `num_videos_per_prompt`.
         self._per_prompt_option = next((name for name in options if re.fullmatch(r"num_\w+_per_prompt", name)), None)
         # If a call with images gets its prompts and its images once for each sample: the first way that the pipeline takes.
