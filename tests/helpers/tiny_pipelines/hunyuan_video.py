@@ -154,9 +154,7 @@ def build_image(seed: int = 0, **transformer) -> HunyuanVideoImageToVideoPipelin
     transformer = {"in_channels": 9, "image_condition_type": "latent_concat", "guidance_embeds": False, **transformer}
     parts = components(pipeline_hunyuan_video_image2video.DEFAULT_PROMPT_TEMPLATE["template"], **transformer)
     parts["text_encoder"] = llava(parts["tokenizer"])
-    parts["image_processor"] = CLIPImageProcessor(
-        size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}
-    )
+    parts["image_processor"] = CLIPImageProcessor(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24})
     pipeline = HunyuanVideoImageToVideoPipeline(**parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

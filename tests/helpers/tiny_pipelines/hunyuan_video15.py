@@ -136,7 +136,5 @@ FAMILIES = {
     "HunyuanVideo 1.5": Family(build, CALLS),
     "HunyuanVideo 1.5, guidance-distilled": Family(build_distilled, CALLS_DISTILLED),
     "HunyuanVideo 1.5 image to video": Family(build_image, CALLS_IMAGE, image),
-    "HunyuanVideo 1.5 image to video, step-distilled": Family(
-        build_image_distilled, CALLS_IMAGE_DISTILLED, image
-    ),
+    "HunyuanVideo 1.5 image to video, step-distilled": Family(build_image_distilled, CALLS_IMAGE_DISTILLED, image),
 }
