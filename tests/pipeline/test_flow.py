@@ -23,7 +23,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.schedulers.scheduling_flow_match_heun_discrete import FlowMatchHeunDiscreteScheduler
-from tiny_pipelines import conditioned, flux2_klein, sana_video
+from tiny_pipelines import conditioned, flux2_klein, kandinsky5_video, sana_video
 
 from trl_fdfo import FDFOTrainer
 from trl_fdfo.fdfo.churn import constant_churn
@@ -520,6 +520,13 @@ def test_an_image_that_is_part_of_the_latents_gets_no_churn():
     assert not torch.isclose(batch.x_t[0], plain.x_t[0])[:, :, 1:].any()
     # The scheduler gets the other frames alone.
     assert batch.x_t[1].shape[2] == batch.x_t[0].shape[2] - 1
+
+
+def test_a_pipeline_may_write_into_its_latents():
+    flow = make_flow(pipeline=kandinsky5_video.build(), **kandinsky5_video.CALLS["plain"])
+    batch = flow.rollout(["a cat"], torch.full((STEPS + 1,), 0.2), [0], [1, 2], range(STEPS))
+    for level in (*range(STEPS), 0):
+        assert torch.equal(flow.velocity(batch, level), batch.velocities[level])
 
 
 def test_gradients_go_through_what_the_first_step_keeps_for_later_ones():

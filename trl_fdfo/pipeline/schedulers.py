@@ -224,7 +224,8 @@ class Stream:
         # A replay hands out copies, which are contiguous: kernels may round by the order in memory.
         self.exact = x.contiguous()
         self.handed_out = self.exact.to(self.dtype)
-        return self.handed_out
+        # A copy: some pipelines write the next latents into it.
+        return self.handed_out.clone()
 
     def unrounded(self, sample: Tensor) -> Tensor:
         """The latents in float32 that the pipeline has in its own dtype, where it has not changed them."""
