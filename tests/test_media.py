@@ -1,7 +1,6 @@
 from types import SimpleNamespace
 
 import pytest
-import tiny_pipelines
 import torch
 from accelerate.utils import concatenate, recursively_apply
 from diffusers import AutoencoderOobleck
@@ -13,7 +12,6 @@ from trl_fdfo.media import (
     by_kind,
     frame_rate,
     made_by,
-    makes_video,
     middle_frame,
     over_frames,
     sampling_rate,
@@ -25,10 +23,6 @@ from trl_fdfo.media import (
 
 
 VIDEO, AUDIO = torch.rand(2, 4, 3, 8, 6), torch.rand(2, 1, 50)
-
-
-def test_which_pipelines_make_videos():
-    assert makes_video(wan.build()) and not makes_video(tiny_pipelines.sd3())
 
 
 def test_pil_images_and_lists_of_frames():

@@ -103,7 +103,7 @@ class Outputs(NamedTuple):
         sampling_rate (`int`, *optional*): Values of audio per second and channel, in hertz. None if no part says so.
     """
 
-    kinds: tuple[str, ...]
+    kinds: tuple[str, ...] = ("images",)
     frame_rate: float | None = None
     sampling_rate: int | None = None
 
@@ -141,11 +141,6 @@ def sampling_rate(pipeline: DiffusionPipeline) -> int | None:
             if isinstance(rate, (int, float)):
                 return int(rate)
     return None
-
-
-def makes_video(pipeline: DiffusionPipeline) -> bool:
-    """True if the pipeline makes videos: its call takes a number of frames."""
-    return "num_frames" in inspect.signature(pipeline.__call__).parameters
 
 
 def to_pil(images: Tensor) -> list:

@@ -11,12 +11,13 @@ import torch
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from PIL import Image
-from tiny_pipelines import wan
 from tiny_runs import PROMPTS, redness
 from transformers import SchedulerType
 
 from trl_fdfo.comparison import Comparison
+from trl_fdfo.media import Media, Outputs
 from trl_fdfo.pipeline.loading import load_pipeline
+from trl_fdfo.reporting.clips import read_wav
 from trl_fdfo.saving.model_card import (
     PACKAGED_TEMPLATE,
     CardRecord,
@@ -42,6 +43,9 @@ TRAINING = TrainingRecord(
     images=16000,
     log_history=[*LOGS, {"train_runtime": 60.0}, {"train_runtime": 5400.0}],
 )
+VIDEOS = Outputs(("images", "videos"))
+VIDEOS_WITH_SOUND = Outputs(("images", "videos", "audio"), frame_rate=8.0, sampling_rate=100)
+SOUNDS = Outputs(("audio",), sampling_rate=100)
 RECORD = CardRecord("Algorithm", PAPER, "me/my-lora", "diffusers", PIPELINE, TRAINING)
 
 
@@ -99,7 +103,12 @@ def test_bibtex():
 
 @pytest.mark.parametrize(
     ("pipeline", "task"),
-    [({"columns": ["image"], "makes_video": True}, "image-to-image"), ({"makes_video": True}, "text-to-video")],
+    [
+        ({"columns": ["image"], "outputs": VIDEOS}, "image-to-image"),
+        ({"outputs": VIDEOS}, "text-to-video"),
+        ({"outputs": VIDEOS_WITH_SOUND}, "text-to-video"),
+        ({"outputs": SOUNDS}, "text-to-audio"),
+    ],
 )
 def test_the_task_follows_from_the_pipeline(tmp_path, pipeline, task):
     assert written(tmp_path, pipeline=replace(PIPELINE, **pipeline)).data.pipeline_tag == task
@@ -138,10 +147,18 @@ def test_snippets():
     assert '    "me/my-lora",\n' in whole and "me/base" not in whole and "peft" not in whole
     for changes, base in (({}, "path/to/the/pipeline"), ({"folder": "own"}, "own"), ({"hub_id": "me/base"}, "me/base")):
         assert f'"{base}",' in usage_snippet(replace(RECORD, pipeline=replace(PIPELINE, **changes)))
-    own = replace(PIPELINE, class_name="OwnPipeline", columns=["image"], makes_video=True, absent=["text_encoder_3"])
+    own = replace(PIPELINE, class_name="OwnPipeline", columns=["image"], outputs=VIDEOS, absent=["text_encoder_3"])
     own = usage_snippet(replace(RECORD, pipeline=own))
     assert "= DiffusionPipeline.from_pretrained(" in own and "    text_encoder_3=None," in own
     assert 'video = pipeline("a cat", image=load_image("image.png"), height=16).frames[0]' in own
+    sound = usage_snippet(replace(RECORD, pipeline=replace(PIPELINE, outputs=SOUNDS)))
+    assert sound.startswith("import torch\nimport soundfile\nfrom diffusers import")
+    assert sound.endswith(
+        'audio = pipeline("a cat", height=16).audios[0]\n'
+        'soundfile.write("audio.wav", audio.T.float().cpu().numpy(), 100)'
+    )
+    both = usage_snippet(replace(RECORD, pipeline=replace(PIPELINE, outputs=VIDEOS_WITH_SOUND)))
+    assert 'made = pipeline("a cat", height=16)\nvideo, audio = made.frames[0], made.audio[0]\nexport_to_video(' in both
 
 
 def test_values_that_are_missing(tmp_path):
@@ -161,10 +178,31 @@ def test_values_that_are_missing(tmp_path):
 def test_the_middle_frame_stands_for_a_video(tmp_path):
     videos = torch.rand(1, 1, 5, 3, 16, 16)
     samples = SampleRecord(["a"], {"after": videos}, {}, held_out=True, diversity="pixel_distance")
-    card = written(tmp_path, samples=samples, pipeline=replace(PIPELINE, makes_video=True))
+    card = written(tmp_path, samples=samples, pipeline=replace(PIPELINE, outputs=VIDEOS))
     shown = torch.tensor(list(Image.open(tmp_path / "images" / "0.png").getdata())).reshape(16, 16, 3)
     assert torch.equal(shown, (videos[0, 0, 2].permute(1, 2, 0) * 255).round().long())
     assert [sample["text"] for sample in card.data.widget] == ["a"] and "before_after" not in card.text
+    # The widget plays it.
+    [url] = [sample["output"]["url"] for sample in card.data.widget]
+    assert url in ("images/0.webp", "images/0.mp4") and (tmp_path / url).stat().st_size > 100
+
+
+def test_sounds_are_played_and_their_spectrograms_compared(tmp_path):
+    audio = torch.rand(2, 3, 1, 400)
+    samples = SampleRecord(["a", "b"], {"before": audio, "after": audio}, {}, held_out=True, diversity="pixel_distance")
+    card = written(tmp_path, samples=samples, pipeline=replace(PIPELINE, outputs=SOUNDS))
+    assert [sample["output"]["url"] for sample in card.data.widget] == ["images/0.wav", "images/1.wav"]
+    assert "](before_after.png)" in card.text
+    torch.testing.assert_close(read_wav(tmp_path / "images" / "1.wav"), audio[1, 0], rtol=0, atol=1e-4)
+    # Videos with their sound: the video is played, and its middle frames are compared.
+    both = Media(torch.rand(2, 3, 5, 3, 16, 16), audio)
+    samples = replace(samples, images={"before": both, "after": both})
+    card = written(tmp_path, samples=samples, pipeline=replace(PIPELINE, outputs=VIDEOS_WITH_SOUND))
+    assert all(sample["output"]["url"].endswith((".webp", ".mp4")) for sample in card.data.widget)
+    # A rate that is not known: the picture alone.
+    samples = replace(samples, images={"after": audio})
+    card = written(tmp_path / "more", samples=samples, pipeline=replace(PIPELINE, outputs=Outputs(("audio",))))
+    assert card.data.widget[0]["output"]["url"] == "images/0.png"
 
 
 def test_own_template(tmp_path):
@@ -185,13 +223,15 @@ def test_template_documents_every_variable():
 def test_records_of_pipelines(tmp_path):
     pipeline = tiny_pipelines.sd3()
     of = lambda: PipelineRecord.of(pipeline, {"height": 16}, ["image"])
-    expected = PipelineRecord("StableDiffusion3Pipeline", torch.float32, {"height": 16}, ["image"], False, of().absent)
+    expected = PipelineRecord(
+        "StableDiffusion3Pipeline", torch.float32, {"height": 16}, ["image"], Outputs(), of().absent
+    )
     assert of() == expected and "text_encoder_3" in of().absent and "image_encoder" not in of().absent
     pipeline.register_to_config(_name_or_path="me/base")
     assert (of().hub_id, of().folder) == ("me/base", None)
     pipeline.register_to_config(_name_or_path=str(tmp_path))
     assert (of().hub_id, of().folder) == (None, tmp_path.name)
-    assert PipelineRecord.of(wan.build(), {}).makes_video
+    assert PipelineRecord.of(pipeline, {}, outputs=VIDEOS).outputs == VIDEOS
 
 
 # Through a trainer ----------------------------------------------------------------------------------------------------

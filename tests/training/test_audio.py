@@ -10,6 +10,7 @@ from datasets import Dataset
 from PIL import Image
 from tiny_runs import PROMPTS
 
+from trl_fdfo.reporting.clips import read_wav
 from trl_fdfo.rewards import JPEGCompressibility, PairwiseJudge
 
 
@@ -53,12 +54,20 @@ def test_audio_is_trained_evaluated_shown_and_published(make_trainer):
     assert metrics["eval_rewards/loudness/mean"] > 0 and metrics["eval_control"] == metrics["eval_controls/peak/mean"]
     pictures = Path(trainer.args.output_dir, "pictures")
     assert all(Image.open(pictures / f"{name}.png").width > 300 for name in ("train_000000", "eval_000004"))
+    sounds = sorted(path.name for path in pictures.glob("*.wav"))
+    assert sounds[:2] == ["eval_000004_0.wav", "eval_000004_1.wav"]
+    assert sounds[2:6] == [f"train_000000_{prompt}_{branch}.wav" for prompt in range(2) for branch in range(2)]
+    assert read_wav(pictures / "eval_000004_0.wav").shape == (3, 256)
     trainer.comparison = trainer.compare(num_prompts=2)
     trainer.comparison.complete()
     assert trainer.comparison.images["after"].shape == (2, 2, 3, 256)
     assert "pixel_distance" not in trainer.comparison.results["after"]
     trainer.create_model_card()
-    assert Image.open(Path(trainer.args.output_dir, "before_after.png")).width > 300
+    output = Path(trainer.args.output_dir)
+    assert Image.open(output / "before_after.png").width > 300
+    torch.testing.assert_close(
+        read_wav(output / "images" / "0.wav"), trainer.comparison.images["after"][0, 0], rtol=0, atol=1e-4
+    )
 
 
 def test_gradients_go_through_the_decoder_of_audio(make_trainer):

@@ -157,9 +157,11 @@ class StandIn:
 
     def begin(self, latents: Tensor) -> Tensor:
         """The latents that a stream starts from, of those that were prepared for it, shape [N, ...]."""
+        self.first_step = self.begin_index or 0
         if self._noise_dtype is None:
             # The pipeline drew its noise in a way of its own.
-            latents = self.draw(latents)
+            self._noise_dtype = latents.dtype
+            latents = self.initial_noise(latents.float())
         dtype, self._noise_dtype = self._noise_dtype, None
         self.streams.append(Stream(torch.float32 if self.insists_on_float32 else dtype))
         return self.streams[-1].hand_out(self.start(latents.float()))
@@ -296,6 +298,10 @@ class RolloutScheduler(StandIn):
         self.x_s: dict[int, Tensor] = {}
         self.endpoints: Tensor | None = None  # latents after the latest step, [N, ...]
         self._parts: list[tuple[Tensor, ...]] = []  # of the streams that have taken the step that is being taken
+
+    def draw(self, noise: Tensor) -> Tensor:
+        # A pipeline that draws for one sample at a time puts them together before its loop.
+        return super().draw(noise) if len(noise) == len(self.generators) else noise
 
     def advance(self, x_t: Tensor, velocity: Tensor, step: int) -> Tensor:
         """Take the samples at level `step`, in fp32, to level `step + 1`. Levels are those of `noise_levels`."""

@@ -17,8 +17,9 @@ from transformers.integrations import TensorBoardCallback, TrackioCallback, Wand
 from transformers.trainer_callback import CallbackHandler
 from transformers.utils import logging
 
-from ..media import Media, unbind
+from ..media import Media, Outputs, unbind
 from ..rewards.reward_functions import RewardFunctions
+from .clips import read_wav, save_clips
 from .sheets import Panel, Section, picture, rows_of, sheet
 
 
@@ -30,14 +31,20 @@ class PictureLogger(TrainerCallback):
     Shows the images of rollouts and of evaluations with their rewards.
 
     Each sheet is a PNG file in `output_dir/pictures/`, and a picture in TensorBoard, wandb and trackio if the run
-    reports to them. The main process shows its own images: no images pass between processes.
+    reports to them. Beside it stand the videos and sounds that it shows, which TensorBoard (sounds) and wandb (sounds, and
+    videos as .mp4) play too. The main process shows its own images: no images pass between processes.
 
     Args:
         handler (`CallbackHandler`): The Trainer's callback handler, which holds the callbacks of its trackers.
         output_dir (`str`): Folder of the run.
         every (`int`): Optimizer steps from one sheet of a rollout to the next. 0 turns all sheets off.
         num_prompts (`int`): Prompts on a sheet, at most.
+
+    Attributes:
+        outputs ([`Outputs`]): What the pipeline makes, with its rates.
     """
+
+    outputs = Outputs()
 
     def __init__(self, handler: CallbackHandler, output_dir: str, every: int | None, num_prompts: int):
         self._handler = handler
@@ -45,9 +52,10 @@ class PictureLogger(TrainerCallback):
         self._every = every
         self._num_prompts = num_prompts
         self._kept: list[tuple[str, list[Image.Image]]] = []
+        self._clips: dict[str, Path] = {}  # of the next sheet, by their tags
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._kept = []
+        self._kept, self._clips = [], {}
 
     def keep(self, state: TrainerState, images: Tensor | Media, prompts: Sequence[str]) -> None:
         """
@@ -59,6 +67,8 @@ class PictureLogger(TrainerCallback):
         missing = self._num_prompts - len(self._kept)
         of_prompts = unbind(recursively_apply(lambda made: made.unflatten(0, (len(prompts), -1)), images))
         for prompt, branches in list(zip(prompts, of_prompts))[:missing]:
+            for branch, image in enumerate(unbind(branches)):
+                self._keep_clips("train", state.global_step, f"{len(self._kept)}_{branch}", image)
             self._kept.append((prompt, [picture(image) for image in unbind(branches)]))
 
     def log_rollout(self, state: TrainerState, rewards: Tensor, functions: RewardFunctions) -> None:
@@ -97,11 +107,22 @@ class PictureLogger(TrainerCallback):
         for functions, values in controls:
             labels = ["\n".join([label, *map(_label, functions.names, v)]) for label, v in zip(labels, values.tolist())]
         labels = [f"{label}\n{prompt}" for label, prompt in zip(labels, prompts[shown])]
+        for number, image in enumerate(images[shown]):
+            self._keep_clips(prefix, state.global_step, number, image)
         panels = [Panel(picture(image), label) for image, label in zip(images[shown], labels)]
         self._log(prefix, [Section("", rows_of(panels, columns=4))], state.global_step)
 
     def _is_off(self, state: TrainerState) -> bool:
         return not state.is_world_process_zero or not self._every
+
+    def _keep_clips(self, name: str, step: int, place: int | str, sample: Tensor | Media) -> None:
+        """Write the video and the sound of a sample at a place of the sheet."""
+        stem = self._folder / f"{name}_{step:06}_{place}"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._clips |= {f"{name}/{place}{path.suffix}": path for path in save_clips(sample, stem, self.outputs)}
+        except OSError as error:
+            logger.warning(f"{stem} could not be written: {error}.")
 
     def _log(self, name: str, sections: list[Section], step: int) -> None:
         image = sheet(sections)
@@ -114,12 +135,22 @@ class PictureLogger(TrainerCallback):
         except OSError as error:  # such as a full disk, which should not end a run
             logger.warning(f"{path} could not be written: {error}.")
         tag = f"{name}/images"
+        clips, self._clips = self._clips, {}
         for callback in self._handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 callback.tb_writer.add_image(tag, np.asarray(image), step, dataformats="HWC")
+                for clip, path in clips.items():
+                    if path.suffix == ".wav":
+                        sound = read_wav(path).mean(dim=0)  # TensorBoard plays one channel
+                        callback.tb_writer.add_audio(clip, sound, step, sample_rate=self.outputs.sampling_rate)
                 callback.tb_writer.flush()
             elif isinstance(callback, WandbCallback) and callback._wandb.run is not None:
-                callback._wandb.log({tag: callback._wandb.Image(image), "train/global_step": step})
+                played = {
+                    clip: (callback._wandb.Audio if path.suffix == ".wav" else callback._wandb.Video)(str(path))
+                    for clip, path in clips.items()
+                    if path.suffix in (".wav", ".mp4")
+                }
+                callback._wandb.log({tag: callback._wandb.Image(image), **played, "train/global_step": step})
             elif isinstance(callback, TrackioCallback) and callback._initialized:
                 callback._trackio.log({tag: callback._trackio.Image(image), "train/global_step": step})
 

@@ -19,17 +19,19 @@ from typing import Any
 import diffusers
 import jinja2
 import torch
+from accelerate.utils import recursively_apply
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HTTPError
 from torch import Tensor
 from transformers.utils import logging
 
-from ..media import evenly_spread, makes_video, middle_frame
+from ..media import Media, Outputs, evenly_spread, middle_frame
 from ..metric_names import EVAL_PREFIX, REWARD
 from ..pipeline.adapter_files import diffusers_file
 from ..pipeline.loading import base_model_name
 from ..pipeline.trained import TRAINED, has_adapter, trained_module, trained_modules
+from ..reporting.clips import save_clips
 from ..reporting.sheets import before_after_grid, picture
 
 
@@ -78,7 +80,7 @@ class PipelineRecord:
     dtype: torch.dtype  # of the trained module's weights
     call_kwargs: Mapping[str, Any]  # arguments of its call in training; the card shows the literals
     columns: Sequence[str] = ()  # dataset columns that were passed to its call, such as images to edit
-    makes_video: bool = False
+    outputs: Outputs = Outputs()
     absent: Sequence[str] = ()  # components that the base model may have, such as a large text encoder, and it lacks
     hub_id: str | None = None  # Hub id that it was loaded from
     folder: str | None = None  # name of the local folder that it was loaded from
@@ -86,7 +88,11 @@ class PipelineRecord:
 
     @classmethod
     def of(
-        cls, pipeline: DiffusionPipeline, call_kwargs: Mapping[str, Any], columns: Sequence[str] = ()
+        cls,
+        pipeline: DiffusionPipeline,
+        call_kwargs: Mapping[str, Any],
+        columns: Sequence[str] = (),
+        outputs: Outputs | None = None,
     ) -> "PipelineRecord":
         origin, is_on_hub = base_model_name(pipeline)
         optional = pipeline._optional_components
@@ -95,7 +101,7 @@ class PipelineRecord:
             dtype=trained_module(pipeline).dtype,
             call_kwargs=call_kwargs,
             columns=columns,
-            makes_video=makes_video(pipeline),
+            outputs=outputs or Outputs(),
             absent=[name for name, part in pipeline.components.items() if part is None and name not in optional],
             hub_id=origin if is_on_hub else None,
             folder=None if is_on_hub else origin,
@@ -122,7 +128,8 @@ class SampleRecord:
     """Samples of P prompts from the same seeds, before and after training, by the names of the card's columns."""
 
     prompts: Sequence[str]
-    images: Mapping[str, Tensor]  # in [0, 1], [P, S, 3, H, W]; videos [P, S, F, 3, H, W]; shown only with "after"
+    # Images in [0, 1], [P, S, 3, H, W]; videos [P, S, F, 3, H, W]; audio [P, S, C, L]. Shown only with "after".
+    images: Mapping[str, Tensor | Media]
     results: Mapping[str, Mapping[str, float]]  # metrics of a column, which may be missing
     held_out: bool  # True if the prompts were held out of training
     diversity: str  # name of the metric of diversity
@@ -168,7 +175,7 @@ def write_model_card(record: CardRecord, folder: str | Path) -> None:
     pipeline, training, samples = record.pipeline, record.training, record.samples
     if samples is not None and "after" not in samples.images:
         samples = None
-    widget = _save_widget(samples, folder) if samples is not None else None
+    widget = _save_widget(samples, folder, pipeline.outputs) if samples is not None else None
     source = "a list of its own" if training.prompt_file is None else f"`{training.prompt_file}`"
     if record.dataset_name is not None:
         source = f"[{record.dataset_name}](https://huggingface.co/datasets/{record.dataset_name})"
@@ -225,11 +232,21 @@ def usage_snippet(record: CardRecord) -> str:
     inputs = {column: f'load_image("{column}.png")' for column in pipeline.columns}
     if inputs:
         imports.append("from diffusers.utils import load_image")
-    if pipeline.makes_video:
+    kinds, rate = pipeline.outputs.kinds, pipeline.outputs.sampling_rate
+    of_video = 'export_to_video(video, "video.mp4")'
+    of_audio = f'soundfile.write("audio.wav", audio.T.float().cpu().numpy(), {rate or "sampling_rate"})'
+    if "videos" in kinds:
         imports.append("from diffusers.utils import export_to_video")
-        made, part, save = "video", "frames", 'export_to_video(video, "video.mp4")'
+    if "audio" in kinds:
+        imports.append("import soundfile")
+    if "audio" not in kinds:
+        made, part, save = "image", "images", ['image.save("image.png")']
+        if "videos" in kinds:
+            made, part, save = "video", "frames", [of_video]
+    elif "videos" in kinds:
+        made, part, save = "made", "", ["video, audio = made.frames[0], made.audio[0]", of_video, of_audio]
     else:
-        made, part, save = "image", "images", 'image.save("image.png")'
+        made, part, save = "audio", "audios", [of_audio]
     prompt = record.samples.prompts[0] if record.samples is not None else record.training.first_prompt
     arguments = {**inputs, **_literals(pipeline.call_kwargs)}
     call = [json.dumps(prompt, ensure_ascii=False), *(f"{n}={v}" for n, v in arguments.items())]
@@ -239,8 +256,8 @@ def usage_snippet(record: CardRecord) -> str:
         _call(f"pipeline = {name}.from_pretrained", source),
         *load,
         'pipeline.to("cuda" if torch.cuda.is_available() else "cpu")',
-        f"{_call(f'{made} = pipeline', call)}.{part}[0]",
-        save,
+        _call(f"{made} = pipeline", call) + (f".{part}[0]" if part else ""),
+        *save,
     ]
     return "\n".join(lines)
 
@@ -272,7 +289,9 @@ def _metadata(record: CardRecord, widget: list[dict[str, Any]]) -> ModelCardData
     pipeline, is_adapter = record.pipeline, record.adapter is not None
     base_model = record.base_model or pipeline.hub_id
     relation = "adapter" if is_adapter else "finetune"
-    task = "image-to-image" if pipeline.columns else "text-to-video" if pipeline.makes_video else "text-to-image"
+    kinds = pipeline.outputs.kinds
+    made = "video" if "videos" in kinds else "image" if "images" in kinds else "audio"
+    task = "image-to-image" if pipeline.columns and made != "audio" else f"text-to-{made}"
     own_tags = [record.tags] if isinstance(record.tags, str) else record.tags
     return ModelCardData(
         library_name="diffusers",
@@ -312,7 +331,7 @@ def _results(samples: SampleRecord | None) -> dict[str, Any]:
         "columns": list(columns),
         "rows": [(metric, [_shown(values.get(metric)) for values in columns.values()]) for metric in metrics],
         "held_out": samples.held_out,
-        "num_images": len(samples.images["after"].flatten(0, 1)),
+        "num_images": len(_seen(samples.images["after"]).flatten(0, 1)),
         "diversity": samples.diversity if samples.diversity in metrics else None,
     }
 
@@ -332,15 +351,25 @@ def _training_time(log_history: Sequence[Mapping[str, Any]]) -> str | None:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _save_widget(samples: SampleRecord, folder: Path) -> list[dict[str, Any]]:
-    """Write one image of each prompt, and list them in the format of the Hub's widget."""
+def _seen(made: Tensor | Media) -> Tensor:
+    """What a still shows: images or videos, and audio alone only where there are none."""
+    return made.images if isinstance(made, Media) else made
+
+
+def _save_widget(samples: SampleRecord, folder: Path, outputs: Outputs) -> list[dict[str, Any]]:
+    """
+    Write one sample of each prompt, and list them in the format of the Hub's widget: an image, a video, or audio; otherwise
+    the picture of it.
+    """
     (folder / "images").mkdir(exist_ok=True)
-    images = middle_frame(samples.images["after"])
-    widget = []
+    after = samples.images["after"]
+    stills, widget = middle_frame(_seen(after)), []
     for number, place in enumerate(evenly_spread(len(samples.prompts), _WIDGET_PROMPTS)):
-        name = f"images/{number}.png"
-        picture(images[place, 0]).save(folder / name)
-        widget.append({"text": samples.prompts[place], "output": {"url": name}})
+        still = folder / "images" / f"{number}.png"
+        picture(stills[place, 0]).save(still)
+        clips = save_clips(recursively_apply(lambda made: made[place, 0], after), still, outputs)  # noqa: B023
+        shown = next(iter(clips), still)
+        widget.append({"text": samples.prompts[place], "output": {"url": f"images/{shown.name}"}})
     return widget
 
 
@@ -350,7 +379,7 @@ def _save_before_after(samples: SampleRecord | None, folder: Path) -> str | None
         return None
     titles = (next(iter(samples.images)), "after")
     shown = evenly_spread(len(samples.prompts), _GRID_PROMPTS)
-    before, after = (middle_frame(samples.images[title])[shown, :_GRID_SEEDS] for title in titles)
+    before, after = (middle_frame(_seen(samples.images[title]))[shown, :_GRID_SEEDS] for title in titles)
     name = "before_after.png"
     before_after_grid([samples.prompts[place] for place in shown], before, after, titles).save(folder / name)
     return name

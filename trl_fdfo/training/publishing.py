@@ -123,7 +123,9 @@ def write_card(
         paper=trainer.paper,
         repo_id=trainer.hub.repo_name,
         adapter=adapter,
-        pipeline=PipelineRecord.of(trainer.pipeline, trainer.flow.call_kwargs, args.pipeline_columns or ()),
+        pipeline=PipelineRecord.of(
+            trainer.pipeline, trainer.flow.call_kwargs, args.pipeline_columns or (), trainer.outputs
+        ),
         training=_training_record(trainer, Path(args.dataset_name).name if is_file else None),
         samples=_sample_record(trainer),
         template=args.model_card_template,
