@@ -14,9 +14,11 @@ from PIL import Image
 from tiny_pipelines import wan
 from tiny_runs import PROMPTS, redness
 from transformers import TrainerCallback, TrainerState
+from transformers.integrations import TensorBoardCallback, WandbCallback
 from transformers.trainer_callback import CallbackHandler
 from transformers.utils import logging
 
+from trl_fdfo.media import Outputs
 from trl_fdfo.reporting.logs import PictureLogger, _labels
 from trl_fdfo.reporting.sheets import GAP, MARGIN
 from trl_fdfo.rewards.reward_functions import RewardFunctions
@@ -159,6 +161,9 @@ def test_videos_are_shown_by_some_frames(make_trainer):
     page = Image.open(Path(trainer.args.output_dir, "pictures", "train_000000.png"))
     # Two videos stand side by side, each as four frames of 16 pixels that are magnified 14 times.
     assert page.width == 2 * (4 * 16 + 3) * 14 + GAP + 2 * MARGIN
+    # And they are played.
+    clips = [path.stem for path in sorted(Path(trainer.args.output_dir, "pictures").iterdir())]
+    assert clips == ["train_000000", *(f"train_000000_{prompt}_{branch}" for prompt in range(4) for branch in range(2))]
 
 
 def test_metrics_are_valid_json_where_no_reward_applies(make_trainer):
@@ -356,3 +361,27 @@ def test_trackio_local(run):
         assert list(found) == steps
         for step, image in found.items():
             assert_is_the_file(trainer, tag, step, MEDIA_DIR / image["file_path"])
+
+
+def test_sounds_in_tensorboard_and_wandb(tmp_path, monkeypatch):
+    import wandb
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+
+    monkeypatch.chdir(tmp_path)
+    callbacks = [TensorBoardCallback(SummaryWriter(str(tmp_path / "runs"))), WandbCallback()]
+    with wandb.init(dir=str(tmp_path)):
+        pictures = PictureLogger(CallbackHandler(callbacks, None, None, None, None), str(tmp_path), 2, num_prompts=1)
+        pictures.outputs = Outputs(("audio",), sampling_rate=4000)
+        audio = torch.linspace(-1, 1, 4 * 2 * 50).reshape(4, 2, 50)
+        functions = RewardFunctions(lambda audio: [0.0] * len(audio))
+        pictures.keep(TrainerState(global_step=2), audio, ["a", "b"])
+        pictures.log_rollout(TrainerState(global_step=2), torch.zeros(1, 2, 1), functions)
+        pictures.log_evaluation(TrainerState(global_step=3), list(audio), ["a"], [(functions, torch.zeros(1, 1))])
+    events = EventAccumulator(str(tmp_path / "runs"), size_guidance={"audio": 0}).Reload()
+    assert events.Tags()["audio"] == ["train/0_0.wav", "train/0_1.wav", "eval/0.wav"]
+    [sound] = events.Audio("train/0_1.wav")
+    assert (sound.step, sound.sample_rate, sound.length_frames) == (2, 4000, 50)
+    [folder] = Path(tmp_path, "wandb").glob("offline-run-*/files/media/audio")
+    written = sorted(path.read_bytes() for path in folder.rglob("*.wav"))
+    assert written == sorted(path.read_bytes() for path in Path(tmp_path, "pictures").glob("*.wav"))
