@@ -58,12 +58,12 @@ def t5_encoder(tokenizer: T5Tokenizer) -> T5EncoderModel:
     return T5EncoderModel(config)
 
 
-def vae(latent_channels: int = 4) -> AutoencoderKL:
-    """8 latents per 16 pixels: a factor of 2."""
+def vae(latent_channels: int = 4, blocks: int = 2) -> AutoencoderKL:
+    """8 latents per 16 pixels: a factor of 2, and of 2 more for each further block."""
     return AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 2,
-        up_block_types=["UpDecoderBlock2D"] * 2,
-        block_out_channels=(8, 8),
+        down_block_types=["DownEncoderBlock2D"] * blocks,
+        up_block_types=["UpDecoderBlock2D"] * blocks,
+        block_out_channels=(8,) * blocks,
         layers_per_block=1,
         latent_channels=latent_channels,
         norm_num_groups=4,

@@ -2,15 +2,18 @@
 
 import torch
 from diffusers import (
+    BriaFiboEditPipeline,
     BriaFiboPipeline,
     BriaFiboTransformer2DModel,
     BriaPipeline,
     BriaTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
 )
+from PIL import Image
 from transformers import SmolLM3Config, SmolLM3ForCausalLM
 
 from . import t5_encoder, t5_tokenizer, vae
+from .conditioned import image, pictures
 from .family import Family
 from .hidream import llama_tokenizer
 from .wan import wan_vae
@@ -27,8 +30,15 @@ SIZE_FIBO = {"height": 64, "width": 64, "max_sequence_length": 32}
 CALLS_FIBO = {
     "plain": {**SIZE_FIBO, "guidance_scale": 1.0},
     "guided": {**SIZE_FIBO, "guidance_scale": 5.0},
-    "patched": {**SIZE_FIBO, "guidance_scale": 5.0, "negative_prompt": "bad", "do_patching": True},
 }
+CALLS_PATCHED = {"guided": {**CALLS_FIBO["guided"], "negative_prompt": "bad", "do_patching": True}}
+
+
+def image_and_mask(count: int) -> dict[str, list]:
+    """The right half is to be painted."""
+    mask = Image.new("L", (16, 16), 0)
+    mask.paste(255, (8, 0, 16, 16))
+    return {"image": pictures(count), "mask": [mask] * count}
 
 
 def build(seed: int = 0) -> BriaPipeline:
@@ -73,11 +83,11 @@ def smollm3_encoder() -> SmolLM3ForCausalLM:
     return SmolLM3ForCausalLM(config)
 
 
-def fibo_components() -> dict:
+def fibo_components(in_channels: int = 4) -> dict:
     tokenizer = llama_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
     transformer = BriaFiboTransformer2DModel(
-        in_channels=4,
+        in_channels=in_channels,
         num_layers=1,
         num_single_layers=1,
         attention_head_dim=8,
@@ -95,12 +105,25 @@ def fibo_components() -> dict:
     }
 
 
-def build_fibo(seed: int = 0) -> BriaFiboPipeline:
+def build_fibo(seed: int = 0, in_channels: int = 4) -> BriaFiboPipeline:
     """
     16 x 16 images, latents of 4 x 4 with 4 channels: the pipeline is asked for 64 x 64 and assumes a VAE that reduces by 16.
     """
     torch.manual_seed(seed)
-    pipeline = BriaFiboPipeline(**fibo_components())
+    pipeline = BriaFiboPipeline(**fibo_components(in_channels))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def build_fibo_patched() -> BriaFiboPipeline:
+    """Its transformer gets patches of 2 x 2 latents."""
+    return build_fibo(in_channels=16)
+
+
+def build_fibo_edit(seed: int = 0) -> BriaFiboEditPipeline:
+    """Each image that is given is scaled to a multiple of 16: 4 x 4 latents for 16 x 16 pixels."""
+    torch.manual_seed(seed)
+    pipeline = BriaFiboEditPipeline(**fibo_components())
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -108,4 +131,10 @@ def build_fibo(seed: int = 0) -> BriaFiboPipeline:
 FAMILIES = {
     "Bria 3.2": Family(build, CALLS),
     "Bria Fibo": Family(build_fibo, CALLS_FIBO),
+    "Bria Fibo in patches": Family(build_fibo_patched, CALLS_PATCHED),
+}
+# Its prompts must be JSON with an `edit_instruction`, also those of the rehearsals.
+PENDING = {
+    "Bria Fibo Edit": Family(build_fibo_edit, CALLS_FIBO, image),
+    "Bria Fibo Edit with a mask": Family(build_fibo_edit, CALLS_FIBO, image_and_mask),
 }

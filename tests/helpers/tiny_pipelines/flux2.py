@@ -29,11 +29,11 @@ CHAT_TEMPLATE = (
 )
 
 
-def text_encoder(vocab_size: int) -> Mistral3ForConditionalGeneration:
+def text_encoder(vocab_size: int, hidden_size: int = 16) -> Mistral3ForConditionalGeneration:
     text_config = {
         "model_type": "mistral",
         "vocab_size": vocab_size,
-        "hidden_size": 16,
+        "hidden_size": hidden_size,
         "intermediate_size": 16,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,

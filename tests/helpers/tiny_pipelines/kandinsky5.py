@@ -1,10 +1,16 @@
 """Kandinsky 5: Qwen2.5-VL and CLIP prompts, channels last, text padded to the longest prompt of a batch without a mask."""
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, Kandinsky5T2IPipeline, Kandinsky5Transformer3DModel
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    Kandinsky5I2IPipeline,
+    Kandinsky5T2IPipeline,
+    Kandinsky5Transformer3DModel,
+)
 from transformers import CLIPTextModel, Qwen2VLImageProcessor
 
 from . import clip_encoder, clip_tokenizer, vae
+from .conditioned import pictures
 from .family import Family
 from .qwen_image import qwen_text_encoder, qwen_tokenizer
 from .qwen_image_edit import Processor
@@ -20,6 +26,16 @@ PROMPT_TEMPLATE = (
     "<|im_start|>system\nYou are a prompt engineer. Describe the image by detailing the color, shape, size, texture, "
     "quantity, text, spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n"
 )
+PROMPT_TEMPLATE_EDIT = (
+    "<|im_start|>system\nYou are a prompt engineer. Based on the provided source image (first image) and target image "
+    "(second image), create an interesting text prompt that can be used together with the source image to create the "
+    "target image:<|im_end|><|im_start|>user<|vision_start|><|image_pad|><|vision_end|><|im_end|>"
+)
+
+
+def images(count: int) -> list:
+    """The text encoder gets them at half their size, which must not be less than one of its patches."""
+    return [picture.resize((64, 64)) for picture in pictures(count)]
 
 
 def wake(module: torch.nn.Module, std: float = 0.2) -> None:
@@ -48,9 +64,11 @@ def components(template: str, **transformer_options) -> dict:
     wake(transformer)
     return {
         "transformer": transformer,
-        "vae": vae(),
+        "vae": vae(blocks=4),
         "text_encoder": qwen_text_encoder(tokenizer),
-        "tokenizer": Processor(Qwen2VLImageProcessor(), tokenizer),
+        "tokenizer": Processor(
+            Qwen2VLImageProcessor(size={"shortest_edge": 56 * 56, "longest_edge": 56 * 56}), tokenizer
+        ),
         "text_encoder_2": clip_encoder(tokenizer_2, CLIPTextModel),
         "tokenizer_2": tokenizer_2,
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -58,7 +76,7 @@ def components(template: str, **transformer_options) -> dict:
 
 
 def build(seed: int = 0) -> Kandinsky5T2IPipeline:
-    """8 x 8 images, latents of 4 x 4 with 4 channels: the pipeline is asked for 32 x 32 and assumes a VAE that reduces by 8."""
+    """32 x 32 images, latents of 4 x 4 with 4 channels; the pipeline scales every size to one of its own."""
     torch.manual_seed(seed)
     pipeline = Kandinsky5T2IPipeline(**components(PROMPT_TEMPLATE))
     pipeline.resolutions = [(32, 32)]
@@ -66,6 +84,20 @@ def build(seed: int = 0) -> Kandinsky5T2IPipeline:
     return pipeline
 
 
+def build_edit(seed: int = 0) -> Kandinsky5I2IPipeline:
+    """The transformer gets latents, those of the image to be edited and a mask: 4 + 4 + 1 channels."""
+    torch.manual_seed(seed)
+    pipeline = Kandinsky5I2IPipeline(**components(PROMPT_TEMPLATE_EDIT, visual_cond=True))
+    pipeline.resolutions = [(32, 32)]
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 FAMILIES = {
     "Kandinsky 5": Family(build, CALLS),
+}
+# `prepare_latents` returns the latents and those of the image in one tensor; the scheduler gets the first channels of it,
+# and the pipeline writes what it returns into the tensor.
+PENDING = {
+    "Kandinsky 5 image to image": Family(build_edit, CALLS, images),
 }
