@@ -66,7 +66,7 @@ def _stand_in_class(stand_in: type, given: type) -> type:
     @functools.wraps(given.set_timesteps)
     def set_timesteps(self, *args, **kwargs):
         # A pipeline may have called `set_shift` before, by the size of its images.
-        key = _schedule_key((getattr(self, "shift", None), *args), kwargs)
+        key = _schedule_key((vars(self).get("_shift"), *args), kwargs)
         if key in self.schedules and not self.is_scheduled:
             for name, value in self.schedules[key].items():
                 vars(self)[name] = value.copy() if isinstance(value, (list, dict)) else value
