@@ -27,6 +27,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
+import accelerate
 import torch
 from accelerate.utils import recursively_apply, send_to_device
 from diffusers import DiffusionPipeline
@@ -131,10 +132,18 @@ class PipelineFlow:
             self.call_kwargs = {"use_kv_cache": False, **call_kwargs}
         # `num_images_per_prompt` or `num_videos_per_prompt`.
         self._per_prompt_option = next((name for name in options if re.fullmatch(r"num_\w+_per_prompt", name)), None)
-        # If a call with images gets its prompts and its images once for each sample: the first way that the pipeline takes.
-        # Prompts that are not repeated need its own option for the number of samples.
-        ways = [(False, False), (True, True), (True, False), (False, True)]
-        self._ways = [way for way in ways if way[0] or self._per_prompt_option is not None]
+        # How a call gets its prompts (repeated for each sample, listed once, or one alone as a string), and if its images are
+        # repeated, by whether it gets images: the first way that the pipeline takes. Prompts that are not repeated need its
+        # own option for the number of samples. Without images that option comes last: pipelines differ in how they order
+        # repeated samples, and some give the images of one prompt the attention mask of another.
+        ways = {
+            True: [("listed", False), ("repeated", True), ("repeated", False), ("listed", True), ("alone", False)],
+            False: [("repeated", False), ("alone", False)],
+        }
+        has_option = self._per_prompt_option is not None
+        self._ways = {
+            columns: [way for way in listed if way[0] == "repeated" or has_option] for columns, listed in ways.items()
+        }
         # Where the prompt has other names, it is in the columns.
         self._takes_prompt = "prompt" in options
         # `inspect.unwrap` strips the decorator `torch.no_grad()` from the call.
@@ -189,16 +198,22 @@ class PipelineFlow:
                 if _asserts_float32(error) and not self._scheduler.insists_on_float32:
                     self._scheduler.insists_on_float32 = True
                     return self.rehearse(prompts, columns, samples_per_prompt)
-                ways = self._ways
-                if columns and len(ways) > 1:
-                    self._ways = ways[1:]
+                ways = self._ways[bool(columns)]
+                if len(ways) > 1:
+                    self._ways[bool(columns)] = ways[1:]
                     with contextlib.suppress(ValueError):
                         return self.rehearse(prompts, columns, samples_per_prompt)
-                    self._ways = ways
+                    self._ways[bool(columns)] = ways
                 options = {name: value for name, value in self.call_kwargs.items() if value is not None}
-                raise ValueError(
-                    f"{type(self.pipeline).__name__} cannot be called with {options}: {type(error).__name__}: {error}"
-                ) from error
+                reason = f"{type(error).__name__}: {error}"
+                if not columns and len(prompts) > 1:
+                    with contextlib.suppress(ValueError):
+                        self.rehearse(prompts[:1], columns, samples_per_prompt)
+                        reason = (
+                            f"it takes one prompt at a time ({reason}): set per_device_prompt_batch_size=1 and "
+                            "per_device_sampling_batch_size=1"
+                        )
+                raise ValueError(f"{type(self.pipeline).__name__} cannot be called with {options}: {reason}") from error
         for name, values in (columns or {}).items():
             first = values[0][0] if isinstance(values[0], list) and values[0] else values[0]
             if isinstance(first, Image.Image):
@@ -359,6 +374,8 @@ class PipelineFlow:
         Returns:
             `list`: For the argument `encoded`. None where a later call has nothing to encode, or may as well do it itself.
         """
+        if self._takes_one_prompt and len(prompts) > 1:
+            return None
         if self.encoders is None or (not call_kwargs and self._knows(prompts)):
             return None
         encoded = self.encode(prompts, samples_per_prompt, columns, **call_kwargs)
@@ -513,6 +530,9 @@ class PipelineFlow:
         Returns:
             `Tensor` or [`Media`]: Images, floats in [0, 1], shape [N, 3, H, W]; videos [N, F, 3, H, W]; audio [N, C, L].
         """
+        if self._takes_one_prompt and len(prompts) > 1:
+            alone = [self.generate([prompt], [seed], **call_kwargs) for prompt, seed in zip(prompts, seeds)]
+            return accelerate.utils.concatenate(alone)
         scheduler = RolloutScheduler.of(self._scheduler)
         scheduler.record(torch.zeros(0), [], levels=())
         if encoded is None and not call_kwargs:  # which may change the embeddings
@@ -585,6 +605,11 @@ class PipelineFlow:
         methods = {"encode_prompt": encode, "prepare_latents": prepare, "prepare_audio_latents": prepare}
         device = device or self.pipeline._execution_device
         return patched(self.pipeline, scheduler, proxies, device, self._attention, encode_image, **methods)
+
+    @property
+    def _takes_one_prompt(self) -> bool:
+        """A call without images takes one prompt at a time."""
+        return self._ways[False][0][0] == "alone"
 
     def _with_encoders(self, encode: Callable, *args: Any, **kwargs: Any) -> Any:
         if self.encoders is not None:
@@ -663,24 +688,31 @@ class PipelineFlow:
     ) -> dict[str, Any]:
         """Arguments of a call that makes one sample for each generator; the prompts have equally many generators."""
         branches = len(generators) // len(prompts)
-        # Without images, `num_images_per_prompt` will not do: pipelines differ in how they order repeated samples, and some
-        # give the images of one prompt the attention mask of another.
-        prompts_repeated, columns_repeated = self._ways[0] if columns else (True, True)
+        prompts_are, columns_repeated = self._ways[bool(columns)][0]
         # Some pipelines take a list of images as one per prompt, others as all for one: with one prompt they agree.
-        if not (prompts_repeated and columns_repeated) and len(prompts) > 1:
-            raise ValueError(f"{len(prompts)} prompts with {', '.join(columns)}: such a call takes one prompt.")
-        varying = {"prompt": repeat_each(prompts, branches) if prompts_repeated else list(prompts)}
-        if not prompts_repeated:
-            varying[self._per_prompt_option] = branches
+        if len(prompts) > 1 and (
+            prompts_are == "alone" or columns and (prompts_are, columns_repeated) != ("repeated", True)
+        ):
+            others = f" with {', '.join(columns)}" if columns else ""
+            raise ValueError(
+                f"{len(prompts)} prompts{others}: a call of {type(self.pipeline).__name__} takes one prompt."
+            )
+        if prompts_are == "repeated":
+            varying: dict[str, Any] = {"prompt": repeat_each(prompts, branches)}
+        else:
+            varying = {
+                "prompt": prompts[0] if prompts_are == "alone" else list(prompts),
+                self._per_prompt_option: branches,
+            }
         for name, values in (columns or {}).items():
             varying[name] = repeat_each(values, branches) if columns_repeated else values[0]
-        count = len(varying["prompt"])
+        count = len(varying["prompt"]) if prompts_are != "alone" else None
         if not self._takes_prompt:
             del varying["prompt"]
         varying = {name: self._as_rehearsed(name, value) for name, value in varying.items()}
         arguments = {**self.call_kwargs, "generator": generators, "output_type": "pt", "return_dict": False, **varying}
         for name, value in arguments.items():
-            if is_per_sample(name) and isinstance(value, str):
+            if is_per_sample(name) and isinstance(value, str) and count is not None:
                 # One for all: not every pipeline repeats it itself.
                 arguments[name] = [value] * count
             elif isinstance(value, list):

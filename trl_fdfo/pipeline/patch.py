@@ -105,7 +105,7 @@ def patched(
     """
     schedulers = [name for name, part in pipeline.components.items() if isinstance(part, SchedulerMixin)]
     attributes = {
-        **dict.fromkeys(schedulers, scheduler),
+        **dict.fromkeys(["scheduler", *schedulers], scheduler),
         **models,
         "_device_of_call": device,
         "_progress_bar_config": {**getattr(pipeline, "_progress_bar_config", {}), "disable": True},
@@ -337,6 +337,6 @@ def latents_of(prepared: Any) -> Tensor:
 def with_latents(prepared: Any, latents: Tensor) -> Any:
     if isinstance(prepared, Tensor):
         return latents
-    # What a pipeline makes of its noise beside the latents, such as the noise itself, has their dtype.
-    is_like = lambda value: isinstance(value, Tensor) and value.is_floating_point() and value.shape == latents.shape
+    # What a pipeline makes of its noise beside the latents, such as the noise itself in another layout, has their dtype.
+    is_like = lambda value: isinstance(value, Tensor) and value.is_floating_point() and value.numel() == latents.numel()
     return (latents, *(value.to(latents.dtype) if is_like(value) else value for value in prepared[1:]))
