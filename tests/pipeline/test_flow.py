@@ -23,7 +23,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.schedulers.scheduling_flow_match_heun_discrete import FlowMatchHeunDiscreteScheduler
-from tiny_pipelines import conditioned, flux2_klein, kandinsky5_video, sana_video
+from tiny_pipelines import conditioned, flux2_klein, kandinsky5_video, longcat_image, sana_video
 
 from trl_fdfo import FDFOTrainer
 from trl_fdfo.fdfo.churn import constant_churn
@@ -556,6 +556,20 @@ def test_checkpointing_of_a_model_that_keeps_keys_and_values_is_refused(make_con
     dataset = Dataset.from_dict({"prompt": ["a cat"], "image": flux2_klein.images(1)})
     with pytest.raises(ValueError, match="this Flux2KleinKVPipeline keeps results of its first call for later ones"):
         FDFOTrainer(config, flux2_klein.build_kv(), lambda images, prompts, image: images.mean(dim=(1, 2, 3)), dataset)
+
+
+def test_a_replay_writes_no_prompt_anew():
+    pipeline = longcat_image.build()
+    calls = []
+    pipeline.text_encoder.register_forward_pre_hook(lambda *_: calls.append(True))
+    call = longcat_image.CALLS["rewritten prompts"]
+    flow = PipelineFlow(pipeline, num_generations=2, num_inference_steps=STEPS, **call)
+    batch = flow.rollout(["a cat"], torch.zeros(STEPS + 1), [0], [1, 2], range(STEPS))
+    assert len(calls) > 1  # one for the embeddings, one for each token that is written
+    calls.clear()
+    for level in range(STEPS):
+        assert torch.equal(flow.velocity(batch, level), batch.velocities[level])
+    assert not calls
 
 
 def test_images_do_not_depend_on_what_the_process_drew_before():

@@ -239,6 +239,7 @@ class PipelineFlow:
             velocity=scheduler.velocity,
             encoded=remembered["encode_prompt"],
             encoded_images=remembered["encode_image"],
+            generated=remembered["generate"],
             prepared=remembered["prepare_latents"],
             model_calls=calls,
             outputs=outputs,
@@ -565,6 +566,9 @@ class PipelineFlow:
         def encode_image(original, *args, **kwargs):
             return Encoding(next(remembered["encode_image"]))
 
+        def generate(original, *args, **kwargs):
+            return next(remembered["generate"])
+
         def model(*args, **kwargs):
             output = next(outputs)
             if is_computed(output):
@@ -573,7 +577,7 @@ class PipelineFlow:
             return recursively_apply(lambda shape: _zeros(shape, device), output)
 
         methods = {"encode_prompt": encode_prompt, "prepare_latents": prepare_latents, "encode_image": encode_image}
-        with self._patched(scheduler, model, device=device, **methods):
+        with self._patched(scheduler, model, device=device, generate=generate, **methods):
             yield
 
     def _patched(
@@ -582,6 +586,7 @@ class PipelineFlow:
         model: Callable,
         prepare_latents: Callable,
         encode_image: Callable | None = None,
+        generate: Callable | None = None,
         device: torch.device | None = None,
         *,
         encode_prompt: Callable,
@@ -604,7 +609,7 @@ class PipelineFlow:
         }
         methods = {"encode_prompt": encode, "prepare_latents": prepare, "prepare_audio_latents": prepare}
         device = device or self.pipeline._execution_device
-        return patched(self.pipeline, scheduler, proxies, device, self._attention, encode_image, **methods)
+        return patched(self.pipeline, scheduler, proxies, device, self._attention, encode_image, generate, **methods)
 
     @property
     def _takes_one_prompt(self) -> bool:

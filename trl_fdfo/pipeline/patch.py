@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .options import is_quantized
 from .schedulers import StandIn
-from .trained import decoders, trained_modules
+from .trained import decoders, frozen_modules, trained_modules
 
 
 # The function of diffusers by which its pipelines draw their noise.
@@ -85,6 +85,7 @@ def patched(
     device: torch.device,
     attention: Sequence[nn.Module] = (),
     encode_image: Callable | None = None,
+    generate: Callable | None = None,
     **methods: Callable,
 ) -> Iterator[None]:
     """
@@ -100,6 +101,7 @@ def patched(
         attention (`Sequence[nn.Module]`): Attention modules of the transformers. They get their processors back, which a
             pipeline whose call is cut short may have replaced.
         encode_image (`Callable`, *optional*): Wrapper of each VAE's `encode`.
+        generate (`Callable`, *optional*): Wrapper of the `generate` of language models, which write prompts anew.
         **methods (`Callable`): Wrappers of the pipeline's methods, by name. A method that it does not have is not wrapped;
             in the place of a missing `prepare_latents`, the function that draws its noise is.
     """
@@ -128,6 +130,9 @@ def patched(
             names = inspect.unwrap(type(pipeline).__call__).__globals__
             draw = functools.partial(methods["prepare_latents"], names[DRAW])
             stack.enter_context(_replaced(names, DRAW, draw))
+        for part in frozen_modules(pipeline).values():
+            if generate is not None and hasattr(part, "generate"):
+                stack.enter_context(shadowed(part, generate=functools.partial(generate, part.generate)))
         stack.enter_context(shadowed(pipeline, **attributes))
         stack.enter_context(_of_class(pipeline, _with_known_device(type(pipeline))))
         scheduler.on_last_step = lambda: [stack.enter_context(in_float32(part)) for part in parts]
@@ -256,8 +261,9 @@ def call(original: Callable, *args: Any, **kwargs: Any) -> Any:
     return original(*args, **kwargs)
 
 
-# Methods of the pipeline whose return values the replay does not compute again. The VAE's `encode` is another.
-REMEMBERED = ("encode_prompt", "prepare_latents", "encode_image")
+# Methods of the pipeline whose return values the replay does not compute again; the last two are the VAE's `encode` and the
+# `generate` of language models.
+REMEMBERED = ("encode_prompt", "prepare_latents", "encode_image", "generate")
 
 
 def remember(remembered: dict[str, list]) -> dict[str, Callable]:

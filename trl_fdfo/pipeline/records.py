@@ -29,6 +29,7 @@ class Rehearsal:
         skipped_steps (`int`): Steps at the start of the schedule that the pipeline does not take.
         encoded (`list`): Return value of each call of `encode_prompt`.
         encoded_images (`list`): Tensors taken from the return value of each call of the VAE's `encode`.
+        generated (`list`): Return value of each call of a language model's `generate` outside `encode_prompt`.
         prepared (`list`): Return value of each call of `prepare_latents`.
         model_calls (`list[tuple[tuple, dict]]`): Arguments of each call of the transformer in the first step.
         outputs (`list`): Return value of each of these calls.
@@ -44,6 +45,7 @@ class Rehearsal:
     skipped_steps: int
     encoded: list
     encoded_images: list
+    generated: list
     prepared: list
     model_calls: list[tuple[tuple, dict]]
     outputs: list
@@ -58,6 +60,7 @@ class BatchAxes:
 
     encoded: Any
     encoded_images: Any
+    generated: Any
     prepared: Any
     model_calls: Any
     outputs: Any
@@ -123,6 +126,7 @@ class RolloutBatch:
                 "encode_prompt": once_per_prompt(encoded, branches, len(samples)),
                 "prepare_latents": part(self.remembered["prepare_latents"], axes.prepared),
                 "encode_image": part(self.remembered["encode_image"], axes.encoded_images),
+                "generate": part(self.remembered["generate"], axes.generated),
             },
             outputs=[part(output, axes.outputs[0]) for output in self.outputs],
         )

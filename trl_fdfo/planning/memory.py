@@ -206,7 +206,7 @@ def trajectory_bytes(
     level = latents + size([rehearsal.velocity])
     targets = 4 * args.per_device_train_batch_size + latents_per_target * 4 * rehearsal.latents.numel()
     encoded = once_per_prompt(rehearsal.encoded, args.num_generations, len(rehearsal.latents))
-    values = [encoded, rehearsal.encoded_images, rehearsal.prepared]
+    values = [encoded, rehearsal.encoded_images, rehearsal.generated, rehearsal.prepared]
     remembered = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
     return args.num_rollout_batches * (args.num_trained_levels * level + targets + size(remembered))
 

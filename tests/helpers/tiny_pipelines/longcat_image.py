@@ -3,6 +3,8 @@ LongCatImagePipeline and LongCatImageEditPipeline: Qwen 2.5 VL prompts whose tem
 result is scaled to the norm of the conditional prediction. The second pipeline scales its image to a megapixel.
 """
 
+import copy
+
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -11,6 +13,7 @@ from diffusers import (
     LongCatImagePipeline,
     LongCatImageTransformer2DModel,
 )
+from diffusers.pipelines.longcat_image.system_messages import SYSTEM_PROMPT_EN
 from PIL import Image
 from transformers import Qwen2VLImageProcessor
 
@@ -20,22 +23,27 @@ from .qwen_image import qwen_text_encoder, qwen_tokenizer
 from .qwen_image_edit import Processor
 
 
-# The rewriting of the prompts is a text that the text encoder writes: it is off, as 512 tokens take long.
+# The text encoder writes prompts anew, which is on by default.
 SIZE = {"height": 16, "width": 16, "enable_prompt_rewrite": False}
 CALLS = {
     "plain": {**SIZE, "guidance_scale": 1.0},
     "guided": {**SIZE, "guidance_scale": 4.5, "negative_prompt": "bad"},
     "not normalized": {**SIZE, "guidance_scale": 4.5, "enable_cfg_renorm": False},
+    "rewritten prompts": {**SIZE, "guidance_scale": 1.0, "enable_prompt_rewrite": True},
 }
 CALLS_EDIT = {
     "plain": {"guidance_scale": 1.0},
     "guided": {"guidance_scale": 4.5, "negative_prompt": "bad"},
 }
 
-# The template of the prompts.
+# The template of the prompts; the instruction to write them anew is as long as it is.
 TEXT = (
     "<|im_start|>system\nAs an image captioning expert, generate a descriptive text prompt based on an image content, "
     "suitable for input to a text-to-image model.<|im_end|>\n<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n"
+)
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}{{ part.text }}"
+    "{% endfor %}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
 )
 
 
@@ -60,7 +68,9 @@ def megapixel_vae() -> AutoencoderKL:
 
 
 def components() -> dict:
-    tokenizer = qwen_tokenizer(TEXT)
+    tokenizer = qwen_tokenizer(TEXT + SYSTEM_PROMPT_EN)
+    writer = copy.deepcopy(tokenizer)
+    writer.padding_side = "left"
     # As many pixels as there are in 2 x 2 tokens.
     image_processor = Qwen2VLImageProcessor(size={"shortest_edge": 56 * 56, "longest_edge": 56 * 56})
     transformer = LongCatImageTransformer2DModel(
@@ -80,7 +90,7 @@ def components() -> dict:
         "vae": vae(16),
         "text_encoder": qwen_text_encoder(tokenizer),
         "tokenizer": tokenizer,
-        "text_processor": Processor(image_processor, tokenizer),
+        "text_processor": Processor(image_processor, writer, chat_template=CHAT_TEMPLATE),
         "transformer": transformer,
     }
 
@@ -90,7 +100,7 @@ def build(seed: int = 0) -> LongCatImagePipeline:
     torch.manual_seed(seed)
     pipeline = LongCatImagePipeline(**components())
     # As long as the longest prompt of the tests, not 512.
-    pipeline.tokenizer_max_length = 40
+    pipeline.tokenizer_max_length = 24
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -99,7 +109,7 @@ def build_edit(seed: int = 0) -> LongCatImageEditPipeline:
     """1024 x 1024 images, latents packed into 16 x 16 tokens of 64 channels, and as many tokens of the given image."""
     torch.manual_seed(seed)
     pipeline = LongCatImageEditPipeline(**{**components(), "vae": megapixel_vae()})
-    pipeline.tokenizer_max_length = 40
+    pipeline.tokenizer_max_length = 24
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
