@@ -13,8 +13,9 @@ from .qwen_image import qwen_tokenizer
 
 SIZE = {"height": 16, "width": 16, "max_sequence_length": 32}
 CALLS = {
-    "plain": {**SIZE, "guidance_scale": 1.0, "guidance_schedule": None},
     "guided": {**SIZE, "guidance_scale": 7.0, "guidance_schedule": None},
+    # Both transformers are called, and the unconditional one has no say.
+    "plain": {**SIZE, "guidance_scale": 1.0, "guidance_schedule": None},
     "scheduled": {**SIZE, "guidance_schedule": [7.0, 7.0, 7.0, 3.0]},
 }
 

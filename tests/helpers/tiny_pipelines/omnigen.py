@@ -19,6 +19,11 @@ vars(processor_omnigen).setdefault("transforms", SimpleNamespace(**_nothing))
 vars(pipeline_omnigen).setdefault("OmniGenMultiModalProcessor", processor_omnigen.OmniGenMultiModalProcessor)
 
 
+def one_prompt(count: int) -> dict:
+    """No images, but a call has one prompt: the transformer gives all prompts of a batch the positions of the first."""
+    return {}
+
+
 def build(seed: int = 0) -> OmniGenPipeline:
     """32 x 32 images, latents of 4 x 4 with 4 channels: a factor of 8, which is in the pipeline's code."""
     torch.manual_seed(seed)
@@ -51,5 +56,5 @@ def build(seed: int = 0) -> OmniGenPipeline:
 
 # It has no encode_prompt. Its released scheduler counts the noise level from 0 to 1, which `invert_sigmas` says.
 PENDING = {
-    "OmniGen": Family(build, CALLS),
+    "OmniGen": Family(build, CALLS, one_prompt),
 }

@@ -87,9 +87,9 @@ def build_pixel(seed: int = 0) -> PRXPixelPipeline:
 FAMILIES = {
     "PRX": Family(build, CALLS),
 }
-# The timestep of a guided call has two entries, whatever the number of samples: it works for one sample at a time.
 PENDING = {
+    # The timestep of a guided call has two entries, whatever the number of samples: it works for one sample at a time.
     "PRX guided": Family(build, CALLS_GUIDED),
-    # It has no vae. It returns `pt` as it samples them, in [-1, 1].
+    # It has no vae, and returns `pt` as it samples them, in [-1, 1].
     "PRX Pixel": Family(build_pixel, CALLS),
 }
