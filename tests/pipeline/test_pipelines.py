@@ -278,6 +278,19 @@ def test_usual_scheduler_of_another_kind_is_replaced(name):
         assert torch.equal(flow.velocity(batch, level), batch.velocities[level])
 
 
+def test_transparent_images_lie_on_white():
+    module = importlib.import_module("tiny_pipelines.qwen_image21")
+    pipeline = module.build()
+    flow = PipelineFlow(pipeline, num_generations=2, num_inference_steps=STEPS, **module.CALLS["plain"])
+    images = flow.generate(["a cat"], [0])
+    generator = torch.Generator().manual_seed(0)
+    [own] = pipeline(
+        "a cat", num_inference_steps=STEPS, generator=generator, output_type="pt", return_dict=False, **module.SHARED
+    )
+    colors, opacity = own[:, :3], own[:, 3:]
+    torch.testing.assert_close(images, opacity * colors + 1 - opacity, rtol=0, atol=1e-4)
+
+
 DOCS = Path(__file__).parents[2] / "docs" / "pipelines.md"
 BEGIN, END = "<!-- table: made by tests/pipeline/test_pipelines.py -->\n", "<!-- end of table -->\n"
 
