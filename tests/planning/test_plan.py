@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from diffusers import SD3Transformer2DModel
 from peft import LoraConfig, get_peft_model
-from tiny_pipelines import flux_kontext
+from tiny_pipelines import flux_kontext, z_image_conditioned
 from tiny_runs import PROMPTS, redness
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -21,7 +21,7 @@ from trl import TrlParser
 from trl_fdfo import FDFOConfig, FDFOTrainer, FlowGRPOConfig, FlowGRPOTrainer, shapes
 from trl_fdfo.fdfo.scheduler import ChurnScheduler
 from trl_fdfo.planning.cost import Cost, Precision, sampling_cost, training_cost
-from trl_fdfo.planning.memory import QUANTIZED_BYTES, Engine, nbytes
+from trl_fdfo.planning.memory import QUANTIZED_BYTES, Engine, component_parts, nbytes
 from trl_fdfo.planning.plan import RunPlan
 from trl_fdfo.planning.time import CARDS, LAUNCH, UTILISATION, Card
 from trl_fdfo.planning.without_weights import load_without_weights, plan_without_weights, planned
@@ -251,6 +251,13 @@ def test_parts_of_a_run(make_trainer):
     assert plan.peak(cache_prompt_embeds=True) == encoders + vae
     plan.args = replace(trainer.args, cache_prompt_embeds=True)
     assert f"before the run, with the text encoders: {(encoders + vae) / 2**20:.2f} MiB" in str(plan)
+
+
+def test_weights_that_a_controlnet_shares_with_the_transformer_count_once(make_config):
+    pipeline = z_image_conditioned.controlnet()
+    sizes = {part.name: part.training for part in component_parts(pipeline, make_config())}
+    own = [weight for name, weight in pipeline.controlnet.named_parameters() if name.startswith("control_")]
+    assert sizes["controlnet"] == nbytes(own) < nbytes(list(pipeline.controlnet.parameters()))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from ..pipeline.patch import upcast_weights
 from ..pipeline.prompt_embeddings import text_encoders
 from ..pipeline.records import Rehearsal, once_per_prompt
 from ..pipeline.schedulers import RolloutScheduler
-from ..pipeline.trained import frozen_modules
+from ..pipeline.trained import frozen_modules, trained_module
 
 
 GIB = 2**30
@@ -136,9 +136,11 @@ def model_parts(model: nn.Module, args: TrainingArguments, engine: Engine) -> li
 
 
 def component_parts(pipeline: DiffusionPipeline, args: TrainingArguments) -> Iterator[Part]:
-    """The text encoders, the VAE and the pipeline's other frozen modules."""
+    """The text encoders, the VAE and the pipeline's other frozen modules, but for weights that are the transformer's too."""
+    transformer = trained_module(pipeline)
+    counted = {id(tensor) for tensor in (*transformer.parameters(), *transformer.buffers())}
     for name, component in frozen_modules(pipeline).items():
-        size = nbytes((*component.parameters(), *component.buffers()))
+        size = nbytes([t for t in (*component.parameters(), *component.buffers()) if id(t) not in counted])
         # Offloaded parts move to the device when called. Text encoders leave before the transformer is called, the others
         # when the rollout ends.
         encodes = name in text_encoders(pipeline)
