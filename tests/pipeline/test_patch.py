@@ -4,7 +4,7 @@ import torch
 from torch.nn import functional
 
 from trl_fdfo.pipeline.loading import base_model_name
-from trl_fdfo.pipeline.patch import shadowed
+from trl_fdfo.pipeline.patch import Encoding, shadowed
 from trl_fdfo.redaction import without_folders, without_origin
 
 
@@ -28,6 +28,26 @@ def test_a_submodule_is_shadowed():
     with shadowed(model, training=False, **{"0": "another"}):
         assert getattr(model, "0") == "another" and not model.training
     assert isinstance(getattr(model, "0"), torch.nn.Linear) and model.training
+
+
+@pytest.mark.parametrize(
+    "latents_of",
+    [
+        lambda output: output.latent_dist.sample(),
+        lambda output: output[0].sample(),
+        lambda output: output[0].mode(),
+        lambda output: output[0].mean,
+    ],
+)
+def test_an_encoding_gives_once_more_what_was_taken_from_it_in_any_way(latents_of):
+    vae, taken = tiny_pipelines.vae(), {}
+    images = torch.rand(1, 3, 16, 16).repeat(2, 1, 1, 1)
+    with torch.no_grad():
+        latents = latents_of(Encoding(taken, vae.encode(images)))
+    assert latents.shape == (2, 4, 8, 8) and torch.equal(latents[0], latents[1])
+    assert latents_of(Encoding(taken)) is latents
+    with pytest.raises(AttributeError):
+        Encoding(taken)[1]
 
 
 def test_files_get_no_folder_and_no_origin(tmp_path):

@@ -309,19 +309,26 @@ class Encoding:
         self._taken, self._output, self._path = taken, output, path
 
     def __getattr__(self, name: str) -> Any:
-        path = self._path + name
         if self._output is not None:
-            return self._take(getattr(self._output, name), path)
+            return self._take(getattr(self._output, name), self._path + name)
+        return self._taken_at(self._path + name)
+
+    def __getitem__(self, index: int) -> Any:
+        """An item of a tuple, or of an output of diffusers, whose first one is its distribution."""
+        path = f"{self._path}[{index}]"
+        return self._taken_at(path) if self._output is None else self._take(self._output[index], path)
+
+    def _taken_at(self, path: str) -> Any:
         if path in self._taken:
             return self._taken[path]
         if path + "()" in self._taken:
             return lambda *args, **kwargs: self._taken[path + "()"]
         if any(key.startswith(path + ".") for key in self._taken):
             return Encoding(self._taken, path=path + ".")
-        raise AttributeError(name)
+        raise AttributeError(path)
 
     def _call(self, method: Callable, path: str, args: tuple, kwargs: dict) -> Any:
-        if not path.endswith("latent_dist.sample"):
+        if not path.endswith(".sample"):
             return method(*args, **kwargs)
         mean, std = self._output.mean, self._output.std
         noise = torch.randn(mean.shape[1:], generator=torch.Generator().manual_seed(0))
