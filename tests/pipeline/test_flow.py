@@ -23,7 +23,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.schedulers.scheduling_flow_match_heun_discrete import FlowMatchHeunDiscreteScheduler
-from tiny_pipelines import conditioned, flux2_klein, kandinsky5_video, longcat_image, sana_video
+from tiny_pipelines import conditioned, flux2_klein, hunyuan_video, kandinsky5_video, longcat_image, sana_video
 
 from trl_fdfo import FDFOTrainer
 from trl_fdfo.fdfo.churn import constant_churn
@@ -615,6 +615,12 @@ def test_churn_at_the_start_alone_is_refused_if_the_schedule_starts_late():
         ValueError, match="All churn is at the first noise level.*starts late, at step 2 .*strength=1.0"
     ):
         flow.rollout(["a cat"], amounts, [0], [1, 2], range(2), columns)
+
+
+def test_a_call_that_samples_part_by_part_is_refused():
+    flow = make_flow(pipeline=hunyuan_video.build_framepack(), **hunyuan_video.CALLS_SECTIONS["two sections"])
+    with pytest.raises(ValueError, match="FramepackPipeline .* steps of a schedule of 4: .*so short"):
+        flow.rehearse(["a cat"], conditioned.image(1), 2)
 
 
 def test_a_likelihood_of_changed_latents_is_refused():

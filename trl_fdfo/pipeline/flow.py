@@ -201,8 +201,11 @@ class PipelineFlow:
                 ways = self._ways[bool(columns)]
                 if len(ways) > 1:
                     self._ways[bool(columns)] = ways[1:]
-                    with contextlib.suppress(ValueError):
+                    try:
                         return self.rehearse(prompts, columns, samples_per_prompt)
+                    except ValueError as other:
+                        if other.__cause__ is None:  # not of the call, which could be made
+                            raise
                     self._ways[bool(columns)] = ways
                 options = {name: value for name, value in self.call_kwargs.items() if value is not None}
                 reason = f"{type(error).__name__}: {error}"
@@ -224,8 +227,8 @@ class PipelineFlow:
         if scheduler.steps_done != len(sigmas) - 1:
             raise ValueError(
                 f"{type(self.pipeline).__name__} denoised {len(scheduler.streams)} thing(s) in {scheduler.steps_done} steps of a "
-                f"schedule of {len(sigmas) - 1}: it has more than one sampling loop, or starts latents that it does not "
-                "denoise, and it is unclear which velocity to train."
+                f"schedule of {len(sigmas) - 1}: a step of the schedule must be one of the call, and what is trained is "
+                "all that a call makes. If it samples a video part by part, make the video so short that it is one part."
             )
         if not (sigmas[:-1] > sigmas[1:]).all():
             raise ValueError(

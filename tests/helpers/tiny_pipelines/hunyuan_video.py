@@ -5,6 +5,8 @@ from diffusers import (
     AutoencoderKLHunyuanVideo,
     FlowMatchEulerDiscreteScheduler,
     HunyuanSkyreelsImageToVideoPipeline,
+    HunyuanVideoFramepackPipeline,
+    HunyuanVideoFramepackTransformer3DModel,
     HunyuanVideoImageToVideoPipeline,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
@@ -20,6 +22,9 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     Qwen2Tokenizer,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
 )
 
 from . import clip_encoder, clip_tokenizer
@@ -41,6 +46,14 @@ CALLS_SKYREELS = {
     "plain": {**SMALL, "true_cfg_scale": 1.0},
     "guided": {**SMALL, "true_cfg_scale": 6.0, "negative_prompt": "bad"},
 }
+# A section has two frames of latents; the frame of the image is added in the end.
+FRAMEPACK = {**SMALL, "latent_window_size": 2}
+CALLS_FRAMEPACK = {
+    "plain": {**FRAMEPACK, "guidance_scale": 6.0},
+    "guided": {**FRAMEPACK, "guidance_scale": 6.0, "true_cfg_scale": 3.0, "negative_prompt": "bad"},
+    "forwards": {**FRAMEPACK, "guidance_scale": 6.0, "sampling_type": "vanilla"},
+}
+CALLS_SECTIONS = {"two sections": {**FRAMEPACK, "num_frames": 9, "guidance_scale": 6.0}}
 
 
 def llama_tokenizer(template: str) -> Qwen2Tokenizer:
@@ -173,9 +186,33 @@ def build_skyreels(seed: int = 0) -> HunyuanSkyreelsImageToVideoPipeline:
     return pipeline
 
 
+def build_framepack(seed: int = 0) -> HunyuanVideoFramepackPipeline:
+    """The transformer also gets the image and the sections before, in three resolutions."""
+    torch.manual_seed(seed)
+    vision = SiglipVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    transformer = HunyuanVideoFramepackTransformer3DModel(
+        **TRANSFORMER, has_image_proj=True, image_proj_dim=16, has_clean_x_embedder=True
+    )
+    pipeline = HunyuanVideoFramepackPipeline(
+        **{**components(), "transformer": transformer},
+        image_encoder=SiglipVisionModel(vision),
+        feature_extractor=SiglipImageProcessor(size={"height": 16, "width": 16}),
+    )
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 FAMILIES = {
     "HunyuanVideo": Family(build, CALLS),
     "SkyReels image to video": Family(build_skyreels, CALLS_SKYREELS, image),
+    "FramePack video of one section": Family(build_framepack, CALLS_FRAMEPACK, image),
+}
+REFUSED = {
+    # A sampling loop for each section.
+    "FramePack video": Family(build_framepack, CALLS_SECTIONS, image),
 }
 # Their loop has one `scheduler.step` for each kind of image condition.
 PENDING = {
