@@ -145,6 +145,7 @@ WITHOUT_SAY = {
     "Qwen-Image 2.1": [],  # one stream of text and image
     "Qwen-Image": ["transformer_blocks.1.attn.add_q_proj", "transformer_blocks.1.attn.to_add_out"],
     "JoyImage": ["double_blocks.1.attn.txt_attn_proj"],
+    "EasyAnimate": ["transformer_blocks.1.attn1.add_q_proj", "transformer_blocks.1.attn1.to_add_out"],
     "HunyuanVideo 1.5": ["transformer_blocks.1.attn.add_q_proj", "transformer_blocks.1.attn.to_add_out"],
 }
 
