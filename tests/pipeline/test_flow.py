@@ -23,7 +23,17 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.schedulers.scheduling_flow_match_heun_discrete import FlowMatchHeunDiscreteScheduler
-from tiny_pipelines import conditioned, flux2_klein, hunyuan_video, kandinsky5_video, longcat_image, sana_video
+from tiny_pipelines import (
+    conditioned,
+    cosmos,
+    flux2_klein,
+    helios,
+    hunyuan_video,
+    kandinsky5_video,
+    longcat_image,
+    sana_video,
+    skyreels_v2,
+)
 
 from trl_fdfo import FDFOTrainer
 from trl_fdfo.fdfo.churn import constant_churn
@@ -379,6 +389,25 @@ def test_a_shift_that_is_set_later_changes_no_noise_level_of_the_flow():
     assert torch.equal(flow.rehearse(["a"]).sigmas, before)
 
 
+@pytest.mark.parametrize(
+    ("build", "options", "message"),
+    [
+        (
+            cosmos.text_to_image_2,
+            cosmos.SMALL,
+            r"noise levels of the FlowMatchEulerDiscreteScheduler reach 80: .* \[0, 1\]",
+        ),
+        (helios.build, {**helios.SMALL, "num_frames": 10}, "more steps than the 4 of its schedule, .* a single chunk"),
+        (skyreels_v2.forcing, skyreels_v2.VIDEO, "more steps than the 4 of its schedule"),
+    ],
+    ids=["noise levels above 1", "several chunks", "copies of the scheduler"],
+)
+def test_sampling_that_is_no_single_flow_is_refused(build, options, message):
+    flow = PipelineFlow(build(), num_generations=2, num_inference_steps=STEPS, **options)
+    with pytest.raises(ValueError, match=message):
+        flow.rehearse(PROMPTS[:1], samples_per_prompt=2)
+
+
 def test_sdxl_is_refused():
     tokenizers = [tiny_pipelines.clip_tokenizer(), tiny_pipelines.clip_tokenizer()]
     unet = UNet2DConditionModel(
@@ -619,7 +648,7 @@ def test_churn_at_the_start_alone_is_refused_if_the_schedule_starts_late():
 
 def test_a_call_that_samples_part_by_part_is_refused():
     flow = make_flow(pipeline=hunyuan_video.build_framepack(), **hunyuan_video.CALLS_SECTIONS["two sections"])
-    with pytest.raises(ValueError, match="FramepackPipeline .* steps of a schedule of 4: .*so short"):
+    with pytest.raises(ValueError, match="more steps than the 4 of its schedule, .* a single chunk"):
         flow.rehearse(["a cat"], conditioned.image(1), 2)
 
 

@@ -222,7 +222,10 @@ class PipelineFlow:
             if isinstance(first, Image.Image):
                 self._image_modes[name] = first.mode
         if scheduler.latents is None:
-            raise ValueError(f"{type(self.pipeline).__name__} took no step: it is not a pipeline to train.")
+            raise ValueError(
+                f"{type(self.pipeline).__name__} took no step of its scheduler, perhaps steps of copies of it: there is nothing "
+                "to train. Take another pipeline of the model."
+            )
         sigmas = scheduler.noise_levels.cpu()
         if scheduler.steps_done != len(sigmas) - 1:
             raise ValueError(

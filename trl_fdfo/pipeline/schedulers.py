@@ -191,7 +191,14 @@ class StandIn:
             else:
                 self._step_index = self.known_first_step
             self.first_step = self.step_index
+        if self.steps_done >= len(self.timesteps) - self.first_step:
+            raise ValueError(
+                f"The pipeline takes more steps than the {len(self.timesteps)} of its schedule, such as for a video in several "
+                "chunks, each of which depends on those before it: only one schedule can be replayed. Ask for a single chunk."
+            )
         stream = self.streams[self._next_stream]
+        if sample.dtype != torch.float32:  # also where the pipeline rounds what it prepared in float32
+            stream.dtype = sample.dtype
         velocity = -model_output if self._time_is_inverted else model_output
         x_s = self.take_step(velocity, sample, self.steps_done, stream)
         is_last_step = self.step_index + 1 == len(self.timesteps)
