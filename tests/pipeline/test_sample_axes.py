@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from trl_fdfo.pipeline.sample_axes import ITEMS, concatenate, sample_axes, take
+from trl_fdfo.pipeline.sample_axes import ITEMS, Together, concatenate, sample_axes, take
 
 
 def batch(samples, blocks=1):
@@ -53,6 +53,16 @@ def test_samples_are_put_together_block_by_block(blocks):
     expected = batch([5, 6, 7], blocks)
     expected["list"] = [one["list"][block] for block in range(blocks) for one in alone]
     assert equal(concatenate(alone, axes), expected)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_entries_of_a_sample_that_stand_together_are_taken_together(count):
+    # Two images of each sample, one after the other.
+    pairs = lambda samples: torch.tensor([[10.0 * image + n, 5.0] for n in samples for image in range(2)])
+    axes = sample_axes(pairs(range(count)), pairs([n for n in range(count) for _ in range(2)]))
+    assert axes == Together(0, 2)
+    assert torch.equal(take(pairs(range(3)), axes, [2, 0, 0], 3), pairs([2, 0, 0]))
+    assert torch.equal(concatenate([pairs([1]), pairs([0])], axes), pairs([1, 0]))
 
 
 def test_what_is_not_there_in_this_batch_stays_away():

@@ -3,18 +3,32 @@ Finds the samples of a batch in the values that a pipeline passes around: along 
 list, or nowhere if all samples share a value (position ids, numbers, None).
 
 Two calls are compared, the second with twice as many samples: the axis that has doubled is the axis of the samples. An
-axis with c entries per sample, such as 2 under classifier-free guidance, is taken as c blocks of all samples. Nothing here
-can tell if a pipeline orders them so; the self-check of the replay fails if it does not.
+axis with c entries per sample, such as 2 under classifier-free guidance, is taken as c blocks of all samples, unless the
+values show that the c entries of a sample stand together. Where the values do not tell, nothing here can: the self-check of
+the replay fails if a pipeline orders them in another way.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 
 ITEMS = "items"  # the value is a list with one item per sample
+
+
+class Together(NamedTuple):
+    """
+    The axis of a tensor where the entries of a sample stand together.
+
+    Attributes:
+        axis (`int`): The axis.
+        entries (`int`): Entries of each sample.
+    """
+
+    axis: int
+    entries: int
 
 
 def sample_axes(some: Any, twice: Any) -> Any:
@@ -26,7 +40,8 @@ def sample_axes(some: Any, twice: Any) -> Any:
         twice: The same values of a call with each of its samples twice.
 
     Returns:
-        The axis of a tensor, or None, also for offsets; [`ITEMS`] for a list that has doubled; for other nests the same nest of these.
+        The axis of a tensor, a [`Together`], or None, also for offsets; [`ITEMS`] for a list that has doubled; for other nests
+        the same nest of these.
 
     Raises:
         ValueError: Something changes with the number of samples in another way.
@@ -36,7 +51,7 @@ def sample_axes(some: Any, twice: Any) -> Any:
         if not changed:
             return None
         if len(changed) == 1 and twice.shape[changed[0]] == 2 * some.shape[changed[0]]:
-            return changed[0]
+            return _with_order(some, twice, changed[0])
         if some.ndim == 1 and len(twice) == 2 * len(some) - 1 and some[0] == twice[0] == 0:  # one more than samples
             # Offsets of the samples' tokens. What they measure stays padded to the batch's longest sample, whose length a
             # part of the batch needs too.
@@ -67,6 +82,9 @@ def take(value: Any, axes: Any, samples: Sequence[int], total: int) -> Any:
     """
     if axes is None or value is None:  # such as a mask that this batch does not need
         return value
+    if isinstance(axes, Together):
+        index = [n * axes.entries + entry for n in samples for entry in range(axes.entries)]
+        return value.index_select(axes.axis, torch.tensor(index, device=value.device))
     if axes == ITEMS:
         return type(value)([value[start + n] for start in range(0, len(value), total) for n in samples])
     if isinstance(axes, int):
@@ -86,6 +104,8 @@ def concatenate(values: Sequence[Any], axes: Any) -> Any:
     """
     if axes is None or all(value is None for value in values):
         return values[0]
+    if isinstance(axes, Together):
+        return torch.cat(list(values), dim=axes.axis)
     if axes == ITEMS or isinstance(axes, int):
         blocks = [_blocks(value, axes) for value in values]
         # Each block has all samples.
@@ -94,6 +114,16 @@ def concatenate(values: Sequence[Any], axes: Any) -> Any:
     if isinstance(axes, dict):
         return type(values[0])({name: concatenate([value[name] for value in values], axes[name]) for name in axes})
     return type(values[0])([concatenate(items, axis) for *items, axis in zip(*values, axes, strict=True)])
+
+
+def _with_order(some: Tensor, twice: Tensor, axis: int) -> int | Together:
+    """The axis, from the values: each sample twice in a row, or each run of entries."""
+    size = some.shape[axis]
+    for entries in (count for count in range(1, size + 1) if size % count == 0):
+        runs = some.unflatten(axis, (-1, entries)).repeat_interleave(2, dim=axis).flatten(axis, axis + 1)
+        if torch.allclose(runs.float(), twice.float(), rtol=1e-3, atol=1e-5):
+            return axis if entries == 1 else Together(axis, entries)
+    return axis
 
 
 def _blocks(value: Any, axes: Any) -> Sequence[Any]:

@@ -186,6 +186,9 @@ def lucy_edit() -> LucyEditPipeline:
 FAMILIES = {
     "Wan 2.2 5B (video)": Family(small_text_to_video, _calls(VIDEO)),
     "Wan image to video": Family(image_to_video, _calls(WITH_IMAGE_ENCODER), image),
+    "Wan first and last image to video": Family(
+        first_and_last_to_video, _calls(WITH_IMAGE_ENCODER), first_and_last_image
+    ),
     "Wan 2.2 5B image to video": Family(small_image_to_video, _calls(VIDEO), image),
     "Wan video to video": Family(
         video_to_video,
@@ -203,9 +206,7 @@ FAMILIES = {
     "Lucy Edit (video)": Family(lucy_edit, _calls(VIDEO), video),
     "ChronoEdit (video)": Family(chrono_edit, _calls(WITH_IMAGE_ENCODER), image),
 }
+# One prompt, as a string, and one generator: one sample.
 PENDING = {
-    "Wan first and last image to video": Family(
-        first_and_last_to_video, _calls(WITH_IMAGE_ENCODER), first_and_last_image
-    ),
     "Wan VACE (video)": Family(vace, _calls(VIDEO), video),
 }
