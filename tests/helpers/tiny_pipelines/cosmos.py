@@ -9,6 +9,7 @@ from diffusers import (
     Cosmos2_5_TransferPipeline,
     Cosmos2TextToImagePipeline,
     Cosmos2VideoToWorldPipeline,
+    Cosmos3OmniPipeline,
     CosmosControlNetModel,
     CosmosTextToWorldPipeline,
     CosmosTransformer3DModel,
@@ -19,6 +20,7 @@ from diffusers import (
 )
 from diffusers.models.controlnets import controlnet_cosmos
 from diffusers.models.transformers import transformer_cosmos
+from diffusers.models.transformers.transformer_cosmos3 import Cosmos3OmniTransformer
 from diffusers.utils import is_torchvision_available
 
 from . import t5_encoder, t5_tokenizer, wan
@@ -201,10 +203,51 @@ def video_to_world() -> CosmosVideoToWorldPipeline:
     return _of_1(CosmosVideoToWorldPipeline, {})
 
 
+def omni_3() -> Cosmos3OmniPipeline:
+    """One transformer reads the tokens of the prompt and denoises the frames, and sound and actions where it has them."""
+    tokenizer = qwen_tokenizer(SYSTEM)
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message.content }}<|im_end|>{% endfor %}<|im_start|>"
+    )
+    torch.manual_seed(0)
+    transformer = Cosmos3OmniTransformer(
+        head_dim=16,
+        hidden_size=32,
+        intermediate_size=16,
+        latent_channel=4,
+        num_attention_heads=2,
+        num_hidden_layers=1,
+        num_key_value_heads=1,
+        patch_latent_dim=16,
+        rope_axes_dim=(4, 2, 2),
+        vocab_size=len(tokenizer),
+    )
+    pipeline = Cosmos3OmniPipeline(
+        transformer=transformer,
+        text_tokenizer=tokenizer,
+        vae=wan.build().vae,
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=10.0),
+        enable_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 FAMILIES = {
     "Cosmos 2.5 Predict (video)": Family(predict_2_5, _calls(VIDEO)),
     "Cosmos 2.5 Predict from a video": Family(predict_2_5, _calls(CONTINUED), video),
     "Cosmos 2.5 Transfer (video)": Family(transfer_2_5, _calls(CONTROLLED, 3.0), controls),
+}
+# One prompt and one sample, whose latents have no batch axis; no `encode_prompt`, as the transformer reads the tokens; three
+# calls of `scheduler.step`, two of which are for sound and actions.
+PENDING = {
+    "Cosmos 3 (video)": Family(
+        omni_3,
+        {
+            "plain": {"height": 16, "width": 16, "num_frames": 5, "guidance_scale": 1.0, "use_system_prompt": False},
+            "guided": {"height": 16, "width": 16, "num_frames": 5, "guidance_scale": 6.0, "use_system_prompt": False},
+        },
+    ),
 }
 # Their samples are x_0 + sigma eps with sigma from 80 to 0.002, not (1 - t) x_0 + t eps with t in [0, 1].
 REFUSED = {
