@@ -24,6 +24,7 @@ from diffusers import (
 )
 from diffusers.schedulers.scheduling_flow_match_heun_discrete import FlowMatchHeunDiscreteScheduler
 from tiny_pipelines import (
+    ace_step,
     conditioned,
     cosmos,
     flux2_klein,
@@ -467,14 +468,22 @@ class Minimal(DiffusionPipeline):
         return latents
 
 
-def test_stateful_guidance_is_refused():
+@pytest.mark.parametrize("call", ["guided", "guided in some steps"])
+def test_guidance_with_momentum_is_replayed_from_the_outputs_of_earlier_steps(call):
+    family = ace_step.PENDING["ACE-Step with momentum (audio)"]
+    columns = family.images(1)
+    flow = PipelineFlow(family.build(), num_generations=2, num_inference_steps=STEPS, **family.calls[call])
+    noise = constant_churn(flow.rehearse(["a cat"], columns).sigmas, 0.2)
+    batch = flow.rollout(["a cat"], noise, [0], [1, 2], range(STEPS), columns)
+    for kept in (batch, batch.on_host()):
+        for level in range(STEPS):
+            assert torch.equal(flow.velocity(kept, level), batch.velocities[level])
+
+
+@pytest.mark.parametrize(("guider", "kept"), [(AdaptiveProjectedGuidance, True), (ClassifierFreeGuidance, False)])
+def test_a_guidance_object_with_momentum_needs_the_outputs(guider, kept):
     parts = [tiny_pipelines.sd3().transformer, FlowMatchEulerDiscreteScheduler()]
-    for guider in (ClassifierFreeGuidance(), AdaptiveProjectedGuidance()):  # the second one has no momentum by default
-        check_pipeline(Minimal(*parts, guider=guider))
-    guider = AdaptiveProjectedGuidance(adaptive_projected_guidance_momentum=-0.5)
-    message = "`guider` of Minimal is a AdaptiveProjectedGuidance.*carries momentum.*_projected_guidance_momentum=None"
-    with pytest.raises(ValueError, match=message):
-        check_pipeline(Minimal(*parts, guider=guider))
+    assert PipelineFlow(Minimal(*parts, guider=guider()), num_generations=2).keeps_outputs == kept
 
 
 def test_feature_cache_is_refused():

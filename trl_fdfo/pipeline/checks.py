@@ -53,15 +53,6 @@ def check_pipeline(pipeline: DiffusionPipeline) -> None:
             "could not start from the same noise. Move what draws it into a method `prepare_latents`."
         )
     check_own_layers(pipeline)
-    for key, part in pipeline.components.items():
-        options = part.config.items() if hasattr(part, "momentum_buffer") else ()
-        momentum = next((option for option, value in options if "momentum" in option and value), None)
-        if momentum is not None:
-            raise ValueError(
-                f"The guidance `{key}` of {name} is a {type(part).__name__}, which carries momentum from step to step: a "
-                f"single step cannot be replayed. Take one with `{momentum}=None`, or another without state, such as "
-                f"`ClassifierFreeGuidance`: `pipeline.update_components({key}=...)`."
-            )
     for key, transformer in trained_modules(pipeline).items():
         if getattr(transformer, "is_cache_enabled", False):
             raise ValueError(

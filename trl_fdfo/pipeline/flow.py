@@ -8,7 +8,7 @@ it reaches `scheduler.step`, after guidance, sign flips, packing and slicing. So
   generators of a prompt's branches start from one seed, so that the branches share their initial noise.
 - Replay of one step, with gradients: the undecorated `__call__` runs on the same batch. `encode_prompt` and
   `prepare_latents` return what they returned then, with the recorded x_t as the latents. In earlier steps neither the
-  transformer nor the scheduler does anything; at the step itself the scheduler stops the pipeline with the velocity.
+  transformer nor the scheduler computes anything; at the step itself the scheduler stops the pipeline with the velocity.
   A call of the transformer that makes a cache for later ones, such as the keys and values of an image, is repeated.
 
 Dimensions: P prompts, G branches (images per prompt), N = P x G samples in prompt-major order, T steps.
@@ -92,6 +92,8 @@ class PipelineFlow:
         prompt_embeddings (`Mapping[str, list]`): Return value of `encode` for some prompts, which are not encoded again.
         encoders ([`EncoderOffload`], *optional*): Takes the text encoders off the device before the transformer is called.
             None where they stay.
+        keeps_outputs (`bool`): A rollout keeps what the transformer returned, and a replay gives it to the pipeline in the
+            steps before the one that is replayed: the guidance has momentum, which comes from them.
 
     Raises:
         ValueError: The pipeline is no flow-matching one, or its call does not take one of the arguments.
@@ -148,6 +150,10 @@ class PipelineFlow:
         self._takes_prompt = "prompt" in options
         # `inspect.unwrap` strips the decorator `torch.no_grad()` from the call.
         self._call_with_grad = inspect.unwrap(type(pipeline).__call__)
+        # By diffusers' class for momentum: in the call itself, or in a guidance object.
+        self.keeps_outputs = "MomentumBuffer" in self._call_with_grad.__globals__ or any(
+            hasattr(part, "momentum_buffer") for part in pipeline.components.values()
+        )
 
     @torch.no_grad()
     def rehearse(
@@ -432,7 +438,9 @@ class PipelineFlow:
 
         def model(*args, **kwargs):
             output = call_model(*args, **kwargs)
-            outputs.append(recursively_apply(lambda tensor: tensor.to("meta"), output))
+            outputs.append(
+                output if self.keeps_outputs else recursively_apply(lambda tensor: tensor.to("meta"), output)
+            )
             return output
 
         if encoded is None:
@@ -579,8 +587,8 @@ class PipelineFlow:
             output = next(outputs)
             if is_computed(output):
                 return self._call_model(*args, **kwargs)
-            # The scheduler ignores these steps: only the shape matters.
-            return recursively_apply(lambda shape: _zeros(shape, device), output)
+            # The scheduler ignores these steps: without momentum, only the shape matters.
+            return recursively_apply(lambda kept: _zeros(kept, device) if kept.is_meta else kept.to(device), output)
 
         methods = {"encode_prompt": encode_prompt, "prepare_latents": prepare_latents, "encode_image": encode_image}
         with self._patched(scheduler, model, device=device, generate=generate, **methods):

@@ -87,7 +87,8 @@ class RolloutBatch:
         call_kwargs (`dict`): Arguments of the pipeline's call.
         remembered (`dict[str, list]`): Return values of the pipeline's methods that the replay does not repeat; those of
             `encode_prompt` once per prompt, by [`once_per_prompt`].
-        outputs (`list`): Return value of each call of the transformer, as tensors on the meta device.
+        outputs (`list`): Return value of each call of the transformer; as tensors on the meta device, if the replay needs
+            their shapes alone.
     """
 
     images: Tensor | Media
@@ -139,14 +140,20 @@ class RolloutBatch:
             velocities=host_copy(self.velocities),
             x_s=host_copy(self.x_s),
             remembered=host_copy(self.remembered),
+            outputs=host_copy(self.outputs),
         )
 
 
 def host_copy(data: Any) -> Any:
-    """Copy the tensors of nested lists, tuples and dicts to host memory; it is pinned if a GPU will copy them back."""
+    """
+    Copy the tensors of nested lists, tuples and dicts to host memory; it is pinned if a GPU will copy them back. Those on the
+    meta device stay there.
+    """
     pin = torch.cuda.is_available()
 
     def copy(tensor: Tensor) -> Tensor:
+        if tensor.is_meta:
+            return tensor
         return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pin).copy_(tensor)
 
     return recursively_apply(copy, data)

@@ -18,7 +18,7 @@ CALLS = {
 # The guidance carries momentum from step to step.
 CALLS_WITH_MOMENTUM = {
     "guided": {**SHARED, "guidance_scale": 7.0},
-    "guided in some steps": {**SHARED, "guidance_scale": 7.0, "cfg_interval_start": 0.2, "cfg_interval_end": 0.5},
+    "guided in some steps": {**SHARED, "guidance_scale": 7.0, "cfg_interval_start": 0.05, "cfg_interval_end": 0.5},
 }
 
 
@@ -93,7 +93,5 @@ def build(seed: int = 0) -> AceStepPipeline:
 
 PENDING = {
     "ACE-Step (audio)": Family(build, CALLS, lyrics),
-}
-REFUSED = {
-    "ACE-Step (audio), guided": Family(build, CALLS_WITH_MOMENTUM, lyrics),
+    "ACE-Step with momentum (audio)": Family(build, CALLS_WITH_MOMENTUM, lyrics),
 }
