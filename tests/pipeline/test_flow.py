@@ -480,10 +480,15 @@ def test_guidance_with_momentum_is_replayed_from_the_outputs_of_earlier_steps(ca
             assert torch.equal(flow.velocity(kept, level), batch.velocities[level])
 
 
-@pytest.mark.parametrize(("guider", "kept"), [(AdaptiveProjectedGuidance, True), (ClassifierFreeGuidance, False)])
-def test_a_guidance_object_with_momentum_needs_the_outputs(guider, kept):
+def test_a_guidance_object_needs_the_outputs_if_its_momentum_is_on():
     parts = [tiny_pipelines.sd3().transformer, FlowMatchEulerDiscreteScheduler()]
-    assert PipelineFlow(Minimal(*parts, guider=guider()), num_generations=2).keeps_outputs == kept
+    with_momentum = AdaptiveProjectedGuidance(adaptive_projected_guidance_momentum=-0.5)
+    for guider, kept in (
+        (ClassifierFreeGuidance(), False),
+        (AdaptiveProjectedGuidance(), False),
+        (with_momentum, True),
+    ):
+        assert PipelineFlow(Minimal(*parts, guider=guider), num_generations=2).keeps_outputs == kept
 
 
 def test_feature_cache_is_refused():

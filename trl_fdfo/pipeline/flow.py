@@ -150,9 +150,10 @@ class PipelineFlow:
         self._takes_prompt = "prompt" in options
         # `inspect.unwrap` strips the decorator `torch.no_grad()` from the call.
         self._call_with_grad = inspect.unwrap(type(pipeline).__call__)
-        # By diffusers' class for momentum: in the call itself, or in a guidance object.
+        # By diffusers' class for momentum: in the call itself, or in a guidance object, if it is on there.
+        guidances = [part for part in pipeline.components.values() if hasattr(part, "momentum_buffer")]
         self.keeps_outputs = "MomentumBuffer" in self._call_with_grad.__globals__ or any(
-            hasattr(part, "momentum_buffer") for part in pipeline.components.values()
+            "momentum" in option and value for guidance in guidances for option, value in guidance.config.items()
         )
 
     @torch.no_grad()
