@@ -372,6 +372,24 @@ def test_no_guidance_for_a_guidance_distilled_model_is_warned_of(guidance_embeds
     assert (message in caplog.text and "Set guidance_scale=3.5" in caplog.text) is warned
 
 
+class LevelsAlone(type(tiny_pipelines.sd3())):
+    """Its call has no number of steps."""
+
+    def __call__(self, prompt, sigmas=(1.0, 0.5), generator=None, output_type="pil", return_dict=True):
+        return super().__call__(
+            prompt, None, None, 16, 16, 28, sigmas, 1.0, generator=generator, output_type=output_type, return_dict=False
+        )
+
+
+def test_a_pipeline_that_takes_noise_levels_alone_takes_as_many_steps():
+    pipeline = LevelsAlone(**parts_of(tiny_pipelines.sd3()))
+    flow = PipelineFlow(pipeline, num_generations=2, num_inference_steps=3, sigmas=[1.0, 0.6, 0.3])
+    assert len(flow.rehearse(["a"]).sigmas) == 4
+    assert flow.try_replay(["a cat"])[0] == 0.0
+    with pytest.raises(ValueError, match="does not take num_inference_steps in its call. It takes: prompt, sigmas"):
+        PipelineFlow(pipeline, num_generations=2, num_inference_steps=3)
+
+
 def test_noise_levels_that_do_not_fall_are_refused():
     pipeline = tiny_pipelines.sd3()
     pipeline.scheduler = UniPCMultistepScheduler(

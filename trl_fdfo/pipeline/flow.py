@@ -114,6 +114,13 @@ class PipelineFlow:
         self.shared_prefix = shared_prefix
         self.call_kwargs = call_kwargs
         check_pipeline(pipeline)
+        options = inspect.signature(type(pipeline).__call__).parameters
+        if "num_inference_steps" not in options and "sigmas" in call_kwargs:
+            # The noise levels say how many steps there are.
+            self.call_kwargs = {name: value for name, value in call_kwargs.items() if name != "num_inference_steps"}
+        if "use_kv_cache" in options:
+            # The replay of a step has no keys and values of the steps before it.
+            self.call_kwargs = {"use_kv_cache": False, **self.call_kwargs}
         check_call_kwargs(pipeline, self.call_kwargs)
         warn_of_embedded_guidance(pipeline, call_kwargs.get("guidance_scale"))
         check_resolution(pipeline, call_kwargs.get("height"), call_kwargs.get("width"))
@@ -128,10 +135,6 @@ class PipelineFlow:
         self._scheduler = copy.copy(pipeline.scheduler)
         self._scheduler.insists_on_float32 = False
         self._attention = [part for part in self.model.modules() if hasattr(part, "set_processor")]
-        options = inspect.signature(type(pipeline).__call__).parameters
-        if "use_kv_cache" in options:
-            # The replay of a step has no keys and values of the steps before it.
-            self.call_kwargs = {"use_kv_cache": False, **call_kwargs}
         # `num_images_per_prompt` or `num_videos_per_prompt`.
         self._per_prompt_option = next((name for name in options if re.fullmatch(r"num_\w+_per_prompt", name)), None)
         # How a call gets its prompts (repeated for each sample, listed once, or one alone as a string), and if its images are
