@@ -21,6 +21,7 @@ from trl import TrlParser
 
 from trl_fdfo.cli.arguments import InferenceArguments, read_prompts
 from trl_fdfo.cli.models import BASE, call_options, each_model, find_adapters, open_flow
+from trl_fdfo.media import unbind
 from trl_fdfo.reporting.sheets import Panel, Section, picture, sheet
 
 
@@ -45,7 +46,7 @@ def main(args: list[str] | None = None) -> None:
     sections = [Section(prompt, []) for prompt in prompts]
     for name in each_model(flow.pipeline, adapters):
         for section in tqdm(sections, name):
-            images = [flow.generate([section.title], [seed])[0] for seed in range(arguments.seeds)]
+            images = [unbind(flow.generate([section.title], [seed]))[0] for seed in range(arguments.seeds)]
             section.rows.append([Panel(picture(image), f"{name}, seed {seed}") for seed, image in enumerate(images)])
     output.parent.mkdir(parents=True, exist_ok=True)
     sheet(sections).save(output)

@@ -359,6 +359,12 @@ def test_a_reward_of_what_is_not_made_is_refused(reward, outputs, message):
         functions.expect(BOTH)
 
 
+def test_errors_of_rewards_of_audio_speak_of_sounds():
+    functions = RewardFunctions(lambda audio: [1.0])
+    with pytest.raises(ValueError, match="returned 1 values for 4 sounds: it must return one float per sound"):
+        functions(AUDIO, PROMPTS, TrainerState(), {})
+
+
 def test_audio_is_left_as_it_is():
     def louder(images, audio):
         audio *= 2

@@ -184,6 +184,7 @@ class RewardFunctions:
             ValueError: A function did not return one finite number (or None) per image.
         """
         prompts, samples = list(prompts), by_kind(made)
+        of = "images" if "images" in samples else "sounds"
         arguments = self._all_arguments(samples, prompts, trainer_state, columns, num_generations)
         pil_images = functools.cache(lambda: to_pil(samples["images"]))
         results = []
@@ -192,12 +193,13 @@ class RewardFunctions:
             if name in self._workers:
                 result = _in_thread(self._workers[name], call)
             else:
-                with _blamed(name, prompts):
+                with _blamed(name, prompts, of):
                     result = call()
             if inspect.isawaitable(result):
-                results.append(asyncio.run_coroutine_threadsafe(_awaited(name, result, prompts), _background_loop()))
+                task = _awaited(name, result, prompts, of)
+                results.append(asyncio.run_coroutine_threadsafe(task, _background_loop()))
             else:
-                results.append(checked_rewards(name, result, prompts))
+                results.append(checked_rewards(name, result, prompts, of))
         return PendingRewards(results)
 
     def with_gradients(
@@ -377,20 +379,20 @@ async def _in_thread(worker: _Worker, call: Callable[[], Any]) -> Any:
     return await result if inspect.isawaitable(result) else result
 
 
-async def _awaited(name: str, result: Awaitable, prompts: list[str]) -> Tensor | Exception:
+async def _awaited(name: str, result: Awaitable, prompts: list[str], of: str) -> Tensor | Exception:
     """The rewards, or the error: asyncio makes anew, without their notes, some errors that it passes between threads."""
     try:
-        with _blamed(name, prompts):
+        with _blamed(name, prompts, of):
             values = await result
-        return checked_rewards(name, values, prompts)
+        return checked_rewards(name, values, prompts, of)
     except Exception as error:
         return error
 
 
 @contextlib.contextmanager
-def _blamed(name: str, prompts: list[str]) -> Iterator[None]:
+def _blamed(name: str, prompts: list[str], of: str) -> Iterator[None]:
     """Name the reward in any error raised. Its SystemExit, StopIteration and the like become a [`RewardError`]."""
-    where = f"the reward '{name}' on a batch of {len(prompts)} images, the first for {prompts[0]!r}"
+    where = f"the reward '{name}' on a batch of {len(prompts)} {of}, the first for {prompts[0]!r}"
     try:
         yield
     except BaseException as error:
