@@ -9,9 +9,10 @@ from conftest import logged, trained_weights, warnings_of_the_package
 from datasets import Dataset
 from PIL import Image
 from tiny_runs import PROMPTS, redness
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, TrainerState
 
-from trl_fdfo.evaluation.evaluator import Evaluation, summarize
+from trl_fdfo.evaluation.evaluator import Evaluation, Evaluator, summarize
+from trl_fdfo.media import Media
 from trl_fdfo.reporting.curves import evaluation_curves
 from trl_fdfo.rewards import PairwiseJudge
 from trl_fdfo.rewards.reward_functions import RewardFunctions
@@ -32,6 +33,35 @@ def greenness(images):
 
 def figures(metrics):
     return {name: value for name, value in metrics.items() if name not in ("eval_runtime", "epoch")}
+
+
+def test_videos_with_their_sound_are_sampled_scored_and_compared():
+    def sample(prompts, seeds, columns):
+        values = torch.tensor(seeds, dtype=torch.float32) / 16
+        return Media(values[:, None, None, None, None].expand(-1, 3, 3, 4, 4), -values[:, None, None].expand(-1, 2, 9))
+
+    def both(videos, audio, prompts):
+        return videos.mean(dim=(1, 2, 3, 4)) + 10 * audio.mean(dim=(1, 2))
+
+    seen = {}
+    distance = lambda images: images.flatten(2).std(dim=1).mean(dim=1)
+    evaluator = Evaluator(sample, RewardFunctions(both), diversity=distance, batch_size=2, disable_tqdm=True)
+    generated = evaluator.generate(PROMPTS[:3], [1, 2, 3], {})
+    assert isinstance(generated, Media) and generated.audio.shape == (3, 2, 9)
+    assert generated.images[:, 0, 0, 0, 0].tolist() == [1 / 16, 2 / 16, 3 / 16]
+    dataset = Dataset.from_dict({"prompt": PROMPTS[:2]})
+    seed_of = lambda number, image: 2 * number + image
+    evaluation = evaluator.evaluate(dataset, seed_of, 2, TrainerState(), on_images=seen.__setitem__)
+    expected = [[[0.0], [-9 / 16]], [[-18 / 16], [-27 / 16]]]
+    assert evaluation.rewards.tolist() == expected and (evaluation.diversity > 0).all()
+    assert seen[1].images.shape == (2, 3, 3, 4, 4) and seen[1].audio[:, 0, 0].tolist() == [-2 / 16, -3 / 16]
+    both_prompts = Media(*(torch.stack(parts) for parts in zip(*(seen[number] for number in (0, 1)))))
+    columns = {"prompt": [prompt for prompt in PROMPTS[:2] for _ in range(2)]}
+    assert evaluator.score(both_prompts, columns, TrainerState()).rewards.tolist() == expected
+    # Audio alone has no diversity.
+    of_sound = Evaluator(lambda *arguments: sample(*arguments).audio, RewardFunctions(lambda audio: audio[:, 0, 0]))
+    of_sound.diversity = distance
+    assert of_sound.evaluate(dataset, seed_of, 2, TrainerState()).diversity is None
 
 
 # What is reported -----------------------------------------------------------------------------------------------------

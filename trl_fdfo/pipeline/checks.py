@@ -70,7 +70,8 @@ def check_call_kwargs(pipeline: DiffusionPipeline, call_kwargs: Iterable[str]) -
     refused = [name for name in call_kwargs if name not in accepted]
     if refused:
         raise ValueError(
-            f"{type(pipeline).__name__} does not take {', '.join(refused)} in its call. It takes: {', '.join(accepted)}."
+            f"{type(pipeline).__name__} does not take {', '.join(refused)} in its call. It takes: {', '.join(accepted)}. "
+            "Leave out the rest: an option of the config, such as height, by None."
         )
 
 
