@@ -153,12 +153,11 @@ class VLMReward:
             images, notes = list(before[number]) if before is not None else [], []
             for sample in each:
                 video = sample if isinstance(sample, (list, tuple)) else [sample]
-                images += [video[place] for place in evenly_spread(len(video), self.num_frames)]
-                if len(video) > 1:
-                    first = len(images) - min(len(video), self.num_frames) + 1
-                    notes.append(
-                        f"Images {first} to {len(images)} are frames of one video in their order: they count as one image. "
-                    )
+                places = evenly_spread(len(video), self.num_frames)
+                images += [video[place] for place in places]
+                if len(places) > 1:
+                    numbers = f"{len(images) - len(places) + 1} to {len(images)}"
+                    notes.append(f"Images {numbers} are frames of one video in their order: they count as one image. ")
             shown.append(images)
             questions.append("".join(notes) + self.question.ask(prompt))
         return shown, questions
@@ -167,8 +166,8 @@ class VLMReward:
         self, first: Sequence[Image.Image], second: Sequence[Image.Image], prompts: Sequence[str]
     ) -> Tensor | Awaitable[Tensor]:
         """
-        Ask the question about two images, or videos, at once: N log odds that the first, which the target favours, is better than the
-        second, as from `log_odds`. Judges prefer a place as well as an image: ask in both orders.
+        Ask the question about two images, or videos, at once: N log odds that the first, which the target favours, is
+        better than the second, as from `log_odds`. Judges prefer a place as well as an image: ask in both orders.
         """
         self.question.check("pair")
         return self.log_odds(*self.asked(prompts, first, second))

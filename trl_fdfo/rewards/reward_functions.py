@@ -115,8 +115,8 @@ class RewardFunctions:
                     )
                 if is_needed and parameter.name in SAMPLES and parameter.name not in kinds:
                     raise ValueError(
-                        f"Reward '{name}' scores {parameter.name}, and the pipeline makes {makes}: take a reward that has "
-                        f"one of these as an argument, or another pipeline."
+                        f"Reward '{name}' scores {parameter.name}, and the pipeline makes {makes}: take a reward of that, "
+                        "or another pipeline."
                     )
             takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
             if not takes_all and not any(parameter.name in kinds for parameter in parameters):
