@@ -34,7 +34,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from ..media import Media, made_by
+from ..media import Media, by_kind, made_by
 from .checks import check_call_kwargs, check_pipeline, check_resolution, warn_of_embedded_guidance
 from .encoder_offload import EncoderOffload
 from .patch import (
@@ -137,18 +137,8 @@ class PipelineFlow:
         self._attention = [part for part in self.model.modules() if hasattr(part, "set_processor")]
         # `num_images_per_prompt` or `num_videos_per_prompt`.
         self._per_prompt_option = next((name for name in options if re.fullmatch(r"num_\w+_per_prompt", name)), None)
-        # How a call gets its prompts (repeated for each sample, listed once, or one alone as a string), and if its images are
-        # repeated, by whether it gets images: the first way that the pipeline takes. Prompts that are not repeated need its
-        # own option for the number of samples. Without images that option comes last: pipelines differ in how they order
-        # repeated samples, and some give the images of one prompt the attention mask of another.
-        ways = {
-            True: [("listed", False), ("repeated", True), ("repeated", False), ("listed", True), ("alone", False)],
-            False: [("repeated", False), ("alone", False)],
-        }
-        has_option = self._per_prompt_option is not None
-        self._ways = {
-            columns: [way for way in listed if way[0] == "repeated" or has_option] for columns, listed in ways.items()
-        }
+        self._makes_one = False  # sample per call
+        self._ways = self._all_ways()
         # Where the prompt has other names, it is in the columns.
         self._takes_prompt = "prompt" in options
         # `inspect.unwrap` strips the decorator `torch.no_grad()` from the call.
@@ -176,6 +166,9 @@ class PipelineFlow:
         Raises:
             ValueError: The pipeline cannot be called with these arguments.
         """
+        if self._makes_one:
+            prompts, samples_per_prompt = prompts[:1], 1
+            columns = {name: values[:1] for name, values in (columns or {}).items()}
         scheduler = RehearsalScheduler.of(self._scheduler)
         remembered: dict[str, list] = {name: [] for name in REMEMBERED}
         calls, outputs, decode_calls = [], [], []
@@ -201,7 +194,7 @@ class PipelineFlow:
             self._own_random_numbers(0),
         ):
             try:
-                images = made_by(self.pipeline(**call_kwargs))
+                images = _samples(self.pipeline(**call_kwargs), len(generators))
             except torch.OutOfMemoryError:
                 raise
             except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -226,6 +219,12 @@ class PipelineFlow:
                             f"it takes one prompt at a time ({reason}): set per_device_prompt_batch_size=1 and "
                             "per_device_sampling_batch_size=1"
                         )
+                elif not self._makes_one and samples_per_prompt > 1:
+                    own_ways = self._ways
+                    self._makes_one, self._ways = True, self._all_ways()
+                    with contextlib.suppress(ValueError):
+                        return self.rehearse(prompts, columns)
+                    self._makes_one, self._ways = False, own_ways
                 raise ValueError(f"{type(self.pipeline).__name__} cannot be called with {options}: {reason}") from error
         for name, values in (columns or {}).items():
             first = values[0][0] if isinstance(values[0], list) and values[0] else values[0]
@@ -391,7 +390,7 @@ class PipelineFlow:
         Returns:
             `list`: For the argument `encoded`. None where a later call has nothing to encode, or may as well do it itself.
         """
-        if self._takes_one_prompt and len(prompts) > 1:
+        if self._makes_one or self._takes_one_prompt and len(prompts) > 1:
             return None
         if self.encoders is None or (not call_kwargs and self._knows(prompts)):
             return None
@@ -430,6 +429,29 @@ class PipelineFlow:
             [`RolloutBatch`]: images, endpoints and recorded tuples.
         """
         branches = self.num_generations
+        if not self._makes_one:
+            return self._rollout(prompts, noise_amounts, seeds, noise_seeds, levels, columns, encoded, branches)
+        amounts = noise_amounts.expand(len(prompts), -1)
+        own_seeds = repeat_each(seeds, len(noise_seeds) // len(seeds))
+        parts = []
+        for n, noise_seed in enumerate(noise_seeds):
+            of_prompt = {name: [values[n // branches]] for name, values in (columns or {}).items()}
+            row, prompt = amounts[n // branches], [prompts[n // branches]]
+            parts.append(self._rollout(prompt, row, [own_seeds[n]], [noise_seed], levels, of_prompt, None, 1))
+        return RolloutBatch.of_samples(parts, branches)
+
+    def _rollout(
+        self,
+        prompts: Sequence[str],
+        noise_amounts: Tensor,
+        seeds: Sequence[int],
+        noise_seeds: Sequence[int],
+        levels: Collection[int],
+        columns: dict[str, Sequence] | None,
+        encoded: list | None,
+        branches: int,
+    ) -> RolloutBatch:
+        """As `rollout`, in one call of the pipeline, with this many branches of each prompt."""
         scheduler = self.scheduler_class.of(self._scheduler)
         amounts_of_samples = noise_amounts.expand(len(prompts), -1).repeat_interleave(branches, dim=0)
         scheduler.record(amounts_of_samples, _generators(noise_seeds), levels)
@@ -438,7 +460,7 @@ class PipelineFlow:
         outputs = []
         call_model = self._call_model
         if self.shared_prefix:
-            call_model = self._sharing_prefix(scheduler, len(prompts), noise_amounts, self.axes(columns))
+            call_model = self._sharing_prefix(scheduler, len(prompts), branches, noise_amounts, self.axes(columns))
 
         def model(*args, **kwargs):
             output = call_model(*args, **kwargs)
@@ -454,7 +476,7 @@ class PipelineFlow:
         generators = _generators(repeat_each(seeds, len(prompts) * branches // len(seeds)))
         call_kwargs = self._arguments(prompts, generators, columns)
         with self._patched(scheduler, model, **wrappers), self._own_random_numbers(seeds[0]):
-            images = made_by(self.pipeline(**call_kwargs))
+            images = _samples(self.pipeline(**call_kwargs), len(generators))
         samples = len(prompts) * branches
         remembered["encode_prompt"] = once_per_prompt(remembered["encode_prompt"], branches, samples)
         return RolloutBatch(
@@ -481,7 +503,7 @@ class PipelineFlow:
         """
         if len(levels) == 1:
             return [batch]
-        axes = self.axes()
+        axes = None if batch.parts else self.axes()
         count = len(batch.endpoints) // len(levels)
         return [batch.part(number * count, count, kept, axes) for number, kept in enumerate(levels)]
 
@@ -499,6 +521,10 @@ class PipelineFlow:
         Raises:
             ReplayError: The pipeline takes no such step.
         """
+        if batch.parts:
+            x_t = batch.x_t[level]
+            calls = [replace(part, x_t={level: x_t[n : n + 1]}) for n, part in enumerate(batch.parts)]
+            return torch.cat([self.velocity(call, level) for call in calls])
         scheduler = ReplayScheduler.of(self._scheduler)
         # Already on the device, it is not copied.
         scheduler.replay(level, batch.x_t[level].to(batch.device, non_blocking=True))
@@ -522,10 +548,13 @@ class PipelineFlow:
         Returns:
             `Tensor` or [`Media`]: Images, floats in [0, 1], shape [N, 3, H, W]; videos [N, F, 3, H, W]; audio [N, C, L].
         """
+        if batch.parts:
+            made = [self.decode(part, endpoints[n : n + 1]) for n, part in enumerate(batch.parts)]
+            return accelerate.utils.concatenate(made)
         scheduler = DecodeScheduler.of(self._scheduler)
         scheduler.decode(endpoints)
         with self._replayed(batch, scheduler, lambda output: False):
-            return made_by(self._call_with_grad(self.pipeline, **batch.call_kwargs))
+            return _samples(self._call_with_grad(self.pipeline, **batch.call_kwargs), len(endpoints))
 
     @torch.no_grad()
     def generate(
@@ -549,7 +578,7 @@ class PipelineFlow:
         Returns:
             `Tensor` or [`Media`]: Images, floats in [0, 1], shape [N, 3, H, W]; videos [N, F, 3, H, W]; audio [N, C, L].
         """
-        if self._takes_one_prompt and len(prompts) > 1:
+        if (self._takes_one_prompt or self._makes_one) and len(prompts) > 1:
             alone = [self.generate([prompt], [seed], **call_kwargs) for prompt, seed in zip(prompts, seeds)]
             return accelerate.utils.concatenate(alone)
         scheduler = RolloutScheduler.of(self._scheduler)
@@ -562,7 +591,8 @@ class PipelineFlow:
             self._patched(scheduler, self._call_model, call, encode_image, encode_prompt=encode_prompt),
             self._own_random_numbers(seeds[0]),
         ):
-            return made_by(self.pipeline(**{**self._arguments(prompts, _generators(seeds), columns), **call_kwargs}))
+            arguments = {**self._arguments(prompts, _generators(seeds), columns), **call_kwargs}
+            return _samples(self.pipeline(**arguments), len(prompts))
 
     @contextlib.contextmanager
     def _replayed(self, batch: RolloutBatch, scheduler: StandIn, is_computed: Callable[[Any], bool]) -> Iterator[None]:
@@ -629,6 +659,22 @@ class PipelineFlow:
         device = device or self.pipeline._execution_device
         return patched(self.pipeline, scheduler, proxies, device, self._attention, encode_image, generate, **methods)
 
+    def _all_ways(self) -> dict[bool, list[tuple[str, bool]]]:
+        """
+        How a call may get its prompts (repeated for each sample, listed once, or one alone as a string), and if its images
+        are repeated, by whether it gets images. The first way that the pipeline takes is taken.
+
+        Prompts that are not repeated need the pipeline's own option for the number of samples. Without images that option
+        comes last: pipelines differ in how they order repeated samples, and some give the images of one prompt the attention
+        mask of another.
+        """
+        ways = {
+            True: [("listed", False), ("repeated", True), ("repeated", False), ("listed", True), ("alone", False)],
+            False: [("repeated", False), ("alone", False)],
+        }
+        possible = lambda way: way[0] == "repeated" or self._makes_one or self._per_prompt_option is not None
+        return {columns: [way for way in listed if possible(way)] for columns, listed in ways.items()}
+
     @property
     def _takes_one_prompt(self) -> bool:
         """A call without images takes one prompt at a time."""
@@ -672,7 +718,7 @@ class PipelineFlow:
         return lambda original, *args, **kwargs: encode(lambda *args, **kwargs: next(values))
 
     def _sharing_prefix(
-        self, scheduler: RolloutScheduler, prompts: int, noise_amounts: Tensor, axes: BatchAxes
+        self, scheduler: RolloutScheduler, prompts: int, branches: int, noise_amounts: Tensor, axes: BatchAxes
     ) -> Callable:
         """
         The model; until the first noise is added to any branch, it is called with one branch of each prompt. A model whose
@@ -680,7 +726,6 @@ class PipelineFlow:
         """
         if self._has_state:
             return self._call_model
-        branches = self.num_generations
         total = prompts * branches
         noisy = (torch.atleast_2d(noise_amounts) > 0).any(dim=0).nonzero()
         shared_steps = int(noisy[0]) if len(noisy) else noise_amounts.shape[-1]
@@ -723,10 +768,11 @@ class PipelineFlow:
         if prompts_are == "repeated":
             varying: dict[str, Any] = {"prompt": repeat_each(prompts, branches)}
         else:
-            varying = {
-                "prompt": prompts[0] if prompts_are == "alone" else list(prompts),
-                self._per_prompt_option: branches,
-            }
+            varying = {"prompt": prompts[0] if prompts_are == "alone" else list(prompts)}
+            if branches > 1:
+                varying[self._per_prompt_option] = branches
+            elif prompts_are == "alone":
+                varying["generator"] = generators[0]
         for name, values in (columns or {}).items():
             varying[name] = repeat_each(values, branches) if columns_repeated else values[0]
         count = len(varying["prompt"]) if prompts_are != "alone" else None
@@ -742,6 +788,24 @@ class PipelineFlow:
                 # Some pipelines write into the lists that they are given.
                 arguments[name] = list(value)
         return arguments
+
+
+def _samples(output: tuple, count: int) -> Tensor | Media:
+    """
+    What a pipeline's call returned, as [`made_by`].
+
+    Raises:
+        ValueError: It is not of `count` samples.
+    """
+    made = made_by(output)
+    found = {kind: len(values) for kind, values in by_kind(made).items()}
+    if set(found.values()) != {count} and count == 1:
+        # The single sample has no axis of samples: a video's frames look like images.
+        made = made_by([recursively_apply(lambda values: values[None], part) for part in output if part is not None])
+        found = {kind: len(values) for kind, values in by_kind(made).items()}
+    if set(found.values()) != {count}:
+        raise ValueError(f"asked for {count} samples, it made {found}")
+    return made
 
 
 def _asserts_float32(error: Exception) -> bool:

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import honor_type, recursively_apply
+from accelerate.utils import concatenate, honor_type, recursively_apply
 from torch import Tensor
 
 from ..media import Media
@@ -89,6 +89,8 @@ class RolloutBatch:
             `encode_prompt` once per prompt, by [`once_per_prompt`].
         outputs (`list`): Return value of each call of the transformer; as tensors on the meta device, if the replay needs
             their shapes alone.
+        parts (`Sequence[RolloutBatch]`): If each sample had a call of its own: what the replay of each needs, without its
+            tuples. The three fields above are then those of the first.
     """
 
     images: Tensor | Media
@@ -102,11 +104,44 @@ class RolloutBatch:
     call_kwargs: dict[str, Any]
     remembered: dict[str, list]
     outputs: list
+    parts: Sequence["RolloutBatch"] = ()
+
+    @classmethod
+    def of_samples(cls, parts: Sequence["RolloutBatch"], branches: int) -> "RolloutBatch":
+        """One batch of N calls of a pipeline that makes one sample per call; `branches` neighbours are of one prompt."""
+        together = {
+            name: {
+                level: torch.cat([getattr(part, name)[level] for part in parts]) for level in getattr(parts[0], name)
+            }
+            for name in ("x_t", "velocities", "x_s")
+        }
+        nothing = {"images": None, "endpoints": None, "x_t": {}, "velocities": {}, "x_s": {}}
+        return replace(
+            parts[0],
+            images=concatenate([part.images for part in parts]),
+            endpoints=torch.cat([part.endpoints for part in parts]).flatten(0, 1).unflatten(0, (-1, branches)),
+            parts=[replace(part, **nothing) for part in parts],
+            **together,
+        )
 
     def part(self, first: int, count: int, levels: Sequence[int], axes: BatchAxes) -> "RolloutBatch":
         """A batch of `count` prompts from the place `first` on, with the recorded `levels` alone and without images."""
         prompts, branches = self.endpoints.shape[:2]
         samples = range(first * branches, (first + count) * branches)
+        if self.parts:
+            of_samples = slice(samples.start, samples.stop)
+            pick = lambda recorded: {
+                level: recorded[level][of_samples].clone() for level in levels if level in recorded
+            }
+            return replace(
+                self,
+                images=None,
+                endpoints=self.endpoints[first : first + count].clone(),
+                x_t=pick(self.x_t),
+                velocities=pick(self.velocities),
+                x_s=pick(self.x_s),
+                parts=self.parts[of_samples],
+            )
         part = partial(take, samples=samples, total=prompts * branches)
         encoded = part(repeated(self.remembered["encode_prompt"]), axes.encoded)
         return RolloutBatch(
@@ -141,6 +176,7 @@ class RolloutBatch:
             x_s=host_copy(self.x_s),
             remembered=host_copy(self.remembered),
             outputs=host_copy(self.outputs),
+            parts=[part.on_host() for part in self.parts],
         )
 
 
