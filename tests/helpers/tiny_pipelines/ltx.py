@@ -5,6 +5,7 @@ from diffusers import (
     AutoencoderKLLTXVideo,
     FlowMatchEulerDiscreteScheduler,
     LTXConditionPipeline,
+    LTXI2VLongMultiPromptPipeline,
     LTXImageToVideoPipeline,
     LTXPipeline,
     LTXVideoTransformer3DModel,
@@ -89,7 +90,15 @@ def build_image(seed: int = 0) -> LTXImageToVideoPipeline:
 
 
 def build_condition(seed: int = 0) -> LTXConditionPipeline:
-    return _build(LTXConditionPipeline, seed, timestep_conditioning=True)
+    pipeline = _build(LTXConditionPipeline, seed, timestep_conditioning=True)
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler()
+    return pipeline
+
+
+def build_long(seed: int = 0) -> LTXI2VLongMultiPromptPipeline:
+    pipeline = _build(LTXI2VLongMultiPromptPipeline, seed, timestep_conditioning=True)
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler()
+    return pipeline
 
 
 FAMILIES = {
@@ -98,6 +107,8 @@ FAMILIES = {
     "LTX-Video image to video": Family(build_image, CALLS, image),
 }
 REFUSED = {
-    # Its tokens have noise levels of their own.
+    # The scheduler is given a noise level for each token.
     "LTX-Video with conditions": Family(build_condition, CALLS_DENOISING_DECODER, image),
+    # One video per call, window by window, from noise that the loop draws itself.
+    "LTX-Video long": Family(build_long, {"plain": {**SMALL, "guidance_scale": 1.0}}),
 }
