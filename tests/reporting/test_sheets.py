@@ -59,6 +59,13 @@ def test_audio_is_its_spectrogram():
     quieter = np.asarray(picture(tone[None] / 100))  # by 40 dB of 80
     assert abs(int(quieter[127 - 32, 100, 0]) - 127) <= 1
     assert np.asarray(picture(torch.zeros(1, 3))).max() == 0
+    # A click in a long sound is seen wherever it is.
+    clicks = torch.zeros(4, 1, 200_000)
+    for sound, place in zip(clicks, (50_000, 50_300, 50_600, 50_900)):
+        sound[0, place] = 1
+    for sound in clicks:
+        pixels_of_click = np.asarray(picture(sound))
+        assert pixels_of_click.shape == (128, 256, 3) and (pixels_of_click[:, 62:67].max(axis=1) > 30).all()
     both = np.asarray(picture(Media(torch.ones(3, 20, 251), torch.stack([tone, tone]))))
     assert both.shape == (148, 251, 3) and (both[:20] == 255).all() and (both[20:] == pixels).all()
 

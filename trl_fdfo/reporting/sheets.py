@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool1d
 
 from ..media import Media, spread_frames
 
@@ -26,7 +27,7 @@ MARGIN, GAP = 16, 8
 FRAMES = 4  # frames that are shown of a video
 
 # A picture of audio: its spectrogram, with the low frequencies at the bottom.
-WINDOW = 256  # values that a column is computed from; half as many frequencies
+WINDOW = 256  # values that a spectrum is computed from; it has half as many frequencies
 COLUMNS = 256  # at most
 QUIETEST = -80.0  # in decibels, black; a sine of amplitude 1 has 0, white
 
@@ -67,11 +68,13 @@ def picture(image: Tensor | Media) -> Image.Image:
 def spectrogram(audio: Tensor) -> Tensor:
     """Loudness of the frequencies of audio [C, L] over time, the mean of its channels, as an image [3, 128, at most 256]."""
     sound = audio.detach().float().cpu().nan_to_num(0, 0, 0).mean(dim=0)
-    hop = max(1, -(-len(sound) // COLUMNS))
+    # The windows overlap, so that nothing is left out: a column of a long sound is the mean power of several.
+    hop = min(WINDOW // 2, max(1, -(-len(sound) // COLUMNS)))
     window = torch.hann_window(WINDOW)
     # Zeros around it: audio may be shorter than the window.
     bins = torch.stft(sound, WINDOW, hop, window=window, pad_mode="constant", return_complex=True)[:-1].abs()
-    decibels = 20 * (2 * bins / window.sum()).clamp(min=1e-10).log10()
+    power = adaptive_avg_pool1d((2 * bins / window.sum()).square(), min(bins.shape[1], COLUMNS))
+    decibels = 10 * power.clamp(min=1e-20).log10()
     shades = (1 - decibels / QUIETEST).clamp(0, 1).flip(0)
     return shades.expand(3, -1, -1)
 
