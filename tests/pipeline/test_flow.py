@@ -488,7 +488,7 @@ class Minimal(DiffusionPipeline):
 
 @pytest.mark.parametrize("call", ["guided", "guided in some steps"])
 def test_guidance_with_momentum_is_replayed_from_the_outputs_of_earlier_steps(call):
-    family = ace_step.PENDING["ACE-Step with momentum (audio)"]
+    family = ace_step.FAMILIES["ACE-Step with momentum (audio)"]
     columns = family.images(1)
     flow = PipelineFlow(family.build(), num_generations=2, num_inference_steps=STEPS, **family.calls[call])
     noise = constant_churn(flow.rehearse(["a cat"], columns).sigmas, 0.2)

@@ -69,6 +69,7 @@ from .schedulers import (
     RolloutScheduler,
     StandIn,
     StopPipeline,
+    UnreplayableError,
 )
 from .trained import TRAINED, Transformers, trained_module, trained_modules
 
@@ -195,7 +196,7 @@ class PipelineFlow:
         ):
             try:
                 images = _samples(self.pipeline(**call_kwargs), len(generators))
-            except torch.OutOfMemoryError:
+            except (torch.OutOfMemoryError, UnreplayableError):
                 raise
             except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
                 if _asserts_float32(error) and not self._scheduler.insists_on_float32:
@@ -797,7 +798,7 @@ def _samples(output: tuple, count: int) -> Tensor | Media:
     Raises:
         ValueError: It is not of `count` samples.
     """
-    made = made_by(output)
+    made = made_by([_together(part, count) for part in output])
     found = {kind: len(values) for kind, values in by_kind(made).items()}
     if set(found.values()) != {count} and count == 1:
         # The single sample has no axis of samples: a video's frames look like images.
@@ -806,6 +807,14 @@ def _samples(output: tuple, count: int) -> Tensor | Media:
     if set(found.values()) != {count}:
         raise ValueError(f"asked for {count} samples, it made {found}")
     return made
+
+
+def _together(part: Any, count: int) -> Any:
+    """A list of tensors of several lengths, which a pipeline has cut at the wrong places, as a tensor [count, ...]."""
+    if not isinstance(part, list) or not all(isinstance(values, Tensor) for values in part):
+        return part
+    several = len({len(values) for values in part}) > 1
+    return torch.cat(part).unflatten(0, (count, -1)) if several else part
 
 
 def _asserts_float32(error: Exception) -> bool:

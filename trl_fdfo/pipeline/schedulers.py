@@ -27,6 +27,10 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 
+class UnreplayableError(ValueError):
+    """A pipeline samples in a way of which a single step cannot be replayed."""
+
+
 class StopPipeline(Exception):
     """Ends a pipeline's call as soon as the value that it was called for has arrived."""
 
@@ -76,7 +80,7 @@ def _stand_in_class(stand_in: type, given: type) -> type:
         if given.order > 1:  # a sampler of second order visits levels twice
             self.timesteps, self.sigmas = map(torch.unique_consecutive, (self.timesteps, self.sigmas))
         if self.sigmas.max() > 1 + 1e-3:
-            raise ValueError(
+            raise UnreplayableError(
                 f"The noise levels of the {given.__name__} reach {self.sigmas.max().item():.4g}: those of a flow, "
                 "x_t = (1 - t) x_0 + t eps, are in [0, 1], and no other model can be trained."
             )
@@ -162,7 +166,9 @@ class StandIn:
             # The pipeline drew its noise in a way of its own.
             self._noise_dtype = latents.dtype
             latents = self.initial_noise(latents.float())
-        dtype, self._noise_dtype = self._noise_dtype, None
+        # The pipeline computes in the dtype that it casts its latents to, or that it wanted its noise in.
+        dtype = self._noise_dtype if latents.dtype == torch.float32 else latents.dtype
+        self._noise_dtype = None
         self.streams.append(Stream(torch.float32 if self.insists_on_float32 else dtype))
         return self.streams[-1].hand_out(self.start(latents.float()))
 
@@ -184,7 +190,7 @@ class StandIn:
 
     def step(self, model_output, timestep, sample, return_dict=True, **kwargs):
         if kwargs.get("per_token_timesteps") is not None:
-            raise ValueError("A pipeline that gives each token a noise level of its own cannot be trained.")
+            raise UnreplayableError("A pipeline that gives each token a noise level of its own cannot be trained.")
         if self.step_index is None:
             if self.known_first_step is None:
                 self._init_step_index(timestep)
@@ -192,7 +198,7 @@ class StandIn:
                 self._step_index = self.known_first_step
             self.first_step = self.step_index
         if self.steps_done >= len(self.timesteps) - self.first_step:
-            raise ValueError(
+            raise UnreplayableError(
                 f"The pipeline takes more steps than the {len(self.timesteps)} of its schedule, such as for a video in several "
                 "chunks, each of which depends on those before it: only one schedule can be replayed. Ask for a single chunk."
             )

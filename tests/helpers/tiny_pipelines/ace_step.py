@@ -91,7 +91,7 @@ def build(seed: int = 0) -> AceStepPipeline:
     return pipeline
 
 
-PENDING = {
+FAMILIES = {
     "ACE-Step (audio)": Family(build, CALLS, lyrics),
     "ACE-Step with momentum (audio)": Family(build, CALLS_WITH_MOMENTUM, lyrics),
 }

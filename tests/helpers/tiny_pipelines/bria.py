@@ -132,9 +132,6 @@ FAMILIES = {
     "Bria 3.2": Family(build, CALLS),
     "Bria Fibo": Family(build_fibo, CALLS_FIBO),
     "Bria Fibo in patches": Family(build_fibo_patched, CALLS_PATCHED),
-}
-# Its prompts must be JSON with an `edit_instruction`, also those of the rehearsals.
-PENDING = {
     "Bria Fibo Edit": Family(build_fibo_edit, CALLS_FIBO, image),
     "Bria Fibo Edit with a mask": Family(build_fibo_edit, CALLS_FIBO, image_and_mask),
 }

@@ -237,10 +237,6 @@ FAMILIES = {
     "Cosmos 2.5 Predict (video)": Family(predict_2_5, _calls(VIDEO)),
     "Cosmos 2.5 Predict from a video": Family(predict_2_5, _calls(CONTINUED), video),
     "Cosmos 2.5 Transfer (video)": Family(transfer_2_5, _calls(CONTROLLED, 3.0), controls),
-}
-# One prompt and one sample, whose latents have no batch axis; no `encode_prompt`, as the transformer reads the tokens; three
-# calls of `scheduler.step`, two of which are for sound and actions.
-PENDING = {
     "Cosmos 3 (video)": Family(
         omni_3,
         {

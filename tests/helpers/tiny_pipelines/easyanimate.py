@@ -96,8 +96,6 @@ def build_inpaint(seed: int = 0) -> EasyAnimateInpaintPipeline:
 
 FAMILIES = {
     "EasyAnimate (video)": Family(build, CALLS),
-}
-PENDING = {
     # Videos are one tensor for all samples of a call, which the pipeline does not repeat.
     "EasyAnimate video inpainting": Family(build_inpaint, CALLS_INPAINT, video_and_mask),
 }

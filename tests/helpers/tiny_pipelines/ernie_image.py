@@ -44,6 +44,6 @@ def build(seed: int = 0) -> ErnieImagePipeline:
 
 
 # It has no prepare_latents.
-PENDING = {
+FAMILIES = {
     "ERNIE-Image": Family(build, CALLS),
 }

@@ -209,15 +209,12 @@ FAMILIES = {
     "HunyuanVideo": Family(build, CALLS),
     "SkyReels image to video": Family(build_skyreels, CALLS_SKYREELS, image),
     "FramePack video of one section": Family(build_framepack, CALLS_FRAMEPACK, image),
-}
-REFUSED = {
-    # A sampling loop for each section.
-    "FramePack video": Family(build_framepack, CALLS_SECTIONS, image),
-}
-# Their loop has one `scheduler.step` for each kind of image condition.
-PENDING = {
     "HunyuanVideo image to video": Family(build_image, CALLS_IMAGE, image),
     "HunyuanVideo image to video, first frame replaced": Family(build_replaced, CALLS_REPLACED, image),
     # The pipeline has one black image for all negative prompts: such a call makes one video.
     "HunyuanVideo image to video, guided": Family(build_image, CALLS_IMAGE_GUIDED, image),
+}
+REFUSED = {
+    # A sampling loop for each section.
+    "FramePack video": Family(build_framepack, CALLS_SECTIONS, image),
 }

@@ -52,6 +52,6 @@ def build(seed: int = 0) -> Ideogram4Pipeline:
 
 
 # It has a second transformer, which is called for each step.
-PENDING = {
+FAMILIES = {
     "Ideogram 4": Family(build, CALLS),
 }

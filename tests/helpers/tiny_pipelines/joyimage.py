@@ -79,8 +79,5 @@ def build_plus(seed: int = 0) -> JoyImageEditPlusPipeline:
 FAMILIES = {
     "JoyImage": Family(build, CALLS),
     "JoyImage-Edit": Family(build, CALLS, image),
-}
-# It has no encode_prompt, and the argument of its call has the name by which rewards get the images that were made.
-PENDING = {
     "JoyImage-Edit Plus": Family(build_plus, CALLS, lists_of_images),
 }

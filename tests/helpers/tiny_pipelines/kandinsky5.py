@@ -95,9 +95,5 @@ def build_edit(seed: int = 0) -> Kandinsky5I2IPipeline:
 
 FAMILIES = {
     "Kandinsky 5": Family(build, CALLS),
-}
-# `prepare_latents` returns the latents and those of the image in one tensor; the scheduler gets the first channels of it,
-# and the pipeline writes what it returns into the tensor.
-PENDING = {
     "Kandinsky 5 image to image": Family(build_edit, CALLS, images),
 }

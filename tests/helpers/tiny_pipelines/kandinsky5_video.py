@@ -75,7 +75,7 @@ def build_image(seed: int = 0) -> Kandinsky5I2VPipeline:
 
 
 # They pass offsets of the prompts' tokens, and keep some layers in float32.
-PENDING = {
+FAMILIES = {
     "Kandinsky 5 (video)": Family(build, CALLS),
     "Kandinsky 5 image to video": Family(build_image, CALLS_IMAGE, image),
 }

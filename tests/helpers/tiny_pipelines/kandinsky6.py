@@ -93,7 +93,7 @@ def build(seed: int = 0) -> Kandinsky6TI2VAPipeline:
     return pipeline
 
 
-PENDING = {
+FAMILIES = {
     "Kandinsky 6 (video and audio)": Family(build, CALLS),
     "Kandinsky 6 with an image (video and audio)": Family(build, CALLS, image),
     "Kandinsky 6 without sound (video)": Family(build, CALLS_SILENT),

@@ -49,6 +49,6 @@ def build(seed: int = 0) -> LongCatAudioDiTPipeline:
     return pipeline
 
 
-PENDING = {
+FAMILIES = {
     "LongCat-AudioDiT (audio)": Family(build, CALLS),
 }

@@ -139,6 +139,6 @@ def build(seed: int = 0) -> LTX2Pipeline:
     return pipeline
 
 
-PENDING = {
+FAMILIES = {
     "LTX-2 (video and audio)": Family(build, CALLS),
 }

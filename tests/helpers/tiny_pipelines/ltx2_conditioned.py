@@ -91,7 +91,7 @@ def keyframes() -> LTX2DFRPipeline:
     return pipeline
 
 
-PENDING = {
+FAMILIES = {
     "LTX-2 image to video (video and audio)": Family(image_to_video, CALLS_IMAGE, image),
     "LTX-2 with frames (video and audio)": Family(condition, CALLS_CONDITIONS),
     "LTX-2 in context (video and audio)": Family(in_context, CALLS_IN_CONTEXT),

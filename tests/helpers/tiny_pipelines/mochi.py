@@ -48,6 +48,6 @@ def build(seed: int = 0) -> MochiPipeline:
 
 
 # The scheduler's time is inverted.
-PENDING = {
+FAMILIES = {
     "Mochi (video)": Family(build, CALLS),
 }

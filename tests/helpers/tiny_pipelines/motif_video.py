@@ -103,8 +103,6 @@ def build_unguided(seed: int = 0) -> MotifVideoPipeline:
 FAMILIES = {
     "Motif-Video": Family(build, CALLS),
     "Motif-Video without guidance": Family(build_unguided, CALLS_UNGUIDED),
-}
-PENDING = {
     # A call makes one video: for several, the pipeline repeats the mask twice, or the image not at all.
     "Motif-Video image to video": Family(build_image, CALLS, image),
 }

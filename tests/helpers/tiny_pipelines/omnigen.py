@@ -55,6 +55,6 @@ def build(seed: int = 0) -> OmniGenPipeline:
 
 
 # It has no encode_prompt. Its released scheduler counts the noise level from 0 to 1, which `invert_sigmas` says.
-PENDING = {
+FAMILIES = {
     "OmniGen": Family(build, CALLS, one_prompt),
 }

@@ -86,8 +86,6 @@ def build_pixel(seed: int = 0) -> PRXPixelPipeline:
 
 FAMILIES = {
     "PRX": Family(build, CALLS),
-}
-PENDING = {
     # The timestep of a guided call has two entries, whatever the number of samples: it works for one sample at a time.
     "PRX guided": Family(build, CALLS_GUIDED),
     # It has no vae, and returns `pt` as it samples them, in [-1, 1].

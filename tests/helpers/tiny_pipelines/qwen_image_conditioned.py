@@ -166,8 +166,5 @@ FAMILIES = {
     "Qwen-Image ControlNet": Family(controlnet, CALLS_CONTROLNET, control_image),
     "Qwen-Image ControlNet with two images": Family(controlnets, CALLS_CONTROLNETS, control_images),
     "Qwen-Image ControlNet inpainting": Family(controlnet_inpaint, CALLS_CONTROLNET_INPAINT, control_image_and_mask),
-}
-# Its call returns a list of tensors: the layers of each image.
-PENDING = {
     "Qwen-Image layered": Family(layered, CALLS_LAYERED, transparent_image),
 }

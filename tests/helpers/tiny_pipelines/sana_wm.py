@@ -67,6 +67,6 @@ def build() -> SanaWMPipeline:
 
 
 # One prompt, one sample and no batch axis in what it returns; `scheduler.step` gets a timestep for each token.
-PENDING = {
+REFUSED = {
     "SANA-WM (video)": Family(build, CALLS, image),
 }

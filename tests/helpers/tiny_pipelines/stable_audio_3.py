@@ -122,7 +122,7 @@ def audio_to_audio() -> StableAudio3AudioToAudioPipeline:
     return _build(StableAudio3AudioToAudioPipeline)
 
 
-PENDING = {
+FAMILIES = {
     "Stable Audio 3 (audio)": Family(build, CALLS),
     "Stable Audio 3 inpainting (audio)": Family(inpaint, CALLS_INPAINT),
     "Stable Audio 3 audio to audio (audio)": Family(audio_to_audio, CALLS_AUDIO_TO_AUDIO),

@@ -205,8 +205,5 @@ FAMILIES = {
     ),
     "Lucy Edit (video)": Family(lucy_edit, _calls(VIDEO), video),
     "ChronoEdit (video)": Family(chrono_edit, _calls(WITH_IMAGE_ENCODER), image),
-}
-# One prompt, as a string, and one generator: one sample.
-PENDING = {
     "Wan VACE (video)": Family(vace, _calls(VIDEO), video),
 }
