@@ -223,9 +223,12 @@ class PipelineFlow:
                 elif not self._makes_one and samples_per_prompt > 1:
                     own_ways = self._ways
                     self._makes_one, self._ways = True, self._all_ways()
-                    with contextlib.suppress(ValueError):
+                    try:
                         return self.rehearse(prompts, columns)
-                    self._makes_one, self._ways = False, own_ways
+                    except UnreplayableError:
+                        raise
+                    except ValueError:
+                        self._makes_one, self._ways = False, own_ways
                 raise ValueError(f"{type(self.pipeline).__name__} cannot be called with {options}: {reason}") from error
         for name, values in (columns or {}).items():
             first = values[0][0] if isinstance(values[0], list) and values[0] else values[0]

@@ -67,6 +67,16 @@ FAMILIES = {
 # level. AnyFlow FAR takes the steps of one chunk of frames after those of another, and keeps the keys and values of the chunks
 # before, which calls of the transformer between the steps compute.
 REFUSED = {
-    "AnyFlow FAR (video)": Family(causal, _calls(VIDEO)),
-    "AnyFlow by its mean velocity (video)": Family(with_its_scheduler, {"plain": {**VIDEO, "guidance_scale": 1.0}}),
+    "AnyFlow FAR (video)": Family(
+        causal,
+        _calls({**VIDEO, "use_kv_cache": True}),
+        reason="chunks of frames are sampled one after the other, each with the keys and values of those before",
+        error="more steps than",
+    ),
+    "AnyFlow by its mean velocity (video)": Family(
+        with_its_scheduler,
+        {"plain": {**VIDEO, "guidance_scale": 1.0}},
+        reason="its own scheduler belongs to the mean velocity between two noise levels; with a `FlowMatchEulerDiscreteScheduler` and `use_mean_velocity=False` it is exact",
+        error="not a flow-matching scheduler",
+    ),
 }

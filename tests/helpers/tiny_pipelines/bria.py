@@ -1,5 +1,7 @@
 """Bria 3.2 with T5 prompts, and Bria Fibo: each layer of its transformer gets a layer of SmolLM3."""
 
+import json
+
 import torch
 from diffusers import (
     BriaFiboEditPipeline,
@@ -14,7 +16,7 @@ from transformers import SmolLM3Config, SmolLM3ForCausalLM
 
 from . import t5_encoder, t5_tokenizer, vae
 from .conditioned import image, pictures
-from .family import Family
+from .family import PROMPTS, Family
 from .hidream import llama_tokenizer
 from .wan import wan_vae
 
@@ -31,6 +33,8 @@ CALLS_FIBO = {
     "plain": {**SIZE_FIBO, "guidance_scale": 1.0},
     "guided": {**SIZE_FIBO, "guidance_scale": 5.0},
 }
+# The pipeline insists on JSON.
+EDITS = [json.dumps({"edit_instruction": prompt}) for prompt in PROMPTS]
 CALLS_PATCHED = {"guided": {**CALLS_FIBO["guided"], "negative_prompt": "bad", "do_patching": True}}
 
 
@@ -132,6 +136,6 @@ FAMILIES = {
     "Bria 3.2": Family(build, CALLS),
     "Bria Fibo": Family(build_fibo, CALLS_FIBO),
     "Bria Fibo in patches": Family(build_fibo_patched, CALLS_PATCHED),
-    "Bria Fibo Edit": Family(build_fibo_edit, CALLS_FIBO, image),
-    "Bria Fibo Edit with a mask": Family(build_fibo_edit, CALLS_FIBO, image_and_mask),
+    "Bria Fibo Edit": Family(build_fibo_edit, CALLS_FIBO, image, EDITS),
+    "Bria Fibo Edit with a mask": Family(build_fibo_edit, CALLS_FIBO, image_and_mask, EDITS),
 }

@@ -101,5 +101,11 @@ FAMILIES = {
 }
 REFUSED = {
     # Its call passes an argument to `encode_prompt` that it does not take.
-    "EasyAnimate control video": Family(build_control, CALLS, control_video),
+    "EasyAnimate control video": Family(
+        build_control,
+        CALLS,
+        control_video,
+        reason="diffusers: its call passes `text_encoder_index` to its own `encode_prompt`, which does not take it",
+        error="text_encoder_index",
+    ),
 }

@@ -72,5 +72,10 @@ FAMILIES = {
 # Its stages sample at growing resolutions, each with noise levels from near 1 on, and add new noise between them; so its call
 # has no number of steps.
 REFUSED = {
-    "Helios Pyramid (video)": Family(pyramid, {"plain": PYRAMID}),
+    "Helios Pyramid (video)": Family(
+        pyramid,
+        {"plain": PYRAMID},
+        reason="stages of growing size, each with a schedule and new noise of its own",
+        error="does not take num_inference_steps",
+    ),
 }

@@ -216,5 +216,11 @@ FAMILIES = {
 }
 REFUSED = {
     # A sampling loop for each section.
-    "FramePack video": Family(build_framepack, CALLS_SECTIONS, image),
+    "FramePack video": Family(
+        build_framepack,
+        CALLS_SECTIONS,
+        image,
+        reason="a video of several sections is sampled section by section; one section is exact",
+        error="more steps than",
+    ),
 }

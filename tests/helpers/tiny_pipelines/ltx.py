@@ -108,7 +108,18 @@ FAMILIES = {
 }
 REFUSED = {
     # The scheduler is given a noise level for each token.
-    "LTX-Video with conditions": Family(build_condition, CALLS_DENOISING_DECODER, image),
+    "LTX-Video with conditions": Family(
+        build_condition,
+        CALLS_DENOISING_DECODER,
+        image,
+        reason="each token has a noise level of its own",
+        error="noise level of its own",
+    ),
     # One video per call, window by window, from noise that the loop draws itself.
-    "LTX-Video long": Family(build_long, {"plain": {**SMALL, "guidance_scale": 1.0}}),
+    "LTX-Video long": Family(
+        build_long,
+        {"plain": {**SMALL, "guidance_scale": 1.0}},
+        reason="one video per call, window by window, from noise that the loop draws itself",
+        error="asked for 2 samples",
+    ),
 }

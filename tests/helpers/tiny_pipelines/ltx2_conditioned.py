@@ -1,13 +1,17 @@
 """LTX-2 with images and videos: as the first frame, at other frames, as references; HDR; and drafts with keyframes."""
 
+import inspect
+
 import torch
 from diffusers import (
     DiffusionPipeline,
     LTX2ConditionPipeline,
     LTX2DFRPipeline,
+    LTX2DFRTemporalRefinePipeline,
     LTX2HDRPipeline,
     LTX2ImageToVideoPipeline,
     LTX2InContextPipeline,
+    LTXEulerAncestralRFScheduler,
 )
 from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
 from diffusers.pipelines.ltx2.pipeline_ltx2_hdr_lora import LTX2HDRReferenceCondition
@@ -91,10 +95,27 @@ def keyframes() -> LTX2DFRPipeline:
     return pipeline
 
 
+def temporal_refinement() -> LTX2DFRTemporalRefinePipeline:
+    parts = dict(ltx2.build().components)
+    names = inspect.signature(LTX2DFRTemporalRefinePipeline.__init__).parameters
+    parts = {name: part for name, part in parts.items() if name in names}
+    return LTX2DFRTemporalRefinePipeline(
+        **{**parts, "scheduler": LTXEulerAncestralRFScheduler(), "temporal_latent_upsampler": None}
+    )
+
+
 FAMILIES = {
     "LTX-2 image to video (video and audio)": Family(image_to_video, CALLS_IMAGE, image),
     "LTX-2 with frames (video and audio)": Family(condition, CALLS_CONDITIONS),
     "LTX-2 in context (video and audio)": Family(in_context, CALLS_IN_CONTEXT),
     "LTX-2 HDR (video)": Family(hdr, CALLS_HDR),
     "LTX-2 with keyframes (video and audio)": Family(keyframes, CALLS_KEYFRAMES),
+}
+REFUSED = {
+    "LTX-2 temporal refinement (video and audio)": Family(
+        temporal_refinement,
+        {"plain": ltx2.SHARED},
+        reason="refines a video of an earlier stage tile by tile, each in a loop of its own that adds new noise",
+        error="LTXEulerAncestralRFScheduler is not a flow-matching scheduler",
+    ),
 }

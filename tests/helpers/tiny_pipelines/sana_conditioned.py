@@ -81,6 +81,17 @@ FAMILIES = {
 }
 # Consistency models on arcs of a circle: a step takes the predicted image, and adds noise of its own to it.
 REFUSED = {
-    "Sana Sprint": Family(sprint, CALLS_SPRINT),
-    "Sana Sprint image to image": Family(sprint_img2img, CALLS_SPRINT_IMG2IMG, image),
+    "Sana Sprint": Family(
+        sprint,
+        CALLS_SPRINT,
+        reason="no flow but a consistency model: each step predicts x_0 and adds new noise",
+        error="SCMScheduler is not a flow-matching",
+    ),
+    "Sana Sprint image to image": Family(
+        sprint_img2img,
+        CALLS_SPRINT_IMG2IMG,
+        image,
+        reason="no flow but a consistency model: each step predicts x_0 and adds new noise",
+        error="SCMScheduler is not a flow-matching",
+    ),
 }

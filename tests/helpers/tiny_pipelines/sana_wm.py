@@ -68,5 +68,7 @@ def build() -> SanaWMPipeline:
 
 # One prompt, one sample and no batch axis in what it returns; `scheduler.step` gets a timestep for each token.
 REFUSED = {
-    "SANA-WM (video)": Family(build, CALLS, image),
+    "SANA-WM (video)": Family(
+        build, CALLS, image, reason="each token has a noise level of its own", error="noise level of its own"
+    ),
 }

@@ -89,7 +89,21 @@ FAMILIES = {
 }
 # Each latent frame has a copy of the scheduler, and with `ar_step` above 0 a noise level of its own.
 REFUSED = {
-    "SkyReels V2 diffusion forcing (video)": Family(forcing, _calls(VIDEO, 6.0)),
-    "SkyReels V2 diffusion forcing, image to video": Family(forcing_image_to_video, _calls(VIDEO, 5.0), image),
-    "SkyReels V2 diffusion forcing, video to video": Family(forcing_video_to_video, _calls(VIDEO, 6.0), video),
+    "SkyReels V2 diffusion forcing (video)": Family(
+        forcing, _calls(VIDEO, 6.0), reason="each latent frame has a scheduler of its own", error="more steps than"
+    ),
+    "SkyReels V2 diffusion forcing, image to video": Family(
+        forcing_image_to_video,
+        _calls(VIDEO, 5.0),
+        image,
+        reason="each latent frame has a scheduler of its own",
+        error="more steps than",
+    ),
+    "SkyReels V2 diffusion forcing, video to video": Family(
+        forcing_video_to_video,
+        _calls(VIDEO, 6.0),
+        video,
+        reason="each latent frame has a scheduler of its own",
+        error="more steps than",
+    ),
 }

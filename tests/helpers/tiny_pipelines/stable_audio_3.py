@@ -128,5 +128,10 @@ FAMILIES = {
     "Stable Audio 3 audio to audio (audio)": Family(audio_to_audio, CALLS_AUDIO_TO_AUDIO),
 }
 REFUSED = {
-    "Stable Audio 3 audio to audio (audio), rising levels": Family(audio_to_audio, CALLS_RISING),
+    "Stable Audio 3 audio to audio (audio), rising levels": Family(
+        audio_to_audio,
+        CALLS_RISING,
+        reason="below noise level 1, its second noise level is above its first unless `logsnr_min` is about -2",
+        error="must fall from step to step",
+    ),
 }

@@ -36,5 +36,11 @@ FAMILIES = {
     "VisualCloze": Family(build, CALLS, prompts),
 }
 REFUSED = {
-    "VisualCloze with upsampling": Family(build_combined, CALLS, prompts),
+    "VisualCloze with upsampling": Family(
+        build_combined,
+        CALLS,
+        prompts,
+        reason="two pipelines one after the other: train `VisualClozeGenerationPipeline`, with the same parts",
+        error="has no `prepare_latents`",
+    ),
 }

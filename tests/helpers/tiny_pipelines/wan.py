@@ -81,5 +81,6 @@ def usual_scheduler() -> UniPCMultistepScheduler:
 
 
 FAMILIES = {
+    "Wan 2.2 A14B (video)": Family(build_two_transformers, CALLS_TWO_TRANSFORMERS),
     "Wan (video)": Family(build, CALLS),
 }
