@@ -132,6 +132,7 @@ class PipelineFlow:
         self._axes: BatchAxes | None = None
         self._has_state = False  # known with the axes
         self._image_modes: dict[str, str] = {}  # by column
+        self._rehearsed_prompts: list[str] = []  # the first that the pipeline took
         # A copy: the noise levels of a run do not change if the pipeline's shift is set later.
         self._scheduler = copy.copy(pipeline.scheduler)
         self._scheduler.insists_on_float32 = False
@@ -230,6 +231,7 @@ class PipelineFlow:
                     except ValueError:
                         self._makes_one, self._ways = False, own_ways
                 raise ValueError(f"{type(self.pipeline).__name__} cannot be called with {options}: {reason}") from error
+        self._rehearsed_prompts = self._rehearsed_prompts or list(prompts)
         for name, values in (columns or {}).items():
             first = values[0][0] if isinstance(values[0], list) and values[0] else values[0]
             if isinstance(first, Image.Image):
@@ -335,7 +337,12 @@ class PipelineFlow:
         if self._axes is None:
             # The prompts differ in length: some pipelines have a mask only then.
             prompts = ["a cat"] if columns else ["a cat", "a red cat and a blue dog"]
-            some, twice = (self.rehearse(prompts, columns, samples) for samples in (1, 2))
+            try:
+                some = self.rehearse(prompts, columns)
+            except ValueError:  # such as one that insists on prompts in JSON
+                prompts = self._rehearsed_prompts[: len(prompts)]
+                some = self.rehearse(prompts, columns)
+            twice = self.rehearse(prompts, columns, 2)
             self._has_state = carries_state(some.outputs)
             names = [field.name for field in fields(BatchAxes)]
             try:

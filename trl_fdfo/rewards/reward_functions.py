@@ -131,15 +131,23 @@ class RewardFunctions:
         """Names of the functions that score an image by itself: those without `pairwise = True`."""
         return [name for name, f in zip(self.names, self.functions) if not _attribute(f, "pairwise", False)]
 
-    def check_columns(self, columns: Sequence[str], dataset: str = "train_dataset") -> None:
+    def check_columns(
+        self, columns: Sequence[str], dataset: str = "train_dataset", sampled_columns: Sequence[str] = ()
+    ) -> None:
         """
         Check that the dataset has every column that a reward needs.
 
+        Args:
+            columns (`Sequence[str]`): Columns of the dataset.
+            dataset (`str`): Its name in error messages.
+            sampled_columns (`Sequence[str]`): Those that the pipeline's call takes. Such a one may have a name in `ARGUMENTS`:
+                it is the pipeline's alone.
+
         Raises:
-            ValueError: A reward needs an argument that is no column, takes an argument by position only, or a column
+            ValueError: A reward needs an argument that is no column, takes an argument by position only, or another column
                 has one of the names in `ARGUMENTS`.
         """
-        taken = [column for column in columns if column in ARGUMENTS]
+        taken = [column for column in columns if column in ARGUMENTS and column not in sampled_columns]
         if taken:
             raise ValueError(
                 f"{dataset} has a column '{taken[0]}', a name that rewards get something else by: rename it."

@@ -65,7 +65,7 @@ def load_datasets(
         train_dataset = load_prompts(config.dataset_name, config.dataset_prompt_column)
     train_dataset, eval_dataset = plain(train_dataset), plain(eval_dataset)
     check_prompts(train_dataset, config.dataset_prompt_column, config.pipeline_columns or ())
-    rewards.check_columns(train_dataset.column_names)
+    rewards.check_columns(train_dataset.column_names, sampled_columns=config.pipeline_columns or ())
     if config.num_eval_prompts is not None:
         if eval_dataset is not None:
             raise ValueError(
@@ -86,7 +86,7 @@ def check_eval_dataset(
     check_prompts(dataset, config.dataset_prompt_column, config.pipeline_columns or (), "eval_dataset")
     for functions in (rewards, controls):
         if functions is not None:
-            functions.check_columns(dataset.column_names, "eval_dataset")
+            functions.check_columns(dataset.column_names, "eval_dataset", config.pipeline_columns or ())
 
 
 def check_evaluation(
