@@ -483,6 +483,15 @@ class PipelineFlow:
         if encoded is None:
             encoded = self._from_cache(prompts, branches)
         wrappers["encode_prompt"] = self._encoding_to(encoded, wrappers["encode_prompt"])
+        prepare = wrappers["prepare_latents"]
+        prepared_states: list[Tensor] = []
+
+        def prepare_latents(original, *args, **kwargs):
+            value = prepare(original, *args, **kwargs)
+            prepared_states[:] = [generator.get_state() for generator in generators]
+            return value
+
+        wrappers["prepare_latents"] = prepare_latents
         # Branches that share a seed have their own generators from it: their initial noise is the same.
         generators = _generators(repeat_each(seeds, len(prompts) * branches // len(seeds)))
         call_kwargs = self._arguments(prompts, generators, columns)
@@ -490,6 +499,9 @@ class PipelineFlow:
             images = _samples(self.pipeline(**call_kwargs), len(generators))
         samples = len(prompts) * branches
         remembered["encode_prompt"] = once_per_prompt(remembered["encode_prompt"], branches, samples)
+        has_drawn = any(
+            not torch.equal(generator.get_state(), state) for generator, state in zip(generators, prepared_states)
+        )
         return RolloutBatch(
             images=images,
             endpoints=scheduler.endpoints.unflatten(0, (len(prompts), branches)),
@@ -502,6 +514,7 @@ class PipelineFlow:
             call_kwargs=call_kwargs,
             remembered=remembered,
             outputs=outputs,
+            generator_states=prepared_states if has_drawn else (),
         )
 
     def split(self, batch: RolloutBatch, levels: Sequence[Sequence[int]]) -> list[RolloutBatch]:
@@ -614,12 +627,16 @@ class PipelineFlow:
         remembered["encode_prompt"] = repeated(remembered["encode_prompt"])
         remembered = {name: iter(values) for name, values in remembered.items()}
         outputs = iter(batch.outputs)
+        generators = batch.call_kwargs["generator"]
+        generators = generators if isinstance(generators, list) else [generators]
 
         def encode_prompt(original, *args, **kwargs):
             return next(remembered["encode_prompt"])
 
         def prepare_latents(original, *args, **kwargs):
             prepared = next(remembered["prepare_latents"])
+            for generator, state in zip(generators, batch.generator_states):
+                generator.set_state(state)
             return with_latents(prepared, scheduler.begin(latents_of(prepared)))
 
         def encode_image(original, *args, **kwargs):

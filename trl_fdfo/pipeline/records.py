@@ -89,8 +89,10 @@ class RolloutBatch:
             `encode_prompt` once per prompt, by [`once_per_prompt`].
         outputs (`list`): Return value of each call of the transformer; as tensors on the meta device, if the replay needs
             their shapes alone.
+        generator_states (`Sequence[Tensor]`): State of each sample's generator after the pipeline prepared its latents, if it
+            draws from the generators after that, such as noise for an image in each step; none otherwise.
         parts (`Sequence[RolloutBatch]`): If each sample had a call of its own: what the replay of each needs, without its
-            tuples. The three fields above are then those of the first.
+            tuples. The four fields above are then those of the first.
     """
 
     images: Tensor | Media
@@ -104,6 +106,7 @@ class RolloutBatch:
     call_kwargs: dict[str, Any]
     remembered: dict[str, list]
     outputs: list
+    generator_states: Sequence[Tensor] = ()
     parts: Sequence["RolloutBatch"] = ()
 
     @classmethod
@@ -165,6 +168,7 @@ class RolloutBatch:
                 "generate": part(self.remembered["generate"], axes.generated),
             },
             outputs=[part(output, axes.outputs[0]) for output in self.outputs],
+            generator_states=[self.generator_states[n] for n in samples] if self.generator_states else (),
         )
 
     def on_host(self) -> "RolloutBatch":
