@@ -28,6 +28,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 import accelerate
+import numpy as np
 import torch
 from accelerate.utils import recursively_apply, send_to_device
 from diffusers import DiffusionPipeline
@@ -222,8 +223,8 @@ class PipelineFlow:
                             "per_device_sampling_batch_size=1"
                         )
                 elif not self._makes_one and samples_per_prompt > 1:
-                    own_ways = self._ways
-                    self._makes_one, self._ways = True, self._all_ways()
+                    own_ways, self._makes_one = self._ways, True
+                    self._ways = self._all_ways()  # more for one sample than for several
                     try:
                         return self.rehearse(prompts, columns)
                     except UnreplayableError:
@@ -829,7 +830,9 @@ def _samples(output: tuple, count: int) -> Tensor | Media:
     found = {kind: len(values) for kind, values in by_kind(made).items()}
     if set(found.values()) != {count} and count == 1:
         # The single sample has no axis of samples: a video's frames look like images.
-        made = made_by([recursively_apply(lambda values: values[None], part) for part in output if part is not None])
+        is_array = lambda values: isinstance(values, (Tensor, np.ndarray))
+        alone = [recursively_apply(lambda values: values[None], part, test_type=is_array) for part in output]
+        made = made_by([part for part in alone if part is not None])
         found = {kind: len(values) for kind, values in by_kind(made).items()}
     if set(found.values()) != {count}:
         raise ValueError(f"asked for {count} samples, it made {found}")
