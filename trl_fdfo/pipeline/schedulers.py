@@ -184,16 +184,37 @@ class StandIn:
         """A stream's latents at noise level `step + 1`, from those that the pipeline has at noise level `step`."""
         raise NotImplementedError
 
+    @property
+    def _level_tolerance(self) -> float:
+        """Of timesteps: that of noise levels which diffusers' scheduler has for those of tokens."""
+        return 1e-6 * self.config.num_train_timesteps
+
+    def _check_levels(self, levels: Tensor, timestep: Tensor) -> None:
+        """
+        Refuse the timesteps of tokens, shape [N, tokens], if they are not all those of one flow, and of what is kept.
+
+        Raises:
+            UnreplayableError: A token is neither at the noise level of the step nor free of noise.
+        """
+        is_between = (levels > self._level_tolerance) & ((levels - timestep).abs() > self._level_tolerance)
+        if is_between.any():
+            raise UnreplayableError(
+                f"The pipeline gives a token the timestep {levels[is_between][0].item():.4g} in a step at {float(timestep):.4g}: "
+                "tokens with a noise level of their own, such as those of a condition whose strength is below 1, are not "
+                "replayed. Set the strength of each condition to 1, so that it stays as it is."
+            )
+
     def scale_model_input(self, sample: Tensor, timestep: Tensor | None = None) -> Tensor:
         """A flow takes its latents as they are. Pipelines call this for all schedulers but `FlowMatchEulerDiscreteScheduler`."""
         return sample
 
     def step(self, model_output, timestep, sample, return_dict=True, **kwargs):
-        if kwargs.get("per_token_timesteps") is not None:
-            raise UnreplayableError("A pipeline that gives each token a noise level of its own cannot be trained.")
+        levels = kwargs.get("per_token_timesteps")
         if self.step_index is None:
             if self.known_first_step is None:
                 self._init_step_index(timestep)
+                if levels is not None:
+                    self._check_levels(levels, timestep)
             else:
                 self._step_index = self.known_first_step
             self.first_step = self.step_index
@@ -205,7 +226,11 @@ class StandIn:
         stream = self.streams[self._next_stream]
         if sample.dtype != torch.float32:  # also where the pipeline rounds what it prepared in float32
             stream.dtype = sample.dtype
-        velocity = -model_output if self._time_is_inverted else model_output
+        # With a level for each token, diffusers' scheduler takes -v.
+        velocity = -model_output if self._time_is_inverted or levels is not None else model_output
+        if levels is not None:
+            stream.is_denoised = (levels > timestep - self._level_tolerance)[..., None]
+            velocity = velocity.where(stream.is_denoised, 0)
         x_s = self.take_step(velocity, sample, self.steps_done, stream)
         is_last_step = self.step_index + 1 == len(self.timesteps)
         if is_last_step:
@@ -230,7 +255,11 @@ class Stream:
     Attributes:
         exact (`Tensor`): The latents in float32.
         handed_out (`Tensor`): The copy that the pipeline got.
+        is_denoised (`Tensor`, *optional*): True for each token that the latest step denoises, shape [N, tokens, 1]. The
+            others are conditions, which the pipeline keeps. None if it denoises all.
     """
+
+    is_denoised: Tensor | None = None
 
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype
@@ -324,6 +353,8 @@ class RolloutScheduler(StandIn):
     def take_step(self, velocity, sample, step, stream):
         handed_out, exact, x_t = stream.handed_out, stream.exact, stream.unrounded(sample)
         x_s = self.advance(x_t, velocity, step)
+        if stream.is_denoised is not None:
+            x_s = x_s.where(stream.is_denoised, x_t)
         if self.records_arrivals and step in self.levels:
             if exact.shape != x_t.shape or not torch.equal(exact, x_t):
                 raise ValueError(

@@ -90,6 +90,7 @@ def build_image(seed: int = 0) -> LTXImageToVideoPipeline:
 
 
 def build_condition(seed: int = 0) -> LTXConditionPipeline:
+    """The transformer and the scheduler get a timestep for each token, and the image gets new noise in each step."""
     pipeline = _build(LTXConditionPipeline, seed, timestep_conditioning=True)
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler()
     return pipeline
@@ -105,16 +106,9 @@ FAMILIES = {
     "LTX-Video": Family(build, CALLS),
     "LTX-Video with a denoising decoder": Family(build_denoising_decoder, CALLS_DENOISING_DECODER),
     "LTX-Video image to video": Family(build_image, CALLS, image),
+    "LTX-Video with conditions": Family(build_condition, CALLS_DENOISING_DECODER, image),
 }
 REFUSED = {
-    # The scheduler is given a noise level for each token.
-    "LTX-Video with conditions": Family(
-        build_condition,
-        CALLS_DENOISING_DECODER,
-        image,
-        reason="each token has a noise level of its own",
-        error="noise level of its own",
-    ),
     # One video per call, window by window, from noise that the loop draws itself.
     "LTX-Video long": Family(
         build_long,

@@ -1,5 +1,7 @@
 """SANA-WM: a video from an image, a prompt and the path of a camera."""
 
+import functools
+
 import torch
 from diffusers import (
     AutoencoderKLLTX2Video,
@@ -7,10 +9,20 @@ from diffusers import (
     SanaWMPipeline,
     SanaWMTransformer3DModel,
 )
+from diffusers.models.transformers import transformer_sana_wm
 
 from .conditioned import image
 from .family import Family
 from .sana import gemma_encoder, gemma_tokenizer
+
+
+@functools.wraps(transformer_sana_wm.create_grid)
+def _create_grid(*args, dtype=torch.float32, **kwargs):
+    return _own_create_grid(*args, **kwargs).to(dtype)
+
+
+# On the CPU diffusers refuses a grid of pixels in another dtype than float32.
+_own_create_grid, transformer_sana_wm.create_grid = transformer_sana_wm.create_grid, _create_grid
 
 
 SMALL = {
@@ -67,8 +79,6 @@ def build() -> SanaWMPipeline:
 
 
 # One prompt, one sample and no batch axis in what it returns; `scheduler.step` gets a timestep for each token.
-REFUSED = {
-    "SANA-WM (video)": Family(
-        build, CALLS, image, reason="each token has a noise level of its own", error="noise level of its own"
-    ),
+FAMILIES = {
+    "SANA-WM (video)": Family(build, CALLS, image),
 }
