@@ -42,6 +42,7 @@ from .patch import (
     REMEMBERED,
     Encoding,
     ModelProxy,
+    PartNames,
     call,
     carries_state,
     drawn_noise,
@@ -137,6 +138,8 @@ class PipelineFlow:
         # A copy: the noise levels of a run do not change if the pipeline's shift is set later.
         self._scheduler = copy.copy(pipeline.scheduler)
         self._scheduler.insists_on_float32 = False
+        self._transformers = list(trained_modules(pipeline))
+        self._part_names = PartNames.of(pipeline)
         self._attention = [part for part in self.model.modules() if hasattr(part, "set_processor")]
         # `num_images_per_prompt` or `num_videos_per_prompt`.
         self._per_prompt_option = next((name for name in options if re.fullmatch(r"num_\w+_per_prompt", name)), None)
@@ -681,12 +684,15 @@ class PipelineFlow:
 
         proxies = {
             # Several transformers are called by one wrapper, which gets their names.
-            name: ModelProxy(functools.partial(model, name) if self.has_several_transformers else model, module)
-            for name, module in trained_modules(self.pipeline).items()
+            name: ModelProxy(
+                functools.partial(model, name) if self.has_several_transformers else model, getattr(self.pipeline, name)
+            )
+            for name in self._transformers
         }
         methods = {"encode_prompt": encode, "prepare_latents": prepare, "prepare_audio_latents": prepare}
         device = device or self.pipeline._execution_device
-        return patched(self.pipeline, scheduler, proxies, device, self._attention, encode_image, generate, **methods)
+        arguments = (self._part_names, scheduler, proxies, device, self._attention, encode_image, generate)
+        return patched(self.pipeline, *arguments, **methods)
 
     def _all_ways(self) -> dict[bool, list[tuple[str, bool]]]:
         """

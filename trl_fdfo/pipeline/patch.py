@@ -8,7 +8,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import recursively_apply
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .options import is_quantized
 from .schedulers import StandIn
-from .trained import decoders, frozen_modules, trained_modules
+from .trained import frozen_modules
 
 
 # The function of diffusers by which its pipelines draw their noise.
@@ -77,9 +77,32 @@ def carries_state(output: Any) -> bool:
     return not (output is None or isinstance(output, (Tensor, bool, int, float, str)))
 
 
+class PartNames(NamedTuple):
+    """
+    The names of the components that [`patched`] changes beside the transformers. A pipeline that lists its components takes
+    longer for it than for a call of a small transformer, so they are listed once.
+    """
+
+    schedulers: Sequence[str]
+    decoders: Sequence[str]
+    language_models: Sequence[str]
+
+    @classmethod
+    def of(cls, pipeline: DiffusionPipeline) -> "PartNames":
+        frozen = frozen_modules(pipeline)
+        return cls(
+            # Not each pipeline registers its scheduler as a component.
+            ["scheduler", *(name for name, part in pipeline.components.items() if isinstance(part, SchedulerMixin))],
+            # A vocoder makes audio of the spectrogram that a VAE has decoded.
+            [name for name, part in frozen.items() if hasattr(part, "decode") or name == "vocoder"],
+            [name for name, part in frozen.items() if hasattr(part, "generate")],
+        )
+
+
 @contextlib.contextmanager
 def patched(
     pipeline: DiffusionPipeline,
+    names: PartNames,
     scheduler: StandIn,
     models: dict[str, ModelProxy],
     device: torch.device,
@@ -94,6 +117,7 @@ def patched(
 
     Args:
         pipeline (`DiffusionPipeline`): The pipeline, patched in place.
+        names ([`PartNames`]): The names of its components.
         scheduler ([`StandIn`]): The scheduler to run with, in the place of all that the pipeline has.
         models (`dict[str, ModelProxy]`): The stand-ins for the transformers, by name.
         device (`torch.device`): The pipeline's `_execution_device`, which it would look for in all its modules, again and
@@ -105,9 +129,8 @@ def patched(
         **methods (`Callable`): Wrappers of the pipeline's methods, by name. A method that it does not have is not wrapped;
             in the place of a missing `prepare_latents`, the function that draws its noise is.
     """
-    schedulers = [name for name, part in pipeline.components.items() if isinstance(part, SchedulerMixin)]
     attributes = {
-        **dict.fromkeys(["scheduler", *schedulers], scheduler),
+        **dict.fromkeys(names.schedulers, scheduler),
         **models,
         "_device_of_call": device,
         "_progress_bar_config": {**getattr(pipeline, "_progress_bar_config", {}), "disable": True},
@@ -119,23 +142,23 @@ def patched(
     }
     processors = [module.processor for module in attention]
     with contextlib.ExitStack() as stack:
-        for module in trained_modules(pipeline).values():
+        for name in models:
             # In training mode a transformer may return another layout, which the pipeline does not expect. Its layers keep
             # their mode: some have no gradients in evaluation mode.
-            stack.enter_context(shadowed(module, training=False))
-        parts = decoders(pipeline)
-        for part in parts:
+            stack.enter_context(shadowed(getattr(pipeline, name), training=False))
+        decoders = [getattr(pipeline, name) for name in names.decoders]
+        for part in decoders:
             stack.enter_context(shadowed(part, **_wrapped_coder(part, encode_image)))
         if not hasattr(pipeline, "prepare_latents"):
-            names = inspect.unwrap(type(pipeline).__call__).__globals__
-            draw = functools.partial(methods["prepare_latents"], names[DRAW])
-            stack.enter_context(_replaced(names, DRAW, draw))
-        for part in frozen_modules(pipeline).values():
-            if generate is not None and hasattr(part, "generate"):
+            of_call = inspect.unwrap(type(pipeline).__call__).__globals__
+            draw = functools.partial(methods["prepare_latents"], of_call[DRAW])
+            stack.enter_context(_replaced(of_call, DRAW, draw))
+        if generate is not None:
+            for part in (getattr(pipeline, name) for name in names.language_models):
                 stack.enter_context(shadowed(part, generate=functools.partial(generate, part.generate)))
         stack.enter_context(shadowed(pipeline, **attributes))
         stack.enter_context(_of_class(pipeline, _with_known_device(type(pipeline))))
-        scheduler.on_last_step = lambda: [stack.enter_context(in_float32(part)) for part in parts]
+        scheduler.on_last_step = lambda: [stack.enter_context(in_float32(part)) for part in decoders]
         try:
             yield
         finally:

@@ -78,14 +78,9 @@ def train_weights(pipeline: DiffusionPipeline, names: Collection[str] | None = N
 
 def frozen_modules(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
     """The other components that are modules, such as the text encoders and the VAE, by name."""
+    trained = trained_modules(pipeline)
     parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
-    return {name: part for name, part in parts.items() if name not in trained_modules(pipeline)}
-
-
-def decoders(pipeline: DiffusionPipeline) -> list[nn.Module]:
-    """The frozen modules that make images, videos or audio of latents."""
-    # A vocoder makes audio of the spectrogram that a VAE has decoded.
-    return [part for name, part in frozen_modules(pipeline).items() if hasattr(part, "decode") or name == "vocoder"]
+    return {name: part for name, part in parts.items() if name not in trained}
 
 
 def restore_point(pipeline: DiffusionPipeline) -> Callable[[], None]:
