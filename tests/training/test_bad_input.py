@@ -309,7 +309,11 @@ TABLE = [
     bad(trainer(pipeline="folder"), "folder", "no file named model_index.json", error=OSError),
     bad(trainer(pipeline=lambda: Path("folder")), "no file named model_index.json", error=OSError),
     bad(trainer(pipeline=unet), "StableDiffusionPipeline cannot be trained", "not a flow-matching", "Take a pipeline"),
-    bad(trainer(pipeline=sd3(transformer=None)), "StableDiffusion3Pipeline has no `transformer`", "to replay"),
+    bad(
+        trainer(pipeline=sd3(transformer=None)),
+        "StableDiffusion3Pipeline has no `transformer`",
+        "whose velocity would be trained",
+    ),
     bad(
         trainer(pipeline=sd3(scheduler=DDIMScheduler())),
         "StableDiffusion3Pipeline cannot be trained: DDIMScheduler",
@@ -330,6 +334,11 @@ TABLE = [
     bad(trainer(height=30), "height=30", "is not a multiple of 4", "28 and 32"),
     bad(trainer(width=-16), "width=-16", "is not a multiple of 4", "4 and 8"),
     bad(trainer(height=512, width=512), "cannot be called with", "'height': 512", "Height (128) cannot be greater"),
+    bad(
+        trainer(height=512, width=512, per_device_prompt_batch_size=2),
+        "cannot be called with",
+        "Height (128) cannot be greater",
+    ),
     bad(config(pipeline_kwargs="{'a': 1"), "pipeline_kwargs=\"{'a': 1\"", "is not valid JSON"),
     bad(config(pipeline_kwargs="[1]"), "pipeline_kwargs=[1]", "must be a dict of arguments of the call"),
     bad(config(pipeline_kwargs=[1]), "pipeline_kwargs=[1] is a list", "must be dict"),

@@ -175,6 +175,48 @@ class PipelineFlow:
         if self._makes_one:
             prompts, samples_per_prompt = prompts[:1], 1
             columns = {name: values[:1] for name, values in (columns or {}).items()}
+        try:
+            return self._rehearse_first_way(prompts, columns, samples_per_prompt)
+        except _OtherWay as error:
+            refusal = error
+        if len(prompts) > 1 and not columns:
+            try:
+                rehearsal = self.rehearse(prompts[:1], columns, samples_per_prompt)
+            except _OtherWay:
+                raise refusal from refusal.__cause__
+            if self._makes_one:  # and so of all prompts
+                return rehearsal
+            raise ValueError(
+                f"{type(self.pipeline).__name__} takes one prompt at a time: set per_device_prompt_batch_size=1 and "
+                f"per_device_sampling_batch_size=1. With {len(prompts)} prompts, {refusal}"
+            ) from refusal
+        if samples_per_prompt > 1:
+            ways = self._ways
+            self._makes_one, self._ways = True, self._all_ways()
+            with contextlib.suppress(_OtherWay):
+                return self.rehearse(prompts, columns)
+            self._makes_one, self._ways = False, ways
+        raise refusal
+
+    def _rehearse_first_way(
+        self, prompts: Sequence[str], columns: dict[str, Sequence] | None, samples_per_prompt: int
+    ) -> Rehearsal:
+        """Rehearse in the first of the ways that the pipeline takes; the later calls are made in that way."""
+        gets_images = bool(columns)
+        ways, refusal = self._ways[gets_images], None
+        # The other ways take one prompt.
+        for number in range(len(ways) if len(prompts) == 1 else 1):
+            self._ways[gets_images] = ways[number:]
+            try:
+                return self._rehearse(prompts, columns, samples_per_prompt)
+            except _OtherWay as error:
+                refusal = refusal or error
+        self._ways[gets_images] = ways
+        raise refusal
+
+    def _rehearse(
+        self, prompts: Sequence[str], columns: dict[str, Sequence] | None, samples_per_prompt: int
+    ) -> Rehearsal:
         scheduler = RehearsalScheduler.of(self._scheduler)
         remembered: dict[str, list] = {name: [] for name in REMEMBERED}
         calls, outputs, decode_calls = [], [], []
@@ -206,35 +248,14 @@ class PipelineFlow:
             except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
                 if _asserts_float32(error) and not self._scheduler.insists_on_float32:
                     self._scheduler.insists_on_float32 = True
-                    return self.rehearse(prompts, columns, samples_per_prompt)
-                ways = self._ways[bool(columns)]
-                if len(ways) > 1:
-                    self._ways[bool(columns)] = ways[1:]
-                    try:
-                        return self.rehearse(prompts, columns, samples_per_prompt)
-                    except ValueError as other:
-                        if other.__cause__ is None:  # not of the call, which could be made
-                            raise
-                    self._ways[bool(columns)] = ways
+                    return self._rehearse(prompts, columns, samples_per_prompt)
                 options = {name: value for name, value in self.call_kwargs.items() if value is not None}
-                reason = f"{type(error).__name__}: {error}"
-                if not columns and len(prompts) > 1:
-                    with contextlib.suppress(ValueError):
-                        self.rehearse(prompts[:1], columns, samples_per_prompt)
-                        reason = (
-                            f"it takes one prompt at a time ({reason}): set per_device_prompt_batch_size=1 and "
-                            "per_device_sampling_batch_size=1"
-                        )
-                elif not self._makes_one and samples_per_prompt > 1:
-                    own_ways, self._makes_one = self._ways, True
-                    self._ways = self._all_ways()  # more for one sample than for several
-                    try:
-                        return self.rehearse(prompts, columns)
-                    except UnreplayableError:
-                        raise
-                    except ValueError:
-                        self._makes_one, self._ways = False, own_ways
-                raise ValueError(f"{type(self.pipeline).__name__} cannot be called with {options}: {reason}") from error
+                # A call that took a step has its prompts and images as the pipeline takes them.
+                is_other_way = scheduler.steps_done == 0 or isinstance(error, _OtherWay)
+                reason = str(error) if isinstance(error, _OtherWay) else f"{type(error).__name__}: {error}"
+                raise (_OtherWay if is_other_way else ValueError)(
+                    f"{type(self.pipeline).__name__} cannot be called with {options}: {reason}"
+                ) from error
         self._rehearsed_prompts = self._rehearsed_prompts or list(prompts)
         for name, values in (columns or {}).items():
             first = values[0][0] if isinstance(values[0], list) and values[0] else values[0]
@@ -825,12 +846,16 @@ class PipelineFlow:
         return arguments
 
 
+class _OtherWay(ValueError):
+    """The pipeline takes its prompts, its images or the number of samples in another way, or not at all."""
+
+
 def _samples(output: tuple, count: int) -> Tensor | Media:
     """
     What a pipeline's call returned, as [`made_by`].
 
     Raises:
-        ValueError: It is not of `count` samples.
+        _OtherWay: It is not of `count` samples.
     """
     made = made_by([_together(part, count) for part in output])
     found = {kind: len(values) for kind, values in by_kind(made).items()}
@@ -841,7 +866,7 @@ def _samples(output: tuple, count: int) -> Tensor | Media:
         made = made_by([part for part in alone if part is not None])
         found = {kind: len(values) for kind, values in by_kind(made).items()}
     if set(found.values()) != {count}:
-        raise ValueError(f"asked for {count} samples, it made {found}")
+        raise _OtherWay(f"asked for {count} samples, it made {found}")
     return made
 
 

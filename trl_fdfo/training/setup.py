@@ -430,7 +430,7 @@ def _rehearse_row(flow: PipelineFlow, prompts: list[str], columns: dict[str, lis
     except ValueError:
         others = [name for name, values in columns.items() if _in_rgb(values) != values]
         # One column alone first: another may hold masks.
-        for names in [*([name] for name in others), others]:
+        for names in [*([name] for name in others), others] if others else []:
             converted = {name: _in_rgb(values) if name in names else values for name, values in columns.items()}
             with suppress(ValueError):
                 rehearsal = flow.rehearse(prompts, converted, samples)
