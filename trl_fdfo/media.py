@@ -58,8 +58,19 @@ def made_by(output: Iterable[Any]) -> Tensor | Media:
     return audio if images is None else images
 
 
+def images_are_signed(made: Tensor | Media) -> bool:
+    """Tell if images or videos are in [-1, 1]: a pipeline has not put them into [0, 1]."""
+    images = by_kind(made).get("images")
+    return images is not None and bool(images.min() < 0)
+
+
 def _on_white(images: Tensor) -> Tensor:
-    """Images or videos of 4 channels, the last of which is opacity, with 3 channels; others as they are."""
+    """
+    Images or videos of 4 channels, the last of which is opacity, with 3 channels; others as they are. Channels that come last
+    come before height and width.
+    """
+    if images.shape[-1] == 3 != images.shape[-3]:
+        images = images.movedim(-1, -3)
     if images.shape[-3] != 4:
         return images
     colors, opacity = images.split([3, 1], dim=-3)

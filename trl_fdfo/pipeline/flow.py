@@ -35,7 +35,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from ..media import Media, by_kind, made_by
+from ..media import Media, by_kind, images_are_signed, made_by
 from .checks import check_call_kwargs, check_pipeline, check_resolution, warn_of_embedded_guidance
 from .encoder_offload import EncoderOffload
 from .patch import (
@@ -134,6 +134,7 @@ class PipelineFlow:
         self._axes: BatchAxes | None = None
         self._has_state = False  # known with the axes
         self._image_modes: dict[str, str] = {}  # by column
+        self._has_signed_images = False  # in [-1, 1], as its VAE or its transformer makes them
         self._rehearsed_prompts: list[str] = []  # the first that the pipeline took
         # A copy: the noise levels of a run do not change if the pipeline's shift is set later.
         self._scheduler = copy.copy(pipeline.scheduler)
@@ -191,8 +192,8 @@ class PipelineFlow:
                 f"per_device_sampling_batch_size=1. With {len(prompts)} prompts, {refusal}"
             ) from refusal
         if samples_per_prompt > 1:
-            ways = self._ways
-            self._makes_one, self._ways = True, self._all_ways()
+            ways, self._makes_one = self._ways, True
+            self._ways = self._all_ways()  # more for one sample than for several
             with contextlib.suppress(_OtherWay):
                 return self.rehearse(prompts, columns)
             self._makes_one, self._ways = False, ways
@@ -242,7 +243,7 @@ class PipelineFlow:
             self._own_random_numbers(0),
         ):
             try:
-                images = _samples(self.pipeline(**call_kwargs), len(generators))
+                images = self._samples(self.pipeline(**call_kwargs), len(generators))
             except (torch.OutOfMemoryError, UnreplayableError):
                 raise
             except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -250,8 +251,8 @@ class PipelineFlow:
                     self._scheduler.insists_on_float32 = True
                     return self._rehearse(prompts, columns, samples_per_prompt)
                 options = {name: value for name, value in self.call_kwargs.items() if value is not None}
-                # A call that took a step has its prompts and images as the pipeline takes them.
-                is_other_way = scheduler.steps_done == 0 or isinstance(error, _OtherWay)
+                # A call that took a step has its prompts as the pipeline takes them; images are needed again later.
+                is_other_way = scheduler.steps_done == 0 or bool(columns) or isinstance(error, _OtherWay)
                 reason = str(error) if isinstance(error, _OtherWay) else f"{type(error).__name__}: {error}"
                 raise (_OtherWay if is_other_way else ValueError)(
                     f"{type(self.pipeline).__name__} cannot be called with {options}: {reason}"
@@ -266,6 +267,13 @@ class PipelineFlow:
                 f"{type(self.pipeline).__name__} took no step of its scheduler, perhaps steps of copies of it: there is nothing "
                 "to train. Take another pipeline of the model."
             )
+        idle = frozenset(place for place, stream in enumerate(scheduler.streams) if stream.is_idle)
+        if len(scheduler.streams) > len(idle) > len(scheduler.idle_streams):
+            self._scheduler.idle_streams = idle
+            return self._rehearse(prompts, columns, samples_per_prompt)
+        if images_are_signed(images) and not self._has_signed_images:
+            self._has_signed_images = True
+            return self._rehearse(prompts, columns, samples_per_prompt)
         sigmas = scheduler.noise_levels.cpu()
         if scheduler.steps_done != len(sigmas) - 1:
             raise ValueError(
@@ -521,7 +529,7 @@ class PipelineFlow:
         generators = _generators(repeat_each(seeds, len(prompts) * branches // len(seeds)))
         call_kwargs = self._arguments(prompts, generators, columns)
         with self._patched(scheduler, model, **wrappers), self._own_random_numbers(seeds[0]):
-            images = _samples(self.pipeline(**call_kwargs), len(generators))
+            images = self._samples(self.pipeline(**call_kwargs), len(generators))
         samples = len(prompts) * branches
         remembered["encode_prompt"] = once_per_prompt(remembered["encode_prompt"], branches, samples)
         has_drawn = any(
@@ -603,7 +611,7 @@ class PipelineFlow:
         scheduler = DecodeScheduler.of(self._scheduler)
         scheduler.decode(endpoints)
         with self._replayed(batch, scheduler, lambda output: False):
-            return _samples(self._call_with_grad(self.pipeline, **batch.call_kwargs), len(endpoints))
+            return self._samples(self._call_with_grad(self.pipeline, **batch.call_kwargs), len(endpoints))
 
     @torch.no_grad()
     def generate(
@@ -641,7 +649,7 @@ class PipelineFlow:
             self._own_random_numbers(seeds[0]),
         ):
             arguments = {**self._arguments(prompts, _generators(seeds), columns), **call_kwargs}
-            return _samples(self.pipeline(**arguments), len(prompts))
+            return self._samples(self.pipeline(**arguments), len(prompts))
 
     @contextlib.contextmanager
     def _replayed(self, batch: RolloutBatch, scheduler: StandIn, is_computed: Callable[[Any], bool]) -> Iterator[None]:
@@ -735,6 +743,11 @@ class PipelineFlow:
     def _takes_one_prompt(self) -> bool:
         """A call without images takes one prompt at a time."""
         return self._ways[False][0][0] == "alone"
+
+    def _samples(self, output: tuple, count: int) -> Tensor | Media:
+        made = _samples(output, count)
+        # Some pipelines return tensors as they sample them.
+        return made.div(2).add(0.5).clamp(0, 1) if self._has_signed_images and isinstance(made, Tensor) else made
 
     def _with_encoders(self, encode: Callable, *args: Any, **kwargs: Any) -> Any:
         if self.encoders is not None:

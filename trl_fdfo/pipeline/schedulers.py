@@ -115,6 +115,8 @@ class StandIn:
         schedules (`dict`): What `set_timesteps` made, by its arguments. Copies of a scheduler share it: a replay neither
             computes its schedule nor copies it to the device, for which the host would wait too.
         is_scheduled (`bool`): `set_timesteps` has been called.
+        idle_streams (`frozenset[int]`): Places of streams whose velocity is zero in all steps, such as the sound of a model that
+            throws it away. They take no steps, and are no part of the latents that are recorded.
         streams (`list[Stream]`): What is denoised, in the order in which the pipeline prepares it. A step of the sampler
             takes one call of `step` for each.
         insists_on_float32 (`bool`): The pipeline takes no other latents, whatever dtype those of `prepare_latents` have.
@@ -125,6 +127,7 @@ class StandIn:
     known_first_step: int | None = None
     is_scheduled = False
     insists_on_float32 = False
+    idle_streams: frozenset[int] = frozenset()
     on_last_step: Callable[[], Any] = staticmethod(lambda: None)
 
     @classmethod
@@ -153,6 +156,10 @@ class StandIn:
         """If so, time runs from noise, 0, to the image, 1, and the model gives x_0 - eps."""
         return bool(self.config.get("invert_sigmas", False))
 
+    @property
+    def moving_streams(self) -> list["Stream"]:
+        return [stream for place, stream in enumerate(self.streams) if place not in self.idle_streams]
+
     def draw(self, noise: Tensor) -> Tensor:
         """The initial noise that the pipeline gets, in float32, in the place of what it drew with each sample's seed."""
         self.first_step = self.begin_index or 0
@@ -169,8 +176,9 @@ class StandIn:
         # The pipeline computes in the dtype that it casts its latents to, or that it wanted its noise in.
         dtype = self._noise_dtype if latents.dtype == torch.float32 else latents.dtype
         self._noise_dtype = None
+        is_idle = len(self.streams) in self.idle_streams
         self.streams.append(Stream(torch.float32 if self.insists_on_float32 else dtype))
-        return self.streams[-1].hand_out(self.start(latents.float()))
+        return self.streams[-1].hand_out(latents.float() if is_idle else self.start(latents.float()))
 
     def initial_noise(self, noise: Tensor) -> Tensor:
         """Initial noise of each sample, from that in float32 which was drawn with its seed, shape [N, ...]."""
@@ -231,7 +239,8 @@ class StandIn:
         if levels is not None:
             stream.is_denoised = (levels > timestep - self._level_tolerance)[..., None]
             velocity = velocity.where(stream.is_denoised, 0)
-        x_s = self.take_step(velocity, sample, self.steps_done, stream)
+        is_idle = self._next_stream in self.idle_streams
+        x_s = sample.float() if is_idle else self.take_step(velocity, sample, self.steps_done, stream)
         is_last_step = self.step_index + 1 == len(self.timesteps)
         if is_last_step:
             stream.dtype = torch.float32
@@ -257,9 +266,11 @@ class Stream:
         handed_out (`Tensor`): The copy that the pipeline got.
         is_denoised (`Tensor`, *optional*): True for each token that the latest step denoises, shape [N, tokens, 1]. The
             others are conditions, which the pipeline keeps. None if it denoises all.
+        is_idle (`bool`): Its velocity was zero in each step of a rehearsal.
     """
 
     is_denoised: Tensor | None = None
+    is_idle = True
 
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype
@@ -307,9 +318,11 @@ class RehearsalScheduler(StandIn):
     velocity: Tensor | None = None
 
     def take_step(self, velocity, sample, step, stream):
-        first = stream is self.streams[0]
-        self._parts = [(sample, velocity)] if first else [*self._parts, (sample, velocity)]
-        if stream is self.streams[-1]:
+        if stream is self.moving_streams[0]:
+            self._parts = []
+        self._parts.append((sample, velocity))
+        stream.is_idle = stream.is_idle and not velocity.any()
+        if stream is self.moving_streams[-1]:
             self.latents, self.velocity = map(join, zip(*self._parts))
         return sample
 
@@ -365,7 +378,7 @@ class RolloutScheduler(StandIn):
             handed_out = exact
         # The replay hands out the same once more, and the pipeline then does with it what it did.
         self._parts.append((handed_out, velocity, x_s))
-        if stream is self.streams[-1]:
+        if stream is self.moving_streams[-1]:
             handed_out, velocities, self.endpoints = map(join, zip(*self._parts))
             self._parts = []
             if step in self.levels:
@@ -409,7 +422,7 @@ class ReplayScheduler(StandIn):
     def take_step(self, velocity, sample, step, stream):
         if step == self.level:
             self._velocities.append(velocity)
-            if stream is self.streams[-1]:
+            if stream is self.moving_streams[-1]:
                 raise StopPipeline(join(self._velocities))
         # A pipeline that changes its latents after a step changes these once, as in the rollout.
         return self._x_t.take(sample) if step + 1 == self.level else sample

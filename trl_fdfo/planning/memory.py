@@ -206,11 +206,13 @@ def trajectory_bytes(
     size = nbytes if copied else _storage_nbytes
     latents = 2 * 4 * rehearsal.latents.numel() if scheduler_class.records_arrivals else size([rehearsal.latents])
     level = latents + size([rehearsal.velocity])
-    targets = 4 * args.per_device_train_batch_size + latents_per_target * 4 * rehearsal.latents.numel()
-    encoded = once_per_prompt(rehearsal.encoded, args.num_generations, len(rehearsal.latents))
+    samples = len(rehearsal.latents)
+    targets = 4 * samples + latents_per_target * 4 * rehearsal.latents.numel()
+    encoded = once_per_prompt(rehearsal.encoded, min(args.num_generations, samples), samples)
     values = [encoded, rehearsal.encoded_images, rehearsal.generated, rehearsal.prepared]
     remembered = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
-    return args.num_rollout_batches * (args.num_trained_levels * level + targets + size(remembered))
+    calls = args.per_device_train_batch_size // samples  # of a batch: several if a call makes one sample
+    return args.num_rollout_batches * calls * (args.num_trained_levels * level + targets + size(remembered))
 
 
 def trained_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -95,8 +95,10 @@ class RunPlan:
         self.batch_bytes = self.trajectory_bytes // (args.num_rollout_batches * args.num_trained_levels)
         self.failure: Exception | None = None  # the error of a cost that could not be counted and is 0
         precision = Precision(engine.device_type, engine.autocast)
-        sampling = self._cost(sampling_cost, model, rehearsal.model_calls, precision)
-        self.training = self._cost(training_cost, model, rehearsal.model_calls, precision, args.gradient_checkpointing)
+        # A pipeline that makes one sample per call was rehearsed with one.
+        calls = rehearsal.model_calls * (args.per_device_train_batch_size // len(rehearsal.latents))
+        sampling = self._cost(sampling_cost, model, calls, precision)
+        self.training = self._cost(training_cost, model, calls, precision, args.gradient_checkpointing)
         # The transformer samples and the VAE decodes batches of this many times the size of the rehearsed one.
         times = args.per_device_sampling_batch_size // args.per_device_prompt_batch_size
         # A VAE that decodes one image at a time does not take as many times the memory.

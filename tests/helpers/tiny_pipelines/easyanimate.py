@@ -22,7 +22,7 @@ CALLS = {
     "rescaled": {**SMALL, "guidance_scale": 5.0, "negative_prompt": "bad", "guidance_rescale": 0.7},
 }
 # 7 steps, of which the last 4 are taken.
-CALLS_INPAINT = {**CALLS, "strength 0.5": {**CALLS["plain"], "strength": 0.5, "num_inference_steps": 7}}
+CALLS_INPAINT = {**CALLS, "strength 0.5": {**CALLS["plain"], "strength": 0.5, "num_inference_steps": 8}}
 
 
 def videos(count: int) -> torch.Tensor:
