@@ -16,6 +16,7 @@ from datasets import Dataset
 from tiny_pipelines.families import FAMILIES, columns_of, first_call
 
 from trl_fdfo import FDFOConfig, FDFOTrainer
+from trl_fdfo.pipeline.trained import trained_modules
 
 
 OPTIONS_OF_CALL = ("height", "width", "guidance_scale")
@@ -27,8 +28,11 @@ def strength(images=None, audio=None):
 
 
 def one_of_each_transformer() -> list[str]:
-    """The first family of each class of transformers."""
-    return list({type(family.build().transformer): name for name, family in reversed(FAMILIES.items())}.values())
+    """The first family of each class of transformers, and of each number of them in a pipeline."""
+    kinds = {}
+    for name, family in FAMILIES.items():
+        kinds.setdefault(tuple(type(part) for part in trained_modules(family.build()).values()), name)
+    return list(kinds.values())
 
 
 def train(name: str, folder: Path) -> dict:

@@ -173,6 +173,26 @@ def test_a_run_resumes_to_the_bit(make, tmp_path):
     assert all(torch.equal(weight, expected[key]) for key, weight in trained_weights(resumed).items())
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_checkpointing": True, "report_to": ["tensorboard"]},
+        {"beta": 0.1, "ema_decay": 0.5},
+        {"attention_backend": "native"},
+        {"cache_prompt_embeds": True, "offload_components": True, "shared_prefix": True, "churn_schedule": "interval"},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_options_train_with_an_exact_replay(make, options, monkeypatch, tmp_path):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    if "churn_schedule" in options:
+        options = {**options, "churn": None}
+    trainer = make(**options)
+    trainer.train()
+    assert all(log["replay_error"] < 1e-6 for log in trainer.state.log_history if "replay_error" in log)
+    assert trainer.state.global_step == 4
+
+
 def test_all_of_the_pipeline_is_one_module():
     pipeline = wan.build_two_transformers()
     module = trained_module(pipeline)

@@ -15,7 +15,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from ..pipeline.options import is_quantized
 from ..pipeline.own_dtype import can_run_in_own_dtype, run_in_own_dtype
-from ..pipeline.trained import trained_module
+from ..pipeline.trained import Transformers, trained_module
 from ..redaction import without_origin
 
 
@@ -34,10 +34,11 @@ def adapt_to_trainer(transformer: torch.nn.Module) -> None:
     Give `transformer`, in place, a [`TrainerConfig`] with `hidden_size` (DeepSpeed derives its `auto` sizes from it) and
     the method by which Trainer turns on activation checkpointing.
     """
-    config = TrainerConfig(transformer.config)
-    if not hasattr(config, "hidden_size"):
-        config.hidden_size = config.get("num_attention_heads", 1) * config.get("attention_head_dim", 1)
-    transformer._internal_dict = config
+    for part in transformer.children() if isinstance(transformer, Transformers) else [transformer]:
+        config = TrainerConfig(part.config)
+        if not hasattr(config, "hidden_size"):
+            config.hidden_size = config.get("num_attention_heads", 1) * config.get("attention_head_dim", 1)
+        part._internal_dict = config
 
     enable = functools.partial(_enable_checkpointing, transformer)
     transformer.activation_checkpointing_enable = enable
