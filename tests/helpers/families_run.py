@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import tiny_runs  # noqa: F401  # first: it sets the environment before torch is imported
+import torch
 import torch.distributed as dist
 from datasets import Dataset
 from tiny_pipelines.families import FAMILIES, columns_of, first_call
@@ -39,6 +40,9 @@ def train(name: str, folder: Path) -> dict:
     call = {**first_call(name)}
     call.pop("num_inference_steps", None)  # the trainer finds it
     columns = {column: 2 * values[:1] for column, values in columns_of(name, 1).items()}
+    # A dataset has no tensors: one for all prompts.
+    call |= {column: values[0] for column, values in columns.items() if isinstance(values[0], torch.Tensor)}
+    columns = {column: values for column, values in columns.items() if column not in call}
     config = FDFOConfig(
         output_dir=str(folder / "out"),
         num_rollouts=1,
@@ -58,7 +62,10 @@ def train(name: str, folder: Path) -> dict:
         ddp_backend="gloo",
         disable_tqdm=True,
         log_level="error",
-        **{"guidance_scale": None, **{option: value for option, value in call.items() if option in OPTIONS_OF_CALL}},
+        **{
+            **dict.fromkeys(OPTIONS_OF_CALL),
+            **{option: value for option, value in call.items() if option in OPTIONS_OF_CALL},
+        },
     )
     prompts = Dataset.from_dict({"prompt": list(FAMILIES[name].prompts[:2]), **columns})
     trainer = FDFOTrainer(config, FAMILIES[name].build(), strength, prompts)

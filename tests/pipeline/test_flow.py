@@ -417,14 +417,61 @@ def test_a_shift_that_is_set_later_changes_no_noise_level_of_the_flow():
             r"noise levels of the FlowMatchEulerDiscreteScheduler reach 80: .* \[0, 1\]",
         ),
         (helios.build, {**helios.SMALL, "num_frames": 10}, "more steps than the 4 of its schedule, .* a single chunk"),
-        (skyreels_v2.forcing, skyreels_v2.VIDEO, "more steps than the 4 of its schedule"),
+        (
+            skyreels_v2.forcing,
+            {**skyreels_v2.VIDEO, "ar_step": 1},
+            r"a part of its latents at timestep 999 while others are at 889, .* such as by ar_step=0",
+        ),
     ],
-    ids=["noise levels above 1", "several chunks", "copies of the scheduler"],
+    ids=["noise levels above 1", "several chunks", "noise levels of frames"],
 )
 def test_sampling_that_is_no_single_flow_is_refused(build, options, message):
     flow = PipelineFlow(build(), num_generations=2, num_inference_steps=STEPS, **options)
     with pytest.raises(ValueError, match=message):
         flow.rehearse(PROMPTS[:1], samples_per_prompt=2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("build", "options", "columns", "calls"),
+    [
+        (skyreels_v2.forcing, {**skyreels_v2.VIDEO, "num_frames": 9}, {}, 3),
+        (skyreels_v2.forcing, {**skyreels_v2.VIDEO, "num_inference_steps": 1}, {}, 2),
+        (skyreels_v2.forcing_image_to_video, skyreels_v2.VIDEO, conditioned.image(1), 1),
+    ],
+    ids=["text", "one step", "image"],
+)
+def test_frames_with_schedulers_of_their_own_are_denoised_together(build, options, columns, calls):
+    pipeline = build()
+    # A step of this solver without its corrector is Euler's.
+    pipeline.scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=8.0,
+        solver_order=1,
+        disable_corrector=list(range(STEPS)),
+    )
+    options = {"num_inference_steps": STEPS, "guidance_scale": 3.0, **options}
+    flow, unrehearsed = (PipelineFlow(pipeline, num_generations=2, **options) for _ in range(2))
+    some = flow.rehearse(["a cat"], columns, 2)
+    steps = len(some.sigmas) - 1
+    batch, plain = (
+        flow.rollout(["a cat"], constant_churn(some.sigmas, gamma), [0], [1, 2], range(steps), columns)
+        for gamma in (0.2, 0.0)
+    )
+    for level in (*range(steps), 0):
+        assert torch.equal(flow.velocity(batch, level), batch.velocities[level])
+        assert batch.velocities[level][0].numel() == calls * 4 * 4 * 4  # channels of a frame of 4 x 4
+    assert torch.equal(flow.decode(batch, batch.endpoints[0]), batch.images)
+    for level in range(1, steps):
+        with pytest.raises(ReplayError):
+            wrong = flow.velocity(replace(batch, x_t={level: plain.x_t[level]}), level)
+            check_replay(wrong, batch.velocities[level], pipeline, level)
+    arguments = {"generator": [torch.Generator().manual_seed(0)], "output_type": "pt", "return_dict": False}
+    arguments |= {name: values[0] for name, values in columns.items()}
+    images = pipeline(prompt=["a cat"], **flow.call_kwargs | arguments)[0]
+    for made in (plain.images[:1], unrehearsed.generate(["a cat"], [0], columns)):
+        torch.testing.assert_close(made, images.float(), rtol=0, atol=1e-4)
 
 
 def test_sdxl_is_refused():

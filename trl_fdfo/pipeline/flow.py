@@ -76,6 +76,20 @@ from .schedulers import (
 from .trained import TRAINED, Transformers, trained_module, trained_modules
 
 
+def _knowing_calls_per_step(method: Callable) -> Callable:
+    """A method that calls the pipeline calls it again where its scheduler had to count the calls of a step first."""
+
+    @functools.wraps(method)
+    def call_again(self, *args, **kwargs):
+        try:
+            return method(self, *args, **kwargs)
+        except StopPipeline as stop:
+            self._scheduler.calls_per_step = stop.value
+            return method(self, *args, **kwargs)
+
+    return call_again
+
+
 class PipelineFlow:
     """
     The flow of a diffusers pipeline: samples from it, and gives its velocity at a recorded sample, with gradients.
@@ -141,6 +155,7 @@ class PipelineFlow:
         self._scheduler.insists_on_float32 = False
         self._transformers = list(trained_modules(pipeline))
         self._part_names = PartNames.of(pipeline)
+        self._scheduler.calls_per_step = None
         self._attention = [part for part in self.model.modules() if hasattr(part, "set_processor")]
         # `num_images_per_prompt` or `num_videos_per_prompt`.
         self._per_prompt_option = next((name for name in options if re.fullmatch(r"num_\w+_per_prompt", name)), None)
@@ -156,6 +171,7 @@ class PipelineFlow:
             "momentum" in option and value for guidance in guidances for option, value in guidance.config.items()
         )
 
+    @_knowing_calls_per_step
     @torch.no_grad()
     def rehearse(
         self, prompts: Sequence[str], columns: dict[str, Sequence] | None = None, samples_per_prompt: int = 1
@@ -484,6 +500,7 @@ class PipelineFlow:
             parts.append(self._rollout(prompt, row, [own_seeds[n]], [noise_seed], levels, of_prompt, None, 1))
         return RolloutBatch.of_samples(parts, branches)
 
+    @_knowing_calls_per_step
     def _rollout(
         self,
         prompts: Sequence[str],
@@ -613,6 +630,7 @@ class PipelineFlow:
         with self._replayed(batch, scheduler, lambda output: False):
             return self._samples(self._call_with_grad(self.pipeline, **batch.call_kwargs), len(endpoints))
 
+    @_knowing_calls_per_step
     @torch.no_grad()
     def generate(
         self,
@@ -689,6 +707,7 @@ class PipelineFlow:
         with self._patched(scheduler, model, device=device, generate=generate, **methods):
             yield
 
+    @contextlib.contextmanager
     def _patched(
         self,
         scheduler: StandIn,
@@ -699,7 +718,7 @@ class PipelineFlow:
         device: torch.device | None = None,
         *,
         encode_prompt: Callable,
-    ) -> contextlib.AbstractContextManager:
+    ) -> Iterator[None]:
         def encode(original, *args, **kwargs):
             return encode_prompt(functools.partial(self._with_encoders, original), *args, **kwargs)
 
@@ -721,7 +740,10 @@ class PipelineFlow:
         methods = {"encode_prompt": encode, "prepare_latents": prepare, "prepare_audio_latents": prepare}
         device = device or self.pipeline._execution_device
         arguments = (self._part_names, scheduler, proxies, device, self._attention, encode_image, generate)
-        return patched(self.pipeline, *arguments, **methods)
+        with patched(self.pipeline, *arguments, **methods):
+            yield
+        if scheduler.counted_calls > 0:  # of the only step
+            raise StopPipeline(scheduler.counted_calls)
 
     def _all_ways(self) -> dict[bool, list[tuple[str, bool]]]:
         """

@@ -307,7 +307,10 @@ def remember(remembered: dict[str, list]) -> dict[str, Callable]:
                 taken: dict[str, Tensor] = {}
                 value = Encoding(taken, value)
             if not active:
-                remembered[name].append(taken if name == "encode_image" else value)
+                kept = taken if name == "encode_image" else value
+                if name == "prepare_latents":  # some pipelines write the next latents into these
+                    kept = with_latents(value, latents_of(value).clone())
+                remembered[name].append(kept)
             return value
 
         return method

@@ -34,7 +34,7 @@ class UnreplayableError(ValueError):
 class StopPipeline(Exception):
     """Ends a pipeline's call as soon as the value that it was called for has arrived."""
 
-    def __init__(self, value: Tensor):
+    def __init__(self, value: Any):
         self.value = value
 
 
@@ -119,6 +119,10 @@ class StandIn:
             throws it away. They take no steps, and are no part of the latents that are recorded.
         streams (`list[Stream]`): What is denoised, in the order in which the pipeline prepares it. A step of the sampler
             takes one call of `step` for each.
+        calls_per_step (`int`, *optional*): Calls of `step` in a step of the sampler, if the pipeline copies its scheduler for
+            parts of what it prepared, such as the frames of a video. Each part that it denoises is then a stream. If it is
+            not known, the calls of the first step are counted, and [`StopPipeline`] says how many they were.
+        counted_calls (`int`): Calls that were counted.
         insists_on_float32 (`bool`): The pipeline takes no other latents, whatever dtype those of `prepare_latents` have.
     """
 
@@ -126,6 +130,9 @@ class StandIn:
     steps_done = 0
     known_first_step: int | None = None
     is_scheduled = False
+    calls_per_step: int | None = None
+    counted_calls = 0
+    _timestep: Tensor | None = None  # of the counted calls
     insists_on_float32 = False
     idle_streams: frozenset[int] = frozenset()
     on_last_step: Callable[[], Any] = staticmethod(lambda: None)
@@ -138,11 +145,13 @@ class StandIn:
         stand_in.__class__ = _stand_in_class(cls, type(scheduler))
         stand_in.streams = []
         stand_in._next_stream = 0
+        stand_in._copies = 0
         stand_in._noise_dtype = None
         return stand_in
 
     def __deepcopy__(self, memo: dict) -> "StandIn":
         # For its second stream a pipeline copies its scheduler: one object takes the steps of both.
+        self._copies += 1
         return self
 
     @property
@@ -217,6 +226,11 @@ class StandIn:
         return sample
 
     def step(self, model_output, timestep, sample, return_dict=True, **kwargs):
+        if self.calls_per_step is None and self._copies > len(self.streams):
+            if self.counted_calls > 0 and timestep != self._timestep:
+                raise StopPipeline(self.counted_calls)
+            self.counted_calls, self._timestep = self.counted_calls + 1, timestep
+            return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=sample) if return_dict else (sample,)
         levels = kwargs.get("per_token_timesteps")
         if self.step_index is None:
             if self.known_first_step is None:
@@ -231,6 +245,10 @@ class StandIn:
                 f"The pipeline takes more steps than the {len(self.timesteps)} of its schedule, such as for a video in several "
                 "chunks, each of which depends on those before it: only one schedule can be replayed. Ask for a single chunk."
             )
+        if self.calls_per_step is not None and self.steps_done == 0:
+            if self._next_stream == 0:
+                self.streams = [Stream(self.streams[0].dtype) for _ in range(self.calls_per_step)]
+            self.streams[self._next_stream].hand_out(sample.float())
         stream = self.streams[self._next_stream]
         if sample.dtype != torch.float32:  # also where the pipeline rounds what it prepared in float32
             stream.dtype = sample.dtype
@@ -316,6 +334,17 @@ class RehearsalScheduler(StandIn):
 
     latents: Tensor | None = None
     velocity: Tensor | None = None
+
+    def step(self, model_output, timestep, sample, return_dict=True, **kwargs):
+        if self.calls_per_step is not None and self.step_index is not None and self.step_index < len(self.timesteps):
+            together = self.timesteps[self.step_index]
+            if abs(timestep - together) >= 1:  # some pipelines round them
+                raise UnreplayableError(
+                    f"The pipeline denoises a part of its latents at timestep {float(timestep):.4g} while others are at "
+                    f"{float(together):.4g}, and only what is at one noise level can be replayed. Let it denoise all "
+                    "frames together, such as by ar_step=0."
+                )
+        return super().step(model_output, timestep, sample, return_dict, **kwargs)
 
     def take_step(self, velocity, sample, step, stream):
         if stream is self.moving_streams[0]:
@@ -417,7 +446,8 @@ class ReplayScheduler(StandIn):
         return self.steps_done == self.level
 
     def start(self, x):
-        return self._x_t.take(x) if self.level == 0 else x
+        # Latents of which each part is a stream are those of the rollout already.
+        return self._x_t.take(x) if self.level == 0 and self.calls_per_step is None else x
 
     def take_step(self, velocity, sample, step, stream):
         if step == self.level:

@@ -27,6 +27,9 @@ allow_without_ftfy(
     SkyReelsV2Pipeline,
 )
 
+# One part, after the last frame of the video.
+CONTINUED = {**VIDEO, "base_num_frames": 5, "overlap_history": 1}
+
 
 def _calls(shared: dict, scale: float) -> dict[str, dict]:
     return {
@@ -86,24 +89,8 @@ def forcing_video_to_video() -> SkyReelsV2DiffusionForcingVideoToVideoPipeline:
 FAMILIES = {
     "SkyReels V2 (video)": Family(build, _calls(VIDEO, 6.0)),
     "SkyReels V2 image to video": Family(image_to_video, _calls(WITH_IMAGE_ENCODER, 5.0), image),
-}
-# Each latent frame has a copy of the scheduler, and with `ar_step` above 0 a noise level of its own.
-REFUSED = {
-    "SkyReels V2 diffusion forcing (video)": Family(
-        forcing, _calls(VIDEO, 6.0), reason="each latent frame has a scheduler of its own", error="more steps than"
-    ),
-    "SkyReels V2 diffusion forcing, image to video": Family(
-        forcing_image_to_video,
-        _calls(VIDEO, 5.0),
-        image,
-        reason="each latent frame has a scheduler of its own",
-        error="more steps than",
-    ),
-    "SkyReels V2 diffusion forcing, video to video": Family(
-        forcing_video_to_video,
-        _calls(VIDEO, 6.0),
-        video,
-        reason="each latent frame has a scheduler of its own",
-        error="more steps than",
-    ),
+    # Each latent frame has a copy of the scheduler, and with `ar_step` above 0 a noise level of its own.
+    "SkyReels V2 diffusion forcing (video)": Family(forcing, _calls(VIDEO, 6.0)),
+    "SkyReels V2 diffusion forcing, image to video": Family(forcing_image_to_video, _calls(VIDEO, 5.0), image),
+    "SkyReels V2 diffusion forcing, video to video": Family(forcing_video_to_video, _calls(CONTINUED, 6.0), video),
 }
