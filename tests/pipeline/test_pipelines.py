@@ -315,7 +315,7 @@ def test_two_processes_train_every_kind_of_transformer(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(
-        [*command, families_run.__file__, tmp_path], capture_output=True, text=True, timeout=600, env=environment
+        [*command, families_run.__file__, tmp_path], capture_output=True, text=True, timeout=1500, env=environment
     )
     assert done.returncode == 0, done.stderr[-4000:]
     results = json.loads((tmp_path / "families.json").read_text(encoding="utf-8"))
@@ -323,16 +323,17 @@ def test_two_processes_train_every_kind_of_transformer(tmp_path):
     for name, result in results.items():
         assert (result["wrapper"], result["processes"], result["steps"]) == ("DistributedDataParallel", 2, 2), name
         assert result["replay_error"] == 0.0 and result["spread"] == 0.0 and result["moved"] > 0.0, name
-        # The search costs time: it is on only where a weight gets no gradient.
-        lacks = name.startswith(("Qwen", "JoyImage")) and not name.startswith("Qwen-Image 2.1")
-        assert result["finds_unused"] == lacks, name
+        # The search costs time: it is on only where a weight gets no gradient, in some steps or in all.
+        lacks = name.startswith(("EasyAnimate", "HunyuanVideo 1.5", "JoyImage", "Qwen-Image", "Wan 2.2 A14B"))
+        assert result["finds_unused"] == (lacks and name != "Qwen-Image 2.1"), name
 
 
 def test_no_line_of_the_package_names_a_family():
     package = Path(__file__).parents[2] / "trl_fdfo"
     names = (
         r"sd3|stable.?diffusion|flux|qwen|\bsana|aura.?flow|lumina|z.?image\b|hidream|\bchroma\b|cogview|\bwan\b(?!,)"
-        r"|longcat|\bovis|visual.?cloze|kontext|klein"
+        r"|longcat|\bovis|visual.?cloze|kontext|klein|kandinsky|hunyuan|\bltx|mochi|krea|\bbria|\bfibo|nucleus|\bprx\b|cosmos"
+        r"|skyreels|helios|chronoedit|anyflow|ernie|omnigen|joyimage|ideogram|ace.?step|stable.?audio|easyanimate|motif|glm"
     )
     # A reward may well name the model that judges; "Wan," is the family name of an author.
     files = [file for file in sorted(package.rglob("*.py")) if file.parent.name != "rewards"]
