@@ -114,6 +114,6 @@ REFUSED = {
         build_long,
         {"plain": {**SMALL, "guidance_scale": 1.0}},
         reason="one video per call, window by window, from noise that the loop draws itself",
-        error="asked for 2 samples",
+        error="in 3 steps of a schedule of 4",
     ),
 }
