@@ -510,7 +510,7 @@ def test_a_pipeline_that_does_not_step_through_its_schedule_once_is_refused(loop
             return super().__call__(*args, **kwargs)
 
     flow = make_flow(pipeline=Loops(**tiny_pipelines.sd3().components))
-    with pytest.raises(ValueError, match="Loops (denoised 1 thing|took no step|cannot be called)"):
+    with pytest.raises(ValueError, match="more steps than the 4 of its|Loops cannot be called"):
         flow.rehearse(["a cat"])
 
 

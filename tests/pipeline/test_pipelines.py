@@ -311,6 +311,7 @@ def test_a_refused_pipeline_says_why(name):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_two_processes_train_every_kind_of_transformer(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}

@@ -20,7 +20,6 @@ import functools
 import inspect
 import itertools
 import math
-import re
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -28,14 +27,13 @@ from dataclasses import fields, replace
 from typing import Any
 
 import accelerate
-import numpy as np
 import torch
 from accelerate.utils import recursively_apply, send_to_device
 from diffusers import DiffusionPipeline
-from PIL import Image
 from torch import Tensor
 
-from ..media import Media, by_kind, images_are_signed, made_by
+from ..media import Media
+from .calling import Calling, OtherWayError
 from .checks import check_call_kwargs, check_pipeline, check_resolution, warn_of_embedded_guidance
 from .encoder_offload import EncoderOffload
 from .patch import (
@@ -57,7 +55,6 @@ from .records import (
     Rehearsal,
     RolloutBatch,
     host_copy,
-    is_per_sample,
     once_per_prompt,
     repeat_each,
     repeated,
@@ -147,8 +144,7 @@ class PipelineFlow:
         self.encoders: EncoderOffload | None = None
         self._axes: BatchAxes | None = None
         self._has_state = False  # known with the axes
-        self._image_modes: dict[str, str] = {}  # by column
-        self._has_signed_images = False  # in [-1, 1], as its VAE or its transformer makes them
+        self._calling = Calling(pipeline)
         self._rehearsed_prompts: list[str] = []  # the first that the pipeline took
         # A copy: the noise levels of a run do not change if the pipeline's shift is set later.
         self._scheduler = copy.copy(pipeline.scheduler)
@@ -157,12 +153,6 @@ class PipelineFlow:
         self._part_names = PartNames.of(pipeline)
         self._scheduler.calls_per_step = None
         self._attention = [part for part in self.model.modules() if hasattr(part, "set_processor")]
-        # `num_images_per_prompt` or `num_videos_per_prompt`.
-        self._per_prompt_option = next((name for name in options if re.fullmatch(r"num_\w+_per_prompt", name)), None)
-        self._makes_one = False  # sample per call
-        self._ways = self._all_ways()
-        # Where the prompt has other names, it is in the columns.
-        self._takes_prompt = "prompt" in options
         # `inspect.unwrap` strips the decorator `torch.no_grad()` from the call.
         self._call_with_grad = inspect.unwrap(type(pipeline).__call__)
         # By diffusers' class for momentum: in the call itself, or in a guidance object, if it is on there.
@@ -189,47 +179,7 @@ class PipelineFlow:
         Raises:
             ValueError: The pipeline cannot be called with these arguments.
         """
-        if self._makes_one:
-            prompts, samples_per_prompt = prompts[:1], 1
-            columns = {name: values[:1] for name, values in (columns or {}).items()}
-        try:
-            return self._rehearse_first_way(prompts, columns, samples_per_prompt)
-        except _OtherWay as error:
-            refusal = error
-        if len(prompts) > 1 and not columns:
-            try:
-                rehearsal = self.rehearse(prompts[:1], columns, samples_per_prompt)
-            except _OtherWay:
-                raise refusal from refusal.__cause__
-            if self._makes_one:  # and so of all prompts
-                return rehearsal
-            raise ValueError(
-                f"{type(self.pipeline).__name__} takes one prompt at a time: set per_device_prompt_batch_size=1 and "
-                f"per_device_sampling_batch_size=1. With {len(prompts)} prompts, {refusal}"
-            ) from refusal
-        if samples_per_prompt > 1:
-            ways, self._makes_one = self._ways, True
-            self._ways = self._all_ways()  # more for one sample than for several
-            with contextlib.suppress(_OtherWay):
-                return self.rehearse(prompts, columns)
-            self._makes_one, self._ways = False, ways
-        raise refusal
-
-    def _rehearse_first_way(
-        self, prompts: Sequence[str], columns: dict[str, Sequence] | None, samples_per_prompt: int
-    ) -> Rehearsal:
-        """Rehearse in the first of the ways that the pipeline takes; the later calls are made in that way."""
-        gets_images = bool(columns)
-        ways, refusal = self._ways[gets_images], None
-        # The other ways take one prompt.
-        for number in range(len(ways) if len(prompts) == 1 else 1):
-            self._ways[gets_images] = ways[number:]
-            try:
-                return self._rehearse(prompts, columns, samples_per_prompt)
-            except _OtherWay as error:
-                refusal = refusal or error
-        self._ways[gets_images] = ways
-        raise refusal
+        return self._calling.find(self._rehearse, prompts, columns, samples_per_prompt)
 
     def _rehearse(
         self, prompts: Sequence[str], columns: dict[str, Sequence] | None, samples_per_prompt: int
@@ -252,14 +202,14 @@ class PipelineFlow:
             return known[shapes]
 
         generators = _generators([0] * len(prompts) * samples_per_prompt)
-        call_kwargs = self._arguments(prompts, generators, columns)
+        call_kwargs = self._calling.arguments(self.call_kwargs, prompts, generators, columns)
         with (
             self._patched(scheduler, model, **remember(remembered)),
             recorded_decoding(self.pipeline, decode_calls),
             self._own_random_numbers(0),
         ):
             try:
-                images = self._samples(self.pipeline(**call_kwargs), len(generators))
+                images = self._calling.samples(self.pipeline(**call_kwargs), len(generators))
             except (torch.OutOfMemoryError, UnreplayableError):
                 raise
             except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -268,16 +218,12 @@ class PipelineFlow:
                     return self._rehearse(prompts, columns, samples_per_prompt)
                 options = {name: value for name, value in self.call_kwargs.items() if value is not None}
                 # A call that took a step has its prompts as the pipeline takes them; images are needed again later.
-                is_other_way = scheduler.steps_done == 0 or bool(columns) or isinstance(error, _OtherWay)
-                reason = str(error) if isinstance(error, _OtherWay) else f"{type(error).__name__}: {error}"
-                raise (_OtherWay if is_other_way else ValueError)(
+                is_other_way = scheduler.steps_done == 0 or bool(columns) or isinstance(error, OtherWayError)
+                reason = str(error) if isinstance(error, OtherWayError) else f"{type(error).__name__}: {error}"
+                raise (OtherWayError if is_other_way else ValueError)(
                     f"{type(self.pipeline).__name__} cannot be called with {options}: {reason}"
                 ) from error
         self._rehearsed_prompts = self._rehearsed_prompts or list(prompts)
-        for name, values in (columns or {}).items():
-            first = values[0][0] if isinstance(values[0], list) and values[0] else values[0]
-            if isinstance(first, Image.Image):
-                self._image_modes[name] = first.mode
         if scheduler.latents is None:
             raise ValueError(
                 f"{type(self.pipeline).__name__} took no step of its scheduler, perhaps steps of copies of it: there is nothing "
@@ -286,9 +232,6 @@ class PipelineFlow:
         idle = frozenset(place for place, stream in enumerate(scheduler.streams) if stream.is_idle)
         if len(scheduler.streams) > len(idle) > len(scheduler.idle_streams):
             self._scheduler.idle_streams = idle
-            return self._rehearse(prompts, columns, samples_per_prompt)
-        if images_are_signed(images) and not self._has_signed_images:
-            self._has_signed_images = True
             return self._rehearse(prompts, columns, samples_per_prompt)
         sigmas = scheduler.noise_levels.cpu()
         if scheduler.steps_done != len(sigmas) - 1:
@@ -427,7 +370,9 @@ class PipelineFlow:
             raise StopPipeline(None)
 
         scheduler = RehearsalScheduler.of(self._scheduler)
-        arguments = self._arguments(prompts, _generators([0] * len(prompts) * samples_per_prompt), columns)
+        arguments = self._calling.arguments(
+            self.call_kwargs, prompts, _generators([0] * len(prompts) * samples_per_prompt), columns
+        )
         with (
             self._patched(scheduler, model, **remember(remembered)),
             self._own_random_numbers(0),
@@ -450,7 +395,7 @@ class PipelineFlow:
         Returns:
             `list`: For the argument `encoded`. None where a later call has nothing to encode, or may as well do it itself.
         """
-        if self._makes_one or self._takes_one_prompt and len(prompts) > 1:
+        if self._calling.takes_one_prompt and len(prompts) > 1 or self._calling.makes_one:
             return None
         if self.encoders is None or (not call_kwargs and self._knows(prompts)):
             return None
@@ -489,7 +434,7 @@ class PipelineFlow:
             [`RolloutBatch`]: images, endpoints and recorded tuples.
         """
         branches = self.num_generations
-        if not self._makes_one:
+        if not self._calling.makes_one:
             return self._rollout(prompts, noise_amounts, seeds, noise_seeds, levels, columns, encoded, branches)
         amounts = noise_amounts.expand(len(prompts), -1)
         own_seeds = repeat_each(seeds, len(noise_seeds) // len(seeds))
@@ -544,9 +489,9 @@ class PipelineFlow:
         wrappers["prepare_latents"] = prepare_latents
         # Branches that share a seed have their own generators from it: their initial noise is the same.
         generators = _generators(repeat_each(seeds, len(prompts) * branches // len(seeds)))
-        call_kwargs = self._arguments(prompts, generators, columns)
+        call_kwargs = self._calling.arguments(self.call_kwargs, prompts, generators, columns)
         with self._patched(scheduler, model, **wrappers), self._own_random_numbers(seeds[0]):
-            images = self._samples(self.pipeline(**call_kwargs), len(generators))
+            images = self._calling.samples(self.pipeline(**call_kwargs), len(generators))
         samples = len(prompts) * branches
         remembered["encode_prompt"] = once_per_prompt(remembered["encode_prompt"], branches, samples)
         has_drawn = any(
@@ -628,7 +573,7 @@ class PipelineFlow:
         scheduler = DecodeScheduler.of(self._scheduler)
         scheduler.decode(endpoints)
         with self._replayed(batch, scheduler, lambda output: False):
-            return self._samples(self._call_with_grad(self.pipeline, **batch.call_kwargs), len(endpoints))
+            return self._calling.samples(self._call_with_grad(self.pipeline, **batch.call_kwargs), len(endpoints))
 
     @_knowing_calls_per_step
     @torch.no_grad()
@@ -653,7 +598,7 @@ class PipelineFlow:
         Returns:
             `Tensor` or [`Media`]: Images, floats in [0, 1], shape [N, 3, H, W]; videos [N, F, 3, H, W]; audio [N, C, L].
         """
-        if (self._takes_one_prompt or self._makes_one) and len(prompts) > 1:
+        if self._calling.takes_one_prompt and len(prompts) > 1:
             alone = [self.generate([prompt], [seed], **call_kwargs) for prompt, seed in zip(prompts, seeds)]
             return accelerate.utils.concatenate(alone)
         scheduler = RolloutScheduler.of(self._scheduler)
@@ -666,8 +611,11 @@ class PipelineFlow:
             self._patched(scheduler, self._call_model, call, encode_image, encode_prompt=encode_prompt),
             self._own_random_numbers(seeds[0]),
         ):
-            arguments = {**self._arguments(prompts, _generators(seeds), columns), **call_kwargs}
-            return self._samples(self.pipeline(**arguments), len(prompts))
+            arguments = {
+                **self._calling.arguments(self.call_kwargs, prompts, _generators(seeds), columns),
+                **call_kwargs,
+            }
+            return self._calling.samples(self.pipeline(**arguments), len(prompts))
 
     @contextlib.contextmanager
     def _replayed(self, batch: RolloutBatch, scheduler: StandIn, is_computed: Callable[[Any], bool]) -> Iterator[None]:
@@ -745,32 +693,6 @@ class PipelineFlow:
         if scheduler.counted_calls > 0:  # of the only step
             raise StopPipeline(scheduler.counted_calls)
 
-    def _all_ways(self) -> dict[bool, list[tuple[str, bool]]]:
-        """
-        How a call may get its prompts (repeated for each sample, listed once, or one alone as a string), and if its images
-        are repeated, by whether it gets images. The first way that the pipeline takes is taken.
-
-        Prompts that are not repeated need the pipeline's own option for the number of samples. Without images that option
-        comes last: pipelines differ in how they order repeated samples, and some give the images of one prompt the attention
-        mask of another.
-        """
-        ways = {
-            True: [("listed", False), ("repeated", True), ("repeated", False), ("listed", True), ("alone", False)],
-            False: [("repeated", False), ("alone", False)],
-        }
-        possible = lambda way: way[0] == "repeated" or self._makes_one or self._per_prompt_option is not None
-        return {columns: [way for way in listed if possible(way)] for columns, listed in ways.items()}
-
-    @property
-    def _takes_one_prompt(self) -> bool:
-        """A call without images takes one prompt at a time."""
-        return self._ways[False][0][0] == "alone"
-
-    def _samples(self, output: tuple, count: int) -> Tensor | Media:
-        made = _samples(output, count)
-        # Some pipelines return tensors as they sample them.
-        return made.div(2).add(0.5).clamp(0, 1) if self._has_signed_images and isinstance(made, Tensor) else made
-
     def _with_encoders(self, encode: Callable, *args: Any, **kwargs: Any) -> Any:
         if self.encoders is not None:
             self.encoders.come()
@@ -833,84 +755,6 @@ class PipelineFlow:
             return take(output, axes.outputs[number], repeat_each(range(prompts), branches), prompts)
 
         return model
-
-    def _as_rehearsed(self, name: str, value: Any) -> Any:
-        """An image in the mode of the first one that the pipeline took, as `diffusers.utils.load_image` converts it."""
-        if isinstance(value, list):
-            return [self._as_rehearsed(name, item) for item in value]
-        mode = self._image_modes.get(name)
-        # Not to a mode with less in it, such as a mask's.
-        return value.convert(mode) if mode in ("RGB", "RGBA") and isinstance(value, Image.Image) else value
-
-    def _arguments(
-        self, prompts: Sequence[str], generators: list[torch.Generator], columns: dict[str, Sequence] | None = None
-    ) -> dict[str, Any]:
-        """Arguments of a call that makes one sample for each generator; the prompts have equally many generators."""
-        branches = len(generators) // len(prompts)
-        prompts_are, columns_repeated = self._ways[bool(columns)][0]
-        # Some pipelines take a list of images as one per prompt, others as all for one: with one prompt they agree.
-        if len(prompts) > 1 and (
-            prompts_are == "alone" or columns and (prompts_are, columns_repeated) != ("repeated", True)
-        ):
-            others = f" with {', '.join(columns)}" if columns else ""
-            raise ValueError(
-                f"{len(prompts)} prompts{others}: a call of {type(self.pipeline).__name__} takes one prompt."
-            )
-        if prompts_are == "repeated":
-            varying: dict[str, Any] = {"prompt": repeat_each(prompts, branches)}
-        else:
-            varying = {"prompt": prompts[0] if prompts_are == "alone" else list(prompts)}
-            if branches > 1:
-                varying[self._per_prompt_option] = branches
-            elif prompts_are == "alone":
-                varying["generator"] = generators[0]
-        for name, values in (columns or {}).items():
-            varying[name] = repeat_each(values, branches) if columns_repeated else values[0]
-        count = len(varying["prompt"]) if prompts_are != "alone" else None
-        if not self._takes_prompt:
-            del varying["prompt"]
-        varying = {name: self._as_rehearsed(name, value) for name, value in varying.items()}
-        arguments = {**self.call_kwargs, "generator": generators, "output_type": "pt", "return_dict": False, **varying}
-        for name, value in arguments.items():
-            if is_per_sample(name) and isinstance(value, str) and count is not None:
-                # One for all: not every pipeline repeats it itself.
-                arguments[name] = [value] * count
-            elif isinstance(value, list):
-                # Some pipelines write into the lists that they are given.
-                arguments[name] = list(value)
-        return arguments
-
-
-class _OtherWay(ValueError):
-    """The pipeline takes its prompts, its images or the number of samples in another way, or not at all."""
-
-
-def _samples(output: tuple, count: int) -> Tensor | Media:
-    """
-    What a pipeline's call returned, as [`made_by`].
-
-    Raises:
-        _OtherWay: It is not of `count` samples.
-    """
-    made = made_by([_together(part, count) for part in output])
-    found = {kind: len(values) for kind, values in by_kind(made).items()}
-    if set(found.values()) != {count} and count == 1:
-        # The single sample has no axis of samples: a video's frames look like images.
-        is_array = lambda values: isinstance(values, (Tensor, np.ndarray))
-        alone = [recursively_apply(lambda values: values[None], part, test_type=is_array) for part in output]
-        made = made_by([part for part in alone if part is not None])
-        found = {kind: len(values) for kind, values in by_kind(made).items()}
-    if set(found.values()) != {count}:
-        raise _OtherWay(f"asked for {count} samples, it made {found}")
-    return made
-
-
-def _together(part: Any, count: int) -> Any:
-    """A list of tensors of several lengths, which a pipeline has cut at the wrong places, as a tensor [count, ...]."""
-    if not isinstance(part, list) or not all(isinstance(values, Tensor) for values in part):
-        return part
-    several = len({len(values) for values in part}) > 1
-    return torch.cat(part).unflatten(0, (count, -1)) if several else part
 
 
 def _asserts_float32(error: Exception) -> bool:
