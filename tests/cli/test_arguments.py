@@ -130,11 +130,15 @@ def test_every_recipe_parses(path):
         (SCRIPT["ScriptArguments"], config_class), ["--config", str(path), *GIVEN[2:], "--bf16", "false"]
     )
     if "gb" in path.stem:  # made cheaper for a card, but for the paper's eight
-        assert (config.churn, config.churn_schedule) == (0.0025, "constant")
+        few_steps = path.stem == "flux_schnell_80gb"  # and no guidance, as the model is used
+        assert (config.churn, config.churn_schedule) == ((0.1, "prior") if few_steps else (0.0025, "constant"))
         assert (config.num_inference_steps, config.timestep_fraction == 1.0) == (
-            (40, True) if path.stem == "sd35_8x80gb" else (10, path.stem == "sd35_80gb")
+            {"sd35_8x80gb": (40, True), "sd35_80gb": (10, True), "flux_schnell_80gb": (4, True)}.get(
+                path.stem, (10, False)
+            )
         )
-        assert config.guidance_scale == {"flux": 3.5, "qwen": None}.get(path.stem.split("_")[0], 1.0)
+        guidance = {"flux": 0.0 if few_steps else 3.5, "qwen": None}
+        assert config.guidance_scale == guidance.get(path.stem.split("_")[0], 1.0)
     elif script.model != "shapes":  # the paper's setting
         assert config.pipeline_kwargs == {"max_sequence_length": 128}
         assert (config.churn, config.churn_schedule, config.num_inference_steps) == (0.0025, "constant", 40)
