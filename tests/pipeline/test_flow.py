@@ -2,6 +2,7 @@ import functools
 import pickle
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import tiny_pipelines
 import torch
@@ -30,6 +31,7 @@ from tiny_pipelines import (
     flux2_klein,
     helios,
     hunyuan_video,
+    ideogram4,
     kandinsky5_video,
     longcat_image,
     sana_video,
@@ -781,6 +783,7 @@ class Fails(type(tiny_pipelines.sd3())):
 
 def test_an_error_of_the_trial_names_the_call():
     flow = make_flow(pipeline=Fails(**parts_of(tiny_pipelines.sd3())))
+    flow.call_kwargs["num_inference_steps"] = 2  # it is not tried in more
     flow.rehearse(["a"])
     with pytest.raises(ValueError, match="A rollout of Fails with .*'num_inference_steps': 2.*RuntimeError: once too"):
         flow.try_replay(["a cat"])
@@ -790,3 +793,11 @@ def test_construction_leaves_the_modes_of_the_layers(make_trainer):
     trainer = make_trainer()
     assert not trainer.pipeline.transformer.pos_embed.training
     assert trainer.flow.model is trainer.pipeline.transformer
+
+
+def test_a_call_that_depends_on_its_number_of_steps_is_tried_in_all_of_them():
+    # A guidance for each step: two steps would be refused.
+    flow = PipelineFlow(ideogram4.build(), num_generations=2, num_inference_steps=STEPS, **ideogram4.CALLS["scheduled"])
+    assert flow.try_replay(["a cat"])[0] == 0.0
+    flow = make_flow(sigmas=np.linspace(1, 0.25, STEPS))
+    assert flow.try_replay(["a cat"])[0] == 0.0

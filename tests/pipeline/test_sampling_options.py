@@ -8,9 +8,11 @@ import tiny_pipelines
 import torch
 from conftest import logged, trained_weights, warnings_of_the_package
 from datasets import Dataset
+from PIL import Image
 from tiny_pipelines import qwen_image
 from tiny_runs import PROMPTS, redness
 
+from trl_fdfo.pipeline.checksums import by_content, checksum
 from trl_fdfo.pipeline.prompt_embeddings import PromptEmbeddings, encoding_key
 
 
@@ -227,3 +229,12 @@ def test_text_encoders_wait_in_host_memory(make_trainer, cache):
     trainer = make_trainer(cache_prompt_embeds=True)
     assert len(trainer._offload_hooks) == 2
     assert len(make_trainer(offload_components=True)._offload_hooks) == 3
+
+
+def test_the_key_of_embeddings_tells_images_apart_by_their_content():
+    keys = []
+    for color in ("red", "red", "blue"):
+        image = Image.new("RGB", (64, 64), "white")
+        image.paste(color, (8, 8, 56, 56))
+        keys.append(checksum(by_content({"image": image, "mask": torch.full((64, 64), len(color))})))
+    assert keys[0] == keys[1] != keys[2]

@@ -10,7 +10,7 @@ from datasets import Dataset
 from tiny_pipelines import wan
 from tiny_runs import PROMPTS
 
-from trl_fdfo import FDFOTrainer
+from trl_fdfo import FDFOTrainer, FlowGRPOConfig, FlowGRPOTrainer
 from trl_fdfo.fdfo.churn import constant_churn
 from trl_fdfo.pipeline.patch import shadowed
 from trl_fdfo.pipeline.trained import trained_module, trained_modules
@@ -125,6 +125,8 @@ def test_each_gets_an_adapter_that_trains_and_diffusers_opens(make, tmp_path):
     # To go on from, in PEFT's format, which holds both.
     again = make(adapter=str(tmp_path))
     assert torch.equal(again.generate(["a red ball"], [0]), expected)
+    with pytest.raises(ValueError, match="trained_transformers=.* was given together with adapter"):
+        make(adapter=str(tmp_path), trained_transformers=["transformer_2"])
 
 
 @pytest.mark.parametrize("options", [{}, {"use_peft": False, "learning_rate": 1e-4}])
@@ -191,6 +193,33 @@ def test_options_train_with_an_exact_replay(make, options, monkeypatch, tmp_path
     trainer.train()
     assert all(log["replay_error"] < 1e-6 for log in trainer.state.log_history if "replay_error" in log)
     assert trainer.state.global_step == 4
+
+
+@pytest.mark.parametrize(("window", "fraction", "trained"), [(None, 0.67, {1, 2}), (2, 1.0, {1, 2})])
+def test_flow_grpo_draws_the_levels_of_the_trained_one(make_config, window, fraction, trained):
+    call = {name: value for name, value in CALL.items() if name not in ("height", "width", "guidance_scale")}
+    options = make_config(guidance_scale=5.0, pipeline_kwargs=call, trained_transformers=["transformer_2"])
+    names = ("output_dir", "num_rollouts", "prompts_per_rollout", "per_device_prompt_batch_size", "num_inference_steps")
+    names += (
+        "height",
+        "width",
+        "guidance_scale",
+        "pipeline_kwargs",
+        "trained_transformers",
+        "save_strategy",
+        "use_cpu",
+    )
+    config = FlowGRPOConfig(
+        **{name: getattr(options, name) for name in names},
+        num_noisy_steps=window,
+        timestep_fraction=fraction,
+        optimizer_steps_per_rollout=2,
+        report_to=[],
+    )
+    dataset = Dataset.from_dict({"prompt": PROMPTS[:4]})
+    trainer = FlowGRPOTrainer(config, wan.build_two_transformers(), brightness, train_dataset=dataset)
+    assert {level for batch in range(9) for level in trainer.trained_levels(0, batch)} == trained
+    trainer.train()
 
 
 def test_all_of_the_pipeline_is_one_module():

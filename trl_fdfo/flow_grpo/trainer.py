@@ -64,13 +64,24 @@ class FlowGRPOTrainer(RolloutTrainer):
         steps = args.num_inference_steps - 1
         if args.num_noisy_steps is None:
             return range(steps)
+        windows = [range(first, first + args.num_noisy_steps) for first in range(steps - args.num_noisy_steps + 1)]
+        windows = [window for window in windows if set(window) <= set(self.trainable_levels)]
+        if not windows:
+            raise ValueError(
+                f"num_noisy_steps={args.num_noisy_steps} in a row do not fit into the steps of the trained transformer, "
+                f"{self.trainable_levels}: lower it, or train all transformers."
+            )
         rng = np.random.default_rng([args.seed, rollout, batch, NOISY_STEPS])
-        first = int(rng.integers(steps - args.num_noisy_steps + 1))
-        return range(first, first + args.num_noisy_steps)
+        return windows[int(rng.integers(len(windows)))]
 
     def trained_levels(self, rollout: int, batch: int) -> list[int]:
         args = self.args
-        steps = self._noisy_steps(rollout, batch)
+        steps = [step for step in self._noisy_steps(rollout, batch) if step in self.trainable_levels]
+        if len(steps) < args.num_trained_levels:
+            raise ValueError(
+                f"timestep_fraction={args.timestep_fraction} trains {args.num_trained_levels} noisy steps, and the trained "
+                f"transformer is called in {len(steps)} of them: lower it, or train all transformers."
+            )
         levels = trained_levels(
             len(steps), args.num_trained_levels, args.optimizer_steps_per_rollout, args.seed, rollout, batch
         )

@@ -290,7 +290,9 @@ class PipelineFlow:
         trained = {weight for weight in trained_module(self.pipeline).parameters() if weight.requires_grad}
         largest, depends_on_all = 0.0, True
         short = copy.copy(self)
-        schedule = self.call_kwargs.get("sigmas") or self.call_kwargs.get("timesteps")
+        schedules = (self.call_kwargs.get(name) for name in ("sigmas", "timesteps"))
+        schedule = next((values for values in schedules if values is not None), None)
+        own_steps = self.call_kwargs.get("num_inference_steps") or 0
         if schedule is None:
             short.call_kwargs = {**self.call_kwargs, "num_inference_steps": steps}
         else:
@@ -309,6 +311,9 @@ class PipelineFlow:
         except (torch.OutOfMemoryError, ReplayError):
             raise
         except (AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError) as error:
+            if schedule is None and steps < own_steps:
+                # Such as a guidance for each step, or a late start that leaves none of so few.
+                return self.try_replay(prompts, columns, parts=parts, tolerance=tolerance, steps=own_steps)
             raise ValueError(
                 f"A rollout of {type(self.pipeline).__name__} with {short.call_kwargs} cannot be sampled and replayed: "
                 f"{type(error).__name__}: {error}"
@@ -608,7 +613,7 @@ class PipelineFlow:
         encode_prompt = self._encoding_to(encoded, call)
         encode_image = remember({"encode_image": []})["encode_image"]
         with (
-            self._patched(scheduler, self._call_model, call, encode_image, encode_prompt=encode_prompt),
+            self._patched(scheduler, self._call_model, call, encode_image, call, encode_prompt=encode_prompt),
             self._own_random_numbers(seeds[0]),
         ):
             arguments = {
@@ -649,7 +654,9 @@ class PipelineFlow:
             if is_computed(output):
                 return self._call_model(*args, **kwargs)
             # The scheduler ignores these steps: without momentum, only the shape matters.
-            return recursively_apply(lambda kept: _zeros(kept, device) if kept.is_meta else kept.to(device), output)
+            return recursively_apply(
+                lambda kept: _zeros(kept, device) if kept.is_meta else kept.to(device, non_blocking=True), output
+            )
 
         methods = {"encode_prompt": encode_prompt, "prepare_latents": prepare_latents, "encode_image": encode_image}
         with self._patched(scheduler, model, device=device, generate=generate, **methods):
@@ -670,6 +677,9 @@ class PipelineFlow:
         def encode(original, *args, **kwargs):
             return encode_prompt(functools.partial(self._with_encoders, original), *args, **kwargs)
 
+        def write(original, *args, **kwargs):
+            return generate(functools.partial(self._with_encoders, original), *args, **kwargs)
+
         def begin(original, *args, **kwargs):
             with drawn_noise(original, scheduler.draw):
                 prepared = original(*args, **kwargs)
@@ -687,7 +697,8 @@ class PipelineFlow:
         }
         methods = {"encode_prompt": encode, "prepare_latents": prepare, "prepare_audio_latents": prepare}
         device = device or self.pipeline._execution_device
-        arguments = (self._part_names, scheduler, proxies, device, self._attention, encode_image, generate)
+        written = None if generate is None else write
+        arguments = (self._part_names, scheduler, proxies, device, self._attention, encode_image, written)
         with patched(self.pipeline, *arguments, **methods):
             yield
         if scheduler.counted_calls > 0:  # of the only step

@@ -15,7 +15,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from .adapter_files import read_adapter
 from .checks import check_own_layers, check_trainable
 from .loading import base_model_name
-from .trained import restored_on_error, trained_module
+from .trained import Transformers, restored_on_error, trained_module
 
 
 def attention_projections(transformer: nn.Module) -> list[str]:
@@ -66,7 +66,8 @@ def default_lora_config(
         transformer (`nn.Module`): The [`trained_module`].
         trained (`Collection[str]`, *optional*): Of several transformers, those that get an adapter; None means all.
     """
-    others = [] if trained is None else [name for name, _ in transformer.named_children() if name not in trained]
+    names = [name for name, _ in transformer.named_children()] if isinstance(transformer, Transformers) else []
+    others = [] if trained is None else [name for name in names if name not in trained]
     return LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -127,8 +128,8 @@ def continue_adapter(
     Args:
         pipeline (`DiffusionPipeline`): The pipeline.
         name (`str`): Hub id, folder or file of the adapter, as [`read_adapter`] takes it.
-        given (`dict[str, Any]`): The user's values of `lora_r`, `lora_alpha` and `lora_target_modules`, without options
-            that have their default.
+        given (`dict[str, Any]`): The user's values of `lora_r`, `lora_alpha`, `lora_target_modules` and
+            `trained_transformers`, without options that have their default.
         peft_config (`PeftConfig`, *optional*): A config that the user gave as well, which is refused.
 
     Raises:
@@ -138,7 +139,7 @@ def continue_adapter(
         raise ValueError(f"peft_config was given together with adapter='{name}', which brings its own.")
     peft_config, weights = read_adapter(pipeline, name)
     stored = {"lora_r": getattr(peft_config, "r", None), "lora_alpha": getattr(peft_config, "lora_alpha", None)}
-    for option, value in {**stored, "lora_target_modules": None}.items():
+    for option, value in {**stored, "lora_target_modules": None, "trained_transformers": None}.items():
         if option in given and given[option] != value:
             raise ValueError(
                 f"{option}={given[option]} was given together with adapter='{name}', which brings its own"

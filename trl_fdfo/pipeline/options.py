@@ -1,6 +1,6 @@
 """Applies options to a pipeline: quantization, slicing and tiling of the VAE, attention backend, compilation."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -22,13 +22,16 @@ _COMPILED_VERSIONS = 32
 SLICED_PIXELS = 2 * 512 * 512
 
 
-def quantization_config(quantization: str, dtype: torch.dtype) -> PipelineQuantizationConfig:
+def quantization_config(
+    quantization: str, dtype: torch.dtype, transformers: Sequence[str] = (TRAINED,)
+) -> PipelineQuantizationConfig:
     """
     Make the `quantization_config` with which `DiffusionPipeline.from_pretrained` loads the transformer quantised.
 
     Args:
         quantization (`str`): `"nf4"` or `"int8"`.
         dtype (`torch.dtype`): The dtype of the matrix products.
+        transformers (`Sequence[str]`): Names of the transformers in the pipeline.
 
     Raises:
         ImportError: The quantising package is not installed.
@@ -50,7 +53,7 @@ def quantization_config(quantization: str, dtype: torch.dtype) -> PipelineQuanti
             f"quantization='{quantization}' needs a package that is not installed ({error}): "
             "pip install 'trl_fdfo[quantization]'."
         ) from error
-    return PipelineQuantizationConfig(quant_mapping={TRAINED: config})
+    return PipelineQuantizationConfig(quant_mapping=dict.fromkeys(transformers, config))
 
 
 def is_quantized(model: torch.nn.Module) -> bool:

@@ -12,7 +12,7 @@ from accelerate.utils import recursively_apply
 from datasets import Dataset, concatenate_datasets
 from diffusers import DiffusionPipeline
 
-from .checksums import checksum, config_checksum, weights_checksum
+from .checksums import by_content, checksum, config_checksum, weights_checksum
 from .flow import PipelineFlow
 from .trained import frozen_modules
 
@@ -94,7 +94,7 @@ def encoding_key(flow: PipelineFlow) -> str:
         for name, part in pipeline.components.items()
         if name.startswith("tokenizer") and part is not None
     }
-    return checksum([type(pipeline).__name__, sorted(flow.call_kwargs.items()), encoders, tokenizers])
+    return checksum([type(pipeline).__name__, by_content(sorted(flow.call_kwargs.items())), encoders, tokenizers])
 
 
 def _path(prompts: list[str], key: str) -> Path:

@@ -71,11 +71,14 @@ def _stand_in_class(stand_in: type, given: type) -> type:
     def set_timesteps(self, *args, **kwargs):
         # A pipeline may have called `set_shift` before, by the size of its images.
         key = _schedule_key((vars(self).get("_shift"), *args), kwargs)
+        if key is not None and key == self._scheduled_key and self.step_index is None:
+            return  # for the copy of the scheduler that the pipeline made for a second stream
+        self._scheduled_key = key
         if key in self.schedules and not self.is_scheduled:
             for name, value in self.schedules[key].items():
                 vars(self)[name] = value.copy() if isinstance(value, (list, dict)) else value
             return
-        before = dict(vars(self))
+        before = {**vars(self), "_scheduled_key": key}
         given.set_timesteps(self, *args, **kwargs)
         if given.order > 1:  # a sampler of second order visits levels twice
             self.timesteps, self.sigmas = map(torch.unique_consecutive, (self.timesteps, self.sigmas))
@@ -147,6 +150,7 @@ class StandIn:
         stand_in._next_stream = 0
         stand_in._copies = 0
         stand_in._noise_dtype = None
+        stand_in._scheduled_key = None
         return stand_in
 
     def __deepcopy__(self, memo: dict) -> "StandIn":

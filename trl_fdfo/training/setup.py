@@ -35,7 +35,7 @@ from ..pipeline.patch import carries_state
 from ..pipeline.prompt_embeddings import PromptEmbeddings, text_encoders
 from ..pipeline.records import Rehearsal
 from ..pipeline.replay_check import MAX_TOLERANCE, default_tolerance
-from ..pipeline.trained import frozen_modules, train_weights, trained_module, trained_modules
+from ..pipeline.trained import TRAINED, frozen_modules, train_weights, trained_module, trained_modules
 from ..rewards.reward_functions import RewardFunctions
 from .config import RolloutConfig
 from .config_checks import check_argument_of_call
@@ -172,7 +172,9 @@ def open_pipeline(pipeline: DiffusionPipeline | str | os.PathLike, config: Rollo
     if isinstance(pipeline, (str, os.PathLike)):
         options = {"dtype": config.load_dtype}
         if config.quantization:
-            options["quantization_config"] = quantization_config(config.quantization, options["dtype"])
+            index = DiffusionPipeline.load_config(pipeline)
+            transformers = [name for name, kind in index.items() if kind == index.get(TRAINED)]
+            options["quantization_config"] = quantization_config(config.quantization, options["dtype"], transformers)
         return load_pipeline(pipeline, **options)
     if config.quantization:
         raise ValueError(
@@ -361,7 +363,7 @@ def rehearse(
     steps = len(rehearsal.sigmas) - 1
     while rehearsal.skipped_steps and steps < config.num_inference_steps:
         scheduled = flow.call_kwargs["num_inference_steps"]
-        scheduled = max(scheduled + 1, scheduled * config.num_inference_steps // steps)
+        scheduled = max(scheduled + 1, scheduled * config.num_inference_steps // (steps + 1))
         flow.call_kwargs["num_inference_steps"] = scheduled
         rehearsal = flow.rehearse(prompts, columns, config.num_generations)
         steps = len(rehearsal.sigmas) - 1
