@@ -27,7 +27,7 @@ from torch import Tensor
 
 
 class Media(NamedTuple):
-    """What a pipeline makes that makes both: images (or videos), and audio, of the same samples."""
+    """Images (or videos) and audio of the same samples, from a pipeline that makes both."""
 
     images: Tensor
     audio: Tensor
@@ -35,9 +35,15 @@ class Media(NamedTuple):
 
 def made_by(output: Iterable[Any]) -> Tensor | Media:
     """
-    What a pipeline made, from the tuple that its call returned: float32, the first tensor of 4 or 5 axes as images or
-    videos, transparent ones on white, and the first of 2 or 3 as audio; both as [`Media`]. A list of tensors or arrays of one shape is a tensor, and
-    audio [N, L] has one channel.
+    What a pipeline made, in float32.
+
+    Args:
+        output (`Iterable`): The tuple that its call returned. A list of tensors or arrays of one shape counts as a tensor. The
+            first tensor of 4 or 5 axes holds images or videos (transparent ones are laid on white), the first of 2 or 3
+            audio; audio [N, L] has one channel.
+
+    Returns:
+        `Tensor` or [`Media`]: Images [N, 3, H, W], videos [N, F, 3, H, W] or audio [N, C, L]; both if there are both.
 
     Raises:
         ValueError: There is neither.
@@ -120,7 +126,7 @@ class Outputs(NamedTuple):
 
     @classmethod
     def of(cls, pipeline: DiffusionPipeline, call_kwargs: Mapping[str, Any], made: Tensor | Media) -> "Outputs":
-        """Of a pipeline with the arguments `call_kwargs`, from what a call of it made."""
+        """Describe a pipeline that is called with `call_kwargs`, by what one call `made`."""
         kinds = tuple(by_kind(made))
         return cls(
             kinds,
@@ -200,7 +206,7 @@ def checked_frames(frames: str, owner: str) -> str:
     """The option `frames` of a reward of single frames; a ValueError, which names the owner, if it is none."""
     if frames not in ("mean", "min"):
         raise ValueError(
-            f"frames={frames!r} of {owner}: a video scores the 'mean' over its frames, or that of the worst one, 'min'."
+            f"frames={frames!r} of {owner}: a video scores the 'mean' over its frames, or 'min', the score of its worst frame."
         )
     return frames
 

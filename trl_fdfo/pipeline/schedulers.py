@@ -78,7 +78,7 @@ def _stand_in_class(stand_in: type, given: type) -> type:
             for name, value in self.schedules[key].items():
                 vars(self)[name] = value.copy() if isinstance(value, (list, dict)) else value
             return
-        before = {**vars(self), "_scheduled_key": key}
+        before = dict(vars(self))
         given.set_timesteps(self, *args, **kwargs)
         if given.order > 1:  # a sampler of second order visits levels twice
             self.timesteps, self.sigmas = map(torch.unique_consecutive, (self.timesteps, self.sigmas))
@@ -171,6 +171,7 @@ class StandIn:
 
     @property
     def moving_streams(self) -> list["Stream"]:
+        """The streams that take steps: all but the idle ones."""
         return [stream for place, stream in enumerate(self.streams) if place not in self.idle_streams]
 
     def draw(self, noise: Tensor) -> Tensor:
@@ -229,11 +230,15 @@ class StandIn:
         """A flow takes its latents as they are. Pipelines call this for all schedulers but `FlowMatchEulerDiscreteScheduler`."""
         return sample
 
+    def _count_call(self, timestep: Tensor) -> None:
+        """Count a call of `step` if it is of the first step; a later one ends the pipeline's call with the count."""
+        if self.counted_calls > 0 and timestep != self._timestep:
+            raise StopPipeline(self.counted_calls)
+        self.counted_calls, self._timestep = self.counted_calls + 1, timestep
+
     def step(self, model_output, timestep, sample, return_dict=True, **kwargs):
         if self.calls_per_step is None and self._copies > len(self.streams):
-            if self.counted_calls > 0 and timestep != self._timestep:
-                raise StopPipeline(self.counted_calls)
-            self.counted_calls, self._timestep = self.counted_calls + 1, timestep
+            self._count_call(timestep)
             return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=sample) if return_dict else (sample,)
         levels = kwargs.get("per_token_timesteps")
         if self.step_index is None:
