@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import trained_weights
 from datasets import Dataset
+from peft import PeftModel
 from tiny_pipelines import wan
 from tiny_runs import PROMPTS
 
@@ -122,7 +123,10 @@ def test_each_gets_an_adapter_that_trains_and_diffusers_opens(make, tmp_path):
     file = "pytorch_lora_weights_transformer_2.safetensors"
     pipeline.load_lora_weights(str(tmp_path), weight_name=file, load_into_transformer_2=True)
     assert torch.equal(images_of(pipeline), expected)
-    # To go on from, in PEFT's format, which holds both.
+    # PEFT's format holds both.
+    pipeline = wan.build_two_transformers()
+    PeftModel.from_pretrained(trained_module(pipeline), tmp_path)
+    assert torch.equal(images_of(pipeline), expected)
     again = make(adapter=str(tmp_path))
     assert torch.equal(again.generate(["a red ball"], [0]), expected)
     with pytest.raises(ValueError, match="trained_transformers=.* was given together with adapter"):

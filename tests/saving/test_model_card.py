@@ -143,6 +143,10 @@ def test_snippets():
     )
     by_peft = usage_snippet(replace(RECORD, base_model="me/base", adapter="peft"))
     assert 'PeftModel.from_pretrained(pipeline.transformer, "me/my-lora")' in by_peft and "load_lora" not in by_peft
+    several = replace(PIPELINE, transformers=["transformer", "transformer_2"])
+    by_peft = usage_snippet(replace(RECORD, pipeline=several, adapter="peft"))
+    assert "from trl_fdfo.pipeline.trained import trained_module\n" in by_peft
+    assert 'PeftModel.from_pretrained(trained_module(pipeline), "me/my-lora")' in by_peft
     whole = usage_snippet(replace(RECORD, adapter=None, base_model="me/base"))
     assert '    "me/my-lora",\n' in whole and "me/base" not in whole and "peft" not in whole
     for changes, base in (({}, "path/to/the/pipeline"), ({"folder": "own"}, "own"), ({"hub_id": "me/base"}, "me/base")):

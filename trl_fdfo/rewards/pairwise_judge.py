@@ -41,8 +41,8 @@ class PairwiseJudge:
         of (`str`): What is compared: `"images"` (videos too), `"videos"` alone, or `"audio"`, tensors [M, C, L].
 
     Raises:
-        ValueError: `compare` takes other arguments, or `of` is something else. In a call: `compare` did not return one finite number (or None) per
-            pair.
+        ValueError: `compare` takes other arguments, or `of` is something else. In a call: `compare` did not return one finite
+            number (or None) per pair.
     """
 
     pairwise = True

@@ -84,6 +84,7 @@ class PipelineRecord:
     absent: Sequence[str] = ()  # components that the base model may have, such as a large text encoder, and it lacks
     hub_id: str | None = None  # Hub id that it was loaded from
     folder: str | None = None  # name of the local folder that it was loaded from
+    transformers: Sequence[str] = (TRAINED,)  # names of all its transformers
     adapted: Sequence[str] = (TRAINED,)  # its transformers that have an adapter, if one is trained
 
     @classmethod
@@ -96,6 +97,7 @@ class PipelineRecord:
     ) -> "PipelineRecord":
         origin, is_on_hub = base_model_name(pipeline)
         optional = pipeline._optional_components
+        transformers = trained_modules(pipeline)
         return cls(
             class_name=type(pipeline).__name__,
             dtype=trained_module(pipeline).dtype,
@@ -105,7 +107,8 @@ class PipelineRecord:
             absent=[name for name, part in pipeline.components.items() if part is None and name not in optional],
             hub_id=origin if is_on_hub else None,
             folder=None if is_on_hub else origin,
-            adapted=[name for name, module in trained_modules(pipeline).items() if has_adapter(module)] or (TRAINED,),
+            transformers=tuple(transformers),
+            adapted=[name for name, module in transformers.items() if has_adapter(module)] or (TRAINED,),
         )
 
 
@@ -228,7 +231,11 @@ def usage_snippet(record: CardRecord) -> str:
         load = [_load_lora(name, record.repo_id) for name in pipeline.adapted]
     elif record.adapter == "peft":
         imports.append("from peft import PeftModel")
-        load = [f'PeftModel.from_pretrained(pipeline.transformer, "{record.repo_id}")']
+        module = f"pipeline.{TRAINED}"
+        if len(pipeline.transformers) > 1:  # its file has the layers of all of them
+            imports.append("from trl_fdfo.pipeline.trained import trained_module")
+            module = "trained_module(pipeline)"
+        load = [f'PeftModel.from_pretrained({module}, "{record.repo_id}")']
     inputs = {column: f'load_image("{column}.png")' for column in pipeline.columns}
     if inputs:
         imports.append("from diffusers.utils import load_image")
