@@ -133,10 +133,13 @@ class Phases(TrainerCallback):
         synchronize(self.device)
         return time.perf_counter() - self.start, self.memory.read() if self.memory is not None else 0
 
+    def on_step_end(self, args, state, control, **kwargs):
+        # The trainer's own log, which comes between this and the end of the epoch, begins a new peak.
+        if self.memory is not None:
+            self.training_peak = max(self.training_peak, self.memory.read())
+
     def on_epoch_end(self, args, state, control, **kwargs):
-        seconds, peak = self.end()
-        self.training.append(seconds)
-        self.training_peak = max(self.training_peak, peak)
+        self.training.append(self.end()[0])
 
 
 class TimedTrainer(FDFOTrainer):

@@ -9,12 +9,13 @@ has the real shape, 77 CLIP and 128 T5 tokens, but comes from encoders of one th
 The rows "text encoders" have encoders of the real size. The reward is free. The trainer is `FDFOTrainer`.
 
 First come checks in float32: the trainer's images are those of diffusers, the replay is exact, the saved adapter loads
-in diffusers and gives the trainer's images. Then come rows, first those that compare the memory with the plan. A row is
-one run with some options changed. Its first rollout warms up; the others are timed. A row that fails ends no other:
-"out of memory" is a result. Prints and writes to `benchmarks/results/gpu_sd35-<name of the GPU>.json`, after each
-check and row:
+in diffusers and gives the trainer's images. Then come single calls of the models: the time that the host takes to launch
+a call, and the time of the call, beside the estimate of the plan's formula. Then come rows, first those that compare the
+memory with the plan. A row is one run with some options changed. Its first rollout warms up; the others are timed. A row
+that fails ends no other: "out of memory" is a result. Prints and writes to `benchmarks/results/gpu_sd35-<name of the
+GPU>.json`, after each check, call and row:
 
-- images/s sampled, with the decoding; tuples/s trained (forward, backward, optimizer);
+- images/s sampled, with the decoding; tuples/s trained (forward, backward, optimizer), and the plan's estimate of both;
 - GiB: peak of allocated memory while sampling and while training, and the plan's estimate of it;
 - the largest replay error, relative to the velocity;
 - MFU: model FLOPs over the rate of a bfloat16 matrix product measured in the same run. FLOPs are counted on a twin
@@ -33,7 +34,7 @@ import re
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel, TrainerCallback
 
-from benchmarks.common import PROMPTS, QUIET, PeakMemory, TimedTrainer, median_seconds, sd3_vae, timed_trainer
+from benchmarks.common import (
+    PROMPTS,
+    QUIET,
+    PeakMemory,
+    TimedTrainer,
+    median_seconds,
+    sd3_vae,
+    synchronize,
+    timed_trainer,
+)
 from trl_fdfo import FDFOConfig
 from trl_fdfo.pipeline.lora import default_lora_config
+from trl_fdfo.pipeline.own_dtype import run_in_own_dtype
+from trl_fdfo.planning.cost import Precision, sampling_cost, training_cost
+from trl_fdfo.planning.time import CARDS, Card
 
 
 DTYPE = torch.bfloat16
@@ -159,17 +172,18 @@ SAVING = {
 ROWS = [
     # Replay and memory.
     BASELINE,
-    Row("torch_compile", {"torch_compile": True}),
-    Row("gradient checkpointing", {"gradient_checkpointing": True}, planned=True),
     Row("8 prompts", {"per_device_prompt_batch_size": 8}, planned=True),
+    Row("8 prompts, torch_compile", {"per_device_prompt_batch_size": 8, "torch_compile": True}),
     Row("all that saves memory", SAVING, text_encoders=True, planned=True),
+    Row("gradient checkpointing", {"gradient_checkpointing": True}, planned=True),
+    Row("quantization nf4", {"quantization": "nf4"}, planned=True),
+    Row("quantization int8", {"quantization": "int8"}, planned=True),
     Row("text encoders", text_encoders=True, planned=True),
     Row("offload_trajectories", {"offload_trajectories": True}, planned=True),
-    Row("quantization int8", {"quantization": "int8"}, planned=True),
-    Row("quantization nf4", {"quantization": "nf4"}, planned=True),
     # Speed.
-    Row("1 prompt", {"per_device_prompt_batch_size": 1}),
     Row("4 prompts", {"per_device_prompt_batch_size": 4}),
+    Row("1 prompt", {"per_device_prompt_batch_size": 1}),
+    Row("torch_compile", {"torch_compile": True}),
     Row("8 prompts sampled, 2 trained", {"per_device_sampling_batch_size": 8}),
     Row("text encoders, offload_components", {"offload_components": True}, text_encoders=True),
     Row("text encoders, cache_prompt_embeds", {"cache_prompt_embeds": True}, text_encoders=True),
@@ -361,7 +375,8 @@ def check(size: Size, steps: int, device: torch.device) -> Iterator[dict[str, An
         return pipeline(prompts, **call).images.cpu()
 
     prompts, seeds = PROMPTS["prompt"][:2], [0, 1]
-    with tempfile.TemporaryDirectory() as folder:
+    # Convolutions in TF32, PyTorch's default, round by the number of images that the VAE decodes at a time.
+    with tempfile.TemporaryDirectory() as folder, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         options = {"bf16": False, "prompts_per_rollout": 2, "per_device_eval_batch_size": 2, "learning_rate": 0.05}
         config = make_config(size, steps, 0, folder, device, **options)
         pipeline = build()
@@ -402,27 +417,66 @@ def product_rate(size: Size, device: torch.device) -> float:
     return 2 * n**3 / median_seconds(lambda: a @ b, device)
 
 
-@torch.no_grad()
-def measure_bare(size: Size, work: Work, ceiling: float, device: torch.device) -> list[dict]:
-    """Times the transformer and the VAE alone, without adapter and trainer: the limit of what FDFO can reach."""
-    transformer, vae = build_transformer(size, device), build_vae(size, device)
-    results = []
-    for images in (2, 4, 8, 16):
+def measure_calls(size: Size, card: Card | None, device: torch.device) -> Iterator[dict[str, Any]]:
+    """
+    Times calls of the models without a trainer: the limit of what FDFO can reach. Yields for each the images, the seconds
+    of the host alone and of the call, and the plan's estimate for a card that the plan knows.
+    """
+    own, meta = Precision("cuda"), torch.device("meta")
+    bare = build_transformer(size, device).requires_grad_(False)
+    adapted, twin = (run_as_trained(build_adapted_transformer(size, where)) for where in (device, meta))
+    vae = build_vae(size, device).float()
+    for images in (4, 16):
         with building(device):
             inputs = transformer_inputs(size, images)
-        latents = inputs["hidden_states"]
-        forward = median_seconds(lambda: transformer(**inputs), device)  # noqa: B023
-        decode = median_seconds(lambda: vae.decode(latents), device, repeats=3, warm_up=1)  # noqa: B023
-        results.append(
-            {
+        with building(meta):
+            calls = [((), transformer_inputs(size, images))]
+        costs = {"forward": sampling_cost(twin, calls, own), "forward and backward": training_cost(twin, calls, own)}
+        latents = inputs["hidden_states"].float()
+        functions = {
+            "forward without adapter": torch.no_grad()(lambda: bare(**inputs)),  # noqa: B023
+            "forward": torch.no_grad()(lambda: adapted(**inputs)),  # noqa: B023
+            "forward and backward": lambda: adapted(**inputs)[0].float().square().mean().backward(),  # noqa: B023
+            "decoding": torch.no_grad()(lambda: [vae.decode(one) for one in latents.split(1)]),  # noqa: B023
+        }
+        for name, function in functions.items():
+            seconds = median_seconds(function, device, repeats=5, warm_up=2)
+            result = {
+                "name": name,
                 "images": images,
-                "forward_seconds": forward,
-                "forward_mfu": images * work.forward / forward / ceiling,
-                "decode_seconds": decode,
-                "decode_mfu": images * work.decode / decode / ceiling,
+                "seconds": seconds,
+                "host_seconds": host_seconds(function, device),
             }
-        )
-    return results
+            if card is not None and name in costs:
+                result["plan_seconds"] = card.seconds(costs[name], DTYPE)
+            yield result
+
+
+def run_as_trained(model: PeftModel) -> PeftModel:
+    """With the adapter in float32, which is cast to the transformer's own dtype."""
+    for name, weight in model.named_parameters():
+        if "lora_" in name:
+            weight.data = weight.data.float()
+    run_in_own_dtype(model)
+    return model
+
+
+def host_seconds(function: Callable, device: torch.device) -> float:
+    """Seconds until a call is launched, where it did not wait for a GPU that is further behind."""
+    seconds = []
+    for _ in range(5):
+        synchronize(device)
+        start = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - start)
+    synchronize(device)
+    return statistics.median(seconds)
+
+
+def plan_card(machine: dict[str, Any]) -> str | None:
+    """The plan's name of the GPU, if it knows it."""
+    name = machine.get("gpu", "").replace(" ", "").lower()
+    return next((card for card in CARDS if card in name), None)
 
 
 def make_trainer(row: Row, size: Size, config: FDFOConfig, device: torch.device) -> TimedTrainer:
@@ -435,7 +489,14 @@ def make_trainer(row: Row, size: Size, config: FDFOConfig, device: torch.device)
 
 
 def measure(
-    row: Row, size: Size, work: Work, ceiling: float, steps: int, rounds: int, device: torch.device
+    row: Row,
+    size: Size,
+    work: Work,
+    ceiling: float,
+    steps: int,
+    rounds: int,
+    device: torch.device,
+    card: str | None = None,
 ) -> dict[str, Any]:
     """Figures of one run with a row's options."""
     with tempfile.TemporaryDirectory() as folder:
@@ -450,7 +511,13 @@ def measure(
     tuples_per_second = tuples / statistics.median(phases.training[1:])
     result = {}
     if row.planned:
-        result["plan_sampling_gib"], result["plan_training_gib"] = (n / 2**30 for n in trainer.run_plan().peaks())
+        plan = trainer.run_plan()
+        result["plan_sampling_gib"], result["plan_training_gib"] = (n / 2**30 for n in plan.peaks())
+        if card is not None:
+            plan.gpu = card
+            seconds = plan.seconds()
+            result["plan_images_per_second"] = images / (seconds["sampling"] + seconds["decoding"])
+            result["plan_tuples_per_second"] = tuples / seconds["training"]
     return result | {
         "images_per_second": images_per_second,
         "tuples_per_second": tuples_per_second,
@@ -547,7 +614,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 HEADER = (
-    f"{'':38}{'images/s':>9} {'tuples/s':>9}{'GiB: sampling':>14} {'(plan)':>7} {'training':>9} {'(plan)':>7}"
+    f"{'':38}{'images/s':>9} {'(plan)':>7} {'tuples/s':>9} {'(plan)':>7}{'GiB: sampling':>14} {'(plan)':>7} {'training':>9} {'(plan)':>7}"
     f"{'MFU: sampling':>14} {'training':>9} {'replay error':>13}"
 )
 
@@ -556,8 +623,13 @@ def line(row: dict[str, Any]) -> str:
     if "error" in row:
         return f"{row['name']:38}{row['error'].splitlines()[0][:100]}"
     plan = {part: f"({row[f'plan_{part}_gib']:.1f})" if row["planned"] else "" for part in ("sampling", "training")}
+    speed = {
+        part: f"({row[f'plan_{part}_per_second']:.1f})" if f"plan_{part}_per_second" in row else ""
+        for part in ("images", "tuples")
+    }
     text = (
-        f"{row['name']:38}{row['images_per_second']:9.2f} {row['tuples_per_second']:9.1f}{row['sampling_gib']:14.1f} "
+        f"{row['name']:38}{row['images_per_second']:9.2f} {speed['images']:>7} {row['tuples_per_second']:9.1f} "
+        f"{speed['tuples']:>7}{row['sampling_gib']:14.1f} "
         f"{plan['sampling']:>7} {row['training_gib']:9.1f} {plan['training']:>7}{100 * row['sampling_mfu']:13.1f}% "
         f"{100 * row['training_mfu']:8.1f}% {row['replay_error']:13.2g}"
     )
@@ -592,6 +664,7 @@ def main(arguments: list[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = TINY if args.tiny else MEDIUM
     machine = describe_machine(device)
+    card = plan_card(machine)
     name = "tiny" if args.tiny else re.sub(r"\W+", "-", machine["gpu"])
     folder = Path("outputs") if args.tiny else Path(__file__).with_name("results")
     output = args.output or folder / f"gpu_sd35-{name}.json"
@@ -611,8 +684,8 @@ def main(arguments: list[str] | None = None) -> None:
         "work": dataclasses.asdict(work),
         "ceiling_flops_per_second": ceiling,
         "checks": [],
+        "calls": [],
         "rows": [],
-        "bare": [],
     }
 
     def write() -> None:  # after each part: an interrupted run keeps the others
@@ -629,6 +702,16 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"FAILED: {results['checks'][-1]['error']}", flush=True)
         write()
     clean_slate(device, environment)
+    for call in measure_calls(size, CARDS.get(card), device) if not args.rows else ():
+        results["calls"].append(call)
+        print(
+            f"{call['images']:3d} images, {call['name']:24} {1e3 * call['seconds']:8.1f} ms, of the host alone "
+            f"{1e3 * call['host_seconds']:8.1f} ms"
+            + (f", by the plan {1e3 * call['plan_seconds']:.1f} ms" if "plan_seconds" in call else ""),
+            flush=True,
+        )
+        write()
+    clean_slate(device, environment)
     print(HEADER)
     for row in ROWS:
         if args.rows and row.name not in args.rows:
@@ -637,20 +720,11 @@ def main(arguments: list[str] | None = None) -> None:
             result = {"name": row.name, "error": f"not begun: {args.minutes:g} minutes were over"}
         else:
             result = measure_or_fail(
-                row, device, size=size, work=work, ceiling=ceiling, steps=args.steps, rounds=args.rounds
+                row, device, size=size, work=work, ceiling=ceiling, steps=args.steps, rounds=args.rounds, card=card
             )
         results["rows"].append(result)
         print(line(result), flush=True)
         write()
-    if time.perf_counter() - begin <= 60 * args.minutes:
-        results["bare"] = measure_bare(size, work, ceiling, device)
-        write()
-    for bare in results["bare"]:
-        print(
-            f"{bare['images']:3d} images, models alone: forward {1e3 * bare['forward_seconds']:.1f} ms (MFU "
-            f"{100 * bare['forward_mfu']:.1f}%), decoding {1e3 * bare['decode_seconds']:.1f} ms "
-            f"({100 * bare['decode_mfu']:.1f}%)"
-        )
     print(f"{time.perf_counter() - begin:.0f} s; written to {output}")
     if args.profile:
         print(profile(size, args.steps, device))

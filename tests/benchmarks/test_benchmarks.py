@@ -103,7 +103,6 @@ def test_rehearsal_writes_a_file_that_the_model_on_paper_reads(tmp_path, capsys)
     results = json.loads(output.read_text())
     assert [row["name"] for row in results["rows"]] == rows
     assert all(row["images_per_second"] > 0 for row in results["rows"])
-    assert [bare["images"] for bare in results["bare"]] == [2, 4, 8, 16]
     printed = capsys.readouterr().out
     assert all(name in printed for name in rows) and "tuples/s" in printed
     measured = scale.measured_batches(results)
@@ -124,6 +123,12 @@ def test_checks_come_first_and_no_row_is_begun_when_the_time_is_over(tmp_path, c
     assert all(row["error"] == "not begun: 0 minutes were over" for row in results["rows"])
     before, replayed, trained, loaded = results["checks"]
     assert before["value"] < 1e-5 and replayed["value"] == 0.0 and loaded["value"] < 1e-5 < 0.01 < trained["value"]
+    assert [(call["name"], call["images"]) for call in results["calls"]] == [
+        (name, images)
+        for images in (4, 16)
+        for name in ("forward without adapter", "forward", "forward and backward", "decoding")
+    ]
+    assert all(call["seconds"] > 0 and call["host_seconds"] > 0 for call in results["calls"])
     printed = capsys.readouterr().out
     assert printed.count("passed: ") == 4 and printed.index("passed: ") < printed.index("not begun")
 
@@ -345,3 +350,18 @@ def test_recipe_and_page_have_the_figures_of_the_plan(name):
 def test_replay_of_a_family(name, billions):
     assert 0 < replay.replay_overhead(replay.FAMILIES[name], repeats=1) < 10
     assert replay.published_parameters(replay.FAMILIES[name]) / 1e9 == pytest.approx(billions, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "card"),
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("Tesla T4", None),
+    ],
+)
+def test_card_of_the_plan(gpu, card):
+    assert gpu_sd35.plan_card({"gpu": gpu}) == card
+    assert gpu_sd35.plan_card({}) is None

@@ -12,7 +12,7 @@ from trl_fdfo.training.config import RolloutConfig
 
 
 def paper(**options):
-    return FDFOConfig(output_dir="unused", report_to=[], use_cpu=True, **options)
+    return FDFOConfig(**{"output_dir": "unused", "report_to": [], "use_cpu": True, **options})
 
 
 def test_defaults_are_the_setting_of_the_paper():
@@ -159,4 +159,4 @@ def test_best_model_is_by_reward():
 
 
 def test_one_process_takes_one_gpu():
-    assert paper().n_gpu == (0 if not torch.cuda.is_available() else 1)
+    assert paper(use_cpu=False).n_gpu == (1 if torch.cuda.is_available() else 0)

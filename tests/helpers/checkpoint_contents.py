@@ -7,8 +7,11 @@ import torch
 from safetensors.torch import load_file
 
 
+_OF_THE_MACHINE = ("time", "per_second", "peak_memory")
+
+
 def contents(checkpoint: Path) -> dict[str, object]:
-    """Everything that a run resumes from: tensors by name, and the state without times."""
+    """Everything that a run resumes from: tensors by name, and the state without times and memory."""
     found = {}
     for path in sorted(checkpoint.rglob("*")):
         if path.suffix == ".safetensors":
@@ -18,7 +21,7 @@ def contents(checkpoint: Path) -> dict[str, object]:
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     found["state"] = {name: state[name] for name in ("global_step", "epoch", "best_metric", "best_model_checkpoint")}
     found["log"] = [
-        {name: value for name, value in log.items() if "time" not in name and "per_second" not in name}
+        {name: value for name, value in log.items() if not any(part in name for part in _OF_THE_MACHINE)}
         for log in state["log_history"]
     ]
     return found

@@ -94,7 +94,8 @@ def test_adapters_train_beside_quantized_weights(make_trainer, saved, quantized,
     trainer = make_trainer(pipeline, gradient_checkpointing=True, beta=0.1, ema_decay=0.5, **options)
     transformer = trainer.pipeline.transformer
     assert is_quantized(transformer)
-    inputs, expected = velocity_input(transformer), load_pipeline(saved).transformer.to(transformer.device)
+    inputs = velocity_input(transformer)
+    expected = load_pipeline(saved).transformer.to(transformer.device, transformer.dtype)
     with torch.no_grad(), trainer.model.disable_adapter():
         before = transformer(**inputs).sample
         difference = (before - expected(**inputs).sample).norm() / expected(**inputs).sample.norm()
@@ -118,8 +119,8 @@ def test_adapters_train_beside_quantized_weights(make_trainer, saved, quantized,
         assert torch.equal(found[name.replace(".default", "")], weight), name
     for_diffusers = load_pipeline(saved)
     for_diffusers.load_lora_weights(tmp_path / "adapter")
+    inputs = velocity_input(for_diffusers.transformer)
     with torch.no_grad():
-        inputs = {name: value.cpu() for name, value in inputs.items()}
         assert torch.equal(for_diffusers.transformer(**inputs).sample, for_peft(**inputs).sample)
 
 
@@ -404,6 +405,13 @@ def reset_attention():
     yield
     # Diffusers keeps the last backend for all models of the process.
     tiny_pipelines.flux().transformer.reset_attention_backend()
+
+
+def test_cudnn_attention_whose_backward_pass_returns_nan_is_off(make_trainer):
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    make_trainer(num_rollouts=1)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
 
 
 FLEX = pytest.param("flex", marks=pytest.mark.gpu("on a CPU PyTorch has no backward pass of flex attention"))

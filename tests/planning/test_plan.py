@@ -18,12 +18,21 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 from trl import TrlParser
 
+from benchmarks import gpu_sd35
 from trl_fdfo import FDFOConfig, FDFOTrainer, FlowGRPOConfig, FlowGRPOTrainer, shapes
 from trl_fdfo.fdfo.scheduler import ChurnScheduler
 from trl_fdfo.planning.cost import Cost, Precision, sampling_cost, training_cost
 from trl_fdfo.planning.memory import QUANTIZED_BYTES, Engine, component_parts, nbytes
 from trl_fdfo.planning.plan import RunPlan
-from trl_fdfo.planning.time import CARDS, LAUNCH, UTILISATION, Card
+from trl_fdfo.planning.time import (
+    CARDS,
+    COMPILED_OPERATIONS,
+    COMPILED_TRAFFIC,
+    LAUNCH,
+    THROUGHPUT,
+    UTILISATION,
+    Card,
+)
 from trl_fdfo.planning.without_weights import load_without_weights, plan_without_weights, planned
 from trl_fdfo.rewards.learned_reward import LearnedReward
 
@@ -489,12 +498,35 @@ def test_script_plans_without_weights_and_stops(folder, tmp_path, capsys):
 def test_seconds_of_a_card():
     card = Card(memory=24, peak=1000.0, float32=100.0, bandwidth=50.0)
     cost = Cost(peak=0, flops=1200, traffic=100, operations=2)
-    assert card.seconds(cost, torch.bfloat16) == pytest.approx(1200 / (UTILISATION * 1000) + 100 / 50)
+    moves = 100 / (THROUGHPUT * 50)
+    assert card.seconds(cost, torch.bfloat16) == pytest.approx(1200 / (UTILISATION * 1000) + moves)
     assert card.seconds(cost, torch.float16) == card.seconds(cost, torch.bfloat16)
-    assert card.seconds(cost, torch.float32) == pytest.approx(1200 / (UTILISATION * 100) + 2)
-    assert card.seconds(cost, torch.float32, tf32=True) == pytest.approx(1200 / (UTILISATION * 500) + 2)
+    assert card.seconds(cost, torch.float32) == pytest.approx(1200 / (UTILISATION * 100) + moves)
+    assert card.seconds(cost, torch.float32, tf32=True) == pytest.approx(1200 / (UTILISATION * 500) + moves)
     # A host that cannot keep up.
-    assert card.seconds(replace(cost, operations=10**9), torch.bfloat16) == pytest.approx(10**9 * LAUNCH)
+    slow = replace(cost, operations=10**9)
+    assert card.seconds(slow, torch.bfloat16) == pytest.approx(10**9 * LAUNCH)
+    compiled = card.seconds(cost, torch.bfloat16, compiled=True)
+    assert compiled == pytest.approx(1200 / (UTILISATION * 1000) + COMPILED_TRAFFIC * moves)
+    assert card.seconds(slow, torch.bfloat16, compiled=True) == pytest.approx(COMPILED_OPERATIONS * 10**9 * LAUNCH)
+
+
+def test_seconds_of_calls_that_were_measured():
+    """By the formula as it is now, of the calls that its constants are fitted to."""
+    results = json.loads((SCRIPT.parents[1] / "benchmarks" / "results" / "gpu_sd35-NVIDIA-H200.json").read_text())
+    twin = gpu_sd35.run_as_trained(gpu_sd35.build_adapted_transformer(gpu_sd35.MEDIUM, torch.device("meta")))
+    checked = 0
+    for call in results["calls"]:
+        if "plan_seconds" not in call:  # without the adapter, or as a CUDA graph, which the plan does not know
+            continue
+        with gpu_sd35.building(torch.device("meta")):
+            calls = [((), gpu_sd35.transformer_inputs(gpu_sd35.MEDIUM, call["images"]))]
+        cost = (training_cost if "backward" in call["name"] else sampling_cost)(twin, calls, Precision("cuda"))
+        seconds = CARDS["h200"].seconds(cost, torch.bfloat16, compiled="compiled" in call["name"])
+        assert seconds == pytest.approx(call["plan_seconds"], rel=1e-3)
+        assert seconds == pytest.approx(call["seconds"], rel=0.17)
+        checked += 1
+    assert checked == 6
 
 
 def test_plan_says_seconds_and_hours(make_config, folder):
@@ -529,6 +561,18 @@ def test_plan_says_seconds_and_hours(make_config, folder):
     short = str(planned_run(planned_config(make_config(), gpu="h100", timestep_fraction=0.25), folder))
     assert "seconds per rollout" in short and "1/4 levels" not in short and "10 steps" not in short
     assert "seconds per rollout" not in str(planned_run(planned_config(make_config()), folder))
+
+
+def test_plan_names_the_batch_that_fills_the_card(make_config, folder):
+    # 12 prompts, 2 at a time, 4 levels, 2 optimizer steps.
+    plan = planned_run(planned_config(make_config(), gpu="h100", prompts_per_rollout=12), folder)
+    bytes_per_second = THROUGHPUT * CARDS["h100"].bandwidth
+    for factor, expected in ((0.9, None), (1.1, 3), (1.6, 4), (2.1, 6), (3.1, 12), (6.1, None)):
+        traffic = int(plan.training.operations * LAUNCH / factor * bytes_per_second)
+        plan.training = replace(plan.training, flops=0, traffic=traffic)
+        assert plan.filling_batch() == expected, factor
+        line = f"the card waits for the host: per_device_prompt_batch_size={expected} fills it"
+        assert (line in str(plan)) == (expected is not None)
 
 
 def test_a_larger_sampling_batch_launches_less(make_config, folder):

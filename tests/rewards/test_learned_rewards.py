@@ -390,7 +390,7 @@ def test_image_and_prompt_count(make, name):
     same_prompt = reward(IMAGES, ["a cat"] * 7)
     same_image = reward(IMAGES[:1] * 7, PROMPTS)
     for scores in (same_prompt, same_image):
-        assert (scores[:, None] - scores).abs().fill_diagonal_(1).min() > 1e-3
+        assert (scores[:, None] - scores).abs().fill_diagonal_(1).min() > 1e-4
     torch.testing.assert_close(reward(IMAGES[:1] * 7, ["a cat"] * 7).std(), torch.tensor(0.0), atol=1e-5, rtol=0)
 
 

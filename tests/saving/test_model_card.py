@@ -387,7 +387,8 @@ def test_snippet_loads_a_local_base_and_makes_the_same_image(make_trainer, tmp_p
     torch.manual_seed(3)
     exec(snippet, namespace)
     torch.manual_seed(3)
-    image = trainer.pipeline(prompts[0], **trainer.flow.call_kwargs).images[0]
+    # The snippet takes a GPU if there is one, which draws other noise.
+    image = trainer.pipeline.to(namespace["pipeline"].device)(prompts[0], **trainer.flow.call_kwargs).images[0]
     assert list(image.getdata()) == list(namespace["image"].getdata())
     # A local folder has no Hub id.
     assert "base_model" not in card_of(tmp_path / "out").data.to_dict()

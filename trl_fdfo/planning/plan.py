@@ -33,7 +33,7 @@ from .memory import (
     trained_parameters,
     trajectory_bytes,
 )
-from .time import CARDS, LAUNCH, UTILISATION
+from .time import CARDS, LAUNCH, THROUGHPUT, UTILISATION, host_seconds
 
 
 # Memory of common GPUs in GiB; the bytes that a CUDA context takes, and the fraction that the allocator's gaps take.
@@ -230,7 +230,7 @@ class RunPlan:
         )
         lines = [
             f"  time, {self.gpu}: estimated, with {UTILISATION:g} of {card.peak / 1e12:,.0f} TFLOP/s, "
-            f"{card.bandwidth / 1e9:,.0f} GB/s, {1e6 * LAUNCH:g} us per operation (docs/memory_plan.md)"
+            f"{THROUGHPUT:g} of {card.bandwidth / 1e9:,.0f} GB/s, {1e6 * LAUNCH:g} us per operation (docs/memory_plan.md)"
         ]
         notes = {
             f"  reward {name}": f"{1000 * card.seconds(*cost):.2g} ms per image, {str(cost[1]).removeprefix('torch.')}"
@@ -242,7 +242,33 @@ class RunPlan:
             lines.append(f"    {name:30}{columns_of_row}   {notes.get(name, '')}".rstrip())
         saved = ", what shared_prefix saves" if self.shared_prefix else ""
         lines.append(f"    not counted: {NOT_TIMED}{saved}")
+        if filling := self.filling_batch():
+            lines.append(
+                f"    the card waits for the host: per_device_prompt_batch_size={filling} fills it, if memory allows"
+            )
         return [*lines, f"  in short: {self.in_short()}"]
+
+    def filling_batch(self) -> int | None:
+        """
+        The smallest `per_device_prompt_batch_size` with which an update takes the card as long as the host, by the
+        estimate; None if that of the run is enough, or none is.
+        """
+        args, card = self.args, CARDS[self.gpu]
+        busy = card.busy_seconds(self.training, self._dtype, bool(args.tf32), args.torch_compile)
+        host = host_seconds(self.training, args.torch_compile)
+        if busy >= host:
+            return None
+        prompts = args.num_rollout_batches * args.per_device_prompt_batch_size
+        for size in range(math.ceil(args.per_device_prompt_batch_size * host / busy), prompts + 1):
+            batches, rest = divmod(prompts, size)
+            if not rest and batches * args.num_trained_levels % args.optimizer_steps_per_rollout == 0:
+                return size
+        return None
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """In which the transformer multiplies."""
+        return self.engine.autocast or next(self.model.parameters()).dtype
 
     def in_short(self) -> str:
         """Memory and time on the card, in a line."""
@@ -281,9 +307,9 @@ class RunPlan:
         args, card = copy.copy(self.args), CARDS[self.gpu]
         vars(args).update(options)
         levels = max(1, round(args.timestep_fraction * args._num_trainable_levels()))
-        dtype = self.engine.autocast or next(self.model.parameters()).dtype
         call, update = (
-            card.seconds(cost, dtype, bool(args.tf32), args.torch_compile) for cost in (self.sampling, self.training)
+            card.seconds(cost, self._dtype, bool(args.tf32), args.torch_compile)
+            for cost in (self.sampling, self.training)
         )
         update += call if args.beta else 0  # the model without its adapter
         batches = args.num_rollout_batches

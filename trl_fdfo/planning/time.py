@@ -1,11 +1,12 @@
 """
 Seconds of counted operations on a card. An estimate, by one formula: a call takes
 
-    max(FLOPs / (UTILISATION x peak) + traffic / bandwidth, operations x LAUNCH)
+    max(FLOPs / (UTILISATION x peak) + traffic / (THROUGHPUT x bandwidth), operations x LAUNCH)
 
 seconds. Matrix products, convolutions and attention (FLOPs) run at a fraction of the card's peak; all other operations
-move bytes (traffic) at its full bandwidth; and the host, which launches operations ahead of the card, may be the slower
-one. [`Cost`] has the three counts.
+move bytes (traffic) at a fraction of its bandwidth; and the host, which launches operations ahead of the card, may be the
+slower one. [`Cost`] has the three counts. The constants are fitted to calls of Stable Diffusion 3.5 Medium on an H200
+(benchmarks/results/gpu_sd35-NVIDIA-H200.json), which docs/memory_plan.md compares with the formula.
 """
 
 from dataclasses import dataclass
@@ -15,14 +16,15 @@ import torch
 from .cost import Cost
 
 
-# An assumption. The largest products that https://github.com/stas00/ml-engineering finds reach 0.80 of the peak on an
-# H100 SXM and 0.86 on an A100 SXM; this is three quarters of the former, for smaller ones.
-UTILISATION = 0.6
-# Seconds of the host per operation: an assumption, the usual order of eager PyTorch. Compiled blocks need fewer.
-LAUNCH = 5e-6
-# Share of traffic and operations that remains where `torch_compile` fuses them: of a joint transformer's traffic, Inductor's
-# kernels keep 0.35 in sampling and 0.43 in training (benchmarks/results/traffic.txt).
-COMPILED = 0.4
+# The H200 multiplied large matrices at 0.76 of its peak; the products and the attention of a transformer are smaller.
+UTILISATION = 0.5
+# Of the bandwidth. Kernels that broadcast or reduce, as eager norms and modulations do, are far from all of it.
+THROUGHPUT = 0.4
+# Seconds of the host per operation: of a virtual machine with 16 cores, Python and LoRA layers included. Others are faster.
+LAUNCH = 23e-6
+# Shares that remain where `torch_compile` fuses operations. Of a joint transformer's traffic, Inductor's kernels keep 0.35 in
+# sampling and 0.43 in training by PyTorch's count (benchmarks/results/traffic.txt); of the host's time, 0.6 by measurement.
+COMPILED_TRAFFIC, COMPILED_OPERATIONS = 0.4, 0.6
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,18 @@ class Card:
             tf32 (`bool`): Those in float32 run in TF32, as PyTorch runs convolutions.
             compiled (`bool`): The calls are compiled.
         """
-        share = COMPILED if compiled else 1
+        return max(self.busy_seconds(cost, dtype, tf32, compiled), host_seconds(cost, compiled))
+
+    def busy_seconds(self, cost: Cost, dtype: torch.dtype, tf32: bool = False, compiled: bool = False) -> float:
+        """Estimated seconds of the card alone, for the arguments of [`Card.seconds`]."""
         peak = self.peak if dtype != torch.float32 else self.peak / 2 if tf32 else self.float32
-        products = cost.flops / (UTILISATION * peak)
-        return max(products + share * cost.traffic / self.bandwidth, share * cost.operations * LAUNCH)
+        traffic = COMPILED_TRAFFIC * cost.traffic if compiled else cost.traffic
+        return cost.flops / (UTILISATION * peak) + traffic / (THROUGHPUT * self.bandwidth)
+
+
+def host_seconds(cost: Cost, compiled: bool = False) -> float:
+    """Estimated seconds that the host takes to launch calls."""
+    return LAUNCH * cost.operations * (COMPILED_OPERATIONS if compiled else 1)
 
 
 # NVIDIA's data sheets of the A100 80GB, H100, H200 (all SXM), L40S and DGX B200 (an eighth of it), and its white papers
