@@ -4,11 +4,14 @@ PYTHON ?= python3
 VENV ?= .venv
 CORES := $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())")
 
-.PHONY: quickstart test benchmark drift lint clean
+.PHONY: quickstart vote test benchmark drift lint clean
 
 quickstart: $(VENV)/installed  ## repair the packaged tiny pipeline with FDFO, a few minutes on two cores
 	$(VENV)/bin/accelerate launch --num_processes 1 --num_cpu_threads_per_process $(CORES) --mixed_precision no --dynamo_backend no --num_machines 1 \
 		examples/train_sd3.py --config examples/recipes/shapes.yaml
+
+vote: $(VENV)/installed  ## train the packaged tiny pipeline by clicking on a page
+	OMP_NUM_THREADS=$(CORES) $(VENV)/bin/python examples/train_sd3.py --config examples/recipes/shapes_vote.yaml
 
 test: $(VENV)/installed  ## the whole test suite
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(CORES) --dist loadfile --no-loadscope-reorder tests

@@ -1,6 +1,7 @@
 # First: it sets the environment before torch and huggingface_hub are imported.
 from tiny_runs import PROMPTS, redness  # isort: skip
 
+import contextlib
 import socket
 
 import pytest
@@ -61,6 +62,22 @@ def make_trainer(make_config):
         )
 
     return make
+
+
+@pytest.fixture
+def start_server(tmp_path):
+    """Starts preference servers, which end with the test."""
+    pytest.importorskip("uvicorn")
+    from preference_server import Running
+
+    with contextlib.ExitStack() as stack:
+
+        def start(token=None, name="votes.sqlite"):
+            running = Running(tmp_path / name, token)
+            stack.callback(running.stop)
+            return running
+
+        yield start
 
 
 def warnings_of_the_package(caplog) -> list[str]:

@@ -13,16 +13,24 @@ from .clap_score import CLAPScore
 from .clip_score import CLIPScore
 from .edit_judge import vlm_edit
 from .hpsv2 import HPSv2
+from .human_preference import HumanPreference, human
 from .image_reward import ImageReward
 from .jpeg_compressibility import JPEGCompressibility, JPEGIncompressibility
 from .motion import Motion, TemporalSmoothness
-from .pairwise_judge import vlm_judge
+from .pairwise_judge import PairwiseJudge, vlm_judge
 from .pickscore import PickScore
 from .reward_functions import RewardFunction
 from .text_rendering import TextRendering
 from .vlm_score import VLMScore
 from .vlm_server import VLMServer
 
+
+def _human(url: str | None = None, stand_in: str | None = None, **options: Any) -> PairwiseJudge:
+    """People, who say on a page which image of a prompt is better: 1, 0 or -1."""
+    return human(url, stand_in=None if stand_in is None else load_reward(stand_in), **options)
+
+
+_human.__signature__ = inspect.signature(HumanPreference)
 
 # Each value is called with the options in parentheses behind the name.
 REWARDS = {
@@ -36,6 +44,7 @@ REWARDS = {
     "vlm_server": VLMServer,
     "vlm_judge": vlm_judge,
     "vlm_edit": vlm_edit,
+    "human": _human,
     "text_rendering": TextRendering,
     "jpeg_compressibility": JPEGCompressibility,
     "jpeg_incompressibility": JPEGIncompressibility,

@@ -1,0 +1,392 @@
+"""A person as the reward: asks a preference server, where people compare the images of a prompt."""
+
+import asyncio
+import base64
+import json
+import logging
+import math
+import os
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import torch
+from huggingface_hub import get_async_session
+from PIL import Image
+from transformers import TrainerState
+
+from ..preference.pairs import as_png, image_id, pair_key
+from .pairwise_judge import PairwiseJudge
+from .reward_functions import RewardFunctions
+
+
+logger = logging.getLogger(__name__)
+
+# Seconds: of a request that waits for votes; between two tries; until a server that never answered is given up; between logs.
+_WAIT, _AGAIN, _FIRST_ANSWER, _LOG_EVERY = 10.0, 1.0, 30.0, 60.0
+# Pairs of a request: their images stay far below the server's limit.
+_AT_A_TIME = 8
+
+
+class HumanPreferenceError(RuntimeError):
+    """A preference server refused a request, or never answered."""
+
+
+class HumanPreference:
+    """
+    Preferences of people for one image of a prompt over another; [`human`] makes a reward of them.
+
+    A pair is known by its prompt and the content of its images. A run that is killed and resumed asks for the same pairs
+    again, and gets the votes that they have.
+
+    Args:
+        url (`str`, *optional*): Address of the server, as it prints it, such as `http://localhost:8300`. The token may be in
+            it. Default: a server that this process starts and ends.
+        run (`str`): Name of the run on the server. Two runs at the same time need two names.
+        votes_per_pair (`int`): Number of people who vote on a pair.
+        scale (`str`): `"mean"` of the votes, in [-1, 1]; or `"log_odds"`, log((w + 1/2) / (l + 1/2)), where a vote for the
+            image adds 1 to w, one for the other adds 1 to l, and one for neither adds 1/2 to both.
+        patience (`float`, *optional*): After this many seconds without a vote in the run it goes on without the open pairs,
+            for good. Default: it waits.
+        stand_in (`Callable`, *optional*): A reward whose choice (1, 0, -1) counts for a pair that nobody has voted on
+            within `patience`. Default: such a pair has no preference.
+        verdicts (`str`, *optional*): Folder of exported votes, to replay a run without people and without a server.
+        database (`str`): File of the votes, if this process starts the server.
+        token (`str`, *optional*): Token of the server.
+
+    Raises:
+        ValueError: An argument is out of range, or excludes another.
+        HumanPreferenceError: In a call: see there.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        run: str = "run",
+        votes_per_pair: int = 1,
+        scale: str = "mean",
+        patience: float | None = None,
+        stand_in: Callable | None = None,
+        verdicts: str | None = None,
+        database: str = "votes.sqlite",
+        token: str | None = None,
+    ):
+        if votes_per_pair < 1:
+            raise ValueError(f"votes_per_pair={votes_per_pair} of HumanPreference must be at least 1.")
+        if scale not in ("mean", "log_odds"):
+            raise ValueError(f"scale={scale!r} of HumanPreference is not one of 'mean', 'log_odds'.")
+        if patience is not None and not patience > 0:
+            raise ValueError(f"patience={patience} of HumanPreference must be more than 0 seconds, or None to wait.")
+        if stand_in is not None and patience is None:
+            raise ValueError("stand_in of HumanPreference counts after `patience`: set patience=..., in seconds.")
+        if verdicts is not None and url is not None:
+            raise ValueError("verdicts=... of HumanPreference replays votes without a server: leave url out.")
+        if url is not None and (urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc):
+            raise ValueError(f"url={url!r} of HumanPreference must be an address such as http://localhost:8300.")
+        if url is None and verdicts is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError(
+                "HumanPreference without a url starts a server, and each of several processes would start its own: start one "
+                "by `python -m trl_fdfo.preference`, and give its address, url='http://localhost:8300'."
+            )
+        parts = urlsplit(url or "")
+        if token is None and parts.query.startswith("token="):
+            token = parts.query.removeprefix("token=")
+        self.url = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}" if url else None
+        self.run, self.votes_per_pair, self.scale = run, votes_per_pair, scale
+        self.patience, self.stand_in, self.verdicts, self.database = patience, stand_in, verdicts, database
+        self._token, self._owner = token, _owner()
+        self._process: subprocess.Popen | None = None
+        self._answers: dict[str, asyncio.Task] = {}
+        self._run_id: int | None = None
+        self._answered = False
+        self._locks: dict[asyncio.AbstractEventLoop, asyncio.Lock] = {}
+        self._exported: dict[str, float] | None = None
+        self._open: set[str] = set()
+        self._logged = 0.0
+        self._stand_in: RewardFunctions | None = None
+
+    async def compare(
+        self,
+        first: Sequence[Any],
+        second: Sequence[Any],
+        prompts: Sequence[str],
+        trainer_state: TrainerState | None = None,
+        frame_rate: float | None = None,
+    ) -> list[float | None]:
+        """
+        The preference for the first of two images (or videos) of each prompt, on `scale`; None for a pair that nobody has
+        voted on within `patience`.
+
+        Raises:
+            HumanPreferenceError: The server refused a request, or has not answered within 30 s of the first.
+            ValueError: `verdicts` has no vote on a pair.
+        """
+        files = await asyncio.to_thread(
+            lambda: [(as_png(one, frame_rate), as_png(other, frame_rate)) for one, other in zip(first, second)]
+        )
+        ids = [(image_id(one), image_id(other)) for one, other in files]
+        keys = [pair_key(prompt, *pair) for prompt, pair in zip(prompts, ids)]
+        if self.verdicts is not None:
+            return [self._replayed(key, prompt, *pair) for key, prompt, pair in zip(keys, prompts, ids)]
+        # A judge asks in both orders: the second question waits for the answer to the first.
+        fresh = {
+            key: (prompt, pair, images)
+            for key, prompt, pair, images in zip(keys, prompts, ids, files)
+            if pair[0] != pair[1] and key not in self._answers
+        }
+        if fresh:
+            asking = asyncio.ensure_future(self._ask(fresh, trainer_state))
+            for key in fresh:
+                self._answers[key] = asking
+        preferences: list[float | None] = []
+        for place, (key, pair) in enumerate(zip(keys, ids)):
+            if pair[0] == pair[1]:
+                preferences.append(0.0)
+                continue
+            verdict = (await self._answers[key])[key]
+            if verdict["expired"] and not sum(verdict[name] for name in ("a", "b", "tie")):
+                preferences.append(self._by_stand_in(first[place], second[place], prompts[place], trainer_state))
+            else:
+                preferences.append(self._preference(verdict) * (1 if pair[0] < pair[1] else -1))
+        return preferences
+
+    compare.image_type = "pil"
+
+    def on_rollout_end(self) -> None:
+        """The next rollout has other pairs."""
+        self._answers = {key: asked for key, asked in self._answers.items() if not asked.done()}
+
+    def _preference(self, verdict: dict[str, Any]) -> float:
+        wins, losses, ties = verdict["a"], verdict["b"], verdict["tie"]
+        if self.scale == "mean":
+            return (wins - losses) / (wins + losses + ties)
+        return math.log((wins + ties / 2 + 0.5) / (losses + ties / 2 + 0.5))
+
+    # The server ---------------------------------------------------------------------------------------------------------
+
+    async def _ask(self, pairs: dict[str, tuple], trainer_state: TrainerState | None) -> dict[str, dict]:
+        """The verdicts on some pairs, which are sent first; waits for them."""
+        client = get_async_session()
+        client.event_hooks = {}
+        async with client:
+            await self._meet(client)
+            rollout = _rollout(trainer_state)
+            await self._post(client, "/state", {"state": _state(trainer_state, rollout)})
+            items = list(pairs.items())
+            for start in range(0, len(items), _AT_A_TIME):
+                some = items[start : start + _AT_A_TIME]
+                body = {
+                    "rollout": rollout,
+                    "pairs": [[prompt, *ids] for _, (prompt, ids, _) in some],
+                    "images": {id: _text(png) for _, (_, ids, files) in some for id, png in zip(ids, files)},
+                }
+                await self._post(client, "/pairs", body)
+            self._open |= pairs.keys()
+            found: dict[str, dict] = {}
+            since = time.monotonic()
+            while len(found) < len(pairs):
+                left = [key for key in pairs if key not in found]
+                said = await self._post(client, "/verdicts", {"keys": left, "wait": self._longest_wait()})
+                found |= said["verdicts"]
+                self._open -= said["verdicts"].keys()
+                self._say_what_is_open()
+                waited = min(said["idle"], time.monotonic() - since)
+                if self.patience is not None and waited > self.patience:
+                    await self._post(client, "/expire", {"keys": [key for key in pairs if key not in found]})
+            return found
+
+    def _longest_wait(self) -> float:
+        return _WAIT if self.patience is None else min(_WAIT, self.patience)
+
+    async def _meet(self, client: Any) -> None:
+        """Open the run, once per process. After a crash its name is free only when the server has missed the trainer."""
+        loop = asyncio.get_running_loop()
+        async with self._locks.setdefault(loop, asyncio.Lock()):
+            if self._run_id is not None:
+                return
+            if self.url is None:
+                self._start_server()
+            body = {"name": self.run, "votes_per_pair": self.votes_per_pair}
+            end = time.monotonic() + _FIRST_ANSWER
+            while True:
+                try:
+                    self._run_id = (await self._post(client, "", body))["run"]
+                    break
+                except _NameTaken as error:
+                    if time.monotonic() > end:
+                        raise HumanPreferenceError(str(error)) from None
+                    await asyncio.sleep(_AGAIN)
+            link = f"{self.url}/" + (f"?token={self._token}" if self._token and self._process is not None else "")
+            show_link(link, self.run)
+
+    async def _post(self, client: Any, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """
+        The answer to a request, which is sent again while the server does not answer.
+
+        Raises:
+            HumanPreferenceError: The server refused it, or has never answered.
+        """
+        headers = {"content-type": "application/json"}
+        if self._token:
+            headers["authorization"] = f"Bearer {self._token}"
+        content = json.dumps({"owner": self._owner, **body}).encode()
+        url = f"{self.url}/api/runs" + (f"/{self._run_id}{path}" if path else "")
+        begin = warned = time.monotonic()
+        while True:
+            try:
+                answer = await client.post(url, content=content, headers=headers, timeout=_WAIT + 30)
+                said = answer.json() if answer.status_code < 500 else None
+                failure = f"status {answer.status_code}"
+            except (OSError, ValueError) as error:
+                said, failure = None, f"{type(error).__name__}: {error}"
+            except Exception as error:  # of the HTTP library, whose name depends on the Hub's version
+                if type(error).__module__.partition(".")[0] not in ("httpx", "httpx2", "httpcore", "httpcore2"):
+                    raise
+                said, failure = None, f"{type(error).__name__}: {error}"
+            if isinstance(said, dict) and answer.status_code == 200:
+                self._answered = True
+                return said
+            if isinstance(said, dict) and 400 <= answer.status_code < 500:
+                message = f"{self.url} refused a request ({answer.status_code}): {said.get('error', said)}"
+                raise (_NameTaken if answer.status_code == 409 and not path else HumanPreferenceError)(message)
+            now = time.monotonic()
+            if not self._answered and now - begin > _FIRST_ANSWER:
+                raise HumanPreferenceError(
+                    f"{self.url} has not answered for {_FIRST_ANSWER:g} s, the last time with {failure}. Is a preference server "
+                    "up (`python -m trl_fdfo.preference`)?"
+                )
+            if now - warned > _LOG_EVERY / 4:
+                warned = now
+                logger.warning("%s does not answer (%s); the run waits for it.", self.url, failure)
+            await asyncio.sleep(_AGAIN)
+
+    def _say_what_is_open(self) -> None:
+        now = time.monotonic()
+        if self._open and now - self._logged > _LOG_EVERY:
+            self._logged = now
+            logger.warning("The run waits for votes on %d pairs: %s/", len(self._open), self.url)
+
+    def _start_server(self) -> None:
+        command = [sys.executable, "-m", "trl_fdfo.preference", "--port", "0", "--database", self.database]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        line = self._process.stdout.readline().strip()
+        if not line.startswith("Vote at "):
+            raise HumanPreferenceError(f"The server did not start: {line or 'see its errors above'}.")
+        self.url = line.removeprefix("Vote at ").rstrip("/")
+
+    def __del__(self) -> None:
+        process = getattr(self, "_process", None)
+        if process is not None:
+            process.terminate()
+
+    # Without people -----------------------------------------------------------------------------------------------------
+
+    def _replayed(self, key: str, prompt: str, one: str, other: str) -> float:
+        if one == other:
+            return 0.0
+        if self._exported is None:
+            self._exported = _exported(self.verdicts)
+        if key not in self._exported:
+            raise ValueError(
+                f"The votes in {self.verdicts} have none on a pair of the prompt {prompt!r}: they are of another run, pipeline, "
+                "seed or machine. A run replays only with all that it was made with."
+            )
+        return self._exported[key] * (1 if one < other else -1)
+
+    def _by_stand_in(self, one: Any, other: Any, prompt: str, trainer_state: TrainerState | None) -> float | None:
+        if self.stand_in is None:
+            return None
+        if self._stand_in is None:
+            self._stand_in = RewardFunctions(self.stand_in)
+        images = torch.stack([_tensor(one), _tensor(other)])
+        first, second = self._stand_in(images, [prompt, prompt], trainer_state, {}).flatten().tolist()
+        return None if math.isnan(first - second) else float(np.sign(first - second))
+
+
+def human(url: str | None = None, **options: Any) -> PairwiseJudge:
+    """
+    People, who say on a page which image of a prompt is better: 1, 0 or -1.
+
+    Args:
+        url (`str`, *optional*): Address of a server that `python -m trl_fdfo.preference` has started. Default: this process
+            starts one.
+        **options: Further arguments of [`HumanPreference`].
+    """
+    judge = PairwiseJudge(HumanPreference(url, **options).compare)
+    judge.__name__ = "human"
+    return judge
+
+
+def show_link(link: str, run: str) -> None:
+    """Print where to vote; in a notebook, as a link."""
+    print(f"Vote on the run {run!r} at {link}", flush=True)
+    try:
+        from IPython import get_ipython
+        from IPython.display import HTML, display
+    except ImportError:
+        return
+    if getattr(get_ipython(), "kernel", None) is not None:
+        display(HTML(f'<a href="{link}" target="_blank" rel="noopener">Vote on the images</a>'))
+
+
+class _NameTaken(Exception):
+    """Another trainer has a run of this name, or had it seconds ago."""
+
+
+def _owner() -> str:
+    """A secret of this trainer, which its processes share: the launcher gives them one address."""
+    address = [os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT")]
+    return ":".join(address) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else secrets.token_hex(16)
+
+
+def _rollout(trainer_state: TrainerState | None) -> int:
+    """The number of the rollout, from 1 on: Trainer's epochs are rollouts."""
+    return int(trainer_state.epoch or 0) + 1 if trainer_state is not None else 1
+
+
+def _state(trainer_state: TrainerState | None, rollout: int) -> dict[str, Any]:
+    """What the page shows of a run: the number of rollouts, and the curves of its rewards."""
+    if trainer_state is None:
+        return {}
+    curves: dict[str, list] = {}
+    for log in trainer_state.log_history:
+        for name, value in log.items():
+            is_reward = name in ("reward_std", "eval_reward") or name.startswith(("rewards/", "eval_rewards/"))
+            if (
+                is_reward
+                and isinstance(value, float)
+                and math.isfinite(value)
+                and not name.startswith("rewards/human/")
+            ):
+                curves.setdefault(name, []).append([round(log.get("epoch", 0)), value])
+    shown = {name: points[-500:] for name, points in list(curves.items())[:8]}
+    return {"rollouts": trainer_state.num_train_epochs, "rollout": rollout, "curves": shown}
+
+
+def _text(png: bytes) -> str:
+    return base64.b64encode(png).decode()
+
+
+def _tensor(image: Any) -> torch.Tensor:
+    """An image [3, H, W], or a video [F, 3, H, W], in [0, 1]."""
+    if isinstance(image, Image.Image):
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
+    return torch.stack([_tensor(frame) for frame in image])
+
+
+def _exported(folder: str) -> dict[str, float]:
+    """The preference for `a` of each exported pair, by its key."""
+    from ..preference.exports import read_votes
+
+    preferences = {}
+    for row in read_votes(Path(folder)):
+        chosen, rejected = (image_id(row[name]["bytes"]) for name in ("chosen", "rejected"))
+        sign = 1 if chosen < rejected else -1
+        preferences[pair_key(row["prompt"], chosen, rejected)] = sign * float(row.get("preference", 1.0))
+    return preferences
