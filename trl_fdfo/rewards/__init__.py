@@ -32,6 +32,7 @@ from .clap_score import CLAPScore
 from .clip_score import CLIPScore
 from .edit_judge import EditJudge, vlm_edit
 from .hpsv2 import HPSv2
+from .http_reward import HTTPReward
 from .image_reward import ImageReward
 from .jpeg_compressibility import JPEGCompressibility, JPEGIncompressibility
 from .motion import Motion, TemporalSmoothness
@@ -49,6 +50,7 @@ __all__ = [
     "CLIPScore",
     "EditJudge",
     "HPSv2",
+    "HTTPReward",
     "ImageReward",
     "JPEGCompressibility",
     "JPEGIncompressibility",
