@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import json
 import random
+import re
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -257,4 +258,5 @@ def _proxy_in_the_way(url: str) -> str:
     proxy = getproxies().get(parts.scheme)
     if proxy is None or proxy_bypass(parts.netloc):
         return ""
+    proxy = re.sub("//[^/]*@", "//", proxy)  # without a user's name and password
     return f" Requests go through the proxy {proxy} of the environment: for a server of yours, add {parts.hostname} to NO_PROXY."
