@@ -76,7 +76,7 @@ def encode(samples: Mapping[str, Tensor], head: Mapping[str, Any], as_bytes: boo
         if type_name == "uint8":
             array = (array * 255).round()
         tensors.append({"name": name, "type": type_name, "shape": list(array.shape)})
-        values.append(array.astype(TYPES[type_name]).tobytes())
+        values.append(np.ascontiguousarray(array, TYPES[type_name]))
     columns = head.get("columns", {})
     try:
         line = json.dumps({"tensors": tensors, **head}, default=_picture)

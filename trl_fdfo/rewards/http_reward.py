@@ -37,7 +37,7 @@ class HTTPReward(RetryingClient):
         batch_size (`int`): Most samples in a request. The samples of a prompt stay together if the reward compares them, or
             takes `num_generations`.
         max_concurrency (`int`): Requests in flight at a time, at most 100, over all calls on an event loop.
-        timeout (`float`): Seconds to wait for an answer to a request.
+        timeout (`float`): Seconds to wait for an answer to a request, which may wait in the server's queue meanwhile.
         max_retries (`int`): Number of retries of a request.
         backoff (`float`): Seconds before the first retry. The wait doubles with each retry, up to a minute.
         api_key (`str`, *optional*): Token of the server. Default: the environment variable `REWARD_SERVER_TOKEN`.
@@ -57,7 +57,7 @@ class HTTPReward(RetryingClient):
         *,
         batch_size: int = 16,
         max_concurrency: int = 4,
-        timeout: float = 60.0,
+        timeout: float = 120.0,
         max_retries: int = 5,
         backoff: float = 1.0,
         api_key: str | None = None,

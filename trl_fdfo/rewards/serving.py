@@ -96,7 +96,7 @@ class Scorer:
     def _together(self, requests: Sequence[ScoreRequest]) -> list[Outcome]:
         first = requests[0]
         each = [request.samples() for request in requests]
-        samples = {name: torch.cat([samples[name] for samples in each]) for name in each[0]}
+        samples = each[0] if len(each) == 1 else {name: torch.cat([one[name] for one in each]) for name in each[0]}
         images = samples.get("images", samples.get("videos"))
         audio = samples.get("audio")
         made = audio if images is None else images if audio is None else Media(images, audio)
@@ -126,6 +126,9 @@ class _Here:
         scorer = Scorer(load_reward(reward) if isinstance(reward, str) else reward)
         self.score = scorer.score
         return scorer.description
+
+    def revive(self) -> None:
+        pass
 
     def close(self) -> None:
         pass
@@ -170,16 +173,21 @@ class _Process:
                 self.load()
             self._connection.send(requests)
             return self._connection.recv()
-        except (EOFError, OSError, RuntimeError) as error:
-            # The next request loads it again.
+        except RuntimeError as error:
+            return [Failure(503, str(error))] * len(requests)
+        except (EOFError, OSError):
             self._connection = None
-            if self._closed:
-                return [Failure(503, "The server is being stopped.")] * len(requests)
             self._process.join(timeout=10)
-            cause = error if isinstance(error, RuntimeError) else f"exit code {self._process.exitcode}"
-            message = f"The process of the reward {self._reward!r} ended ({cause}); the next request starts another."
-            logger.error(message)
+            message = f"The process of the reward {self._reward!r} ended (exit code {self._process.exitcode})."
+            if not self._closed:
+                logger.error("%s Another is started.", message)
             return [Failure(503, message)] * len(requests)
+
+    def revive(self) -> None:
+        """Start a process again that has ended. If it cannot be loaded, the next request tries, and says why."""
+        if self._connection is None and not self._closed:
+            with contextlib.suppress(RuntimeError):
+                self.load()
 
     def close(self) -> None:
         self._closed = True
@@ -197,7 +205,7 @@ def _work_in_process(connection: Any, reward: str) -> None:
         connection.send(f"{type(error).__name__}: {error}".rstrip("."))
         return
     connection.send(scorer.description)
-    with contextlib.suppress(EOFError):
+    with contextlib.suppress(EOFError, OSError):  # the server has ended
         while True:
             connection.send(scorer.score(connection.recv()))
 
@@ -234,7 +242,7 @@ class _Queue:
     def __init__(self, workers: list[Any], max_batch_size: int, max_waiting: int):
         self.workers, self.max_batch_size, self.max_waiting = workers, max_batch_size, max_waiting
         self.description: dict[str, Any] = {}
-        self.seconds = 1.0  # of the last call
+        self._seconds = 0.0  # that each request of the last call took
         self._places: set[_Place] = set()
         self._waiting: deque[_Place] = deque()
         self._arrival = asyncio.Event()
@@ -246,7 +254,7 @@ class _Queue:
             raise _Refusal(
                 429,
                 f"{len(self._places)} requests wait already (max_waiting={self.max_waiting}): ask again later.",
-                {"retry-after": str(math.ceil(self.seconds))},
+                {"retry-after": str(max(1, math.ceil(self._seconds * len(self._places) / len(self.workers))))},
             )
         place = _Place()
         self._places.add(place)
@@ -277,10 +285,11 @@ class _Queue:
                 except Exception as error:  # no request waits for a worker that is gone
                     logger.exception("A worker failed.")
                     outcomes = [Failure(500, f"{type(error).__name__}: {error}")] * len(requests)
-                self.seconds = time.monotonic() - start
+                self._seconds = (time.monotonic() - start) / len(batch)
                 for place, outcome in zip(batch, outcomes):
                     if not place.outcome.done():  # the client may have left
                         place.outcome.set_result(outcome)
+                await asyncio.get_running_loop().run_in_executor(thread, worker.revive)
 
     def _take(self) -> list[_Place]:
         """The requests at the head of the queue that are of one kind, up to `max_batch_size` samples or one request."""
@@ -438,18 +447,17 @@ class RewardServer:
             )
 
     async def _body(self, request: Request) -> bytearray:
-        length = request.headers.get("content-length", "0")
-        body = bytearray()
-        try:
-            while len(body) <= self._max_bytes and int(length) <= self._max_bytes:
+        length, body = int(request.headers.get("content-length", "0")), bytearray()
+        while max(length, len(body)) <= self._max_bytes:
+            try:
                 message = await asyncio.wait_for(request.receive(), STALLED)
-                if message["type"] == "http.disconnect":
-                    raise _Refusal(499, "The client has left.")
-                body += message.get("body", b"")
-                if not message.get("more_body"):
-                    return body
-        except asyncio.TimeoutError:
-            raise _Refusal(408, f"The body was {len(body)} bytes long, and no more came for {STALLED:g} s.") from None
+            except asyncio.TimeoutError:
+                raise _Refusal(408, f"After {len(body)} bytes of the body, no more came for {STALLED:g} s.") from None
+            if message["type"] == "http.disconnect":
+                raise _Refusal(499, "The client has left.")
+            body += message.get("body", b"")
+            if not message.get("more_body") and len(body) <= self._max_bytes:
+                return body
         raise _Refusal(
             413,
             f"The body is longer than {self._max_bytes} bytes (max_megabytes={self._max_bytes / 1e6:g}): send fewer samples at a "
