@@ -81,6 +81,11 @@ async def labelled(images, prompts, label, trainer_state, num_generations):
     return [None if of is None else trainer_state.global_step * mean + of["bonus"] + len(p) for mean, of, p in values]
 
 
+def positional(images, *rest):
+    assert rest == ()
+    return images.amax(dim=(1, 2, 3))
+
+
 def everything(**kwargs):
     shown = sorted(name for name in kwargs if name != "trainer_state")
     return [float(len(", ".join(shown)) + n) for n in kwargs["number"]]
@@ -173,7 +178,7 @@ def clip(tmp_path_factory):
 def everywhere(clip):
     """The URL of a server of many rewards, and the rewards by name."""
     rewards = [
-        *(brightness, first_value, loudness, speed, in_sync, labelled, everything, Edited(), raising),
+        *(brightness, first_value, loudness, speed, in_sync, labelled, everything, Edited(), raising, positional),
         *(clip, JPEGCompressibility(), TemporalSmoothness(), PairwiseJudge(brighter)),
     ]
     with serving(*rewards) as url:
@@ -183,6 +188,7 @@ def everywhere(clip):
 CASES = {
     "brightness": {},
     "first_value": {},
+    "positional": {},
     "CLIPScore": {},
     "JPEGCompressibility": {},
     "TemporalSmoothness": {"made": VIDEOS},
@@ -286,7 +292,7 @@ class Gate:
 
 
 def wait_until(condition):
-    end = time.monotonic() + 10
+    end = time.monotonic() + 30
     while not condition():
         assert time.monotonic() < end, "it does not come"
         time.sleep(0.01)
@@ -303,7 +309,7 @@ def calls(url, bodies, path="/score/Gate"):
     for number in range(len(bodies)):
         threads.append(threading.Thread(target=call, args=(number,)))
         threads[-1].start()
-        time.sleep(0.1)
+        time.sleep(0.2)  # they arrive in this order
     yield answers
     for thread in threads:
         thread.join()

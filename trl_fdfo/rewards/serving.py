@@ -74,7 +74,7 @@ class Scorer:
             "name": self.name,
             "needs": needs,
             "takes": [p.name for p in named if p.name not in needs],
-            "takes_all": len(named) < len(parameters),
+            "takes_all": any(p.kind is p.VAR_KEYWORD for p in parameters),
             "image_type": attribute_of(function, "image_type", "pt"),
             "pairwise": bool(attribute_of(function, "pairwise", False)),
             "settings": settings_of(function),
@@ -239,9 +239,9 @@ class _Place:
 class _Queue:
     """The requests that wait for a reward, and its workers."""
 
-    def __init__(self, workers: list[Any], max_batch_size: int, max_waiting: int):
-        self.workers, self.max_batch_size, self.max_waiting = workers, max_batch_size, max_waiting
-        self.description: dict[str, Any] = {}
+    def __init__(self, description: dict[str, Any], workers: list[Any], max_batch_size: int, max_waiting: int):
+        self.description, self.workers = description, workers
+        self.max_batch_size, self.max_waiting = max_batch_size, max_waiting
         self._seconds = 0.0  # that each request of the last call took
         self._places: set[_Place] = set()
         self._waiting: deque[_Place] = deque()
@@ -344,9 +344,10 @@ class RewardServer:
         token: str = "",
     ):
         processes = max(1, len(devices)) if processes is None else processes
-        for name in ("processes", "max_batch_size", "max_waiting", "max_megabytes"):
-            if not locals()[name] > 0:
-                raise ValueError(f"{name}={locals()[name]} of a server of rewards must be more than 0.")
+        numbers = {"processes": processes, "max_batch_size": max_batch_size, "max_waiting": max_waiting}
+        for name, number in {**numbers, "max_megabytes": max_megabytes}.items():
+            if not number > 0:
+                raise ValueError(f"{name}={number} of a server of rewards must be more than 0.")
         if not rewards or isinstance(rewards, str):
             raise ValueError(f"rewards={rewards!r} must be a list with at least one reward to serve.")
         for device in devices:
@@ -364,12 +365,11 @@ class RewardServer:
         every = [[_Here(r)] if here else _in_processes(r, processes, devices) for r in rewards]
         loading = [worker for workers in every for worker in workers]
         try:
-            with ThreadPoolExecutor(len(loading)) as threads:  # the processes load at the same time
-                load = _Here.load if here else _Process.load
-                described = list(map(load, loading) if here else threads.map(load, loading))
-            for number, workers in enumerate(every):
-                queue = _Queue(workers, max_batch_size, max_waiting)
-                queue.description = described[number * len(workers)]
+            # Processes load at the same time; this one, one reward after the other.
+            with ThreadPoolExecutor(1 if here else len(loading)) as threads:
+                described = dict(zip(loading, threads.map(lambda worker: worker.load(), loading)))
+            for workers in every:
+                queue = _Queue(described[workers[0]], workers, max_batch_size, max_waiting)
                 name = queue.description["name"]
                 if name in self._queues:
                     raise RuntimeError(
