@@ -144,7 +144,7 @@ def test_two_trainers_with_one_name(voting):
 def test_wrong_token_is_said(start_server):
     running = start_server(token="right")
     with pytest.raises(HumanPreferenceError, match="401.*token is missing or wrong"):
-        score(human(running.url, token="wrong"), images_of(2), ["a", "a"])
+        score(human(running.url, token="another"), images_of(2), ["a", "a"])
 
 
 def test_bad_arguments_are_refused():

@@ -632,7 +632,7 @@ def test_a_busy_server_says_when_to_come_back(qwen):
 
 
 def test_a_proxy_that_catches_a_server_of_ones_own_is_named(monkeypatch):
-    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("http_proxy", f"http://user:secret@127.0.0.1:{free_port()}")
     monkeypatch.setenv("no_proxy", "")
     with pytest.raises(VLMServerError, match=r"through the proxy http://127.0.0.1:\d+ .* add 127.0.0.1 to NO_PROXY"):
         ask(f"http://127.0.0.1:{free_port()}", max_retries=0)

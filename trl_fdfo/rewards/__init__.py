@@ -32,6 +32,7 @@ from .clap_score import CLAPScore
 from .clip_score import CLIPScore
 from .edit_judge import EditJudge, vlm_edit
 from .hpsv2 import HPSv2
+from .http_reward import HTTPReward
 from .human_preference import HumanPreference, human
 from .image_reward import ImageReward
 from .jpeg_compressibility import JPEGCompressibility, JPEGIncompressibility
@@ -51,6 +52,7 @@ __all__ = [
     "EditJudge",
     "HPSv2",
     "HumanPreference",
+    "HTTPReward",
     "ImageReward",
     "JPEGCompressibility",
     "JPEGIncompressibility",

@@ -13,6 +13,7 @@ from .clap_score import CLAPScore
 from .clip_score import CLIPScore
 from .edit_judge import vlm_edit
 from .hpsv2 import HPSv2
+from .http_reward import HTTPReward
 from .human_preference import HumanPreference, human
 from .image_reward import ImageReward
 from .jpeg_compressibility import JPEGCompressibility, JPEGIncompressibility
@@ -45,6 +46,7 @@ REWARDS = {
     "vlm_judge": vlm_judge,
     "vlm_edit": vlm_edit,
     "human": _human,
+    "http": HTTPReward,
     "text_rendering": TextRendering,
     "jpeg_compressibility": JPEGCompressibility,
     "jpeg_incompressibility": JPEGIncompressibility,

@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import json
 import logging
 import math
 import os
@@ -17,11 +16,11 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import torch
-from huggingface_hub import get_async_session
 from PIL import Image
 from transformers import TrainerState
 
 from ..preference.pairs import as_png, image_id, pair_key
+from .http_client import RetryingClient, ServerError
 from .pairwise_judge import PairwiseJudge
 from .reward_functions import RewardFunctions
 
@@ -34,7 +33,7 @@ _WAIT, _AGAIN, _FIRST_ANSWER, _LOG_EVERY = 10.0, 1.0, 30.0, 60.0
 _AT_A_TIME = 8
 
 
-class HumanPreferenceError(RuntimeError):
+class HumanPreferenceError(ServerError):
     """A preference server refused a request, or never answered."""
 
 
@@ -172,12 +171,10 @@ class HumanPreference:
 
     async def _ask(self, pairs: dict[str, tuple], trainer_state: TrainerState | None) -> dict[str, dict]:
         """The verdicts on some pairs, which are sent first; waits for them."""
-        client = get_async_session()
-        client.event_hooks = {}
-        async with client:
-            await self._meet(client)
+        await self._connect()
+        async with self._client.session() as session:
             rollout = _rollout(trainer_state)
-            await self._post(client, "/state", {"state": _state(trainer_state, rollout)})
+            await self._post(session, "/state", {"state": _state(trainer_state, rollout)})
             items = list(pairs.items())
             for start in range(0, len(items), _AT_A_TIME):
                 some = items[start : start + _AT_A_TIME]
@@ -186,85 +183,81 @@ class HumanPreference:
                     "pairs": [[prompt, *ids] for _, (prompt, ids, _) in some],
                     "images": {id: _text(png) for _, (_, ids, files) in some for id, png in zip(ids, files)},
                 }
-                await self._post(client, "/pairs", body)
+                await self._post(session, "/pairs", body)
             self._open |= pairs.keys()
             found: dict[str, dict] = {}
             since = time.monotonic()
             while len(found) < len(pairs):
                 left = [key for key in pairs if key not in found]
-                said = await self._post(client, "/verdicts", {"keys": left, "wait": self._longest_wait()})
+                said = await self._post(session, "/verdicts", {"keys": left, "wait": self._longest_wait()})
                 found |= said["verdicts"]
                 self._open -= said["verdicts"].keys()
                 self._say_what_is_open()
                 waited = min(said["idle"], time.monotonic() - since)
                 if self.patience is not None and waited > self.patience:
-                    await self._post(client, "/expire", {"keys": [key for key in pairs if key not in found]})
+                    await self._post(session, "/expire", {"keys": [key for key in pairs if key not in found]})
             return found
 
     def _longest_wait(self) -> float:
         return _WAIT if self.patience is None else min(_WAIT, self.patience)
 
-    async def _meet(self, client: Any) -> None:
-        """Open the run, once per process. After a crash its name is free only when the server has missed the trainer."""
-        loop = asyncio.get_running_loop()
-        async with self._locks.setdefault(loop, asyncio.Lock()):
+    async def _connect(self) -> None:
+        """Find the server and open the run, once per process."""
+        async with self._locks.setdefault(asyncio.get_running_loop(), asyncio.Lock()):
             if self._run_id is not None:
                 return
             if self.url is None:
-                self._start_server()
+                await asyncio.to_thread(self._start_server)
+            self._client = RetryingClient(
+                self.url,
+                owner="HumanPreference",
+                advice="Is a preference server up (`python -m trl_fdfo.preference`)?",
+                refusal_advice="",
+                error=HumanPreferenceError,
+                max_concurrency=100,  # of which each may wait for votes
+                timeout=_WAIT + 30,
+                max_retries=0,  # of one request; a run is not given up as soon
+                api_key=self._token or "",
+            )
             body = {"name": self.run, "votes_per_pair": self.votes_per_pair}
             end = time.monotonic() + _FIRST_ANSWER
-            while True:
-                try:
-                    self._run_id = (await self._post(client, "", body))["run"]
-                    break
-                except _NameTaken as error:
-                    if time.monotonic() > end:
-                        raise HumanPreferenceError(str(error)) from None
-                    await asyncio.sleep(_AGAIN)
+            async with self._client.session() as session:
+                while self._run_id is None:
+                    try:
+                        self._run_id = (await self._post(session, "", body))["run"]
+                    except HumanPreferenceError as error:
+                        # After a crash the name is free when the server has missed the trainer.
+                        if error.status != 409 or time.monotonic() > end:
+                            raise
+                        await asyncio.sleep(_AGAIN)
             link = f"{self.url}/" + (f"?token={self._token}" if self._token and self._process is not None else "")
             show_link(link, self.run)
 
-    async def _post(self, client: Any, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    async def _post(self, session: Any, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """
-        The answer to a request, which is sent again while the server does not answer.
+        The answer to a request of the run (of the server, if `path` is empty), which is sent again while there is none.
 
         Raises:
             HumanPreferenceError: The server refused it, or has never answered.
         """
-        headers = {"content-type": "application/json"}
-        if self._token:
-            headers["authorization"] = f"Bearer {self._token}"
-        content = json.dumps({"owner": self._owner, **body}).encode()
-        url = f"{self.url}/api/runs" + (f"/{self._run_id}{path}" if path else "")
-        begin = warned = time.monotonic()
+        path = f"/api/runs/{self._run_id}{path}" if path else "/api/runs"
+        begin = logged = time.monotonic()
         while True:
             try:
-                answer = await client.post(url, content=content, headers=headers, timeout=_WAIT + 30)
-                said = answer.json() if answer.status_code < 500 else None
-                failure = f"status {answer.status_code}"
-            except (OSError, ValueError) as error:
-                said, failure = None, f"{type(error).__name__}: {error}"
-            except Exception as error:  # of the HTTP library, whose name depends on the Hub's version
-                if type(error).__module__.partition(".")[0] not in ("httpx", "httpx2", "httpcore", "httpcore2"):
+                said = await self._client.post(
+                    session, path, {"owner": self._owner, **body}, lambda answer: answer.json()
+                )
+            except HumanPreferenceError as error:
+                now = time.monotonic()
+                if error.status is not None or (not self._answered and now - begin > _FIRST_ANSWER):
                     raise
-                said, failure = None, f"{type(error).__name__}: {error}"
-            if isinstance(said, dict) and answer.status_code == 200:
+                if now - logged > _LOG_EVERY / 4:
+                    logged = now
+                    logger.warning("The run waits for the preference server: %s", error)
+                await asyncio.sleep(_AGAIN)
+            else:
                 self._answered = True
                 return said
-            if isinstance(said, dict) and 400 <= answer.status_code < 500:
-                message = f"{self.url} refused a request ({answer.status_code}): {said.get('error', said)}"
-                raise (_NameTaken if answer.status_code == 409 and not path else HumanPreferenceError)(message)
-            now = time.monotonic()
-            if not self._answered and now - begin > _FIRST_ANSWER:
-                raise HumanPreferenceError(
-                    f"{self.url} has not answered for {_FIRST_ANSWER:g} s, the last time with {failure}. Is a preference server "
-                    "up (`python -m trl_fdfo.preference`)?"
-                )
-            if now - warned > _LOG_EVERY / 4:
-                warned = now
-                logger.warning("%s does not answer (%s); the run waits for it.", self.url, failure)
-            await asyncio.sleep(_AGAIN)
 
     def _say_what_is_open(self) -> None:
         now = time.monotonic()
@@ -333,10 +326,6 @@ def show_link(link: str, run: str) -> None:
         return
     if getattr(get_ipython(), "kernel", None) is not None:
         display(HTML(f'<a href="{link}" target="_blank" rel="noopener">Vote on the images</a>'))
-
-
-class _NameTaken(Exception):
-    """Another trainer has a run of this name, or had it seconds ago."""
 
 
 def _owner() -> str:

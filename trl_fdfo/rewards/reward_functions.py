@@ -80,17 +80,17 @@ class RewardFunctions:
                 f"reward_weights has {len(weights)} values for {len(self.functions)} reward function(s): give one each."
             )
         self.weights = torch.tensor(weights or [1.0] * len(self.functions), dtype=torch.float64)
-        self.names = _unique([_attribute(f, "__name__", type(f).__name__) for f in self.functions])
+        self.names = _unique([attribute_of(f, "__name__", type(f).__name__) for f in self.functions])
         for name, function in zip(self.names, self.functions):
-            image_type = _attribute(function, "image_type", "pt")
+            image_type = attribute_of(function, "image_type", "pt")
             if image_type not in ("pt", "pil"):
                 raise ValueError(f"Reward '{name}' has image_type={image_type!r}; it must be 'pt' or 'pil'.")
-            _parameters(name, function)
+            parameters_of(name, function)
         # Each reward has a single thread, so it need not be thread-safe.
         self._workers = {
             name: _Worker(name)
             for name, function in zip(self.names, self.functions)
-            if _attribute(function, "background", False)
+            if attribute_of(function, "background", False)
         }
         self._rates: dict[str, float] = {}
         self.on_run_begin()
@@ -105,7 +105,7 @@ class RewardFunctions:
         self._rates = {name: rate for name in RATES if (rate := getattr(outputs, name)) is not None}
         kinds, makes = outputs.kinds, " and ".join(outputs.kinds)
         for name, function in zip(self.names, self.functions):
-            parameters = _parameters(name, function)
+            parameters = parameters_of(name, function)
             for parameter in parameters:
                 is_needed = parameter.default is parameter.empty
                 if is_needed and parameter.name in RATES and parameter.name not in self._rates:
@@ -129,7 +129,7 @@ class RewardFunctions:
     @property
     def scores(self) -> list[str]:
         """Names of the functions that score an image by itself: those without `pairwise = True`."""
-        return [name for name, f in zip(self.names, self.functions) if not _attribute(f, "pairwise", False)]
+        return [name for name, f in zip(self.names, self.functions) if not attribute_of(f, "pairwise", False)]
 
     def check_columns(
         self, columns: Sequence[str], dataset: str = "train_dataset", sampled_columns: Sequence[str] = ()
@@ -154,7 +154,7 @@ class RewardFunctions:
             )
         known = [*ARGUMENTS, *columns]
         for name, function in zip(self.names, self.functions):
-            for parameter in _parameters(name, function):
+            for parameter in parameters_of(name, function):
                 if parameter.kind is parameter.POSITIONAL_ONLY:
                     raise ValueError(
                         f"Reward '{name}' takes '{parameter.name}' by position only, but rewards are called by "
@@ -255,7 +255,7 @@ class RewardFunctions:
         """The weight of each function, and the settings that it was made with; nothing that each process has anew."""
         described = {}
         for name, function, weight in zip(self.names, self.functions, self.weights.tolist()):
-            settings = ", ".join(f"{k}={v}" for k, v in sorted(_settings(function).items()))
+            settings = settings_of(function)
             described[name] = f"{weight:g}" + (f" ({settings})" if settings else "")
         return described
 
@@ -279,7 +279,7 @@ class RewardFunctions:
                 f"undone: the pipeline would compute in another type. A reward says `dtype={dtype}` where it makes a tensor."
             )
         for function in self.functions:
-            hook = _attribute(function, "on_rollout_end", None)
+            hook = attribute_of(function, "on_rollout_end", None)
             if hook is not None:
                 hook()
 
@@ -352,9 +352,9 @@ def _run(calls: queue.SimpleQueue) -> None:
 
 def _arguments(name: str, function: RewardFunction, arguments: dict[str, Any], pil_images: Callable) -> dict[str, Any]:
     """Select the arguments that the function's signature names."""
-    if _attribute(function, "image_type", "pt") == "pil" and "images" in arguments:
+    if attribute_of(function, "image_type", "pt") == "pil" and "images" in arguments:
         arguments = {name: pil_images() if name in ("images", "videos") else value for name, value in arguments.items()}
-    parameters = _parameters(name, function)
+    parameters = parameters_of(name, function)
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return arguments
     return {p.name: arguments[p.name] for p in parameters if p.name in arguments}
@@ -432,7 +432,7 @@ def _background_loop() -> asyncio.AbstractEventLoop:
     return loop
 
 
-def _attribute(function: RewardFunction, name: str, default: Any) -> Any:
+def attribute_of(function: RewardFunction, name: str, default: Any) -> Any:
     """An attribute of a callable, or of the function that a `functools.partial` or a decorator wraps."""
     while function is not None:
         if hasattr(function, name):
@@ -441,7 +441,7 @@ def _attribute(function: RewardFunction, name: str, default: Any) -> Any:
     return default
 
 
-def _parameters(name: str, function: RewardFunction) -> list[inspect.Parameter]:
+def parameters_of(name: str, function: RewardFunction) -> list[inspect.Parameter]:
     try:
         # The call of a module takes anything and passes it on.
         signature = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
@@ -508,6 +508,11 @@ def checked_rewards(name: str, result: Any, prompts: Sequence[str], of: str = "i
 def _unique(names: list[str]) -> list[str]:
     """Number the names that occur again (two lambdas, two instances of a class)."""
     return [name if names.index(name) == i else f"{name}_{names[: i + 1].count(name)}" for i, name in enumerate(names)]
+
+
+def settings_of(function: RewardFunction) -> str:
+    """The settings that a reward was made with, as text; nothing that each process has anew."""
+    return ", ".join(f"{name}={value}" for name, value in sorted(_settings(function).items()))
 
 
 def _settings(function: RewardFunction) -> dict[str, str]:

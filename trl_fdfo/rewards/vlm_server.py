@@ -1,23 +1,18 @@
 """A vision-language model (VLM) on a server as a reward: [`VLMScore`] by HTTP, from vLLM, SGLang or alike."""
 
-import asyncio
 import base64
 import io
-import itertools
-import json
 import math
 import os
-import random
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 import torch
-from huggingface_hub import get_async_session
 from PIL import Image
 from torch import Tensor
 
+from .http_client import Answer, RetryingClient, ServerError, TemporaryFailure, all_or_none
 from .questions import MIN_PROBABILITY, VLMReward
 
 
@@ -25,7 +20,7 @@ from .questions import MIN_PROBABILITY, VLMReward
 _SETTLED = math.log(100 / 0.01 - 1)
 
 
-class VLMServer(VLMReward):
+class VLMServer(VLMReward, RetryingClient):
     """
     The answer of a VLM on a server to a question about each image or video: 0 to 100, higher is better.
 
@@ -85,34 +80,22 @@ class VLMServer(VLMReward):
         num_frames: int = 8,
     ):
         self.ask_about(question, target, contrast, num_frames)
-        self.urls = []
-        for each in [url] if isinstance(url, str) else url:
-            parts = urlsplit(each)
-            if parts.scheme not in ("http", "https") or not parts.netloc:
-                raise ValueError(f"url={each!r} of VLMServer must be a base URL such as http://localhost:8000/v1.")
-            self.urls.append(each.rstrip("/") + ("" if parts.path.strip("/") else "/v1"))
-        if not self.urls:
-            raise ValueError("url=[] of VLMServer names no server: give one, such as http://localhost:8000/v1.")
-        if not 1 <= max_concurrency <= 100:
-            raise ValueError(
-                f"max_concurrency={max_concurrency} of VLMServer must be between 1 and 100, the connections of a client."
-            )
-        if not (timeout > 0 and max_retries >= 0 and backoff >= 0):
-            raise ValueError(
-                f"timeout={timeout}, max_retries={max_retries}, backoff={backoff} of VLMServer: the timeout must be more "
-                "than 0 seconds, the others at least 0."
-            )
+        super().__init__(
+            url,
+            owner="VLMServer",
+            advice=f"Is it up (`vllm serve {model} --port 8000`)?",
+            refusal_advice=f"Check the url, which ends in /v1, the api_key, and that model={model!r} is a name that it serves: "
+            "{url}/models lists them.",
+            error=VLMServerError,
+            default_path="/v1",
+            max_concurrency=max_concurrency,
+            timeout=timeout,
+            max_retries=max_retries,
+            backoff=backoff,
+            api_key=os.environ.get("OPENAI_API_KEY", "") if api_key is None else api_key,
+        )
         self.model = model
-        self.max_concurrency = max_concurrency
-        self.timeout = timeout
-        self.max_retries = max_retries
-        self.backoff = backoff
         self.extra_body = extra_body or {}
-        self._api_key = (os.environ.get("OPENAI_API_KEY", "") if api_key is None else api_key).strip()
-        self._turns = itertools.count()
-        self._semaphores: dict[asyncio.AbstractEventLoop, asyncio.Semaphore] = {}
-        # A separate generator, which is not seeded by the training run.
-        self._random = random.Random()
 
     async def __call__(self, images: Sequence[Any], prompts: Sequence[str]) -> Tensor:
         """Score N images, or N videos as lists of frames, from 0 to 100: float32, shape [N]."""
@@ -120,77 +103,26 @@ class VLMServer(VLMReward):
         return 100 * (await self.log_odds(*self.asked(prompts, images))).sigmoid()
 
     async def log_odds(self, images: Sequence[Sequence[Image.Image]], questions: Sequence[str]) -> Tensor:
-        # The Hub's client brings its HTTP library (httpx or httpx2, by its version). Its hooks are removed: they forbid
-        # requests if HF_HUB_OFFLINE is set, as on nodes that reach their own server but not the Hub.
-        client = get_async_session()
-        client.event_hooks = {}
-        async with client:
-            tasks = [asyncio.ensure_future(self._ask(client, *each)) for each in zip(images, questions)]
-            try:
-                return torch.tensor(await asyncio.gather(*tasks))
-            finally:  # after a failure or a cancellation, no request outlives its client
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def _ask(self, client: Any, images: Sequence[Image.Image], question: str) -> float:
-        """The log odds of one question, which is asked until it is answered."""
-        turn = next(self._turns)
-        start = asyncio.get_running_loop().time()
-        body, failure = None, _RequestFailed("nothing")
-        for attempt in range(self.max_retries + 1):
-            if attempt > 0:
-                wait = min(60, self.backoff * 2 ** (attempt - 1))
-                await asyncio.sleep(max(wait * self._random.uniform(0.5, 1), failure.retry_after))
-            url = self.urls[(turn + attempt) % len(self.urls)]
-            async with self._semaphore():
-                if body is None:
-                    body = await asyncio.to_thread(self._body, images, question)
-                try:
-                    return await self._request(client, url, body)
-                except _RequestFailed as error:
-                    failure = error
-        seconds = asyncio.get_running_loop().time() - start
-        raise VLMServerError(
-            f"{url} did not answer: {attempt + 1} attempts in {seconds:.1f} s"
-            + (f" over {len(self.urls)} URLs" if len(self.urls) > 1 else "")
-            + f", the last with {failure}. "
-            + (
-                failure.advice
-                or f"Is it up (`vllm serve {self.model} --port 8000`)? Does it keep up with timeout={self.timeout:g} s "
-                f"and max_concurrency={self.max_concurrency}?{_proxy_in_the_way(url)}"
+        async with self.session() as session:
+            return torch.tensor(
+                await all_or_none(
+                    self.post(session, "/chat/completions", partial(self._body, *each), self._read)
+                    for each in zip(images, questions)
+                )
             )
-        )
 
-    async def _request(self, client: Any, url: str, body: bytes) -> float:
-        headers = {"content-type": "application/json"}
-        if self._api_key:
-            headers["authorization"] = f"Bearer {self._api_key}"
-        request = client.post(f"{url}/chat/completions", content=body, headers=headers, timeout=None)
+    def _read(self, answer: Answer) -> float:
+        """The log odds of an answer."""
         try:
-            response = await asyncio.wait_for(request, self.timeout)
-        except asyncio.TimeoutError:
-            raise _RequestFailed(f"no answer within {self.timeout:g} s") from None
-        except Exception as error:  # the classes depend on the HTTP library
-            raise _RequestFailed(self._redacted(f"{type(error).__name__}: {error}")) from None
-        answer = f"HTTP {response.status_code}: {self._redacted(response.text)[:300]}"
-        if response.status_code in (408, 429) or response.status_code >= 500:
-            raise _RequestFailed(answer, _seconds(response.headers.get("retry-after")))
-        if not response.is_success:
-            raise VLMServerError(
-                f"{url} refused a request with {answer}. Check the url, which ends in /v1, the api_key, and that "
-                f"model={self.model!r} is a name that it serves: {url}/models lists them."
-            )
-        try:
-            completion = response.json()
+            completion = answer.json()
             if completion["choices"][0]["logprobs"] is None:
-                raise _RequestFailed(
+                raise TemporaryFailure(
                     f"no log probabilities (logprobs: null) in {answer}",
                     advice="The score is made of them: serve the model with vLLM or SGLang, whose servers give them.",
                 )
             return self._odds_of(completion)
         except (ValueError, LookupError, TypeError):
-            raise _RequestFailed(f"no log probabilities in {answer}") from None
+            raise TemporaryFailure(f"no log probabilities in {answer}") from None
 
     def _odds_of(self, completion: Any) -> float:
         odds, logprobs = _log_odds(completion, self.question.target, self.question.contrast)
@@ -201,7 +133,7 @@ class VLMServer(VLMReward):
             raise VLMServerError(f"{self.__name__}: {self.unanswered(probability, likeliest)}.")
         return odds
 
-    def _body(self, images: Sequence[Image.Image], question: str) -> bytes:
+    def _body(self, images: Sequence[Image.Image], question: str) -> dict[str, Any]:
         content = []
         for image in images:
             buffer = io.BytesIO()
@@ -223,49 +155,11 @@ class VLMServer(VLMReward):
             "repetition_penalty": 1.0,
             **self.extra_body,
         }
-        return json.dumps({name: value for name, value in fields.items() if value is not None}).encode()
-
-    def _semaphore(self) -> asyncio.Semaphore:
-        loop = asyncio.get_running_loop()
-        for other in list(self._semaphores):
-            if other.is_closed():
-                self._semaphores.pop(other, None)
-        return self._semaphores.setdefault(loop, asyncio.Semaphore(self.max_concurrency))
-
-    def _redacted(self, text: str) -> str:
-        return text.replace(self._api_key, "***") if self._api_key else text
+        return {name: value for name, value in fields.items() if value is not None}
 
 
-class VLMServerError(RuntimeError):
+class VLMServerError(ServerError):
     """A [`VLMServer`] got no answer to a question."""
-
-
-class _RequestFailed(Exception):
-    """
-    A request failed for a reason that can be temporary. `retry_after` are the seconds that the server asks for, and `advice`
-    says what helps if the failure lasts.
-    """
-
-    def __init__(self, message: str, retry_after: float = 0.0, advice: str | None = None):
-        super().__init__(message)
-        self.retry_after, self.advice = retry_after, advice
-
-
-def _seconds(retry_after: str | None) -> float:
-    """The seconds of a Retry-After header, at most ten minutes; a date is left to the usual wait."""
-    try:
-        return min(600.0, max(0.0, float(retry_after or 0)))
-    except ValueError:
-        return 0.0
-
-
-def _proxy_in_the_way(url: str) -> str:
-    """A hint if the environment sends requests for this URL through a proxy."""
-    parts = urlsplit(url)
-    proxy = getproxies().get(parts.scheme)
-    if proxy is None or proxy_bypass(parts.netloc):
-        return ""
-    return f" Requests go through the proxy {proxy} of the environment: for a server of yours, add {parts.hostname} to NO_PROXY."
 
 
 def _log_odds(answer: Any, target: str, contrast: str) -> tuple[float, dict[str, float]]:
@@ -274,7 +168,7 @@ def _log_odds(answer: Any, target: str, contrast: str) -> tuple[float, dict[str,
     last; a ValueError, LookupError or TypeError for any other answer.
 
     Raises:
-        _RequestFailed: A word is not among the listed tokens, and its likelihood could matter.
+        TemporaryFailure: A word is not among the listed tokens, and its likelihood could matter.
     """
     token = answer["choices"][0]["logprobs"]["content"][0]
     listed = [(each["token"], float(each["logprob"])) for each in token["top_logprobs"]]
@@ -289,7 +183,7 @@ def _log_odds(answer: Any, target: str, contrast: str) -> tuple[float, dict[str,
     settled = odds <= -_SETTLED if missing == [target] else odds >= _SETTLED
     if missing and (len(missing) == 2 or not settled):
         likeliest = {text: round(logprob, 2) for text, logprob in list(reversed(logprobs.items()))[:10]}
-        raise _RequestFailed(
+        raise TemporaryFailure(
             f"an answer that lacks the token {' and '.join(map(repr, missing))}, whose likeliest tokens are {likeliest}",
             advice="The question must ask for its words: change `question`, `target` or `contrast`.",
         )
