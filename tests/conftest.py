@@ -2,6 +2,7 @@
 from tiny_runs import PROMPTS, redness  # isort: skip
 
 import contextlib
+import gc
 import socket
 
 import pytest
@@ -102,6 +103,12 @@ def pytest_collection_modifyitems(items):
     # Files with slow tests first: with several workers, the last one to end then ends soon after the others.
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish():
+    # Each start of a run collects garbage, which walks all objects: leave out the modules that are imported by now.
+    gc.collect()
+    gc.freeze()
 
 
 def free_port() -> int:

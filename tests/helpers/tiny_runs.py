@@ -10,9 +10,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 
+# Not used here: what a run imports.
+from trl_fdfo import FDFOConfig, FDFOTrainer  # noqa: F401
+
 
 torch.set_num_threads(1)
-# Accelerate collects garbage at each start of a run. Make it skip all imported objects.
+# Accelerate collects garbage at each start of a run, for longer than these runs take. Make it skip all imported objects.
 gc.collect()
 gc.freeze()
 
