@@ -1,5 +1,5 @@
 # First: it sets the environment before torch and huggingface_hub are imported.
-from tiny_runs import PROMPTS, redness  # isort: skip
+from tiny_runs import PROMPTS, UnplannedTrainer, redness  # isort: skip
 
 import contextlib
 import gc
@@ -10,7 +10,7 @@ import tiny_pipelines
 import torch
 from datasets import Dataset
 
-from trl_fdfo import FDFOConfig, FDFOTrainer
+from trl_fdfo import FDFOConfig
 
 
 # A test of what a GPU does runs on the CPU too, so that it cannot rot on machines without one.
@@ -49,12 +49,15 @@ def make_config(tmp_path):
 
 @pytest.fixture
 def make_trainer(make_config):
-    """A trainer of a tiny SD3; keyword arguments of the trainer by name, all others are options of the config."""
+    """
+    A trainer of a tiny SD3, which prints no plan unless its class is `FDFOTrainer` itself; keyword arguments of the trainer
+    by name, all others are options of the config.
+    """
 
-    def make(pipeline=None, reward_fn=redness, prompts=PROMPTS, **options):
+    def make(pipeline=None, reward_fn=redness, prompts=PROMPTS, trainer_class=UnplannedTrainer, **options):
         names = ("eval_dataset", "eval_reward_fn", "callbacks", "optimizers", "peft_config")
         arguments = {name: options.pop(name) for name in names if name in options}
-        return FDFOTrainer(
+        return trainer_class(
             make_config(**options),
             pipeline if pipeline is not None else tiny_pipelines.sd3(),
             reward_fn,
