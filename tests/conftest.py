@@ -19,6 +19,10 @@ EACH_DEVICE = pytest.mark.parametrize(
 )
 
 
+# The file that takes longest by far. Its tests share nothing.
+SPREAD = "test_pipelines.py"
+
+
 @pytest.fixture
 def make_config(tmp_path):
     """A config of a run of a second on a tiny pipeline; keyword arguments replace its options."""
@@ -103,9 +107,26 @@ def pytest_collection_modifyitems(items):
         marker = item.get_closest_marker("gpu")
         if marker and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason=f"needs a CUDA GPU: {marker.args[0]}"))
-    # Files with slow tests first: with several workers, the last one to end then ends soon after the others.
+    # Files with slow tests first, and tests that are spread last: with several workers, all then end at about one time.
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    last = lambda item: item.path.name == SPREAD and not item.get_closest_marker("slow")
+    items.sort(key=lambda item: 2 if last(item) else item.path not in slow)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        """A worker takes a file, whose tests may share fixtures, or one of the tests that are spread."""
+
+        def _split_scope(self, nodeid):
+            scope = super()._split_scope(nodeid)
+            return nodeid if scope.endswith(f"/{SPREAD}") else scope
+
+    return Scheduling(config, log)
 
 
 def pytest_collection_finish():
