@@ -47,18 +47,20 @@ def make_flow(name, call, dtype=torch.float32):
     return PipelineFlow(pipeline, num_generations=2, **{"num_inference_steps": STEPS, **call})
 
 
-def rollout_arguments(flow, name, seed=0, churned_from=0):
-    """Arguments of a rollout whose branches are identical up to the level `churned_from`."""
+def rollout_arguments(flow, name, churned_level=None):
+    """Arguments of a rollout with churn at each level, or at one alone: before it the branches of a prompt are identical."""
     count = num_prompts(name)
     columns, prompts = columns_of(name, count), FAMILIES[name].prompts[:count]
     sigmas = flow.rehearse(prompts[:1], {column: values[:1] for column, values in columns.items()}, 2).sigmas
     gammas = constant_churn(sigmas, 0.2)
-    gammas[:churned_from] = 0
+    if churned_level is not None:
+        gammas = torch.zeros(STEPS + 1)
+        gammas[churned_level] = 0.2
     return {
         "prompts": prompts,
         "noise_amounts": gammas,
-        "seeds": range(seed, seed + count),
-        "noise_seeds": range(seed + 10, seed + 10 + 2 * count),
+        "seeds": range(count),
+        "noise_seeds": range(10, 10 + 2 * count),
         "levels": range(STEPS),
         "columns": columns,
     }
@@ -146,7 +148,7 @@ def test_docs_say_why_pipelines_are_refused():
 def test_a_call_is_replayed_exactly_and_taken_apart(name, call):
     flow = make_flow(name, FAMILIES[name].calls[call])
     count = num_prompts(name)
-    arguments = rollout_arguments(flow, name, churned_from=2)
+    arguments = rollout_arguments(flow, name, churned_level=2)
     apart = flow.rollout(**arguments)
     assert largest_error(flow, apart) == 0.0
     check_samples(apart.images, 2 * count)
