@@ -339,6 +339,20 @@ def test_a_refused_pipeline_says_why(name):
             flow.rehearse(family.prompts[:1], columns_for(family, 1), 2)
 
 
+# Their transformers compute with the values of tensors, such as where a mask is true: a plan says that activations are missing.
+UNCOUNTED = {
+    *(
+        "FramePack video of one section",
+        "GLM-Image",
+        "HiDream",
+        "HunyuanImage 2.1",
+        "HunyuanVideo 1.5",
+        "Nucleus-Image",
+    ),
+    "Qwen-Image 2.1",
+}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_two_processes_train_every_kind_of_transformer(tmp_path):
@@ -353,7 +367,7 @@ def test_two_processes_train_every_kind_of_transformer(tmp_path):
     for name, result in results.items():
         assert (result["wrapper"], result["processes"], result["steps"]) == ("DistributedDataParallel", 2, 2), name
         assert result["replay_error"] == 0.0 and result["spread"] == 0.0 and result["moved"] > 0.0, name
-        assert result["uncounted"] == "", name
+        assert bool(result["uncounted"]) == (name in UNCOUNTED), f"{name}: {result['uncounted']}"
         # The search costs time: it is on only where a weight gets no gradient, in some steps or in all.
         lacks = name.startswith(("EasyAnimate", "HunyuanVideo 1.5", "JoyImage", "Qwen-Image", "Wan 2.2 A14B"))
         assert result["finds_unused"] == (lacks and name != "Qwen-Image 2.1"), name
