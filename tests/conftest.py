@@ -1,7 +1,8 @@
 # First: it sets the environment before torch and huggingface_hub are imported.
-from tiny_runs import PROMPTS, redness  # isort: skip
+from tiny_runs import PROMPTS, UnplannedTrainer, redness  # isort: skip
 
 import contextlib
+import gc
 import socket
 
 import pytest
@@ -9,13 +10,17 @@ import tiny_pipelines
 import torch
 from datasets import Dataset
 
-from trl_fdfo import FDFOConfig, FDFOTrainer
+from trl_fdfo import FDFOConfig
 
 
 # A test of what a GPU does runs on the CPU too, so that it cannot rot on machines without one.
 EACH_DEVICE = pytest.mark.parametrize(
     "device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu("the same test, on the CPU, has run"))]
 )
+
+
+# The file that takes longest by far. Its tests share nothing.
+SPREAD = "test_pipelines.py"
 
 
 @pytest.fixture
@@ -48,12 +53,15 @@ def make_config(tmp_path):
 
 @pytest.fixture
 def make_trainer(make_config):
-    """A trainer of a tiny SD3; keyword arguments of the trainer by name, all others are options of the config."""
+    """
+    A trainer of a tiny SD3, which prints no plan unless its class is `FDFOTrainer` itself; keyword arguments of the trainer
+    by name, all others are options of the config.
+    """
 
-    def make(pipeline=None, reward_fn=redness, prompts=PROMPTS, **options):
+    def make(pipeline=None, reward_fn=redness, prompts=PROMPTS, trainer_class=UnplannedTrainer, **options):
         names = ("eval_dataset", "eval_reward_fn", "callbacks", "optimizers", "peft_config")
         arguments = {name: options.pop(name) for name in names if name in options}
-        return FDFOTrainer(
+        return trainer_class(
             make_config(**options),
             pipeline if pipeline is not None else tiny_pipelines.sd3(),
             reward_fn,
@@ -99,9 +107,32 @@ def pytest_collection_modifyitems(items):
         marker = item.get_closest_marker("gpu")
         if marker and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason=f"needs a CUDA GPU: {marker.args[0]}"))
-    # Files with slow tests first: with several workers, the last one to end then ends soon after the others.
+    # Files with slow tests first, and tests that are spread last: with several workers, all then end at about one time.
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    last = lambda item: item.path.name == SPREAD and not item.get_closest_marker("slow")
+    items.sort(key=lambda item: 2 if last(item) else item.path not in slow)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        """A worker takes a file, whose tests may share fixtures, or one of the tests that are spread."""
+
+        def _split_scope(self, nodeid):
+            scope = super()._split_scope(nodeid)
+            return nodeid if scope.endswith(f"/{SPREAD}") else scope
+
+    return Scheduling(config, log)
+
+
+def pytest_collection_finish():
+    # Each start of a run collects garbage, which walks all objects: leave out the modules that are imported by now.
+    gc.collect()
+    gc.freeze()
 
 
 def free_port() -> int:

@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-import tiny_runs  # noqa: F401  # first: it sets the environment before torch is imported
+import tiny_runs  # first: it sets the environment before torch is imported
 import torch
 import torch.distributed as dist
 from datasets import Dataset
@@ -68,7 +68,9 @@ def train(name: str, folder: Path) -> dict:
         },
     )
     prompts = Dataset.from_dict({"prompt": list(FAMILIES[name].prompts[:2]), **columns})
-    trainer = FDFOTrainer(config, FAMILIES[name].build(), strength, prompts)
+    # One plan is enough.
+    trainer_class = FDFOTrainer if config.process_index == 0 else tiny_runs.UnplannedTrainer
+    trainer = trainer_class(config, FAMILIES[name].build(), strength, prompts)
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
     trainer.train()
     moved, spread = 0.0, 0.0
@@ -79,6 +81,7 @@ def train(name: str, folder: Path) -> dict:
             dist.all_reduce(highest, dist.ReduceOp.MAX)
             dist.all_reduce(lowest, dist.ReduceOp.MIN)
             spread = max(spread, (highest - lowest).abs().max().item())
+    plan = trainer.run_plan()
     [log] = [log for log in trainer.state.log_history if "replay_error" in log]
     return {
         "processes": trainer.args.world_size,
@@ -88,12 +91,16 @@ def train(name: str, folder: Path) -> dict:
         "moved": moved,
         "spread": spread,
         "finds_unused": trainer.model_wrapped.find_unused_parameters,
+        "uncounted": str(plan.failure) if plan and plan.failure else "",
     }
 
 
 def main(folder: Path) -> None:
     results = {}
-    for name in one_of_each_transformer():
+    names = one_of_each_transformer()
+    gc.collect()
+    gc.freeze()  # each family has imported modules of its own
+    for name in names:
         results[name] = train(name, folder)
         gc.collect()
     if dist.get_rank() == 0:

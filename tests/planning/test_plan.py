@@ -1,3 +1,4 @@
+import functools
 import json
 import re
 import runpy
@@ -39,6 +40,11 @@ from trl_fdfo.rewards.learned_reward import LearnedReward
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "train_sd3.py"
 PlannedConfig = planned(FDFOConfig)
+
+
+@pytest.fixture
+def make_trainer(make_trainer):
+    return functools.partial(make_trainer, trainer_class=FDFOTrainer)
 
 
 # Activations and operations -------------------------------------------------------------------------------------------

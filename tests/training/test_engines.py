@@ -165,7 +165,8 @@ def small_run(folder: Path, use_cpu: bool = False) -> list[str]:
     script = [engine_run.__file__, "examples/train_sd3.py", "--config", "examples/recipes/shapes.yaml"]
     script += ["--use_cpu", str(use_cpu), "--ddp_backend", "gloo", "--num_rollouts", "1", "--prompts_per_rollout", "4"]
     script += ["--per_device_prompt_batch_size", "1", "--optimizer_steps_per_rollout", "1"]
-    script += ["--num_report_prompts", "2", "--images_per_report_prompt", "1", "--output_dir", str(folder)]
+    script += ["--num_inference_steps", "4", "--num_report_prompts", "2", "--images_per_report_prompt", "1"]
+    script += ["--output_dir", str(folder)]
     return script
 
 

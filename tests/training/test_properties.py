@@ -7,7 +7,6 @@ Each run of the suite draws the same examples. To draw a thousand others:
 """
 
 import collections
-import gc
 import os
 import tempfile
 
@@ -178,15 +177,6 @@ def outcome(options: dict, has_eval_dataset: bool) -> str:
     return "trained"
 
 
-@pytest.fixture
-def frozen_modules():
-    """Trainer collects garbage in each run, which takes longer than the run. Make it skip all imported objects."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.mark.parametrize("options", ONE_BAD_VALUE, ids=str)
 def test_a_bad_value_is_refused_by_itself(options):
     # Some options are read only if the run evaluates, or saves by steps.
@@ -196,7 +186,7 @@ def test_a_bad_value_is_refused_by_itself(options):
 
 
 @pytest.mark.timeout(0 if EXAMPLES else 300)
-def test_a_run_trains_or_is_refused_when_it_is_constructed(frozen_modules):
+def test_a_run_trains_or_is_refused_when_it_is_constructed():
     outcomes = collections.Counter()
 
     @settings(

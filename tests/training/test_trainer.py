@@ -288,7 +288,7 @@ def test_a_reward_that_teaches_nothing_is_reported(make_trainer, reward, caplog)
 
 
 def test_run_plan(make_trainer, capsys):
-    trainer = make_trainer(timestep_fraction=0.5, num_rollouts=1)
+    trainer = make_trainer(trainer_class=FDFOTrainer, timestep_fraction=0.5, num_rollouts=1)
     trainer.train()
     plan = capsys.readouterr().out
     trainable = sum(weight.numel() for weight in trained_weights(trainer).values())

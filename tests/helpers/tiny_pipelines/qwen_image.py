@@ -7,6 +7,7 @@ from diffusers import (
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
+from diffusers.models.autoencoders.vae import DecoderOutput
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from .family import Family
@@ -61,16 +62,45 @@ def qwen_text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGene
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
-def qwen_vae(downsamplings: int = 1) -> AutoencoderKLQwenImage:
+def qwen_vae() -> AutoencoderKLQwenImage:
     return AutoencoderKLQwenImage(
         base_dim=4,
         z_dim=4,
-        dim_mult=[1] * (downsamplings + 1),
+        dim_mult=[1, 1],
         num_res_blocks=0,
-        temperal_downsample=[False] * downsamplings,
+        temperal_downsample=[False],
         latents_mean=[0.1, -0.1, 0.2, 0.0],
         latents_std=[1.5, 2.0, 1.0, 0.5],
     )
+
+
+class LargePixels(AutoencoderKLQwenImage):
+    """
+    For pipelines whose images are large whatever they are asked for: each pixel of its own is a square of equal pixels, whose
+    side is `size`, a power of 2.
+    """
+
+    def __init__(self, size: int = 64, input_channels: int = 3, z_dim: int = 4):
+        super().__init__(
+            base_dim=4,
+            z_dim=z_dim,
+            input_channels=input_channels,
+            dim_mult=[1, 1],
+            num_res_blocks=0,
+            # Read by the pipelines: images are 2 ** len() times as large as latents.
+            temperal_downsample=[False] * size.bit_length(),
+            latents_mean=[0.1, -0.1, 0.2, 0.0] * (z_dim // 4),
+            latents_std=[1.5, 2.0, 1.0, 0.5] * (z_dim // 4),
+        )
+        self.size = size
+
+    def encode(self, x, return_dict=True):
+        return super().encode(x[..., :: self.size, :: self.size], return_dict=return_dict)
+
+    def decode(self, z, return_dict=True):
+        image = super().decode(z, return_dict=False)[0]
+        image = image.repeat_interleave(self.size, dim=-1).repeat_interleave(self.size, dim=-2)
+        return DecoderOutput(sample=image) if return_dict else (image,)
 
 
 def qwen_transformer() -> QwenImageTransformer2DModel:

@@ -2,7 +2,6 @@
 
 import torch
 from diffusers import (
-    AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
     QwenImageControlNetInpaintPipeline,
     QwenImageControlNetModel,
@@ -14,12 +13,12 @@ from diffusers import (
     QwenImageMultiControlNetModel,
     QwenImageTransformer2DModel,
 )
-from diffusers.models.autoencoders.vae import DecoderOutput
 from PIL import Image
 
 from . import qwen_image, qwen_image_edit
 from .conditioned import control_image, image, image_and_mask, masks, pictures, wake
 from .family import Family
+from .qwen_image import LargePixels
 
 
 PLAIN = qwen_image.CALLS["plain"]
@@ -62,31 +61,6 @@ def control_images(count: int) -> dict[str, list]:
 
 def transparent_image(count: int) -> dict[str, list[Image.Image]]:
     return {"image": [picture.convert("RGBA") for picture in pictures(count)]}
-
-
-class LargePixels(AutoencoderKLQwenImage):
-    """For pipelines whose images are large whatever they are asked for: an image is 64 x 64 equal pixels for each of its own."""
-
-    def __init__(self, input_channels: int = 3, z_dim: int = 4):
-        super().__init__(
-            base_dim=4,
-            z_dim=z_dim,
-            input_channels=input_channels,
-            dim_mult=[1, 1],
-            num_res_blocks=0,
-            # Read by the pipelines: images are 2 ** 7 times as large as latents.
-            temperal_downsample=[False] * 7,
-            latents_mean=[0.1, -0.1, 0.2, 0.0] * (z_dim // 4),
-            latents_std=[1.5, 2.0, 1.0, 0.5] * (z_dim // 4),
-        )
-
-    def encode(self, x, return_dict=True):
-        return super().encode(x[..., ::64, ::64], return_dict=return_dict)
-
-    def decode(self, z, return_dict=True):
-        image = super().decode(z, return_dict=False)[0]
-        image = image.repeat_interleave(64, dim=-1).repeat_interleave(64, dim=-2)
-        return DecoderOutput(sample=image) if return_dict else (image,)
 
 
 def _with_parts_of(pipeline, pipeline_class: type, **parts):

@@ -6,7 +6,7 @@ from PIL import Image
 from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor
 
 from .family import Family
-from .qwen_image import qwen_text_encoder, qwen_tokenizer, qwen_transformer, qwen_vae
+from .qwen_image import LargePixels, qwen_text_encoder, qwen_tokenizer, qwen_transformer
 
 
 CALLS = {
@@ -39,8 +39,8 @@ def components() -> dict:
     image_processor = Qwen2VLImageProcessor(size={"shortest_edge": 56 * 56, "longest_edge": 56 * 56})
     return {
         "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.02),
-        # The pipelines scale every conditioning image to a megapixel: 16 x 16 tokens with 5 downsamplings and packing.
-        "vae": qwen_vae(downsamplings=5),
+        # The pipelines scale every conditioning image to a megapixel: 16 x 16 tokens, of 2 x 2 latents.
+        "vae": LargePixels(size=16),
         "text_encoder": qwen_text_encoder(tokenizer),
         "tokenizer": tokenizer,
         "processor": Processor(image_processor, tokenizer),
