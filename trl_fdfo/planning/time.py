@@ -5,8 +5,8 @@ Seconds of counted operations on a card. An estimate, by one formula: a call tak
 
 seconds. Matrix products, convolutions and attention (FLOPs) run at a fraction of the card's peak; all other operations
 move bytes (traffic) at a fraction of its bandwidth; and the host, which launches operations ahead of the card, may be the
-slower one. [`Cost`] has the three counts. The constants are fitted to calls of Stable Diffusion 3.5 Medium on an H200
-(benchmarks/results/gpu_sd35-NVIDIA-H200.json), which docs/memory_plan.md compares with the formula.
+slower one. [`Cost`] has the three counts. The constants are fitted to calls of a transformer of 2.2 billion weights on an H200
+(docs/memory_plan.md has them beside the formula).
 """
 
 from dataclasses import dataclass
