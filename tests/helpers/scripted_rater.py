@@ -10,6 +10,7 @@ import json
 import random
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 
 import numpy as np
@@ -52,7 +53,7 @@ class ScriptedRater:
 
     def vote(self, count=1):
         """Vote on the next pairs; the number of those that there were."""
-        pairs = json.loads(self.ask(f"api/next?rater={self.name}&count={count}"))["pairs"]
+        pairs = json.loads(self.ask(f"api/next?rater={urllib.parse.quote(self.name)}&count={count}"))["pairs"]
         for pair in pairs:
             left, right = (Image.open(io.BytesIO(self.ask(f"images/{pair[side]}.png"))) for side in ("left", "right"))
             preference = self.prefer(left.convert("RGB"), right.convert("RGB"), pair["prompt"])

@@ -184,6 +184,8 @@ class HumanPreference:
                     "images": {id: _text(png) for _, (_, ids, files) in some for id, png in zip(ids, files)},
                 }
                 await self._post(session, "/pairs", body)
+            if not self._open:
+                self._logged = time.monotonic()
             self._open |= pairs.keys()
             found: dict[str, dict] = {}
             since = time.monotonic()
