@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import tiny_pipelines
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from tiny_pipelines.qwen_image import PROMPT_TEMPLATE, qwen_tokenizer
-from transformers import CLIPTextConfig, PreTrainedTokenizerBase, Qwen2_5_VLConfig, T5Config
+from transformers import CLIPTextConfig, PreTrainedTokenizerBase, Qwen2_5_VLConfig, T5Config, UMT5Config
 
 from benchmarks.gpu_sd35 import MEDIUM
 
@@ -71,6 +71,9 @@ def _up_to(tokenizer: PreTrainedTokenizerBase, length: int) -> PreTrainedTokeniz
 
 
 T5_XXL = T5Config(**MEDIUM.t5, feed_forward_proj="gated-gelu", dropout_rate=0.0)
+UMT5_XXL = UMT5Config(**{**MEDIUM.t5, "vocab_size": 256384}, feed_forward_proj="gated-gelu", dropout_rate=0.0)
+# Of a pipeline itself: from which noise level on Wan 2.2 calls its other transformer.
+OPTIONS = {"Wan-AI/Wan2.2-T2V-A14B-Diffusers": {"boundary_ratio": 0.875}}
 
 
 def flux(
@@ -114,6 +117,21 @@ PIPELINES: dict[str, tuple[str, dict[str, tuple[str, str, Any]]]] = {
     ),
     "black-forest-labs/FLUX.1-dev": flux(True, FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)),
     "black-forest-labs/FLUX.1-schnell": flux(False, FlowMatchEulerDiscreteScheduler()),
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": (
+        "WanPipeline",
+        {
+            "transformer": ("diffusers", "WanTransformer3DModel", {}),
+            "transformer_2": ("diffusers", "WanTransformer3DModel", {}),
+            "vae": ("diffusers", "AutoencoderKLWan", {}),
+            "text_encoder": ("transformers", "UMT5EncoderModel", UMT5_XXL),
+            "tokenizer": ("transformers", "T5Tokenizer", t5_tokenizer()),
+            "scheduler": (
+                "diffusers",
+                "UniPCMultistepScheduler",
+                UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+            ),
+        },
+    ),
     "Qwen/Qwen-Image": (
         "QwenImagePipeline",
         {
@@ -147,7 +165,7 @@ def write_configs(model: str, folder: Path) -> Path:
             (folder / name / "config.json").write_text(json.dumps({"_class_name": part_class, **part}, indent=2))
         else:
             part.save_pretrained(folder / name)
-    index = {"_class_name": pipeline_class} | {name: part[:2] for name, part in parts.items()}
+    index = {"_class_name": pipeline_class, **OPTIONS.get(model, {})} | {name: part[:2] for name, part in parts.items()}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
     return folder
 

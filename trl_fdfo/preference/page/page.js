@@ -86,7 +86,7 @@ function show() {
   const pair = queue[0];
   for (const name of ["who", "past", "run"]) element(name).hidden = view !== name;
   element("vote").hidden = view !== "vote" || !pair;
-  element("waiting").hidden = view !== "vote" || Boolean(pair);
+  element("waiting").hidden = view !== "vote" || Boolean(pair) || loading !== null;
   for (const name of ["past", "run"]) document.querySelector(`[data-action=${name}]`).setAttribute("aria-pressed", view === name);
   element("rater").textContent = rater;
   element("prompt").textContent = view === "vote" && pair ? pair.prompt : "Which image is better?";
@@ -113,9 +113,8 @@ async function vote(choice) {
     const body = { rater, pair: pair.id, choice, left: pair.left, repeated: pair.repeated };
     await insist("api/votes", body);
     queue.shift();
-    if (numbers && !pair.repeated) numbers.mine = (numbers.mine || 0) + 1;
-    show();
     fill();
+    show();
   } catch (error) {
     queue.shift();
     trouble(error.message);
@@ -281,14 +280,13 @@ element("who").addEventListener("submit", (event) => {
   queue = [];
   view = "vote";
   document.activeElement.blur();
-  show();
   fill();
+  show();
   refresh();
 });
-element("runs").addEventListener("change", () => { queue = []; element("runs").blur(); show(); fill(); refresh(); });
+element("runs").addEventListener("change", () => { queue = []; element("runs").blur(); fill(); show(); refresh(); });
 
-if (!rater) act("who"); else show();
+if (rater) { fill(); show(); } else act("who");
 setInterval(() => { if (rater && view === "vote" && queue.length < AHEAD && !busy) fill(); }, 700);
 setInterval(refresh, 1500);
-if (rater) fill();
 refresh();
