@@ -29,7 +29,7 @@ def by_red(left, right, prompt):
     return left.resize((1, 1)).getpixel((0, 0))[0] - right.resize((1, 1)).getpixel((0, 0))[0]
 
 
-def whole(folder: Path, url: str, name: str = "whole", rollouts: int = 6) -> None:
+def run_here(folder: Path, url: str, name: str = "whole", rollouts: int = 6) -> None:
     """The run, in this process; it goes on from its last checkpoint. Its weights are in `weights.pt` when it has ended."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # whose number changes the last bits
@@ -88,7 +88,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.run:
         folder, url, name, rollouts = arguments.run
-        whole(Path(folder), url, name, int(rollouts))
+        run_here(Path(folder), url, name, int(rollouts))
         return
     from preference_server import Running
 
@@ -100,7 +100,7 @@ def main() -> None:
         rater = ScriptedRater(server.url, prefer=lambda *pair: time.sleep(0.1) or by_red(*pair))
         threading.Thread(target=rater.run, args=(over.is_set,), daemon=True).start()
         rollouts = 3 * arguments.kills
-        whole(folder / "whole", server.url, rollouts=rollouts)
+        run_here(folder / "whole", server.url, rollouts=rollouts)
         print(f"whole: {rater.votes} votes")
         done = -1
         for number in range(arguments.kills):

@@ -9,6 +9,7 @@ import kill_votes
 import pytest
 import torch
 from conftest import logged, trained_weights
+from kill_votes import by_red
 from PIL import Image
 from scripted_rater import ScriptedRater
 from transformers import TrainerState
@@ -18,10 +19,6 @@ from trl_fdfo.preference.cli import main
 from trl_fdfo.preference.store import LEASE
 from trl_fdfo.rewards import JPEGCompressibility, load_reward
 from trl_fdfo.rewards.human_preference import HumanPreference, HumanPreferenceError, human
-
-
-def by_red(left, right, prompt):
-    return sum(left.resize((1, 1)).getpixel((0, 0))[:1]) - sum(right.resize((1, 1)).getpixel((0, 0))[:1])
 
 
 @pytest.fixture
@@ -259,7 +256,7 @@ def test_the_trainer_starts_a_server_of_its_own(make_trainer, tmp_path):
 def test_a_killed_run_resumes_to_the_bit_with_a_person(voting, tmp_path):
     """The trainer is killed after its first checkpoint, and the server too; then both go on."""
     voting()
-    kill_votes.whole(tmp_path / "whole", voting.url)
+    kill_votes.run_here(tmp_path / "whole", voting.url)
     checkpoint = tmp_path / "killed" / "out" / "checkpoint-2"
     process = kill_votes.start(tmp_path / "killed", voting.url)
     while not (checkpoint / "trainer_state.json").exists():

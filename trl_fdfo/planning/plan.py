@@ -251,7 +251,7 @@ class RunPlan:
     def filling_batch(self) -> int | None:
         """
         The smallest `per_device_prompt_batch_size` with which an update takes the card as long as the host, by the
-        estimate; None if that of the run is enough, or none is.
+        estimate. None if the run has a batch of that size already, or if no batch is large enough.
         """
         args, card = self.args, CARDS[self.gpu]
         busy = card.busy_seconds(self.training, self._dtype, bool(args.tf32), args.torch_compile)

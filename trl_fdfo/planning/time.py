@@ -18,7 +18,7 @@ from .cost import Cost
 
 # The H200 multiplied large matrices at 0.76 of its peak; the products and the attention of a transformer are smaller.
 UTILISATION = 0.5
-# Of the bandwidth. Kernels that broadcast or reduce, as eager norms and modulations do, are far from all of it.
+# Share of the bandwidth. Eager norms and modulations broadcast and reduce, and their kernels use less than half of it.
 THROUGHPUT = 0.4
 # Seconds of the host per operation: of a virtual machine with 16 cores, Python and LoRA layers included. Others are faster.
 LAUNCH = 23e-6

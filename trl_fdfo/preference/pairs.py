@@ -18,7 +18,8 @@ def pair_key(prompt: str, one: str, other: str) -> str:
 
 def as_png(images: Any, frame_rate: float | None = None) -> bytes:
     """A PNG file of a PIL image, or an animated one of a list of them."""
-    frames = images if isinstance(images, (list, tuple)) else [images]
+    # Pillow keeps the options of a save in the image, and another thread may be saving the same one.
+    frames = [frame.copy() for frame in (images if isinstance(images, (list, tuple)) else [images])]
     buffer, options = io.BytesIO(), {}
     if len(frames) > 1:
         options = {"save_all": True, "append_images": frames[1:], "duration": 1000 / (frame_rate or 8), "loop": 0}

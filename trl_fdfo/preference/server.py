@@ -12,6 +12,7 @@ as a cookie that the link sets.
 import asyncio
 import base64
 import binascii
+import contextlib
 import hmac
 import io
 import json
@@ -126,14 +127,10 @@ class _Server:
         async with self._voted:
             while True:
                 found = await run_in_threadpool(self.store.verdicts, run, owner, keys)
-                if len(found) == len(set(keys)) or found or loop.time() >= end:
+                if found or not keys or loop.time() >= end:
                     break
-                try:
+                with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(self._voted.wait(), end - loop.time())
-                except TimeoutError:
-                    pass
-                except asyncio.TimeoutError:  # Python 3.10
-                    pass
         idle = await run_in_threadpool(self.store.idle_seconds, run)
         return JSONResponse({"verdicts": found, "idle": idle})
 

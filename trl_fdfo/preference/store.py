@@ -19,7 +19,7 @@ from typing import Any
 from .pairs import pair_key
 
 
-# What a person can choose, and its value for the image on the left.
+# The choices of a person. A choice adds its value to the image on the left.
 CHOICES = {"left": 1, "right": -1, "tie": 0, "both_bad": 0}
 # A trainer that has asked for nothing for this many seconds has ended.
 LEASE = 10.0
@@ -48,7 +48,7 @@ CREATE INDEX IF NOT EXISTS votes_by_rater ON votes (rater, time);
 CREATE VIEW IF NOT EXISTS counted AS
     SELECT votes.* FROM votes JOIN raters ON raters.name = votes.rater WHERE NOT repeated AND NOT excluded;
 """
-# Of each pair, the votes that count.
+# Selects the pairs, each with the votes that count.
 _TALLIED = """
 SELECT pairs.*, runs.votes_per_pair, runs.name AS run_name, COUNT(counted.value) AS votes,
     COALESCE(SUM(counted.value = 1), 0) AS for_a, COALESCE(SUM(counted.value = -1), 0) AS for_b

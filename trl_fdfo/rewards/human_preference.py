@@ -191,7 +191,9 @@ class HumanPreference:
             since = time.monotonic()
             while len(found) < len(pairs):
                 left = [key for key in pairs if key not in found]
-                said = await self._post(session, "/verdicts", {"keys": left, "wait": self._longest_wait()})
+                said = await self._post(
+                    session, "/verdicts", {"keys": left, "wait": min(_WAIT, self.patience or _WAIT)}
+                )
                 found |= said["verdicts"]
                 self._open -= said["verdicts"].keys()
                 self._say_what_is_open()
@@ -199,9 +201,6 @@ class HumanPreference:
                 if self.patience is not None and waited > self.patience:
                     await self._post(session, "/expire", {"keys": [key for key in pairs if key not in found]})
             return found
-
-    def _longest_wait(self) -> float:
-        return _WAIT if self.patience is None else min(_WAIT, self.patience)
 
     async def _connect(self) -> None:
         """Find the server and open the run, once per process."""
