@@ -22,6 +22,7 @@ GROUPS = {
     "ModelConfig and ScriptArguments": "Options of TRL's `ModelConfig` and `ScriptArguments`",
     "DDPOConfig": "Options of TRL's `DDPOConfig` (before TRL 1.0)",
     "ConfigDicts": "Options of Flow-GRPO's `config/*.py`",
+    "Flow-Factory": "Options of Flow-Factory's YAML files",
     "TrainingArguments of transformers 4": "Options of `TrainingArguments` (transformers 4)",
 }
 FDFO, FLOW_GRPO = ({field.name for field in fields(c)} for c in (FDFOConfig, FlowGRPOConfig))

@@ -196,6 +196,65 @@ OPTIONS_OF: dict[str, dict[str, Here]] = {
         "train.sft": _none("training is on the rewards alone"),
         "train.sft_batch_size": _none("training is on the rewards alone"),
     },
+    "Flow-Factory": {
+        "data.dataset_dir": _is("dataset_name", note="a file of the folder, or a Hub id"),
+        "data.datasets": _is("dataset_name", note="join several, and give the trainer a `train_dataset`"),
+        "data.max_dataset_size": _none("give the trainer a `train_dataset` that is cut"),
+        **_each(
+            "data.cache_dir data.enable_preprocess data.force_reprocess data.preprocessing_batch_size",
+            _is("cache_prompt_embeds", note="a switch; `datasets` decides where"),
+        ),
+        **_each(
+            "data.sampler_type data.sampler_subgroup_size",
+            _none("prompts are drawn at random, in an order that follows from `seed`"),
+        ),
+        "model.finetune_type": _is("use_peft", note="true is lora, false is full"),
+        "model.lora_rank": _is("lora_r"),
+        "model.target_modules": _is("lora_target_modules"),
+        "model.target_components": _is("trained_transformers"),
+        "model.model_type": _none("the pipeline is its own adapter"),
+        "model.master_weight_dtype": _none("what is trained is kept in float32"),
+        "model.resume_path": _is("adapter", "resume_from_checkpoint", note="weights, or a whole run"),
+        "model.resume_type": _none("`adapter` goes on from weights, `resume_from_checkpoint` with a run"),
+        "log.logging_backend": _is("report_to"),
+        "log.save_dir": _is("output_dir"),
+        "log.save_freq": _is("save_steps", note="counted in optimizer steps"),
+        "log.save_model_only": _is("save_only_model", note="such a run cannot be resumed"),
+        "train.trainer_type": _is("algorithm", note="of the scripts; in Python it is the trainer's class"),
+        "train.advantage_aggregation": _is("reward_weights", note="rewards are summed"),
+        "train.adv_clip_range": _none("differences of rewards are not clipped"),
+        "train.kl_beta": _is("beta"),
+        "train.kl_type": _none("the algorithm fixes what `beta` measures"),
+        "train.ref_param_device": _none("the reference is the model without its adapter"),
+        "train.max_epochs": _is("num_rollouts", note="an epoch is a rollout"),
+        "train.per_device_batch_size": _is("per_device_prompt_batch_size", note=_IN_PROMPTS),
+        "train.group_size": _is("num_generations"),
+        "train.unique_sample_num_per_epoch": _is("prompts_per_rollout", note="over all processes"),
+        "train.gradient_step_per_epoch": _is("optimizer_steps_per_rollout"),
+        "train.global_std": _none("rewards are compared within a prompt"),
+        "train.adam_betas": _is("adam_beta1", "adam_beta2"),
+        "train.enable_gradient_checkpointing": _is("gradient_checkpointing"),
+        "train.offload_samples_to_cpu": _is("offload_trajectories"),
+        **_each(
+            "train.ema_update_interval train.ema_device train.ema_decay_schedule",
+            _is("ema_decay", note="a constant decay, once per rollout"),
+        ),
+        "train.latent_storage_dtype": _none("recordings keep the dtype that an exact replay needs"),
+        "train.shuffle_samples": _none("batches keep their images: a replay is exact only so"),
+        **_each(
+            "train.reward_optimization_overlap train.reward_optimization_overlap_mode "
+            "train.reward_optimization_overlap_poll_interval",
+            _none("rewards that are `async` or have `background = True` overlap with sampling"),
+        ),
+        "scheduler.dynamics_type": _none("the algorithm fixes its sampler"),
+        "scheduler.num_sde_steps": _SOME_STEPS,
+        "scheduler.sde_steps": _none("the window is drawn from all steps but the last"),
+        **_each("eval.resolution eval.num_inference_steps eval.guidance_scale", _SAMPLES_LIKE_A_ROLLOUT),
+        "eval.per_device_batch_size": _is("per_device_eval_batch_size", note="counted in images"),
+        "eval.eval_freq": _is("eval_steps", note="counted in optimizer steps"),
+        "rewards": _SCRIPTS_REWARD,
+        "eval_rewards": _is("eval_reward", note="the trainer takes `eval_reward_fn`, the scripts take `eval_reward`"),
+    },
     "TrainingArguments of transformers 4": {
         "evaluation_strategy": _is("eval_strategy"),
         "no_cuda": _is("use_cpu"),
@@ -236,7 +295,7 @@ _OPTIONS = {
     **_each("pipeline train_dataset eval_dataset eval_reward_fn callbacks optimizers peft_config", _IS_ARGUMENT),
     **_each("reward_funcs reward_function", _SCRIPTS_REWARD),
 }
-_GROUPS = ("", "sample_", "train_", "pretrained_")
+_GROUPS = ("", "sample_", "train_", "pretrained_", "data_", "model_", "log_", "scheduler_", "eval_")
 
 
 def arguments_of(called: type) -> set[str]:
