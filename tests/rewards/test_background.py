@@ -43,7 +43,7 @@ def raising(error, kind):
         SystemExit(3),
         asyncio.CancelledError(),
         GeneratorExit(),
-        asyncio.TimeoutError(),
+        TimeoutError(),
         OSError(5),
     ],
     ids=lambda error: type(error).__name__,

@@ -207,7 +207,7 @@ class RetryingClient:
         request = session.request(method, address, content=content, headers=headers, timeout=None)
         try:
             response = await asyncio.wait_for(request, self.timeout)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise TemporaryFailure(f"no answer within {self.timeout:g} s") from None
         except Exception as error:  # the classes depend on the HTTP library
             raise TemporaryFailure(self._redacted(f"{type(error).__name__}: {error}")) from None

@@ -451,7 +451,7 @@ class RewardServer:
         while max(length, len(body)) <= self._max_bytes:
             try:
                 message = await asyncio.wait_for(request.receive(), STALLED)
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 raise _Refusal(408, f"After {len(body)} bytes of the body, no more came for {STALLED:g} s.") from None
             if message["type"] == "http.disconnect":
                 raise _Refusal(499, "The client has left.")
