@@ -5,6 +5,8 @@
 FROM python:3.12-slim-bookworm
 
 # A compiler builds DeepSpeed's and torch.compile's kernels when they are first used.
+# Debian removes old versions of a package, so a pinned one would not build for long.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends g++ git ninja-build \
     && rm -rf /var/lib/apt/lists/*
