@@ -25,7 +25,7 @@ FLOORS = [
     ["algorithm", "comparison", "diversity", "pipeline_flow"],  # tables of public names
     ["shapes"],
     ["cli"],
-    ["serve"],
+    ["serve", "__main__"],
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 ALGORITHMS = ("fdfo", "flow_grpo")

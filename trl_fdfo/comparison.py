@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from .evaluation.before_after import FIRST_SEED, BeforeAfter
+from .evaluation.before_after import BeforeAfter
+from .seeds import FIRST_SEED
 from .training.trainer import RolloutTrainer
 
 

@@ -11,6 +11,10 @@ import numpy as np
 # Last numbers of a seed: what is drawn with it. The orders of the prompts and of the noise levels have shorter seeds.
 INITIAL_NOISE, SAMPLER_NOISE, CHURN, EVALUATION, NOISY_STEPS = range(5)
 
+# Seed of the first image that is shown or scored beside a run. The seeds of rollouts are hashes of 64 bits: these are used
+# nowhere else.
+FIRST_SEED = 1_000_000
+
 
 def derive_seed(*numbers: int) -> int:
     """

@@ -1,17 +1,13 @@
 """Command lines and YAML files: wrong names and types are named in one line, and nothing is taken for something else."""
 
-import runpy
-from pathlib import Path
-
 import pytest
 
 from trl_fdfo import FDFOConfig, FlowGRPOConfig
-from trl_fdfo.cli.arguments import InferenceArguments, Parser, parse
+from trl_fdfo.cli import recipes, train
+from trl_fdfo.cli.arguments import InferenceArguments, Parser, RunArguments, parse
 from trl_fdfo.planning.without_weights import planned
 
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-SCRIPT = runpy.run_path(str(EXAMPLES / "train_sd3.py"))
 GIVEN = ["--output_dir", "out", "--use_cpu", "true", "--report_to", "none"]
 
 
@@ -26,8 +22,8 @@ def recipe(tmp_path):
     return write
 
 
-def train(*args):
-    return parse((SCRIPT["ScriptArguments"], FDFOConfig), [*GIVEN, *args])
+def parse_run(*args):
+    return parse((RunArguments, FDFOConfig), [*GIVEN, *args])
 
 
 @pytest.mark.parametrize(
@@ -46,10 +42,10 @@ def train(*args):
 )
 def test_an_unknown_option_is_refused_with_what_was_meant(args, message):
     with pytest.raises(ValueError, match=message):
-        train(*args)
+        parse_run(*args)
     # Also by the script itself, whose first look at the command line is for the algorithm alone.
     with pytest.raises(ValueError, match=message):
-        SCRIPT["main"]([*GIVEN, *args])
+        train.main([*GIVEN, *args])
 
 
 def test_a_wrong_name_is_told_before_what_is_missing(capsys):
@@ -62,7 +58,7 @@ def test_a_wrong_name_is_told_before_what_is_missing(capsys):
 
 def test_an_option_of_another_algorithm_is_refused():
     with pytest.raises(ValueError, match="with FlowGRPOConfig has no option churn"):
-        SCRIPT["main"]([*GIVEN, "--algorithm", "flow_grpo", "--churn", "0.3"])
+        train.main([*GIVEN, "--algorithm", "flow_grpo", "--churn", "0.3"])
     with pytest.raises(ValueError, match="with FDFOConfig has no option foo"):
         parse(planned(FDFOConfig), [*GIVEN, "--foo", "1"])
     (config,) = parse(FlowGRPOConfig, [*GIVEN, "--noise_level", "0.5"])
@@ -81,16 +77,16 @@ def test_an_option_of_another_algorithm_is_refused():
 )
 def test_a_yaml_file_is_read_as_strictly(recipe, text, message):
     with pytest.raises(ValueError, match=message):
-        train(*recipe(text))
+        parse_run(*recipe(text))
 
 
 def test_a_yaml_file_may_write_names_as_the_command_line(recipe):
     text = "learning-rate: 0.1\nnum-report-prompts: 3\nchurn_schedule: interval\nchurn-kwargs: {width: 0.3}\n"
     flag, path = recipe(text)
     for args in ([flag, path], [f"{flag}={path}"]):
-        script, config = train(*args, "--churn-kwargs", '{"width": 0.4}')
+        script, config = parse_run(*args, "--churn-kwargs", '{"width": 0.4}')
         assert (config.learning_rate, script.num_report_prompts, config.churn_shape()["width"]) == (0.1, 3, 0.4)
-    assert train(flag, path)[1].churn_shape()["width"] == 0.3
+    assert parse_run(flag, path)[1].churn_shape()["width"] == 0.3
 
 
 @pytest.mark.parametrize(
@@ -108,7 +104,7 @@ def test_a_yaml_file_may_write_names_as_the_command_line(recipe):
 )
 def test_a_wrong_type_prints_the_error_alone(capsys, args, message):
     with pytest.raises(SystemExit) as ended:
-        SCRIPT["main"]([*GIVEN, *args])
+        train.main([*GIVEN, *args])
     error = capsys.readouterr().err.strip()
     assert message in error and error.endswith("(--help lists the options)") and "\n" not in error
     assert ended.value.code == 2
@@ -116,29 +112,23 @@ def test_a_wrong_type_prints_the_error_alone(capsys, args, message):
 
 def test_a_partial_parser_passes_over_the_rest(recipe):
     args = [*GIVEN, *recipe("num_rollouts: 3\nalgorithm: flow_grpo\n"), "--noise_level", "0.5"]
-    script, rest = Parser(SCRIPT["ScriptArguments"], partial=True).parse_args_and_config(
-        args, return_remaining_strings=True
-    )
+    script, rest = Parser(RunArguments, partial=True).parse_args_and_config(args, return_remaining_strings=True)
     assert script.algorithm == "flow_grpo"
     assert rest == ["--num_rollouts", "3", *GIVEN, "--noise_level", "0.5"]
 
 
-@pytest.mark.parametrize("path", sorted((EXAMPLES / "recipes").glob("*.yaml")), ids=lambda path: path.name)
-def test_every_recipe_parses(path):
-    config_class = FlowGRPOConfig if "flow_grpo" in path.stem else FDFOConfig
-    script, config = parse(
-        (SCRIPT["ScriptArguments"], config_class), ["--config", str(path), *GIVEN[2:], "--bf16", "false"]
-    )
-    if "gb" in path.stem:  # made cheaper for a card, but for the paper's eight
-        few_steps = path.stem == "flux_schnell_80gb"  # and no guidance, as the model is used
+@pytest.mark.parametrize("name", recipes.names())
+def test_every_recipe_parses(name):
+    config_class = FlowGRPOConfig if "flow_grpo" in name else FDFOConfig
+    script, config = parse((RunArguments, config_class), ["--config", name, *GIVEN[2:], "--bf16", "false"])
+    if "gb" in name:  # made cheaper for a card, but for the paper's eight
+        few_steps = name == "flux_schnell_80gb"  # and no guidance, as the model is used
         assert (config.churn, config.churn_schedule) == ((0.1, "prior") if few_steps else (0.0025, "constant"))
         assert (config.num_inference_steps, config.timestep_fraction == 1.0) == (
-            {"sd35_8x80gb": (40, True), "sd35_80gb": (10, True), "flux_schnell_80gb": (4, True)}.get(
-                path.stem, (10, False)
-            )
+            {"sd35_8x80gb": (40, True), "sd35_80gb": (10, True), "flux_schnell_80gb": (4, True)}.get(name, (10, False))
         )
         guidance = {"flux": 0.0 if few_steps else 3.5, "qwen": None}
-        assert config.guidance_scale == guidance.get(path.stem.split("_")[0], 1.0)
+        assert config.guidance_scale == guidance.get(name.split("_")[0], 1.0)
     elif script.model != "shapes":  # the paper's setting
         assert config.pipeline_kwargs == {"max_sequence_length": 128}
         assert (config.churn, config.churn_schedule, config.num_inference_steps) == (0.0025, "constant", 40)
@@ -146,6 +136,6 @@ def test_every_recipe_parses(path):
             config.dataset_name == "yuvalkirstain/pickapic_v1_no_images" and config.dataset_prompt_column == "caption"
         )
         guidance = {"combined_guidance_2": 2.0, "combined_guidance_4.5": 4.5}
-        assert config.guidance_scale == guidance.get(path.stem, 1.0)
+        assert config.guidance_scale == guidance.get(name, 1.0)
     elif config_class is FDFOConfig:
         assert (config.churn_schedule, config.churn, config.churn_shape()) == ("prior", 0.26, {"spread": 0.0})

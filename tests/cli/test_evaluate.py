@@ -1,6 +1,5 @@
 import json
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -15,10 +14,11 @@ from PIL import Image
 from tiny_clip import save_clip
 
 from trl_fdfo import shapes
+from trl_fdfo.cli import evaluate as command
 from trl_fdfo.evaluation.diversity import load_diversity
 
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "evaluate.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "evaluate.py"  # for a launcher
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PROMPTS = ["a cat", "two dogs", "the sea", "red", "a box"]
@@ -44,7 +44,7 @@ class Judge:
 
 
 def evaluate(*arguments: str) -> None:
-    runpy.run_path(str(SCRIPT))["main"]([str(argument) for argument in arguments])
+    command.main([str(argument) for argument in arguments])
 
 
 def results(folder: str = "evaluation") -> dict:

@@ -7,20 +7,20 @@ import tiny_pipelines
 from PIL import Image
 
 from trl_fdfo import shapes
+from trl_fdfo.cli.main import main
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def run(script: str, *arguments: str) -> None:
-    runpy.run_path(str(EXAMPLES / script))["main"]([str(argument) for argument in arguments])
+def run(*arguments: str) -> None:
+    main([str(argument) for argument in arguments])
 
 
 @pytest.mark.slow
 def test_quickstart_script_writes_what_it_promises(tmp_path, capsys):
-    config = EXAMPLES / "recipes" / "shapes.yaml"
     run(
-        *("train_sd3.py", "--config", config, "--output_dir", tmp_path, "--num_rollouts", 2),
+        *("train", "--config", "shapes", "--output_dir", tmp_path, "--num_rollouts", 2),
         *("--prompts_per_rollout", 12, "--per_device_prompt_batch_size", 4, "--images_per_report_prompt", 2),
     )
     report = json.loads((tmp_path / "metrics.json").read_text())
@@ -46,7 +46,7 @@ def test_script_on_a_pipeline_by_path_with_a_reward_of_ones_own(tmp_path, monkey
     (tmp_path / "prompts.csv").write_text("prompt,label\na cat,1\ntwo dogs,3\n")
     monkeypatch.chdir(tmp_path)
     run(
-        *("train_sd3.py", "--model", "pipeline", "--reward", "mine_for_test:reward", "--dataset_name", "prompts.csv"),
+        *("train", "--model", "pipeline", "--reward", "mine_for_test:reward", "--dataset_name", "prompts.csv"),
         *("--output_dir", "out", "--num_rollouts", 1, "--prompts_per_rollout", 2, "--num_inference_steps", 4),
         *("--height", 16, "--width", 16, "--pipeline_kwargs", '{"max_sequence_length": 8}', "--use_cpu", "true"),
         *("--num_report_prompts", 2, "--images_per_report_prompt", 1, "--report_to", "none"),
@@ -73,9 +73,9 @@ def test_script_trains_with_the_baseline(tmp_path, capsys, given):
     if given == "file":
         (tmp_path / "recipe.yaml").write_text("algorithm: flow_grpo\nnoise_level: 0.5\n")
         algorithm = ("--config", tmp_path / "recipe.yaml")
-    run("train_sd3.py", *options, *algorithm, "--plan")
+    run("train", *options, *algorithm, "--plan")
     assert capsys.readouterr().out.startswith("Flow-GRPO on StableDiffusion3Pipeline")
-    run("train_sd3.py", *options, *algorithm)
+    run("train", *options, *algorithm)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "arxiv.org/abs/2505.05470" in card and "2603.12893" not in card and "- flow-grpo" in card
     assert "| `noise_level` | 0.5 |" in card and "churn" not in card
@@ -84,7 +84,8 @@ def test_script_trains_with_the_baseline(tmp_path, capsys, given):
 
 @pytest.mark.slow
 def test_pretraining_script_builds_a_pipeline_that_loads(tmp_path, capsys):
-    run("shapes/pretrain.py", "--output", tmp_path, "--vae-steps", 5, "--flow-steps", 5, "--dataset-size", 500)
+    pretrain = runpy.run_path(str(EXAMPLES / "shapes" / "pretrain.py"))["main"]
+    pretrain(["--output", str(tmp_path), "--vae-steps", "5", "--flow-steps", "5", "--dataset-size", "500"])
     assert "strict_accuracy" in capsys.readouterr().out
     from trl_fdfo.pipeline.loading import load_pipeline
 

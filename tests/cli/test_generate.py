@@ -1,5 +1,4 @@
 import json
-import runpy
 import shutil
 from pathlib import Path
 
@@ -10,16 +9,16 @@ import torch
 from PIL import Image
 from read_sheet import panels
 
+from trl_fdfo.cli import generate as command
 from trl_fdfo.reporting.sheets import GAP, MARGIN, picture
 
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "generate.py"
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 
 
 def generate(*arguments: str) -> None:
-    runpy.run_path(str(SCRIPT))["main"]([str(argument) for argument in arguments])
+    command.main([str(argument) for argument in arguments])
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 import json
 import math
-import runpy
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +9,7 @@ from PIL import Image
 from tiny_runs import PROMPTS, redness
 from transformers import EarlyStoppingCallback, TrainerState
 
+from trl_fdfo.cli import train
 from trl_fdfo.evaluation.evaluator import Evaluation, Evaluator, summarize
 from trl_fdfo.media import Media
 from trl_fdfo.reporting.curves import evaluation_curves
@@ -387,8 +386,6 @@ def test_a_run_leaves_its_curves(make_trainer, tmp_path):
 
 
 def test_the_script(tmp_path, caplog):
-    script = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "train_sd3.py"))
-    recipe = Path(__file__).parents[2] / "examples" / "recipes" / "shapes.yaml"
     options = {
         "output_dir": tmp_path / "out",
         "num_rollouts": 1,
@@ -401,7 +398,7 @@ def test_the_script(tmp_path, caplog):
         "images_per_report_prompt": 2,
     }
     arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
-    script["main"](["--config", str(recipe), *arguments])
+    train.main(["--config", "shapes", *arguments])
     assert (tmp_path / "out" / "evaluation.png").is_file()
     report = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert {"reward", "controls/strict/mean"} <= report["after"].keys()

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import re
-import runpy
 import shlex
 import subprocess
 import sys
@@ -32,6 +31,7 @@ from peft import PeftModel  # noqa: E402
 from read_sheet import panels  # noqa: E402
 
 from trl_fdfo import FDFOConfig, FDFOTrainer  # noqa: E402
+from trl_fdfo.cli import generate  # noqa: E402
 from trl_fdfo.pipeline.loading import load_pipeline  # noqa: E402
 
 
@@ -152,10 +152,9 @@ def resume():
 
 def page():
     """A page of images of the base and the pushed adapter, by their Hub ids."""
-    generate = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "generate.py"))["main"]
     os.chdir(FOLDER)
-    generate(["--model", BASE, "--adapter", "me/end", "--prompts", "a cat", "--seeds", "1", "--output", "hub.png"])
-    generate(["--model", BASE, "--adapter", str(FOLDER / "end"), "--prompts", "a cat", "--seeds", "1"])
+    generate.main(["--model", BASE, "--adapter", "me/end", "--prompts", "a cat", "--seeds", "1", "--output", "hub.png"])
+    generate.main(["--model", BASE, "--adapter", str(FOLDER / "end"), "--prompts", "a cat", "--seeds", "1"])
     pages = [panels(file, rows=2, columns=1) for file in ("hub.png", "grid.png")]
     return {"equal": bool(np.array_equal(*pages)), "changed": not np.array_equal(*pages[0])}
 

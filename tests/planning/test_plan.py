@@ -1,7 +1,6 @@
 import functools
 import json
 import re
-import runpy
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import get_type_hints
@@ -21,6 +20,7 @@ from trl import TrlParser
 
 from benchmarks import gpu_sd35
 from trl_fdfo import FDFOConfig, FDFOTrainer, FlowGRPOConfig, FlowGRPOTrainer, shapes
+from trl_fdfo.cli import train
 from trl_fdfo.fdfo.scheduler import ChurnScheduler
 from trl_fdfo.planning.cost import Cost, Precision, sampling_cost, training_cost
 from trl_fdfo.planning.memory import QUANTIZED_BYTES, Engine, component_parts, nbytes
@@ -38,7 +38,7 @@ from trl_fdfo.planning.without_weights import load_without_weights, plan_without
 from trl_fdfo.rewards.learned_reward import LearnedReward
 
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "train_sd3.py"
+ROOT = Path(__file__).parents[2]
 PlannedConfig = planned(FDFOConfig)
 
 
@@ -484,7 +484,7 @@ def test_nothing_has_weights(folder):
 
 
 def run_script(*arguments) -> None:
-    runpy.run_path(str(SCRIPT))["main"]([str(argument) for argument in arguments])
+    train.main([str(argument) for argument in arguments])
 
 
 def test_script_plans_without_weights_and_stops(folder, tmp_path, capsys):
@@ -519,7 +519,7 @@ def test_seconds_of_a_card():
 
 def test_seconds_of_calls_that_were_measured():
     """By the formula as it is now, of the calls that its constants are fitted to."""
-    results = json.loads((SCRIPT.parents[1] / "benchmarks" / "results" / "gpu_sd35-NVIDIA-H200.json").read_text())
+    results = json.loads((ROOT / "benchmarks" / "results" / "gpu_sd35-NVIDIA-H200.json").read_text())
     twin = gpu_sd35.run_as_trained(gpu_sd35.build_adapted_transformer(gpu_sd35.MEDIUM, torch.device("meta")))
     checked = 0
     for call in results["calls"]:
@@ -618,7 +618,7 @@ def test_a_weight_of_bitsandbytes_has_scales():
 
 def test_script_plans_the_packaged_pipeline(tmp_path, capsys):
     run_script(
-        *("--plan", "--config", SCRIPT.parent / "recipes" / "shapes.yaml", "--output_dir", tmp_path / "out"),
+        *("--plan", "--config", "shapes", "--output_dir", tmp_path / "out"),
     )
     printed = capsys.readouterr().out
     total = sum(parameter.numel() for parameter in shapes.load_pipeline().transformer.parameters())

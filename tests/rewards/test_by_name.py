@@ -1,18 +1,14 @@
 import argparse
-import runpy
-from pathlib import Path
 
 import pytest
 import torch
-from trl import TrlParser
 
 from trl_fdfo import FDFOConfig
-from trl_fdfo.cli.arguments import RepeatableFlag
+from trl_fdfo.cli import train
+from trl_fdfo.cli.arguments import Parser, RepeatableFlag, RunArguments
+from trl_fdfo.cli.sources import reward_table
 from trl_fdfo.rewards import VLMServer
-from trl_fdfo.rewards.by_name import REWARDS, load_reward, reward_table, reward_without_weights
-
-
-RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
+from trl_fdfo.rewards.by_name import REWARDS, load_reward, reward_without_weights
 
 
 @pytest.fixture
@@ -81,14 +77,13 @@ def test_table_has_a_line_for_each_reward():
 
 
 def test_script_prints_the_table_and_takes_the_flags(tmp_path, capsys):
-    script = runpy.run_path(str(RECIPES.parent / "train_sd3.py"))
     with pytest.raises(SystemExit):
-        script["main"](["--help"])
+        train.main(["--help"])
     assert reward_table() in capsys.readouterr().out
-    parser = TrlParser((script["ScriptArguments"], FDFOConfig))
+    parser = Parser((RunArguments, FDFOConfig))
     arguments, config = parser.parse_args_and_config(
         [
-            *("--config", str(RECIPES / "combined.yaml"), "--use_cpu", "true", "--report_to", "none"),
+            *("--config", "combined", "--use_cpu", "true", "--report_to", "none"),
             *("--reward", "pickscore", "--reward", "my_module:my_reward", "--reward_weights", "1.0", "2.0"),
         ]
     )
@@ -128,12 +123,9 @@ def test_rewards_of_a_plan_that_are_not_known_or_have_no_model():
     ],
 )
 def test_recipes_of_the_paper(recipe, rewards, weights):
-    script = runpy.run_path(str(RECIPES.parent / "train_sd3.py"))
-    parser = TrlParser((script["ScriptArguments"], FDFOConfig))
+    parser = Parser((RunArguments, FDFOConfig))
     # No GPU here: all but its precision.
-    arguments, config = parser.parse_args_and_config(
-        ["--config", str(RECIPES / f"{recipe}.yaml"), "--use_cpu", "true", "--report_to", "none"]
-    )
+    arguments, config = parser.parse_args_and_config(["--config", recipe, "--use_cpu", "true", "--report_to", "none"])
     assert arguments.model == "stabilityai/stable-diffusion-3.5-medium"
     assert arguments.reward == rewards and config.reward_weights == weights
     assert set(rewards) <= REWARDS.keys()

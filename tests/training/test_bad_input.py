@@ -13,7 +13,6 @@ The table follows a user, in this order:
 
 import contextlib
 import inspect
-import runpy
 import shutil
 from pathlib import Path
 
@@ -37,10 +36,8 @@ from transformers import CLIPTextModel, EarlyStoppingCallback, TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from trl_fdfo import FDFOConfig, FDFOTrainer
+from trl_fdfo.cli import train as command
 from trl_fdfo.rewards import JPEGCompressibility, PairwiseJudge
-
-
-SCRIPT = Path(__file__).parents[2] / "examples" / "train_sd3.py"
 
 
 class User:
@@ -86,7 +83,7 @@ class User:
         if recipe is not None:
             Path("recipe.yaml").write_text(recipe)
             arguments = ["--config", "recipe.yaml", *arguments]
-        runpy.run_path(str(SCRIPT))["main"]([*arguments, *flags])
+        command.main([*arguments, *flags])
 
 
 TINY = {
@@ -861,7 +858,7 @@ TABLE = [
     bad(script("--plan", reward="pickscor"), "reward 'pickscor' is neither one of pickscore, "),
     bad(script("--plan", reward="pickscore(a=1)"), "reward 'pickscore(a=1)'", "unexpected keyword argument 'a'"),
     bad(script("--plan", "--eval_reward", "pickscor"), "reward 'pickscor' is", "module:callable"),
-    bad(script("--config"), "argument --config: expected a YAML file", error=SystemExit),
+    bad(script("--config"), "argument --config: expected a recipe or a YAML file", error=SystemExit),
     bad(script(num_report_prompts=0), "num_report_prompts=0", "at least 1"),
     # Writing a recipe -------------------------------------------------------------------------------------------------
     bad(script("--config", "none.yaml"), "--config none.yaml: there is no such file", error=FileNotFoundError),

@@ -1,4 +1,4 @@
-"""The engines of `accelerate launch`: the configs of examples/accelerate_configs, and runs of two processes under ZeRO."""
+"""The engines of `accelerate launch`: the configs of trl_fdfo/accelerate_configs, and runs of two processes under ZeRO."""
 
 import importlib.util
 import json
@@ -32,7 +32,7 @@ from trl_fdfo.pipeline.loading import load_pipeline
 
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = ROOT / "examples" / "accelerate_configs"
+CONFIGS = ROOT / "trl_fdfo" / "accelerate_configs"
 
 ENGINES = {"zero2": "DeepSpeedEngine", "zero3": "DeepSpeedEngine", "fsdp2": "FSDP_Adapted"}
 
@@ -162,7 +162,7 @@ def small_run(folder: Path, use_cpu: bool = False) -> list[str]:
     The script with a smaller rollout of the demo, and what processes on CPUs ask for. Accelerate takes `use_cpu` for "not
     DeepSpeed".
     """
-    script = [engine_run.__file__, "examples/train_sd3.py", "--config", "examples/recipes/shapes.yaml"]
+    script = [engine_run.__file__, "examples/train_sd3.py", "--config", "shapes"]
     script += ["--use_cpu", str(use_cpu), "--ddp_backend", "gloo", "--num_rollouts", "1", "--prompts_per_rollout", "4"]
     script += ["--per_device_prompt_batch_size", "1", "--optimizer_steps_per_rollout", "1"]
     script += ["--num_inference_steps", "4", "--num_report_prompts", "2", "--images_per_report_prompt", "1"]

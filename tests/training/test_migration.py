@@ -3,7 +3,6 @@
 import inspect
 import itertools
 import re
-import runpy
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import trl
 from transformers import Trainer, TrainingArguments
 
 from trl_fdfo import FDFOConfig, FDFOTrainer, FlowGRPOConfig
+from trl_fdfo.cli.arguments import RunArguments
 from trl_fdfo.training.migration import ARGUMENTS, OPTIONS_OF, arguments_of, unknown_arguments, unknown_options
 
 
@@ -26,7 +26,7 @@ GROUPS = {
     "TrainingArguments of transformers 4": "Options of `TrainingArguments` (transformers 4)",
 }
 FDFO, FLOW_GRPO = ({field.name for field in fields(c)} for c in (FDFOConfig, FlowGRPOConfig))
-SCRIPT = {f.name for f in fields(runpy.run_path(str(ROOT / "examples" / "train_sd3.py"))["ScriptArguments"])}
+SCRIPT = {field.name for field in fields(RunArguments)}
 
 
 def names_of(config_class) -> set[str]:

@@ -1,20 +1,18 @@
-"""Command lines: what the scripts of examples/ have in common, and how they are parsed."""
+"""Command lines: what the commands have in common, and how they are parsed. Imports nothing that takes seconds."""
 
 import argparse
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-from datasets import Dataset
 from trl import TrlParser
 
-from ..rewards.by_name import reward_table
-from ..training.config import RolloutConfig
+from ..seeds import FIRST_SEED
 from ..training.migration import unknown_options
-from ..training.prompts import check_prompts, is_file_name, load_prompts
+from . import recipes
+from .algorithms import ALGORITHMS
+from .sources import reward_table
 
 
 class RepeatableFlag(argparse.Action):
@@ -26,48 +24,82 @@ class RepeatableFlag(argparse.Action):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and the table of rewards line by line."""
+    """Shows each option once, with its default, and the table of rewards line by line."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        name = next(flag for flag in action.option_strings if flag.startswith("--"))
+        kind = getattr(action.type, "__name__", "text")
+        kind = {"str": "text", "string_to_bool": "bool", "<lambda>": "text"}.get(kind, kind).upper()
+        return " ".join([name, *([self._format_args(action, kind)] if action.nargs != 0 else [])])
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+CONFIG = (
+    "A YAML file of options, or the name of one that `trl-fdfo recipes` lists. Options beside it replace those in it."
+)
 
 
 class Parser(TrlParser):
     """
-    TRL's parser, without abbreviations and with short errors. A YAML file may write `learning-rate`, as the command line.
+    TRL's parser, without abbreviations and with short errors. A YAML file may write `learning-rate`, as the command line,
+    and `--config` names a packaged recipe or a file.
 
     Args:
         classes (`type` or `Sequence[type]`): Dataclasses.
         partial (`bool`): Pass over options of other dataclasses.
+        elsewhere (`Collection[str]`): Options that a YAML file may have for something else. They are put into `passed_over`.
         **kwargs: Arguments of [`~trl.TrlParser`].
     """
 
-    def __init__(self, classes: type | Sequence[type], partial: bool = False, **kwargs: Any):
-        super().__init__(classes, allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
-        self.partial = partial
+    def __init__(
+        self,
+        classes: type | Sequence[type],
+        partial: bool = False,
+        elsewhere: Collection[str] = (),
+        usage: str = "%(prog)s [--config RECIPE] [--OPTION VALUE ...]",
+        **kwargs: Any,
+    ):
+        super().__init__(classes, allow_abbrev=False, formatter_class=HelpFormatter, usage=usage, **kwargs)
+        # Read before all others, by TRL's parser.
+        self.add_argument("--config", metavar="RECIPE", default=argparse.SUPPRESS, help=CONFIG)
+        self.partial, self.elsewhere = partial, elsewhere
+        self.passed_over: dict[str, Any] = {}
+        for action in self._actions:  # the other spelling of a switch that is on
+            if action.option_strings and action.option_strings[0].startswith("--no_") and action.nargs == 0:
+                action.help = argparse.SUPPRESS
 
     def parse_args_and_config(self, args: Iterable[str] | None = None, **kwargs: Any) -> tuple[Any, ...]:
         args = sys.argv[1:] if args is None else args
         split = [arg.split("=", 1) if arg.startswith("--config=") else [arg] for arg in args]
         args = [part for parts in split for part in parts]
         if "--config" in args:
-            self._check_config_file(*args[args.index("--config") + 1 :][:1])
+            place = args.index("--config") + 1
+            if place == len(args):
+                self.error("argument --config: expected a recipe or a YAML file")
+            self.recipe = recipes.find(args[place])
+            recipes.check(self.recipe)
+            args[place] = str(self.recipe)
         return super().parse_args_and_config(args, **kwargs)
-
-    def _check_config_file(self, path: str | None = None) -> None:
-        if path is None:
-            self.error("argument --config: expected a YAML file")
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"--config {path}: there is no such file.")
-        try:
-            with open(path) as file:
-                yaml.safe_load(file)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}.") from error
 
     def set_defaults_with_config(self, **options: Any) -> list[str]:
         plain = {name.replace("-", "_"): value for name, value in options.items()}
         if len(plain) < len(options):
             twice = [name for name in options if "-" in name and name.replace("-", "_") in options]
             raise ValueError(f"The config file has {', '.join(twice)} twice, with `-` and with `_`.")
-        self._refuse_unknown(_flat(plain, self._names()))
+        names = self._names()
+        self.passed_over = {
+            name: value for name, value in plain.items() if name in self.elsewhere and name not in names
+        }
+        plain = {
+            name: recipes.beside(self.recipe, name, value)
+            for name, value in plain.items()
+            if name not in self.passed_over
+        }
+        self._refuse_unknown(_flat(plain, names))
         return super().set_defaults_with_config(**plain)
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
@@ -82,10 +114,10 @@ class Parser(TrlParser):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
 
     def _names(self) -> set[str]:
-        return {action.dest for action in self._actions}
+        return {action.dest for action in self._actions} - {"config", "help"}
 
     def _refuse_unknown(self, given: Iterable[str] | Mapping[str, Any]) -> None:
-        configs = [each for each in self.dataclass_types if issubclass(each, RolloutConfig)]
+        configs = [each for each in self.dataclass_types if hasattr(each, "renamed_options")]
         owner = " with ".join([self.prog, *(each.__name__.removeprefix("Planned") for each in configs)])
         renamed = {name: new for each in configs for name, new in each.renamed_options.items()}
         error = None if self.partial else unknown_options(owner, given, self._names(), renamed)
@@ -93,14 +125,19 @@ class Parser(TrlParser):
             raise ValueError(error)
 
 
-def parse(classes: type | Sequence[type], args: list[str] | None = None) -> tuple[Any, ...]:
+def parse(classes: type | Sequence[type], args: list[str] | None = None, **options: Any) -> tuple[Any, ...]:
     """
-    Dataclasses from a command line and, with `--config`, a YAML file. `--help` also lists the rewards.
+    Dataclasses from a command line and, with `--config`, a recipe. `--help` also lists the rewards.
+
+    Args:
+        classes (`type` or `Sequence[type]`): Dataclasses.
+        args (`list[str]`, *optional*): Default: those of the command line.
+        **options: Arguments of [`Parser`].
 
     Raises:
         ValueError: An option does not exist, or has an impossible value.
     """
-    return Parser(classes, epilog=reward_table()).parse_args_and_config(args)
+    return Parser(classes, **{"epilog": reward_table(), **options}).parse_args_and_config(args)
 
 
 def _flat(options: dict[str, Any], names: set[str]) -> dict[str, Any]:
@@ -146,14 +183,75 @@ class InferenceArguments:
             raise ValueError(f"num_inference_steps={self.num_inference_steps} must be at least 1.")
 
 
-def read_prompts(prompts: list[str]) -> Dataset:
-    """
-    Prompts, or the prompts of the one file that is named, with all its columns, in the column `prompt`.
+@dataclass
+class EvaluationArguments(InferenceArguments):
+    """Options of an evaluation."""
 
-    Raises:
-        FileNotFoundError, ValueError: There are none, or one is no text.
-    """
-    is_file = len(prompts) == 1 and is_file_name(prompts[0])
-    dataset = load_prompts(prompts[0], name="prompts") if is_file else Dataset.from_dict({"prompt": prompts})
-    check_prompts(dataset, "prompt", name=f"prompts={prompts}")
-    return dataset
+    prompts: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Prompts, or one txt, json, jsonl, csv or parquet file of them, whose other columns go to the rewards. "
+            "Default: the packaged list, which training takes by default too; the captions of `shapes`."
+        },
+    )
+    reward: list[str] = field(
+        default_factory=lambda: ["pickscore", "hpsv2", "clip"],
+        metadata={"help": "A reward, listed below, or module:callable. Repeat for several.", "action": RepeatableFlag},
+    )
+    diversity: str = field(
+        default="clip",
+        metadata={"help": "Features whose distance is diversity: clip, dreamsim, pixels, or module:callable."},
+    )
+    images_per_prompt: int = field(default=4, metadata={"help": "Images per prompt and model, at least 2."})
+    first_seed: int = field(default=FIRST_SEED, metadata={"help": "Seed of the first image; the others follow it."})
+    batch_size: int = field(default=4, metadata={"help": "Images of a prompt per call of the pipeline."})
+    grid_prompts: int = field(default=8, metadata={"help": "Prompts in grid.png."})
+    output: str = field(default="evaluation", metadata={"help": "Folder to write."})
+
+
+@dataclass
+class RunArguments:
+    """Options of a training run that are not those of its config."""
+
+    _argument_group_name = "What trains, on what, and what is reported"
+
+    algorithm: str = field(default="fdfo", metadata={"help": "What trains.", "choices": list(ALGORITHMS)})
+    model: str = field(
+        default="stabilityai/stable-diffusion-3.5-medium",
+        metadata={"help": "Hub id or path of the pipeline, or `shapes` for the packaged tiny one."},
+    )
+    reward: list[str] = field(
+        default_factory=lambda: ["pickscore"],
+        metadata={"help": "A reward, listed below, or module:callable. Repeat for several.", "action": RepeatableFlag},
+    )
+    eval_reward: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "A control reward: evaluated beside those trained on, never trained on. Named like a reward. Repeat "
+            "for several.",
+            "action": RepeatableFlag,
+        },
+    )
+    plan: bool = field(
+        default=False,
+        metadata={
+            "help": "Print what the run would do and the memory of its GPUs, without loading weights, and exit. With --gpu also its hours."
+        },
+    )
+    metrics: str | None = field(
+        default=None,
+        metadata={"help": "A module:callable `(images, prompts) -> dict of floats` to report before and after."},
+    )
+    num_report_prompts: int = field(default=8, metadata={"help": "Prompts to report on, the first of the dataset."})
+    images_per_report_prompt: int = field(default=4, metadata={"help": "Seeds per prompt to report on."})
+    report_guidance_scale: float | None = field(
+        default=None, metadata={"help": "Report the untrained pipeline with this guidance too, the free alternative."}
+    )
+
+    def __post_init__(self):
+        for name in ("reward", "eval_reward"):
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, [getattr(self, name)])  # a YAML file may have it so
+        for name in ("num_report_prompts", "images_per_report_prompt"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")

@@ -1,4 +1,4 @@
-"""A base model and adapters on it, loaded after training."""
+"""A base model, adapters on it and prompts, loaded after training."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from diffusers import DiffusionPipeline
 
 from .. import shapes
@@ -16,10 +17,24 @@ from ..pipeline.lora import add_adapter
 from ..pipeline.schedulers import RolloutScheduler
 from ..pipeline.trained import restore_point
 from ..training.config_checks import check_argument_of_call
+from ..training.prompts import check_prompts, is_file_name, load_prompts
 from .arguments import InferenceArguments
 
 
 BASE = "base"  # name of the pipeline without an adapter
+
+
+def read_prompts(prompts: list[str]) -> Dataset:
+    """
+    Prompts, or the prompts of the one file that is named, with all its columns, in the column `prompt`.
+
+    Raises:
+        FileNotFoundError, ValueError: There are none, or one is no text.
+    """
+    is_file = len(prompts) == 1 and is_file_name(prompts[0])
+    dataset = load_prompts(prompts[0], name="prompts") if is_file else Dataset.from_dict({"prompt": prompts})
+    check_prompts(dataset, "prompt", name=f"prompts={prompts}")
+    return dataset
 
 
 def find_adapters(names: Sequence[str]) -> dict[str, Path]:

@@ -15,14 +15,12 @@ from transformers.utils import logging
 from ..media import Media, by_kind
 from ..metric_names import CONTROL, REWARD, part
 from ..pipeline.records import repeat_each
+from ..seeds import FIRST_SEED
 from .diversity import load_diversity
 from .evaluator import DifferentSizesError, Evaluator, read_rows, summarize
 
 
 logger = logging.get_logger(__name__)
-
-# Seed of the first image. The seeds of the rollouts are hashes of 64 bits: these are used nowhere else.
-FIRST_SEED = 1_000_000
 
 
 class BeforeAfter:

@@ -151,15 +151,6 @@ def load_object(path: str, kind: str) -> Any:
     return getattr(module, name)
 
 
-def reward_table() -> str:
-    """A table of `REWARDS` with the first lines of their docstrings, for `--help`."""
-    width = max(map(len, REWARDS))
-    rows = {name: inspect.getdoc(reward).splitlines()[0] for name, reward in REWARDS.items()}
-    rows["module:callable"] = "A reward of your own, on the Python path or in the working directory."
-    options = "options follow in parentheses: --reward \"pickscore(dtype='bfloat16', offload=True)\""
-    return "\n".join(["rewards:", *(f"  {name:{width}}  {text}" for name, text in rows.items()), options])
-
-
 def _parse(spec: str, kind: str, example: str) -> tuple[str, dict[str, Any] | None]:
     """Split a spec into its path and its options; the options are None without parentheses."""
     path, parenthesis, rest = spec.strip().partition("(")

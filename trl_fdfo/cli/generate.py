@@ -1,0 +1,54 @@
+"""
+`trl-fdfo generate`: a page of images, a base model and adapters on it side by side, from the same seeds.
+
+    trl-fdfo generate --model shapes --adapter outputs/shapes \
+        --prompts "a red circle on a white background" "a cyan cross on a gray background"
+    trl-fdfo generate --model stabilityai/stable-diffusion-3.5-medium --adapter out --adapter user/other-adapter \
+        --prompts prompts.txt --seeds 3 --guidance_scale 4.5 --output grid.png
+
+An adapter is a folder, a file or a place on the Hub (docs/sharing.md), in the format of diffusers or of PEFT. Images are
+sampled as the adapter was trained, by the generation_config.json beside it, unless an option here says otherwise. Without
+that file set the steps and the guidance.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .arguments import InferenceArguments, parse
+
+
+@dataclass
+class Arguments(InferenceArguments):
+    seeds: int = field(default=3, metadata={"help": "Images per prompt and model, from the seeds 0, 1, ..."})
+    output: str = field(default="grid.png", metadata={"help": "Picture to write."})
+
+
+def main(args: list[str] | None = None) -> None:
+    (arguments,) = parse(Arguments, args, prog="trl-fdfo generate", epilog=None)
+    # Below, as these take seconds and a mistake in an option is told before.
+    from accelerate import PartialState
+    from PIL import Image
+    from tqdm.auto import tqdm
+
+    from ..media import unbind
+    from ..reporting.sheets import Panel, Section, picture, sheet
+    from .models import BASE, call_options, each_model, find_adapters, open_flow, read_prompts
+
+    prompts = list(read_prompts(arguments.prompts)["prompt"])
+    output = Path(arguments.output)
+    if output.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"output='{output}' does not end in a format of pictures: take .png.")
+    if arguments.seeds < 1:
+        raise ValueError(f"seeds={arguments.seeds} must be at least 1.")
+    adapters = find_adapters(arguments.adapter)
+    options = call_options(arguments, adapters)
+    flow = open_flow(arguments.model, options, adapters, PartialState().device)
+
+    sections = [Section(prompt, []) for prompt in prompts]
+    for name in each_model(flow.pipeline, adapters):
+        for section in tqdm(sections, name):
+            images = [unbind(flow.generate([section.title], [seed]))[0] for seed in range(arguments.seeds)]
+            section.rows.append([Panel(picture(image), f"{name}, seed {seed}") for seed, image in enumerate(images)])
+    output.parent.mkdir(parents=True, exist_ok=True)
+    sheet(sections).save(output)
+    print(f"{output}: {', '.join([BASE, *adapters])}, with {options}")

@@ -1,0 +1,108 @@
+"""A run in several processes: options of `accelerate launch` on the command line of `trl-fdfo train`, as `trl sft` has them."""
+
+import argparse
+import ast
+import functools
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .sources import folder_of, source
+
+
+CONFIGS = Path(__file__).parents[1] / "accelerate_configs"
+
+
+def configs() -> list[str]:
+    """The packaged configs of accelerate, by name."""
+    return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+@functools.cache
+def options() -> dict[str, bool]:
+    """Options of `accelerate launch` by name, and whether a value follows; from its source file, as importing takes seconds."""
+    found = {"accelerate_config": True}
+    for node in ast.walk(source(folder_of("accelerate") / "commands" / "launch.py").tree):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", None) == "add_argument":
+            given = {keyword.arg: keyword.value for keyword in node.keywords}
+            has_value = getattr(given.get("action"), "value", None) not in ("store_true", "store_false", "help")
+            flags = [flag.value for flag in node.args if isinstance(flag, ast.Constant)]
+            found |= {flag[2:].replace("-", "_"): has_value for flag in flags if flag.startswith("--")}
+    # What is launched is known.
+    return {name: has_value for name, has_value in found.items() if name not in ("help", "module", "no_python")}
+
+
+def split(
+    args: list[str], launcher: Mapping[str, bool], parser: argparse.ArgumentParser
+) -> tuple[list[str], list[str]]:
+    """The arguments that the parser knows, or nothing knows, and those of the launcher."""
+    own, launched = [], []
+    to, has_value = own, False
+    for arg in args:
+        if arg.startswith("--"):
+            name, is_joined, _ = arg[2:].partition("=")
+            name = name.replace("-", "_")
+            known = arg.partition("=")[0] in parser._option_string_actions
+            to = launched if name in launcher and not known else own
+            has_value = launcher.get(name, False) and not is_joined
+        elif to is launched and not has_value:
+            to = own
+        else:
+            has_value = to is own
+        to.append(arg)
+    return own, launched
+
+
+def as_arguments(given: Mapping[str, Any]) -> list[str]:
+    """The launcher's options of a recipe as it takes them."""
+    switches = [f"--{name}" for name, value in given.items() if value is True]
+    return switches + [f"--{name}={value}" for name, value in given.items() if not isinstance(value, bool)]
+
+
+def is_launched() -> bool:
+    """Whether a launcher has started this process: accelerate, or torchrun."""
+    return "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_RANK" in os.environ
+
+
+def launch(command: list[str], launched: list[str]) -> None:
+    """
+    Run a command of `trl-fdfo` in the processes that accelerate starts.
+
+    Raises:
+        ValueError: There is no such config of accelerate.
+        SystemExit: A process ended with an error.
+    """
+    parser = argparse.ArgumentParser(prog="trl-fdfo train", add_help=False, allow_abbrev=False)
+    parser.add_argument("--accelerate_config", "--accelerate-config")
+    own, launched = parser.parse_known_args(launched)
+    arguments = [*_config_arguments(own.accelerate_config), *launched, "--module", "trl_fdfo", *command]
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    try:
+        launch_command(launch_command_parser().parse_args(arguments))
+    except (ChildFailedError, subprocess.CalledProcessError):  # which has said why
+        sys.exit(1)
+
+
+def _config_arguments(config: str | None) -> list[str]:
+    if config is None:
+        return []
+    path = Path(config) if Path(config).is_file() else CONFIGS / f"{config}.yaml"
+    if not path.is_file():
+        raise ValueError(f"accelerate_config='{config}' is neither a file nor one of {', '.join(configs())}.")
+    options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    deepspeed = (options.get("deepspeed_config") or {}).get("deepspeed_config_file")
+    beside = path.parent / Path(deepspeed).name if deepspeed else None
+    # A packaged config names DeepSpeed's file as from a clone's folder.
+    found = (
+        ["--deepspeed_config_file", str(beside)]
+        if beside and not Path(deepspeed).is_file() and beside.is_file()
+        else []
+    )
+    return ["--config_file", str(path), *found]

@@ -1,0 +1,104 @@
+"""The command `trl-fdfo`. A command is a module with `main(args)`, imported when it is called: most take seconds."""
+
+import dis
+import importlib
+import os
+import sys
+import time
+from types import TracebackType
+
+
+# Of each command its module and a line of help.
+COMMANDS = {
+    "demo": (".demo", "repair a tiny pipeline that comes with the package: minutes on two CPU cores"),
+    "train": (".train", "train a pipeline on rewards, by a recipe, options or both"),
+    "plan": (".plan", "print what a run would do, and its memory and hours, without weights or a GPU"),
+    "generate": (".generate", "make a page of images: a base model beside adapters"),
+    "evaluate": (".evaluate", "make a table of rewards and diversity: a base model and adapters"),
+    "recipes": (".recipes", "list the packaged recipes, show one or copy one"),
+    "vote": ("..preference.cli", "serve the page where people vote on images; votes as a data set"),
+    "serve": (".serve", "serve rewards to training processes on other machines"),
+}
+DEBUG = "TRL_FDFO_DEBUG"  # set in the environment, for the processes of a run too
+
+
+def main(args: list[str] | None = None) -> None:
+    """
+    Run a command. What its user can mend is printed without a traceback.
+
+    Args:
+        args (`list[str]`, *optional*): The command and its options. Default: those of the command line.
+    """
+    args = _without_debug(sys.argv[1:] if args is None else args)
+    name, *rest = args or ["--help"]
+    if name in ("-h", "--help"):
+        print(_help())
+        return
+    if name == "--version":
+        from .. import __version__
+
+        print(f"trl-fdfo {__version__}")
+        return
+    if name not in COMMANDS:
+        _exit(f"trl-fdfo has no command '{name}': it has {', '.join(COMMANDS)}.", 2)
+    try:
+        importlib.import_module(COMMANDS[name][0], __package__).main(rest)
+    except Exception as error:
+        if DEBUG in os.environ or not is_of_the_user(error):
+            raise
+        kind = "error" if type(error) in (ValueError, FileNotFoundError) else type(error).__name__
+        message = f"trl-fdfo {name}: {kind}: {error}\n(trl-fdfo --debug {name} ... shows where)"
+        _exit(message, 2 if isinstance(error, ValueError) else 1)
+
+
+def is_of_the_user(error: BaseException) -> bool:
+    """
+    Whether an error tells the user what to mend: one that this package raises, or a file, model or address that cannot be
+    read. All others are bugs, of the package or of what it calls.
+    """
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return isinstance(error, OSError) or (traceback is not None and _is_raised_here(traceback))
+
+
+def _is_raised_here(traceback: TracebackType) -> bool:
+    """Whether a `raise` of this package is where a traceback ends, and not an operation that failed."""
+    module = traceback.tb_frame.f_globals.get("__name__", "")
+    operation = traceback.tb_frame.f_code.co_code[traceback.tb_lasti]
+    return module.split(".")[0] == __package__.split(".")[0] and dis.opname[operation] == "RAISE_VARARGS"
+
+
+def _exit(message: str, code: int) -> None:
+    # All processes of a run have most errors together: the first prints, and its end ends the others before they do.
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(5)
+        message = f"process {os.environ['RANK']}: {message}"
+    print(message, file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def _without_debug(args: list[str]) -> list[str]:
+    """Without a bare `--debug`; one with a value is the Trainer's."""
+    kept = []
+    for place, arg in enumerate(args):
+        is_bare = place == 0 or place + 1 == len(args) or args[place + 1].startswith("--")
+        if arg == "--debug" and is_bare:
+            os.environ[DEBUG] = "1"
+        else:
+            kept.append(arg)
+    return kept
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: trl-fdfo COMMAND [options]",
+            "",
+            *lines,
+            "",
+            "trl-fdfo COMMAND --help lists the options of a command. --debug shows the traceback of an error.",
+        ]
+    )

@@ -1,0 +1,96 @@
+"""Recipes: YAML files of options that come with the package. A command line names them without a path."""
+
+import argparse
+import shutil
+from pathlib import Path
+
+import yaml
+
+
+FOLDER = Path(__file__).parents[1] / "recipes"
+# Options whose value can be a file. One that is not in the working directory is looked for beside its recipe.
+FILES = ("dataset_name", "prompts", "model_card_template")
+
+
+def names() -> list[str]:
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def find(name: str) -> Path:
+    """
+    The file of a recipe.
+
+    Args:
+        name (`str`): Name of a packaged recipe, or path of a YAML file.
+
+    Raises:
+        FileNotFoundError: There is neither.
+    """
+    packaged = FOLDER / f"{name}.yaml"
+    if Path(name).is_file() or not packaged.is_file():
+        if not Path(name).is_file():
+            raise FileNotFoundError(
+                f"--config {name}: there is no such file. The packaged recipes: {', '.join(names())}."
+            )
+        return Path(name)
+    return packaged
+
+
+def check(path: Path) -> None:
+    """
+    Raises:
+        ValueError: It is no YAML file.
+    """
+    try:
+        yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}.") from error
+
+
+def beside(path: Path, name: str, value: object) -> object:
+    """The value of an option of the recipe at `path`: the whole path of a file that lies beside it."""
+    is_beside = (
+        name in FILES and isinstance(value, str) and not Path(value).exists() and (path.parent / value).is_file()
+    )
+    return str(path.parent / value) if is_beside else value
+
+
+def main(args: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="trl-fdfo recipes", description=__doc__)
+    commands = parser.add_subparsers(dest="command")
+    commands.add_parser("list", help="the recipes, with the first line of each (the default command)")
+    for command, text in (("show", "print a recipe"), ("copy", "copy a recipe and its files, to change it")):
+        commands.add_parser(command, help=text).add_argument("name", help="a recipe")
+    commands.choices["copy"].add_argument(
+        "path", nargs="?", help="file or folder to write (default: the working directory)"
+    )
+    arguments = parser.parse_args(args)
+    if arguments.command == "show":
+        print(find(arguments.name).read_text(encoding="utf-8"), end="")
+    elif arguments.command == "copy":
+        print(f"{copy(arguments.name, arguments.path or '.')}")
+    else:
+        width = max(map(len, names()))
+        for name in names():
+            print(
+                f"{name:{width}}  {(FOLDER / f'{name}.yaml').read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}"
+            )
+
+
+def copy(name: str, path: str) -> Path:
+    """
+    Raises:
+        FileExistsError: A file of that name is there.
+    """
+    recipe = find(name)
+    target = Path(path) / recipe.name if Path(path).is_dir() or not Path(path).suffix else Path(path)
+    options = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    files = [recipe.parent / options[name] for name in FILES if isinstance(options.get(name), str)]
+    targets = {recipe: target, **{file: target.parent / file.name for file in files if file.is_file()}}
+    for each in targets.values():
+        if each.exists():
+            raise FileExistsError(f"{each} is there already: name another file.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for source, each in targets.items():
+        shutil.copy(source, each)
+    return target
