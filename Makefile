@@ -3,8 +3,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 CORES := $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())")
+REPOSITORY := https://github.com/trl-fdfo/trl_fdfo
 
-.PHONY: quickstart vote test benchmark drift lint clean
+.PHONY: quickstart vote test benchmark drift lint docs wheel clean
 
 quickstart: $(VENV)/installed  ## repair the packaged tiny pipeline with FDFO, a few minutes on two cores
 	$(VENV)/bin/accelerate launch --num_processes 1 --num_cpu_threads_per_process $(CORES) --mixed_precision no --dynamo_backend no --num_machines 1 \
@@ -37,8 +38,20 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
+# Links to files outside of docs/ lead to the repository.
+docs: $(VENV)/installed  ## the documentation as a site, in build/site
+	rm -rf build && mkdir -p build/docs/api
+	cp docs/*.png build/docs && cp docs/api/*.md build/docs/api
+	for page in docs/*.md; do sed 's|](\.\./|]($(REPOSITORY)/blob/main/|g' $$page > build/docs/$${page#docs/}; done
+	$(VENV)/bin/zensical build --clean --strict
+
+wheel: $(VENV)/installed  ## the wheel in dist/, tried in an environment of its own, outside of the clone
+	rm -rf dist
+	$(VENV)/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(PYTHON) tests/helpers/try_wheel.py dist/*.whl
+
 clean:
-	rm -rf .venv outputs
+	rm -rf .venv build dist outputs
 
 # torch first, at the version of the constraints: so nothing that follows can ask for another.
 $(VENV)/installed: pyproject.toml constraints.txt
