@@ -50,8 +50,21 @@ def main() -> None:
         run("trl-fdfo", "demo", *SMALL)
         run("trl-fdfo", "train", "--config", "shapes", "--reward", "my_rewards:red", "--output_dir", "red", *SMALL)
         run("trl-fdfo", "plan", "--config", "shapes", "--gpu", "h100", says="h100")
-        run("trl-fdfo", "generate", "--model", "shapes", "--adapter", "red", "--prompts", "a red circle", "--seeds", "1")
-        run("trl-fdfo", "evaluate", "--model", "shapes", "--adapter", "red", "--reward", "my_rewards:red", "--images_per_prompt", "1")
+        run(
+            "trl-fdfo", "generate", "--model", "shapes", "--adapter", "red", "--prompts", "a red circle", "--seeds", "1"
+        )
+        run(
+            "trl-fdfo",
+            "evaluate",
+            "--model",
+            "shapes",
+            "--adapter",
+            "red",
+            "--reward",
+            "my_rewards:red",
+            "--images_per_prompt",
+            "1",
+        )
         run("trl-fdfo", "merge", "--model", "shapes", "--adapter", "red", "--output", "merged")
         run("trl-fdfo", "vote", "--help", says="--port")
         run("trl-fdfo", "serve", "--help", says="--port")
