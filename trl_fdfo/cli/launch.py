@@ -82,7 +82,7 @@ def launch(command: list[str], launched: list[str]) -> None:
     Run a command of `trl-fdfo` in the processes that accelerate starts.
 
     Raises:
-        ValueError: There is no such config of accelerate.
+        ValueError: There is no such config of accelerate, or it refuses its options.
         SystemExit: A process ended with an error.
     """
     own, launched = _parser().parse_known_args(launched)
@@ -94,8 +94,10 @@ def launch(command: list[str], launched: list[str]) -> None:
 
     try:
         launch_command(launch_command_parser().parse_args(arguments))
-    except (ChildFailedError, subprocess.CalledProcessError):  # which has said why
+    except (ChildFailedError, subprocess.CalledProcessError):  # the process has said why
         sys.exit(1)
+    except ValueError as error:
+        raise ValueError(f"accelerate launch: {error}") from error
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -43,8 +43,12 @@ def main(args: list[str] | None = None) -> None:
     args, launched = launch.split(args, launch.options(), parser)
     script, *sections = parser.parse_args_and_config(args)
     launched = [] if launch.is_launched() else launch.as_arguments(parser.passed_over) + launched
-    _check(config_class, script, {name: value for each in sections for name, value in vars(each).items()}, launched)
-    if launched and not script.plan:
+    values = {name: value for each in sections for name, value in vars(each).items()}
+    if script.plan and launched:  # a plan is for processes that are not launched
+        values["plan_processes"] = launch.processes(launched) or values["plan_processes"]
+        args, launched = [*args, "--plan_processes", str(values["plan_processes"])], []
+    _check(config_class, script, values, launched)
+    if launched:
         launch.launch(["train", *args], launched)
         return
 
@@ -59,8 +63,8 @@ def main(args: list[str] | None = None) -> None:
 
 def _check(config_class: type, script: RunArguments, values: dict[str, Any], launched: list[str]) -> None:
     """Tell a mistake now, and not after the seconds that the imports of a run take."""
-    processes = launch.processes(launched) if launched and not script.plan else None
-    if processes or not launched or script.plan:  # otherwise the launcher counts the GPUs, and each process checks
+    processes = launch.processes(launched) if launched else None
+    if processes or not launched:  # otherwise the launcher counts the GPUs, and each process checks
         quick.check(config_class, values, processes)
     quick.check_rewards([*script.reward, *(script.eval_reward or ())])
     quick.check_prompts(values["dataset_name"], values["dataset_prompt_column"])
