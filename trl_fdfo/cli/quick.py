@@ -10,6 +10,7 @@ its first use of a stand-in, by [`Undecided`]. The real classes then decide: not
 import argparse
 import builtins
 import dataclasses
+import importlib
 import importlib.util
 import inspect
 import re
@@ -108,6 +109,14 @@ def load(name: str) -> ModuleType:
     return _modules[name]
 
 
+def load_or_import(name: str) -> ModuleType:
+    """As [`load`]; the real module where stand-ins do not do, as those of another version of a package may not."""
+    try:
+        return load(name)
+    except Exception:
+        return importlib.import_module(name)
+
+
 def _path(name: str) -> Path:
     package, *parts = name.split(".")
     path = Path(importlib.util.find_spec(package).origin).parent.joinpath(*parts)
@@ -137,8 +146,8 @@ def _import(name: str, globals: Mapping[str, Any], locals: Any = None, fromlist:
 
 def config_class(name: str, is_plan: bool = False) -> type:
     """A public config of the package, such as "FDFOConfig", or that of its plan."""
-    config = getattr(load(f"{PACKAGE}.{load(PACKAGE)._MODULES[name]}"), name)
-    return load(f"{PACKAGE}.planning.without_weights").planned(config) if is_plan else config
+    config = getattr(load_or_import(f"{PACKAGE}.{load(PACKAGE)._MODULES[name]}"), name)
+    return load_or_import(f"{PACKAGE}.planning.without_weights").planned(config) if is_plan else config
 
 
 def sections(config: type, show_inherited: bool = True) -> list[type]:
@@ -195,7 +204,7 @@ def check_prompts(name: str | None, column: str) -> None:
         FileNotFoundError: `name` is that of a file, and there is none.
         ValueError: The file is of another format.
     """
-    _as_far_as_decided(lambda: load(f"{PACKAGE}.training.prompts").load_prompts(name, column))
+    _as_far_as_decided(lambda: load_or_import(f"{PACKAGE}.training.prompts").load_prompts(name, column))
 
 
 def _as_far_as_decided(check: Callable[[], Any]) -> None:
@@ -214,14 +223,14 @@ def check_rewards(specs: list[str]) -> None:
     Raises:
         ValueError: A reward has a name that does not exist, or unknown options.
     """
-    by_name = load(f"{PACKAGE}.rewards.by_name")
+    by_name = load_or_import(f"{PACKAGE}.rewards.by_name")
     for spec in specs:
         by_name.check_by_name(spec, by_name.REWARDS, "reward")
 
 
 def reward_table() -> str:
     """A table of the rewards by name with the first lines of their docstrings, for `--help`."""
-    rewards = load(f"{PACKAGE}.rewards.by_name").REWARDS
+    rewards = load_or_import(f"{PACKAGE}.rewards.by_name").REWARDS
     rows = {name: inspect.getdoc(reward).splitlines()[0] for name, reward in rewards.items()}
     rows["module:callable"] = "A reward of your own, on the Python path or in the working directory."
     width = max(map(len, rows))
