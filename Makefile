@@ -8,11 +8,10 @@ REPOSITORY := https://github.com/trl-fdfo/trl_fdfo
 .PHONY: quickstart vote test benchmark drift lint docs wheel clean
 
 quickstart: $(VENV)/installed  ## repair the packaged tiny pipeline with FDFO, a few minutes on two cores
-	$(VENV)/bin/accelerate launch --num_processes 1 --num_cpu_threads_per_process $(CORES) --mixed_precision no --dynamo_backend no --num_machines 1 \
-		examples/train_sd3.py --config examples/recipes/shapes.yaml
+	OMP_NUM_THREADS=$(CORES) $(VENV)/bin/trl-fdfo demo
 
 vote: $(VENV)/installed  ## train the packaged tiny pipeline by clicking on a page
-	OMP_NUM_THREADS=$(CORES) $(VENV)/bin/python examples/train_sd3.py --config examples/recipes/shapes_vote.yaml
+	OMP_NUM_THREADS=$(CORES) $(VENV)/bin/trl-fdfo train --config shapes_vote
 
 test: $(VENV)/installed  ## the whole test suite
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(CORES) --dist loadfile --no-loadscope-reorder tests

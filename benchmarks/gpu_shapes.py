@@ -3,7 +3,7 @@ Trains pipelines on the captions of `trl_fdfo.shapes` on one CUDA GPU, with the 
 results with the README's, which a CPU has reached.
 
     python benchmarks/gpu_shapes.py                # estimated to end within ten minutes on an H100
-    python benchmarks/gpu_shapes.py --cpu ...      # the same on a CPU; options of train_sd3.py make it shorter
+    python benchmarks/gpu_shapes.py --cpu ...      # the same on a CPU; options of trl-fdfo train make it shorter
 
 The packaged pipeline is trained in float32 and in mixed precision with bfloat16. A mid-size pipeline has a transformer
 of 92 M parameters in the place of the packaged one's of 1.3 M; the script first pretrains it on rendered shapes with
@@ -30,6 +30,7 @@ import torch
 
 from benchmarks.common import sd3_transformer
 from trl_fdfo import shapes
+from trl_fdfo.cli import train as command
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -55,12 +56,10 @@ def pretrain(folder: Path, device: torch.device, flow_steps: int, dataset_size: 
 
 
 def train(options: list[str]) -> dict[str, Any]:
-    """`metrics.json` of the demo's recipe with options of train_sd3.py."""
-    script = runpy.run_path(str(EXAMPLES / "train_sd3.py"))
+    """`metrics.json` of the demo's recipe with other options."""
     with tempfile.TemporaryDirectory() as folder:
-        recipe = ["--config", str(EXAMPLES / "recipes" / "shapes.yaml"), "--output_dir", folder]
         with contextlib.redirect_stdout(io.StringIO()):
-            script["main"]([*recipe, *options])
+            command.main(["--config", "shapes", "--output_dir", folder, *options])
         return json.loads(Path(folder, "metrics.json").read_text())
 
 

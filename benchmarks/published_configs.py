@@ -2,7 +2,7 @@
 Writes the configs of published pipelines, without weights, for plans on a machine that cannot download them:
 
     python benchmarks/published_configs.py configs
-    python examples/train_sd3.py --plan --gpu h100 --config examples/recipes/sd35_80gb.yaml \
+    trl-fdfo plan --gpu h100 --config sd35_80gb \
         --model configs/stabilityai/stable-diffusion-3.5-medium \
         --dataset_name trl_fdfo/training/prompts.txt --dataset_prompt_column prompt
 

@@ -10,7 +10,6 @@ No GPU, no weights and no download: the pipelines are those of published_configs
 import argparse
 import functools
 import re
-import runpy
 import tempfile
 from pathlib import Path
 
@@ -18,14 +17,15 @@ from datasets import Dataset
 
 from benchmarks.published_configs import write_configs
 from trl_fdfo import FDFOConfig, FDFOTrainer
-from trl_fdfo.cli.arguments import parse
+from trl_fdfo.cli import recipes
+from trl_fdfo.cli.arguments import RunArguments, parse
 from trl_fdfo.planning.plan import RunPlan
 from trl_fdfo.planning.time import CARDS
 from trl_fdfo.planning.without_weights import planned
 
 
 ROOT = Path(__file__).parents[1]
-RECIPES, PAGE = ROOT / "examples" / "recipes", ROOT / "docs" / "memory_plan.md"
+RECIPES, PAGE = recipes.FOLDER, ROOT / "docs" / "memory_plan.md"
 # Card and number of cards of each recipe.
 CARDS_OF = {
     "sd35_24gb": ("rtx4090", 1),
@@ -46,9 +46,8 @@ PROMPTS = Dataset.from_dict({"caption": ["a photo of a red fox in the snow at da
 def plan_of(name: str, processes: int | None = None) -> RunPlan:
     """The plan of a recipe on its cards, or on another number of them."""
     gpu, number = CARDS_OF[name]
-    script = runpy.run_path(str(ROOT / "examples" / "train_sd3.py"))
     options = ["--config", RECIPES / f"{name}.yaml", "--gpu", gpu, "--plan_processes", processes or number]
-    arguments, config = parse((script["ScriptArguments"], planned(FDFOConfig)), [str(option) for option in options])
+    arguments, config = parse((RunArguments, planned(FDFOConfig)), [str(option) for option in options])
     with tempfile.TemporaryDirectory() as folder:
         model = write_configs(arguments.model, Path(folder))
         return FDFOTrainer.plan(config, model, arguments.reward, PROMPTS)
@@ -73,7 +72,7 @@ def table_row(name: str, plan: RunPlan, remark: str = "") -> str:
     cards = f"{plan.args.world_size} x {plan.gpu}" if plan.args.world_size > 1 else plan.gpu
     memory = f"{plan.needed_memory():.1f} of {CARDS[plan.gpu].memory}"
     hours = plan.args.num_rollouts * cells[-1] / 3600
-    link = f"[{name}.yaml](../examples/recipes/{name}.yaml){remark}"
+    link = f"[{name}.yaml](../trl_fdfo/recipes/{name}.yaml){remark}"
     return " | ".join(
         [
             "| " + link,

@@ -13,7 +13,6 @@ checks that no vote is lost or counted twice.
 import argparse
 import asyncio
 import json
-import runpy
 import shutil
 import statistics
 import subprocess
@@ -29,6 +28,7 @@ from scripted_rater import ScriptedRater
 from transformers import TrainerState
 
 from trl_fdfo import shapes
+from trl_fdfo.cli import train as command
 from trl_fdfo.media import to_pil
 from trl_fdfo.rewards.human_preference import human
 
@@ -66,11 +66,9 @@ def train(options: list[str], wrong: float, seed: int, picture: Path | None, gre
         server, url = start_server(folder)
         rater = ScriptedRater(url, wrong=wrong, seed=seed, prefer=greener if green else None)
         threading.Thread(target=rater.run, args=(over.is_set,), daemon=True).start()
-        arguments = ["--config", str(ROOT / "examples" / "recipes" / "shapes_vote.yaml")]
-        arguments += ["--dataset_name", str(ROOT / "examples" / "recipes" / "circles.txt")]
-        arguments += ["--reward", f"human(url={url!r})", "--metrics", "benchmarks.voting:metrics"]
+        arguments = ["--config", "shapes_vote", "--reward", f"human(url={url!r})", "--metrics", "benchmarks.voting:metrics"]
         arguments += ["--output_dir", str(folder / "out"), "--seed", str(seed), *options]
-        runpy.run_path(str(ROOT / "examples" / "train_sd3.py"))["main"](arguments)
+        command.main(arguments)
         over.set()
         results = json.loads((folder / "out" / "metrics.json").read_text())
         if picture is not None:

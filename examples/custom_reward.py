@@ -5,7 +5,7 @@ A reward takes what its signature names: `images` (floats [N, 3, H, W] in [0, 1]
 It returns one float per image on any scale, since only differences between the images of a prompt matter, and should
 have a slope also where the image is still wrong. On the command line:
 
-    accelerate launch examples/train_sd3.py --config examples/recipes/shapes.yaml \
+    trl-fdfo train --config shapes \
         --reward "examples.custom_reward:Background(name='gray', brightness=0.8)"
 """
 

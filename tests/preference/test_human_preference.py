@@ -167,7 +167,7 @@ def test_by_name():
 
 def test_a_process_of_several_needs_a_server(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="start one by `python -m trl_fdfo.preference`"):
+    with pytest.raises(ValueError, match="start one by `trl-fdfo vote`"):
         HumanPreference()
     monkeypatch.setenv("MASTER_ADDR", "host")
     monkeypatch.setenv("MASTER_PORT", "1234")

@@ -6,7 +6,7 @@ import torch
 from trl_fdfo import FDFOConfig
 from trl_fdfo.cli import train
 from trl_fdfo.cli.arguments import Parser, RepeatableFlag, RunArguments
-from trl_fdfo.cli.sources import reward_table
+from trl_fdfo.cli.quick import reward_table
 from trl_fdfo.rewards import VLMServer
 from trl_fdfo.rewards.by_name import REWARDS, load_reward, reward_without_weights
 

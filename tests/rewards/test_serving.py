@@ -674,7 +674,7 @@ def test_failures_that_pass_are_tried_again(fault):
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (500, r"the last with HTTP 500.*Is it up \(`python -m trl_fdfo.serve REWARD --port 8200`\)"),
+        (500, r"the last with HTTP 500.*Is it up \(`trl-fdfo serve REWARD --port 8200`\)"),
         ("close", "the last with RemoteProtocolError"),
         ("half", "the last with RemoteProtocolError"),
         ("hang", "no answer within 0.3 s.*timeout=0.3 s and max_concurrency=4"),

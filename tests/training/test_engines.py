@@ -198,9 +198,9 @@ def listens(port: int) -> bool:
 def test_two_machines_run_the_command_of_the_docs(tmp_path):
     """Two launchers stand in for the machines, each with one process in the place of eight."""
     page = (ROOT / "docs" / "distributed.md").read_text()
-    command = re.search(r"exec (accelerate launch .*?)examples/train_sd3.py", page, re.DOTALL)[1]
-    assert "multi_node.yaml" in command
-    command = command.replace("accelerate launch", f"{sys.executable} -m accelerate.commands.launch")
+    command = re.search(r"exec (trl-fdfo train .*?)--config", page, re.DOTALL)[1]
+    assert "--accelerate_config multi_node" in command
+    command = command.replace("trl-fdfo", f"{sys.executable} -m trl_fdfo")
     port = free_port()
     command = command.replace("8 * SLURM_NNODES", "SLURM_NNODES").replace("29500", str(port))
     script = shlex.join(small_run(tmp_path / "run", use_cpu=True))

@@ -1,1 +1,1 @@
-"""The command line: what the scripts of examples/ share."""
+"""The command `trl-fdfo`: a module per command, and what they share."""

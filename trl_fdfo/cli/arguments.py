@@ -12,7 +12,7 @@ from ..seeds import FIRST_SEED
 from ..training.migration import unknown_options
 from . import recipes
 from .algorithms import ALGORITHMS
-from .sources import reward_table
+from .quick import reward_table
 
 
 class RepeatableFlag(argparse.Action):

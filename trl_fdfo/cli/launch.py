@@ -3,6 +3,7 @@
 import argparse
 import ast
 import functools
+import importlib.util
 import os
 import subprocess
 import sys
@@ -11,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-
-from .sources import folder_of, source
 
 
 CONFIGS = Path(__file__).parents[1] / "accelerate_configs"
@@ -27,7 +26,8 @@ def configs() -> list[str]:
 def options() -> dict[str, bool]:
     """Options of `accelerate launch` by name, and whether a value follows; from its source file, as importing takes seconds."""
     found = {"accelerate_config": True}
-    for node in ast.walk(source(folder_of("accelerate") / "commands" / "launch.py").tree):
+    path = Path(importlib.util.find_spec("accelerate").origin).parent / "commands" / "launch.py"
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and getattr(node.func, "attr", None) == "add_argument":
             given = {keyword.arg: keyword.value for keyword in node.keywords}
             has_value = getattr(given.get("action"), "value", None) not in ("store_true", "store_false", "help")
@@ -69,37 +69,61 @@ def is_launched() -> bool:
     return "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_RANK" in os.environ
 
 
+def processes(launched: list[str]) -> int | None:
+    """Processes that options of the launcher ask for; None if they are counted there."""
+    own, _ = _parser().parse_known_args(launched)
+    path = _config_file(own.accelerate_config)
+    options = yaml.safe_load(path.read_text(encoding="utf-8")) if path else None
+    return own.num_processes or (options or {}).get("num_processes")
+
+
 def launch(command: list[str], launched: list[str]) -> None:
     """
     Run a command of `trl-fdfo` in the processes that accelerate starts.
 
     Raises:
-        ValueError: There is no such config of accelerate.
+        ValueError: There is no such config of accelerate, or it refuses its options.
         SystemExit: A process ended with an error.
     """
-    parser = argparse.ArgumentParser(prog="trl-fdfo train", add_help=False, allow_abbrev=False)
-    parser.add_argument("--accelerate_config", "--accelerate-config")
-    own, launched = parser.parse_known_args(launched)
+    own, launched = _parser().parse_known_args(launched)
+    if own.num_processes is not None:
+        launched = [*launched, "--num_processes", str(own.num_processes)]
     arguments = [*_config_arguments(own.accelerate_config), *launched, "--module", "trl_fdfo", *command]
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     try:
         launch_command(launch_command_parser().parse_args(arguments))
-    except (ChildFailedError, subprocess.CalledProcessError):  # which has said why
+    except (ChildFailedError, subprocess.CalledProcessError):  # the process has said why
         sys.exit(1)
+    except ValueError as error:
+        raise ValueError(f"accelerate launch: {error}") from error
 
 
-def _config_arguments(config: str | None) -> list[str]:
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="trl-fdfo train", add_help=False, allow_abbrev=False)
+    parser.add_argument("--accelerate_config", "--accelerate-config", "--config_file", "--config-file")
+    parser.add_argument("--num_processes", "--num-processes", type=int)
+    return parser
+
+
+def _config_file(config: str | None) -> Path | None:
     if config is None:
-        return []
+        return None
     path = Path(config) if Path(config).is_file() else CONFIGS / f"{config}.yaml"
     if not path.is_file():
         raise ValueError(f"accelerate_config='{config}' is neither a file nor one of {', '.join(configs())}.")
+    return path
+
+
+def _config_arguments(config: str | None) -> list[str]:
+    path = _config_file(config)
+    if path is None:
+        return []
     options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     deepspeed = (options.get("deepspeed_config") or {}).get("deepspeed_config_file")
     beside = path.parent / Path(deepspeed).name if deepspeed else None
-    # A packaged config names DeepSpeed's file as from a clone's folder.
+    # A packaged config names DeepSpeed's file as from the root of a clone.
     found = (
         ["--deepspeed_config_file", str(beside)]
         if beside and not Path(deepspeed).is_file() and beside.is_file()

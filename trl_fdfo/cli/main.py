@@ -1,11 +1,11 @@
 """The command `trl-fdfo`. A command is a module with `main(args)`, imported when it is called: most take seconds."""
 
-import dis
 import importlib
 import os
 import sys
 import time
-from types import TracebackType
+
+from .errors import is_of_the_user
 
 
 # Of each command its module and a line of help.
@@ -48,25 +48,7 @@ def main(args: list[str] | None = None) -> None:
             raise
         kind = "error" if type(error) in (ValueError, FileNotFoundError) else type(error).__name__
         message = f"trl-fdfo {name}: {kind}: {error}\n(trl-fdfo --debug {name} ... shows where)"
-        _exit(message, 2 if isinstance(error, ValueError) else 1)
-
-
-def is_of_the_user(error: BaseException) -> bool:
-    """
-    Whether an error tells the user what to mend: one that this package raises, or a file, model or address that cannot be
-    read. All others are bugs, of the package or of what it calls.
-    """
-    traceback = error.__traceback__
-    while traceback is not None and traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    return isinstance(error, OSError) or (traceback is not None and _is_raised_here(traceback))
-
-
-def _is_raised_here(traceback: TracebackType) -> bool:
-    """Whether a `raise` of this package is where a traceback ends, and not an operation that failed."""
-    module = traceback.tb_frame.f_globals.get("__name__", "")
-    operation = traceback.tb_frame.f_code.co_code[traceback.tb_lasti]
-    return module.split(".")[0] == __package__.split(".")[0] and dis.opname[operation] == "RAISE_VARARGS"
+        _exit(message, 2 if isinstance(error, (ValueError, OSError)) else 1)
 
 
 def _exit(message: str, code: int) -> None:

@@ -64,12 +64,12 @@ def train(script: RunArguments, config: RolloutConfig) -> None:
     comparison.complete()
     trainer.create_model_card()
     if trainer.is_world_process_zero():
-        report(trainer, comparison, seconds)
+        report(script, trainer, comparison, seconds)
     if config.push_to_hub:
         trainer.push_to_hub()
 
 
-def report(trainer: RolloutTrainer, comparison: BeforeAfter, seconds: float) -> None:
+def report(script: RunArguments, trainer: RolloutTrainer, comparison: BeforeAfter, seconds: float) -> None:
     """Write and print what the training changed, and say where the result is."""
     output_dir, results = Path(trainer.args.output_dir), comparison.results
     figures = {name: finite(values) for name, values in results.items()}
@@ -78,7 +78,12 @@ def report(trainer: RolloutTrainer, comparison: BeforeAfter, seconds: float) -> 
     print(" " * width, *(f"{name:>22}" for name in results))
     for metric in results["after"]:
         print(f"{metric:{width}}", *(f"{results[name][metric]:22.3f}" for name in results))
-    print(f"Trained in {seconds:.0f} s. The adapter, the pictures and metrics.json are in {output_dir}/")
+    print(
+        f"\nTrained in {seconds:.0f} s. {output_dir}/ has the adapter, metrics.json with these figures, and "
+        "before_after.png and reward_curve.png to look at.\n"
+        f'In Python: pipeline.load_lora_weights("{output_dir}"). More images: trl-fdfo generate --model {script.model} '
+        f'--adapter {output_dir} --prompts "..."'
+    )
 
 
 def _trainer_class(script: RunArguments) -> type[RolloutTrainer]:

@@ -12,7 +12,7 @@ import os
 from dataclasses import asdict, dataclass, field
 
 from .arguments import Parser
-from .sources import reward_table
+from .quick import reward_table
 
 
 @dataclass

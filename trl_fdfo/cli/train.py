@@ -14,10 +14,9 @@ metrics.json, and the Trainer's logs and checkpoints.
 import sys
 from typing import Any
 
-from . import launch
+from . import launch, quick
 from .algorithms import ALGORITHMS
 from .arguments import Parser, RunArguments, parse
-from .sources import PACKAGE, module_of, reward_table, sections
 
 
 EPILOG = """{rewards}
@@ -29,31 +28,31 @@ EPILOG = """{rewards}
 def main(args: list[str] | None = None) -> None:
     """Train, or plan a run with `--plan`: in this process, or in those that options of accelerate's launcher ask for."""
     args = list(sys.argv[1:] if args is None else args)
-    help_all = [arg for arg in args if arg in ("--help-all", "--help_all")]
-    args = ["--help" if arg in help_all else arg for arg in args]
+    show_inherited = any(arg in ("--help-all", "--help_all") for arg in args)
+    args = ["--help" if arg in ("--help-all", "--help_all") else arg for arg in args]
     # The algorithm decides which options there are.
     first = Parser(RunArguments, partial=True, add_help=False, prog="trl-fdfo train")
     script, *_ = first.parse_args_and_config(args, return_remaining_strings=True)
-    launcher = launch.options()
     options: dict[str, Any] = {
         "prog": f"trl-fdfo {'plan' if script.plan else 'train'}",
-        "elsewhere": launcher,
-        "epilog": EPILOG.format(rewards=reward_table(), configs=", ".join(launch.configs())),
+        "elsewhere": launch.options(),
+        "epilog": EPILOG.format(rewards=quick.reward_table(), configs=", ".join(launch.configs())),
     }
-    # A mistake is told now, and not after the seconds that the imports below take.
-    quick = [RunArguments, *_quick_classes(script, bool(help_all))]
-    parser = Parser(quick, **options)
-    args, launched = launch.split(args, launcher, parser)
-    parser.parse_args_and_config(args)
-    if launch.is_launched():
-        launched = []
-    else:
-        launched = launch.as_arguments(parser.passed_over) + launched
-    if launched and not script.plan:
+    config_class = quick.config_class(ALGORITHMS[script.algorithm].replace("Trainer", "Config"), script.plan)
+    parser = Parser([RunArguments, *quick.sections(config_class, show_inherited)], **options)
+    args, launched = launch.split(args, launch.options(), parser)
+    script, *sections = parser.parse_args_and_config(args)
+    launched = [] if launch.is_launched() else launch.as_arguments(parser.passed_over) + launched
+    values = {name: value for each in sections for name, value in vars(each).items()}
+    if script.plan and launched:  # a plan is for processes that are not launched
+        values["plan_processes"] = launch.processes(launched) or values["plan_processes"]
+        args, launched = [*args, "--plan_processes", str(values["plan_processes"])], []
+    _check(config_class, script, values, launched)
+    if launched:
         launch.launch(["train", *args], launched)
         return
 
-    from . import run
+    from . import run  # which takes seconds
 
     script, config = parse((RunArguments, run.config_class(script)), args, **options)
     if script.plan:
@@ -62,7 +61,10 @@ def main(args: list[str] | None = None) -> None:
         run.train(script, config)
 
 
-def _quick_classes(script: RunArguments, show_inherited: bool) -> list[type]:
-    name = ALGORITHMS[script.algorithm].removesuffix("Trainer") + "Config"
-    classes = sections(module_of(name), name, show_inherited)
-    return [*sections(PACKAGE / "planning" / "without_weights.py", "Planned"), *classes] if script.plan else classes
+def _check(config_class: type, script: RunArguments, values: dict[str, Any], launched: list[str]) -> None:
+    """Tell a mistake now, and not after the seconds that the imports of a run take."""
+    processes = launch.processes(launched) if launched else None
+    if processes or not launched:  # otherwise the launcher counts the GPUs, and each process checks
+        quick.check(config_class, values, processes)
+    quick.check_rewards([*script.reward, *(script.eval_reward or ())])
+    quick.check_prompts(values["dataset_name"], values["dataset_prompt_column"])

@@ -1,4 +1,4 @@
-"""`python -m trl_fdfo.preference`: the preference server, and its votes as a data set."""
+"""`python -m trl_fdfo.preference`, the command `trl-fdfo vote`."""
 
 from .cli import main
 

@@ -1,4 +1,4 @@
-"""The commands of `python -m trl_fdfo.preference`: serve, export, import."""
+"""The commands of `trl-fdfo vote`: serve, export, import."""
 
 import argparse
 import secrets
@@ -11,7 +11,7 @@ from .store import Refused, Store
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m trl_fdfo.preference", description=__doc__)
+    parser = argparse.ArgumentParser(prog="trl-fdfo vote", description=__doc__)
     commands = parser.add_subparsers(dest="command")
     serve = commands.add_parser("serve", help="the server (the default command)")
     for each in (parser, serve):

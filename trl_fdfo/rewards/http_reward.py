@@ -22,7 +22,7 @@ _OWN = ("prompts", "num_generations", "trainer_state", *RATES, *SHAPES)
 
 class HTTPReward(RetryingClient):
     """
-    A reward that `python -m trl_fdfo.serve`, or another server of the same protocol, computes.
+    A reward that `trl-fdfo serve`, or another server of the same protocol, computes.
 
     It has the name, the arguments and the attributes of the served reward, which it asks the server for, and returns the
     same values: images travel as their float32 values, or as 8 bits if the reward takes PIL images. It is `async`, so it runs
@@ -67,7 +67,7 @@ class HTTPReward(RetryingClient):
         super().__init__(
             url,
             owner="HTTPReward",
-            advice="Is it up (`python -m trl_fdfo.serve REWARD --port 8200`)?",
+            advice="Is it up (`trl-fdfo serve REWARD --port 8200`)?",
             refusal_advice=f"Check the url, the name of the reward ({{url}}/rewards lists them) and the api_key ({TOKEN}).",
             error=HTTPRewardError,
             max_concurrency=max_concurrency,

@@ -91,7 +91,7 @@ class HumanPreference:
         if url is None and verdicts is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError(
                 "HumanPreference without a url starts a server, and each of several processes would start its own: start one "
-                "by `python -m trl_fdfo.preference`, and give its address, url='http://localhost:8300'."
+                "by `trl-fdfo vote`, and give its address, url='http://localhost:8300'."
             )
         parts = urlsplit(url or "")
         if token is None and parts.query.startswith("token="):
@@ -212,7 +212,7 @@ class HumanPreference:
             self._client = RetryingClient(
                 self.url,
                 owner="HumanPreference",
-                advice="Is a preference server up (`python -m trl_fdfo.preference`)?",
+                advice="Is a preference server up (`trl-fdfo vote`)?",
                 refusal_advice="",
                 error=HumanPreferenceError,
                 max_concurrency=100,  # of which each may wait for votes
@@ -308,7 +308,7 @@ def human(url: str | None = None, **options: Any) -> PairwiseJudge:
     People, who say on a page which image of a prompt is better: 1, 0 or -1.
 
     Args:
-        url (`str`, *optional*): Address of a server that `python -m trl_fdfo.preference` has started. Default: this process
+        url (`str`, *optional*): Address of a server that `trl-fdfo vote` has started. Default: this process
             starts one.
         **options: Further arguments of [`HumanPreference`].
     """

@@ -1,0 +1,142 @@
+"""The command `trl-fdfo`: its commands, what is imported for a mistake, and how errors are told."""
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import trl_fdfo
+from trl_fdfo.cli import errors
+from trl_fdfo.cli.main import COMMANDS, DEBUG, main
+
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ("accelerate", "datasets", "diffusers", "pandas", "peft", "torch", "transformers")
+
+
+def run(*args: str, cwd: Path = ROOT, script: str = "from trl_fdfo.cli.main import main; main()"):
+    """The command in a process of its own, and which of the packages that take seconds it imported."""
+    script = f"""
+import atexit, sys
+atexit.register(lambda: print("imported:", *(name for name in {HEAVY} if name in sys.modules)))
+{script}
+"""
+    done = subprocess.run([sys.executable, "-c", script, *args], capture_output=True, text=True, timeout=250, cwd=cwd)
+    printed, _, imported = done.stdout.rpartition("imported:")
+    return done.returncode, printed, done.stderr, imported.split()
+
+
+def test_help_is_a_line_per_command(capsys):
+    main(["--help"])
+    printed = capsys.readouterr().out
+    assert [line.split()[0] for line in printed.splitlines() if line.startswith("  ")] == list(COMMANDS)
+    assert max(map(len, printed.splitlines())) < 120
+    main(["--version"])
+    assert capsys.readouterr().out == f"trl-fdfo {trl_fdfo.__version__}\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"usage: trl-fdfo {name if name != 'demo' else 'train'}")
+    assert callable(importlib.import_module(COMMANDS[name][0], "trl_fdfo.cli").main)
+
+
+def test_the_package_has_the_command_and_its_files():
+    project = (ROOT / "pyproject.toml").read_text()
+    assert '[project.scripts]\ntrl-fdfo = "trl_fdfo.cli.main:main"\n' in project
+    for name in ("recipes/shapes.yaml", "recipes/circles.txt", "accelerate_configs/zero2.json"):
+        assert (Path(trl_fdfo.__file__).parent / name).is_file()
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        ("--help", 0, None),
+        ("recipes", 0, None),
+        ("train --help", 0, None),
+        ("train --help-all", 0, None),
+        ("train --config shapes --num_rolouts 3", 2, "has no option num_rolouts. Did you mean `num_rollouts`?"),
+        ("train --config shapes --num_rollouts ten", 2, "invalid int value: 'ten'"),
+        ("train --config shapes --num_rollouts 0", 2, "num_rollouts=0 must be at least 1"),
+        ("train --config shapes --prompts_per_rollout 7", 2, "cannot be split evenly over 1 process"),
+        ("train --config shapes --num_processes 5", 2, "cannot be split evenly over 5 process"),
+        ("train --config shape", 2, "no such file. The packaged recipes: combined,"),
+        ("train --config shapes --accelerate_config zero9", 2, "is neither a file nor one of ddp, "),
+        ("train --config shapes --reward pickscor", 2, "reward 'pickscor' is neither one of pickscore"),
+        ("train --config shapes --dataset_name none.txt", 2, "dataset_name='none.txt': there is no such file"),
+        ("plan --config shapes --gpu z80", 2, "invalid choice: 'z80' (choose from 'rtx4090'"),
+        ("plan --config shapes --num_processes 5", 2, "cannot be split evenly over 5 process"),
+        ("demo --churn 0", 2, "churn=0 leaves the images of a prompt identical"),
+        ("generate --models shapes", 2, "has no option models. Did you mean `model`?"),
+        ("evaluate --model shapes --batch_size 0", 2, "batch_size=0 must be at least 1"),
+        ("tain", 2, "has no command 'tain': it has demo, train"),
+    ],
+)
+def test_help_and_mistakes_wait_for_no_import(args, code, message):
+    """In the process of its user: nothing that takes seconds is imported."""
+    found, printed, told, imported = run(*args.split())
+    assert (found, imported) == (code, [])
+    if message is None:
+        assert printed and not told
+    else:
+        assert message in told and len(told.splitlines()) <= 2 and not printed
+
+
+RAISING = """
+import sys
+from trl_fdfo.cli import generate
+from trl_fdfo.cli.main import main
+def broken(args):
+    {}
+generate.main = broken
+main(["generate"])
+"""
+
+
+def test_a_bug_shows_its_traceback():
+    code, _, told, _ = run(script=RAISING.format("return {}['absent']"))
+    assert code == 1 and "Traceback" in told and "KeyError: 'absent'" in told
+    code, _, told, _ = run(script=RAISING.format("int('ten')"))
+    assert code == 1 and "Traceback" in told
+
+
+def test_an_error_of_the_user_shows_it_on_request(monkeypatch, capsys):
+    wrong = ["generate", "--model", "shapes", "--prompts", "a", "--num_inference_steps", "0"]
+    with pytest.raises(SystemExit):
+        main(wrong)
+    assert capsys.readouterr().err == (
+        "trl-fdfo generate: error: num_inference_steps=0 must be at least 1.\n"
+        "(trl-fdfo --debug generate ... shows where)\n"
+    )
+    monkeypatch.setenv(DEBUG, "")  # so that it is taken away again
+    for args in (["--debug", *wrong], [*wrong, "--debug"]):
+        monkeypatch.delenv(DEBUG)
+        with pytest.raises(ValueError, match="num_inference_steps=0"):
+            main(args)
+
+
+def test_one_process_of_several_tells_an_error():
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, "-m", "trl_fdfo", "train", "--config", "shapes", "--num_rollouts", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, cwd=ROOT)
+    assert done.returncode != 0
+    assert len(re.findall("num_rollouts=0 must be at least 1", done.stderr)) == 1
+
+
+def test_who_can_mend_an_error():
+    def error_of(call):
+        try:
+            call()
+        except Exception as error:
+            return errors.is_of_the_user(error)
+
+    assert error_of(lambda: open("nowhere"))
+    assert not error_of(lambda: int("ten"))
+    assert not error_of(lambda: [][0])
