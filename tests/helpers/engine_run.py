@@ -37,7 +37,7 @@ ENGINE = {
     "ddp_backend": "gloo" if "WORLD_SIZE" in os.environ and not GPU else None,
     **distributed_run.SAMPLING,
 }
-WITHOUT_ADAPTER = {"use_peft": False, "beta": 0.0, "learning_rate": 1e-3}
+WITHOUT_ADAPTER = {"use_peft": False, "beta": 0.0, "learning_rate": 1e-3, "num_rollouts": 1, "eval_strategy": "no"}
 
 
 def scores(folder: Path) -> list[float]:

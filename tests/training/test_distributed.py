@@ -1,6 +1,5 @@
 import os
 import subprocess
-import sys
 
 import distributed_run
 import pytest
@@ -12,14 +11,14 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, warm_python):
     """A folder with the run of one process, what it ended with, and what two end with."""
     folder = tmp_path_factory.mktemp("runs")
     tiny_pipelines.sd3().save_pretrained(folder / "pipeline")
     _, one = distributed_run.run(str(folder / "one"))
     assert one["processes"] == 1 and one["wrapper"] == "_Adapted"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "cache")}
+    command = [warm_python.path, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, **warm_python.environment, "HF_DATASETS_CACHE": str(folder / "cache")}
     done = subprocess.run(
         [*command, distributed_run.__file__, folder], capture_output=True, text=True, timeout=240, env=environment
     )
