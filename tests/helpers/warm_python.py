@@ -51,6 +51,7 @@ class WarmPython:
                 [sys.executable, __file__, "--serve", str(number)],
                 stdin=subprocess.PIPE,
                 pass_fds=[number],
+                start_new_session=True,  # an interrupt by keys is for the tests
                 env={**os.environ, **ON_CPUS},
             )
         return self
@@ -127,6 +128,7 @@ def run(streams: list[int], arguments: list[str], environment: dict[str, str], f
     code = 1
     try:
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
         sys.stdout.reconfigure(line_buffering=True)
@@ -151,12 +153,17 @@ def run(streams: list[int], arguments: list[str], environment: dict[str, str], f
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
+    except KeyboardInterrupt:
+        traceback.print_exc()
+        code = -signal.SIGINT
     except BaseException:
         traceback.print_exc()
     finally:
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
+        if code < 0:
+            end_by(-code)
         # The threads of gloo do not survive an orderly exit of a forked process.
         os._exit(code)
 
@@ -177,10 +184,14 @@ def ask(address: str, arguments: list[str]) -> None:
                 signal.signal(number, lambda number, frame: os.kill(program, number))
             code = int(answers.readline())
     if code < 0:
-        if -code in PASSED_ON:
-            signal.signal(-code, signal.SIG_DFL)
-        os.kill(os.getpid(), -code)
+        end_by(-code)
     sys.exit(code)
+
+
+def end_by(number: int) -> None:
+    if number != signal.SIGKILL:
+        signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
 
 
 if __name__ == "__main__":

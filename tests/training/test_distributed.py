@@ -46,7 +46,8 @@ def test_two_processes_have_the_figures_of_one(runs):
 
 def test_a_run_goes_on_with_another_number_of_processes(runs, tmp_path):
     folder, one, results = runs
-    _, fewer = distributed_run.run(str(tmp_path / "fewer"), str(folder / "two" / "checkpoint-4"))
+    options = distributed_run.NO_EVALUATIONS
+    _, fewer = distributed_run.run(str(tmp_path / "fewer"), str(folder / "two" / "checkpoint-4"), **options)
     distributed_run.assert_same(fewer, results["two"])
     distributed_run.assert_same(results["more"], one)
 
@@ -55,7 +56,8 @@ def test_two_processes_with_quantized_weights_end_in_the_weights_of_one(runs, tm
     pytest.importorskip("torchao")
     folder, _, results = runs
     pipeline = str(folder / "pipeline")
-    _, one = distributed_run.run(str(tmp_path / "one"), make_pipeline=lambda: pipeline, quantization="int8")
+    options = {"quantization": "int8", **distributed_run.NO_EVALUATIONS}
+    _, one = distributed_run.run(str(tmp_path / "one"), make_pipeline=lambda: pipeline, **options)
     distributed_run.assert_same(results["quantized"], one)
 
 
