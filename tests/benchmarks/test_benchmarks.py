@@ -172,9 +172,9 @@ def test_shapes_are_trained_in_each_precision_and_size(tmp_path, capsys):
     output = tmp_path / "shapes.json"
     short = ["--num_rollouts", "1", "--prompts_per_rollout", "4", "--per_device_prompt_batch_size", "2"]
     short += ["--optimizer_steps_per_rollout", "1", "--num_report_prompts", "2", "--images_per_report_prompt", "1"]
-    short += ["--num_inference_steps", "4"]
+    short += ["--num_inference_steps", "2"]
     with pytest.raises(SystemExit):
-        gpu_shapes.main(["--cpu", "--flow-steps", "2", "--dataset-size", "500", "--output", str(output), *short])
+        gpu_shapes.main(["--cpu", "--flow-steps", "1", "--dataset-size", "64", "--output", str(output), *short])
     runs = json.loads(output.read_text())["runs"]
     assert [run["name"] for run in runs] == ["packaged, float32", "packaged, bfloat16", "mid-size, bfloat16"]
     for run in runs:
