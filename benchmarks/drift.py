@@ -195,11 +195,11 @@ def train_all(names: list[str]) -> dict[str, dict[str, str]]:
     return results
 
 
-def train_by(tree: Path, names: list[str]) -> dict[str, dict[str, str]]:
-    """The runs, in a process of their own, by the package in another tree."""
+def train_by(tree: Path, names: list[str], python: str = sys.executable) -> dict[str, dict[str, str]]:
+    """The runs, in a process of their own that `python` starts, by the package in another tree."""
     paths = [tree, tree / "tests" / "helpers", tree / "tests"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
-    command = [sys.executable, __file__, "--json", "--runs", *names]
+    command = [python, __file__, "--json", "--runs", *names]
     output = subprocess.run(command, env=environment, cwd=tree, stdout=subprocess.PIPE, text=True, check=True).stdout
     return json.loads(output.splitlines()[-1])
 

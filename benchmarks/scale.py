@@ -385,10 +385,10 @@ def work_in_turns(group: str, port: int, rollouts: int, tiny: bool) -> None:
             dist.destroy_process_group()
 
 
-def measure(rounds: int, tiny: bool) -> dict[str, Any]:
+def measure(rounds: int, tiny: bool, python: str = sys.executable) -> dict[str, Any]:
     """
     Seconds of each turn, `{turn: [{"sampling": s, "training": s, "seconds": s}, one per round]}`, and the traffic of
-    the group of two. A turn of several processes takes as long as the slowest of them.
+    the group of two. A turn of several processes takes as long as the slowest of them. `python` starts each process.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     done = dict.fromkeys(GROUPS, 0)  # rollouts
@@ -414,7 +414,7 @@ def measure(rounds: int, tiny: bool) -> dict[str, Any]:
     launched = {}
     try:
         for group, (processes, _) in GROUPS.items():
-            command = [sys.executable]
+            command = [python]
             if processes > 1:
                 command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
             command += [__file__, "--worker", group, "--port", str(store.port), "--rollouts", str(rollouts[group])]
@@ -423,7 +423,7 @@ def measure(rounds: int, tiny: bool) -> dict[str, Any]:
                     command + ["--tiny"] * tiny,
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    env={**os.environ, "OMP_NUM_THREADS": "1"},
+                    env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHON_EXEC": python},
                 )
         for group in GROUPS:
             take_turn((group,))  # to warm up

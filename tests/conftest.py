@@ -9,6 +9,7 @@ import pytest
 import tiny_pipelines
 import torch
 from datasets import Dataset
+from warm_python import WarmPython
 
 from trl_fdfo import FDFOConfig
 
@@ -86,6 +87,13 @@ def start_server(tmp_path):
             return running
 
         yield start
+
+
+@pytest.fixture(scope="session")
+def warm_python():
+    """A Python that starts at once, for programs on CPUs."""
+    with WarmPython() as python:
+        yield python
 
 
 def warnings_of_the_package(caplog) -> list[str]:

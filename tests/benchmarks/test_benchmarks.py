@@ -2,8 +2,6 @@ import dataclasses
 import gc
 import json
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -57,10 +55,9 @@ def test_counted_flops_are_those_of_its_layers_and_attentions(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_row_fails_by_itself_and_leaves_nothing_behind():
+def test_a_row_fails_by_itself_and_leaves_nothing_behind(warm_python):
     # A process of its own: earlier tests may have left references to trainers.
-    code = "import test_benchmarks; test_benchmarks.rows_fail_by_themselves_and_leave_nothing_behind()"
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True)
+    done = subprocess.run([warm_python.path, __file__], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -175,9 +172,9 @@ def test_shapes_are_trained_in_each_precision_and_size(tmp_path, capsys):
     output = tmp_path / "shapes.json"
     short = ["--num_rollouts", "1", "--prompts_per_rollout", "4", "--per_device_prompt_batch_size", "2"]
     short += ["--optimizer_steps_per_rollout", "1", "--num_report_prompts", "2", "--images_per_report_prompt", "1"]
-    short += ["--num_inference_steps", "4"]
+    short += ["--num_inference_steps", "2"]
     with pytest.raises(SystemExit):
-        gpu_shapes.main(["--cpu", "--flow-steps", "2", "--dataset-size", "500", "--output", str(output), *short])
+        gpu_shapes.main(["--cpu", "--flow-steps", "1", "--dataset-size", "64", "--output", str(output), *short])
     runs = json.loads(output.read_text())["runs"]
     assert [run["name"] for run in runs] == ["packaged, float32", "packaged, bfloat16", "mid-size, bfloat16"]
     for run in runs:
@@ -300,8 +297,8 @@ def test_paper_goes_up_to_1024_gpus(capsys):
 
 
 @pytest.mark.slow
-def test_one_process_and_two_take_turns(capsys):
-    measured = scale.measure(rounds=1, tiny=True)
+def test_one_process_and_two_take_turns(capsys, warm_python):
+    measured = scale.measure(rounds=1, tiny=True, python=warm_python.path)
     assert list(measured["turns"]) == list(scale.TURNS)
     for turn in measured["turns"].values():
         assert len(turn) == 1 and turn[0]["seconds"] == pytest.approx(turn[0]["sampling"] + turn[0]["training"])
@@ -366,3 +363,7 @@ def test_replay_of_a_family(name, billions):
 def test_card_of_the_plan(gpu, card):
     assert gpu_sd35.plan_card({"gpu": gpu}) == card
     assert gpu_sd35.plan_card({}) is None
+
+
+if __name__ == "__main__":
+    rows_fail_by_themselves_and_leave_nothing_behind()

@@ -2,7 +2,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -137,16 +136,16 @@ def test_table_against_a_direct_computation(trained, capsys):
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_table_of_one(trained, tmp_path):
+def test_two_processes_give_the_table_of_one(trained, tmp_path, warm_python):
     save_clip("clip")
     arguments = (
         *(*ARGUMENTS, "--reward", "my_rewards_for_evaluate:answered", "--reward", "clip(model='clip')"),
         *("--diversity", "clip(model='clip', batch_size=2)", "--output", "evaluation"),
     )
-    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    environment = {**os.environ, **warm_python.environment, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     errors, files = {}, {}
     for processes in (1, 2):
-        launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes))
+        launcher = (warm_python.path, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes))
         command = [*launcher, SCRIPT, *arguments]
         done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
         assert done.returncode == 0, done.stderr[-4000:]

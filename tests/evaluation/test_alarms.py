@@ -4,9 +4,10 @@ import pytest
 import torch
 from conftest import warnings_of_the_package
 from datasets import Dataset
+from tiny_runs import UnplannedTrainer
 from transformers import TrainerState
 
-from trl_fdfo import FDFOConfig, FDFOTrainer, shapes
+from trl_fdfo import FDFOConfig, shapes
 from trl_fdfo.evaluation.alarms import Alarms
 
 
@@ -237,7 +238,7 @@ def shapes_run(folder, reward_fn, **options):
         **options,
     )
     torch.manual_seed(0)
-    trainer = FDFOTrainer(
+    trainer = UnplannedTrainer(
         config,
         shapes.load_pipeline(),
         reward_fn,

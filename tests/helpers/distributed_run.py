@@ -30,6 +30,8 @@ from trl_fdfo.saving.sharded_weights import trained_parameters, whole_values
 
 # The several processes sample larger batches than the single one, and read prompt embeddings from the disk.
 SAMPLING = {"per_device_sampling_batch_size": 4, "cache_prompt_embeds": True}
+# An evaluation inside a run takes as long as a rollout. One run shows them; all are evaluated when they have ended.
+NO_EVALUATIONS = {"eval_strategy": "no"}
 
 
 def brightness(images):
@@ -147,7 +149,7 @@ class Traffic(TrainerCallback):
 def measure_traffic(folder: Path) -> dict:
     """Numbers that pass between the processes in two rollouts, and numbers that one process records."""
     traffic = Traffic()
-    trainer = build(str(folder / "traffic"), save_strategy="no", eval_strategy="no")
+    trainer = build(str(folder / "traffic"), save_strategy="no", **NO_EVALUATIONS)
     trainer.add_callback(traffic)
     trainer.train()
     tuples = [(batch.sampled, level) for step in trainer._buffer.steps for batch, level in step]
@@ -171,7 +173,7 @@ async def slow_on_one_process(images, prompts):
 
 def wait_for_a_slow_reward(folder: Path) -> list[float]:
     """Rewards of a rollout whose images are scored at once, later by one process."""
-    options = {"num_rollouts": 1, "per_device_sampling_batch_size": 4, "eval_strategy": "no", "save_strategy": "no"}
+    options = {"num_rollouts": 1, "per_device_sampling_batch_size": 4, "save_strategy": "no", **NO_EVALUATIONS}
     group = dist.group.WORLD
     group._get_backend(torch.device("cpu"))._set_default_timeout(timedelta(seconds=TIMEOUT))
     trainer = build(str(folder / "slow"), reward=slow_on_one_process, **options)
@@ -182,12 +184,14 @@ def wait_for_a_slow_reward(folder: Path) -> list[float]:
 def main(folder: Path) -> None:
     results = {}
     _, results["two"] = run(str(folder / "two"), **SAMPLING)
-    _, results["more"] = run(str(folder / "more"), str(folder / "one" / "checkpoint-4"), **SAMPLING)
+    options = {**SAMPLING, **NO_EVALUATIONS}
+    _, results["more"] = run(str(folder / "more"), str(folder / "one" / "checkpoint-4"), **options)
     results["traffic"] = measure_traffic(folder)
     results["slow reward"] = wait_for_a_slow_reward(folder)
     if importlib.util.find_spec("torchao"):
         pipeline = lambda: str(folder / "pipeline")
-        _, results["quantized"] = run(str(folder / "quantized"), make_pipeline=pipeline, quantization="int8")
+        options = {"quantization": "int8", **NO_EVALUATIONS}
+        _, results["quantized"] = run(str(folder / "quantized"), make_pipeline=pipeline, **options)
     if dist.get_rank() == 0:
         torch.save(results, folder / "results.pt")
 

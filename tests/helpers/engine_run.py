@@ -37,7 +37,8 @@ ENGINE = {
     "ddp_backend": "gloo" if "WORLD_SIZE" in os.environ and not GPU else None,
     **distributed_run.SAMPLING,
 }
-WITHOUT_ADAPTER = {"use_peft": False, "beta": 0.0, "learning_rate": 1e-3}
+WITHOUT_ADAPTER = {"use_peft": False, "beta": 0.0, "learning_rate": 1e-3, "num_rollouts": 1}
+WITHOUT_ADAPTER |= distributed_run.NO_EVALUATIONS
 
 
 def scores(folder: Path) -> list[float]:
@@ -112,7 +113,7 @@ def on_cpus(folder: Path, make_pipeline: Callable) -> dict:
             reward=interrupted,
             save_on_signal=True,
             save_strategy="no",
-            eval_strategy="no",
+            **distributed_run.NO_EVALUATIONS,
             **ENGINE,
         )
     except SystemExit as end:

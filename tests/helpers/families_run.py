@@ -2,7 +2,7 @@
 Trains a tiny pipeline of each class of transformers for two optimizer steps in several processes, and writes what test_pipelines.py
 looks at:
 
-    torchrun --nproc_per_node 2 tests/helpers/families_run.py FOLDER
+    torchrun --nproc_per_node 2 tests/helpers/families_run.py FOLDER NAME ...
 """
 
 import gc
@@ -95,9 +95,8 @@ def train(name: str, folder: Path) -> dict:
     }
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, names: list[str]) -> None:
     results = {}
-    names = one_of_each_transformer()
     gc.collect()
     gc.freeze()  # each family has imported modules of its own
     for name in names:
@@ -110,4 +109,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

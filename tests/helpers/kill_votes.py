@@ -59,9 +59,11 @@ def run_here(folder: Path, url: str, name: str = "whole", rollouts: int = 6) -> 
     torch.set_num_threads(threads)
 
 
-def start(folder: Path, url: str, name: str = "killed", rollouts: int = 6) -> subprocess.Popen:
+def start(
+    folder: Path, url: str, name: str = "killed", rollouts: int = 6, python: str = sys.executable
+) -> subprocess.Popen:
     """The run in a process of its own, resumed if it has been killed."""
-    command = [sys.executable, __file__, "--run", str(folder), url, name, str(rollouts)]
+    command = [python, __file__, "--run", str(folder), url, name, str(rollouts)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 

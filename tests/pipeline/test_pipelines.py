@@ -5,7 +5,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -355,15 +354,20 @@ UNCOUNTED = {
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_two_processes_train_every_kind_of_transformer(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+def test_two_processes_train_every_kind_of_transformer(tmp_path, warm_python):
+    command = [warm_python.path, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, **warm_python.environment, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    names = families_run.one_of_each_transformer()
     done = subprocess.run(
-        [*command, families_run.__file__, tmp_path], capture_output=True, text=True, timeout=1500, env=environment
+        [*command, families_run.__file__, tmp_path, *names],
+        capture_output=True,
+        text=True,
+        timeout=1500,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     results = json.loads((tmp_path / "families.json").read_text(encoding="utf-8"))
-    assert results.keys() == set(families_run.one_of_each_transformer())
+    assert list(results) == names
     for name, result in results.items():
         assert (result["wrapper"], result["processes"], result["steps"]) == ("DistributedDataParallel", 2, 2), name
         assert result["replay_error"] == 0.0 and result["spread"] == 0.0 and result["moved"] > 0.0, name

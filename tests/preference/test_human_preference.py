@@ -253,12 +253,12 @@ def test_the_trainer_starts_a_server_of_its_own(make_trainer, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_to_the_bit_with_a_person(voting, tmp_path):
+def test_a_killed_run_resumes_to_the_bit_with_a_person(voting, tmp_path, warm_python):
     """The trainer is killed after its first checkpoint, and the server too; then both go on."""
     voting()
     kill_votes.run_here(tmp_path / "whole", voting.url)
     checkpoint = tmp_path / "killed" / "out" / "checkpoint-2"
-    process = kill_votes.start(tmp_path / "killed", voting.url)
+    process = kill_votes.start(tmp_path / "killed", voting.url, python=warm_python.path)
     while not (checkpoint / "trainer_state.json").exists():
         assert process.poll() is None
         time.sleep(0.02)
@@ -266,5 +266,5 @@ def test_a_killed_run_resumes_to_the_bit_with_a_person(voting, tmp_path):
     assert not (tmp_path / "killed" / "weights.pt").exists()
     voting.running.stop()
     voting.running.start()
-    kill_votes.finish(kill_votes.start(tmp_path / "killed", voting.url))
+    kill_votes.finish(kill_votes.start(tmp_path / "killed", voting.url, python=warm_python.path))
     assert kill_votes.same_weights(tmp_path / "whole", tmp_path / "killed")

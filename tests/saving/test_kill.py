@@ -1,7 +1,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,9 @@ from trl_fdfo.saving.checkpoint_files import fault
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-def test_killed_runs_end_in_the_bytes_of_the_run_that_was_not(tmp_path, processes):
+def test_killed_runs_end_in_the_bytes_of_the_run_that_was_not(tmp_path, processes, warm_python):
     script = Path(__file__).parents[1] / "helpers" / "kill_run.py"
-    command = [sys.executable, script, tmp_path, str(processes), "20", str(processes)]
+    command = [warm_python.path, script, tmp_path, str(processes), "20", str(processes)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, env={**os.environ, "TQDM_DISABLE": "1"})
     assert done.returncode == 0, done.stderr[-4000:]
     result = json.loads((tmp_path / "result.json").read_text())

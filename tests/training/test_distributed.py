@@ -1,6 +1,5 @@
 import os
 import subprocess
-import sys
 
 import distributed_run
 import pytest
@@ -12,14 +11,14 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, warm_python):
     """A folder with the run of one process, what it ended with, and what two end with."""
     folder = tmp_path_factory.mktemp("runs")
     tiny_pipelines.sd3().save_pretrained(folder / "pipeline")
     _, one = distributed_run.run(str(folder / "one"))
     assert one["processes"] == 1 and one["wrapper"] == "_Adapted"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "cache")}
+    command = [warm_python.path, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, **warm_python.environment, "HF_DATASETS_CACHE": str(folder / "cache")}
     done = subprocess.run(
         [*command, distributed_run.__file__, folder], capture_output=True, text=True, timeout=240, env=environment
     )
@@ -47,7 +46,8 @@ def test_two_processes_have_the_figures_of_one(runs):
 
 def test_a_run_goes_on_with_another_number_of_processes(runs, tmp_path):
     folder, one, results = runs
-    _, fewer = distributed_run.run(str(tmp_path / "fewer"), str(folder / "two" / "checkpoint-4"))
+    options = distributed_run.NO_EVALUATIONS
+    _, fewer = distributed_run.run(str(tmp_path / "fewer"), str(folder / "two" / "checkpoint-4"), **options)
     distributed_run.assert_same(fewer, results["two"])
     distributed_run.assert_same(results["more"], one)
 
@@ -56,7 +56,8 @@ def test_two_processes_with_quantized_weights_end_in_the_weights_of_one(runs, tm
     pytest.importorskip("torchao")
     folder, _, results = runs
     pipeline = str(folder / "pipeline")
-    _, one = distributed_run.run(str(tmp_path / "one"), make_pipeline=lambda: pipeline, quantization="int8")
+    options = {"quantization": "int8", **distributed_run.NO_EVALUATIONS}
+    _, one = distributed_run.run(str(tmp_path / "one"), make_pipeline=lambda: pipeline, **options)
     distributed_run.assert_same(results["quantized"], one)
 
 

@@ -26,6 +26,7 @@ from distributed_run import assert_same
 from peft import PeftModel
 from tiny_clip import clip_model, clip_tokenizer
 from transformers import CLIPImageProcessorPil, CLIPProcessor
+from warm_python import ON_CPUS, WarmPython
 
 from trl_fdfo import FDFOConfig, shapes
 from trl_fdfo.pipeline.loading import load_pipeline
@@ -120,10 +121,13 @@ def one_process(models, tmp_path_factory):
     }
 
 
-def launch(config: Path, processes: int, *arguments: str | Path, **environment: str) -> None:
-    """What a user types, from the root of the repository."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
+def launch(
+    config: Path, processes: int, *arguments: str | Path, python: WarmPython | None = None, **environment: str
+) -> None:
+    """What a user types, from the root of the repository; by a Python that starts at once if one is given."""
+    command = [python.path if python else sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
     command += ["--num_processes", str(processes), "--main_process_port", "0", *arguments]
+    environment |= python.environment if python else {}
     # DeepSpeed builds an extension with ninja, which is beside Python.
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     done = subprocess.run(
@@ -136,7 +140,7 @@ def launch(config: Path, processes: int, *arguments: str | Path, **environment: 
     scope="module",
     params=[pytest.param(name, marks=pytest.mark.slow) for name in ENGINES],
 )
-def two_processes(request, models, tmp_path_factory):
+def two_processes(request, models, tmp_path_factory, warm_python):
     """The engine, the folder of a run with it, and what it ended with."""
     engine, arguments = request.param, []
     folder = with_models(tmp_path_factory.mktemp(engine), models)
@@ -148,9 +152,9 @@ def two_processes(request, models, tmp_path_factory):
             config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         (folder / "deepspeed.json").write_text(json.dumps(config))
         arguments = ["--deepspeed_config_file", folder / "deepspeed.json"]
-    # On CPUs, with gloo, also where there are GPUs.
-    cpu = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "HF_DATASETS_CACHE": str(folder / "cache")}
-    launch(CONFIGS / f"{engine}.yaml", 2, *arguments, engine_run.__file__, folder, **cpu)
+    # With gloo, also where there are GPUs.
+    cache = {"HF_DATASETS_CACHE": str(folder / "cache")}
+    launch(CONFIGS / f"{engine}.yaml", 2, *arguments, engine_run.__file__, folder, python=warm_python, **cache)
     results = torch.load(folder / "results.pt", weights_only=True)
     assert results["run"]["processes"] == 2
     assert results["run"]["wrapper"] == ENGINES[engine]
@@ -182,10 +186,10 @@ def check_small_run(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("engine", "processes"), [("zero3", 2), ("zero1", 1), ("zero2_offload", 1), ("zero3_offload", 1)]
 )
-def test_script_runs_with_the_config_as_it_is(engine, processes, tmp_path):
-    """The command of the docs."""
-    environment = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    launch(CONFIGS / f"{engine}.yaml", processes, *small_run(tmp_path), **environment)
+def test_script_runs_with_the_config_as_it_is(engine, processes, tmp_path, warm_python):
+    """The command of the docs, of which one starts a fresh Python."""
+    python = None if engine == "zero1" else warm_python
+    launch(CONFIGS / f"{engine}.yaml", processes, *small_run(tmp_path), python=python, **ON_CPUS)
     check_small_run(tmp_path)
 
 
@@ -195,16 +199,16 @@ def listens(port: int) -> bool:
 
 
 @pytest.mark.slow
-def test_two_machines_run_the_command_of_the_docs(tmp_path):
+def test_two_machines_run_the_command_of_the_docs(tmp_path, warm_python):
     """Two launchers stand in for the machines, each with one process in the place of eight."""
     page = (ROOT / "docs" / "distributed.md").read_text()
     command = re.search(r"exec (trl-fdfo train .*?)--config", page, re.DOTALL)[1]
     assert "--accelerate_config multi_node" in command
-    command = command.replace("trl-fdfo", f"{sys.executable} -m trl_fdfo")
+    command = command.replace("trl-fdfo", f"{warm_python.path} -m trl_fdfo")
     port = free_port()
     command = command.replace("8 * SLURM_NNODES", "SLURM_NNODES").replace("29500", str(port))
     script = shlex.join(small_run(tmp_path / "run", use_cpu=True))
-    environment = {**os.environ, "SLURM_NNODES": "2", "MAIN": "localhost", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, **warm_python.environment, "SLURM_NNODES": "2", "MAIN": "localhost"}
     logs = [tmp_path / f"machine_{number}.log" for number in range(2)]
     machines = []
     for number, log in enumerate(logs):
@@ -326,12 +330,13 @@ FLOAT32_ON_CPUS = pytest.mark.gpu("DeepSpeed and FSDP2 train in float32 on CPUs,
 @pytest.mark.parametrize(
     "engine", ["single_gpu", "ddp", *(pytest.param(name, marks=FLOAT32_ON_CPUS) for name in ENGINES)]
 )
-def test_run_in_bfloat16(engine, models, tmp_path):
+def test_run_in_bfloat16(engine, models, tmp_path, warm_python):
     if engine.startswith("zero"):
         pytest.importorskip("deepspeed")
     folder = with_models(tmp_path, models)
     processes = 1 if engine == "single_gpu" else min(torch.cuda.device_count() or 2, 2)
-    launch(CONFIGS / f"{engine}.yaml", processes, engine_run.__file__, folder, "bfloat16")
+    python = None if torch.cuda.is_available() else warm_python
+    launch(CONFIGS / f"{engine}.yaml", processes, engine_run.__file__, folder, "bfloat16", python=python)
     results = torch.load(folder / "results.pt", weights_only=True)
     assert results["run"]["processes"] == processes
     assert results["run"]["wrapper"] == ENGINES.get(engine, "DistributedDataParallel" if processes > 1 else "_Adapted")

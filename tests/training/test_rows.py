@@ -10,7 +10,7 @@ from conftest import logged, trained_weights
 from datasets import Dataset, Image
 from PIL import Image as PILImage
 from tiny_pipelines import flux_kontext
-from tiny_runs import PROMPTS, redness
+from tiny_runs import PROMPTS, UnplannedTrainer, redness
 
 from trl_fdfo import FDFOTrainer
 from trl_fdfo.evaluation.evaluator import DifferentSizesError, read_rows
@@ -42,7 +42,7 @@ def train(make_config):
             if isinstance(values[0], dict):
                 dataset = dataset.cast_column(name, Image())
         config = config(num_rollouts=1, **options)
-        return FDFOTrainer(
+        return UnplannedTrainer(
             config, pipeline or tiny_pipelines.sd3(), reward_fn, train_dataset=dataset, eval_dataset=eval_dataset
         )
 
@@ -100,22 +100,18 @@ def kontext(make_config, **options):
 
 
 # In the first row RGBA passes for latents, of which the tiny VAE has four channels too.
-@pytest.mark.parametrize(
-    ("mode", "row"), [*((mode, 3) for mode in ("L", "RGBA", "P", "LA", "1")), ("L", 0), ("P", 0), ("LA", 0)]
-)
-def test_an_image_of_another_mode_is_converted_as_diffusers_does(train, make_config, mode, row):
-    colour = PILImage.new("RGB", (16, 16), "red")
-    other = PILImage.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)).convert(mode)
+@pytest.mark.parametrize("modes", [("L", "RGBA", "P", "1"), ("P", "LA", "L", "RGBA"), ("LA", "1", "RGB", "P")], ids=str)
+def test_images_of_other_modes_are_converted_as_diffusers_does(train, make_config, modes):
+    noise = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8)
+    others = [PILImage.fromarray(pixels).convert(mode) for pixels, mode in zip(noise, modes)]
     config = lambda **options: kontext(make_config, **options)
     weights = []
-    for one in (other, other.convert("RGB")):
-        column = images(*(one if number == row else colour for number in range(4)))
-        trainer = train({"image": column}, flux_kontext.build(), config=config)
+    for pictures in (others, [picture.convert("RGB") for picture in others]):
+        trainer = train({"image": images(*pictures)}, flux_kontext.build(), config=config)
         trainer.train()
         assert logged(trainer, "replay_error") == [0.0]
         weights.append(trained_weights(trainer))
-        column = {"image": [colour, one]}
-        weights[-1]["images"] = trainer.generate(PROMPTS[:2], [0, 1], column)
+        weights[-1]["images"] = trainer.generate(PROMPTS[:4], range(4), {"image": pictures})
     assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
 
 
@@ -180,7 +176,7 @@ def test_a_formatted_dataset_trains_to_the_same_weights(make_config, form):
     weights, calls = [], []
     for options in ({}, form):
         dataset = Dataset.from_dict({"prompt": PROMPTS, "label": range(6)}).with_format(**options)
-        trainer = FDFOTrainer(
+        trainer = UnplannedTrainer(
             make_config(num_rollouts=1), tiny_pipelines.sd3(), labelled, train_dataset=dataset, eval_dataset=dataset
         )
         trainer.train()

@@ -42,7 +42,7 @@ def soak(output_dir: str) -> None:
     import tiny_runs
     from datasets import Dataset
 
-    from trl_fdfo import FDFOConfig, FDFOTrainer
+    from trl_fdfo import FDFOConfig
 
     async def reward(images, prompts):
         await asyncio.sleep(0.001)
@@ -68,13 +68,13 @@ def soak(output_dir: str) -> None:
         disable_tqdm=True,
     )
     prompts = Dataset.from_dict({"prompt": tiny_runs.PROMPTS})
-    FDFOTrainer(config, tiny_pipelines.sd3(), reward, prompts, callbacks=[usage]).train()
+    tiny_runs.UnplannedTrainer(config, tiny_pipelines.sd3(), reward, prompts, callbacks=[usage]).train()
     Path(output_dir, "usage.json").write_text(json.dumps(usage.samples))
 
 
 @pytest.mark.slow
-def test_what_a_run_holds_does_not_grow(tmp_path):
-    subprocess.run([sys.executable, __file__, str(tmp_path)], check=True, capture_output=True, timeout=280)
+def test_what_a_run_holds_does_not_grow(tmp_path, warm_python):
+    subprocess.run([warm_python.path, __file__, str(tmp_path)], check=True, capture_output=True, timeout=280)
     samples = json.loads((tmp_path / "usage.json").read_text())
     assert [sample["rollout"] for sample in samples] == list(range(EVERY, ROLLOUTS + 1, EVERY))
     first, last = samples[0], samples[-1]
