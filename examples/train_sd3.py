@@ -15,14 +15,12 @@ Every option of the recipe can be overridden on the command line; `--help` lists
 rewards that it is not trained on: `--num_eval_prompts 64 --eval_strategy steps --eval_reward clip --eval_diversity clip`.
 
 Writes into `output_dir` the adapter, its model card README.md with before_after.png, reward_curve.png and evaluation.png,
-metrics.json, and the Trainer's logs and checkpoints.
+results.json (before and after), metrics.jsonl (over time), pictures/, and checkpoints.
 """
 
-import json
 import sys
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from datasets import Dataset
 
@@ -30,9 +28,9 @@ from trl_fdfo import shapes
 from trl_fdfo.cli.algorithms import ALGORITHMS
 from trl_fdfo.cli.arguments import Parser, RepeatableFlag, parse
 from trl_fdfo.planning.without_weights import planned
-from trl_fdfo.reporting.logs import finite
 from trl_fdfo.rewards.by_name import REWARDS, check_by_name, load_object, load_reward
 from trl_fdfo.training.prompts import load_prompts
+from trl_fdfo.training.publishing import where_it_is
 
 
 @dataclass
@@ -85,15 +83,15 @@ def main(args: list[str] | None = None) -> None:
             raise ValueError(f"{name}={getattr(script, name)} must be at least 1.")
     packaged = script.model == "shapes"
     rewards, controls = ([given] if isinstance(given, str) else given for given in (script.reward, script.eval_reward))
+    captions = Dataset.from_dict({"prompt": shapes.captions()}) if packaged and config.dataset_name is None else None
     if script.plan:
         for name in [*rewards, *(controls or ())]:
             check_by_name(name, REWARDS, "reward")
-        prompts = load_prompts(config.dataset_name, config.dataset_prompt_column)
+        prompts = captions or load_prompts(config.dataset_name, config.dataset_prompt_column)
         model = shapes.PIPELINE_FOLDER if packaged else script.model
         print(trainer_class.plan(config, model, rewards, prompts))
         return
     metrics = load_object(script.metrics, "metrics") if script.metrics is not None else None
-    captions = Dataset.from_dict({"prompt": shapes.captions()}) if packaged and config.dataset_name is None else None
     trainer = trainer_class(
         config,
         shapes.load_pipeline() if packaged else script.model,
@@ -114,20 +112,16 @@ def main(args: list[str] | None = None) -> None:
     start = time.perf_counter()
     trainer.train()  # on from the checkpoint of the option `resume_from_checkpoint`, if it is set
     seconds = time.perf_counter() - start
-    trainer.save_model()
+    trainer.save_result(config.output_dir)  # first: what follows may fail
     trainer.save_state()
     comparison.complete()
     trainer.create_model_card()
 
     if trainer.is_world_process_zero():
-        output_dir, report = Path(config.output_dir), comparison.results
-        figures = {name: finite(values) for name, values in report.items()}
-        (output_dir / "metrics.json").write_text(json.dumps({"train_seconds": seconds, **figures}, indent=2) + "\n")
-        width = max(map(len, report["after"]))
-        print(" " * width, *(f"{name:>22}" for name in report))
-        for metric in report["after"]:
-            print(f"{metric:{width}}", *(f"{report[name][metric]:22.3f}" for name in report))
-        print(f"Trained in {seconds:.0f} s. The adapter, the pictures and metrics.json are in {output_dir}/")
+        comparison.write(config.output_dir, train_seconds=seconds)
+        print(comparison.table())
+        print(f"Trained in {seconds:.0f} s.")
+        print(where_it_is(trainer, config.output_dir))
     if config.push_to_hub:
         trainer.push_to_hub()
 
