@@ -55,13 +55,13 @@ def pretrain(folder: Path, device: torch.device, flow_steps: int, dataset_size: 
 
 
 def train(options: list[str]) -> dict[str, Any]:
-    """`metrics.json` of the demo's recipe with options of train_sd3.py."""
+    """`results.json` of the demo's recipe with options of train_sd3.py."""
     script = runpy.run_path(str(EXAMPLES / "train_sd3.py"))
     with tempfile.TemporaryDirectory() as folder:
         recipe = ["--config", str(EXAMPLES / "recipes" / "shapes.yaml"), "--output_dir", folder]
         with contextlib.redirect_stdout(io.StringIO()):
             script["main"]([*recipe, *options])
-        return json.loads(Path(folder, "metrics.json").read_text())
+        return json.loads(Path(folder, "results.json").read_text())
 
 
 def judge(before: float, after: float) -> bool:

@@ -1,6 +1,6 @@
 """
-Silences what libraries say about themselves when they are imported, and nobody can act on: each message by its words, in
-the logger that says it. Whatever else they say is heard.
+Keeps down what libraries say: what nobody can act on is silenced, and what they would repeat in each batch is said once.
+Each message is known by its words, in the logger that says it, as there is no switch for it. Whatever else they say is heard.
 """
 
 import logging
@@ -35,3 +35,28 @@ def silence() -> None:
     """Before the libraries are imported: a filter works on a logger that nobody has used yet."""
     for name, messages in _MESSAGES.items():
         logging.getLogger(name).addFilter(_Unless(messages))
+
+
+class _CutOnce(logging.Filter):
+    """Lets a pipeline say once per reason that prompts are too long, which it says in each batch with all the texts."""
+
+    def __init__(self):
+        super().__init__()
+        self._said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        reason, _, cut = record.getMessage().partition(": ")
+        if "truncated because" not in reason:
+            return True
+        is_new = reason not in self._said
+        self._said.add(reason)
+        record.msg, record.args = f"{reason}: {cut[:200]} ... (said once; it holds for each prompt that is as long)", ()
+        return is_new
+
+
+def say_once_what_is_cut(pipeline_class: type) -> None:
+    """Of the prompts that pipelines of a class cut because they are too long."""
+    for name in {each.__module__ for each in pipeline_class.__mro__}:
+        logger = logging.getLogger(name)
+        if not any(isinstance(each, _CutOnce) for each in logger.filters):
+            logger.addFilter(_CutOnce())

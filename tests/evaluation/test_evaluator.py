@@ -403,6 +403,6 @@ def test_the_script(tmp_path, caplog):
     arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
     script["main"](["--config", str(recipe), *arguments])
     assert (tmp_path / "out" / "evaluation.png").is_file()
-    report = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    report = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {"reward", "controls/strict/mean"} <= report["after"].keys()
     assert not warnings_of_the_package(caplog)
