@@ -16,6 +16,8 @@ _MESSAGES = {
     "torch.utils._pytree": ("is an Enum subclass and is now natively supported",),
     # A kernel for sampling from 4-bit weights on CPUs.
     "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward",),
+    # `load_lora_weights` looks for an adapter of each text encoder. That the transformer has none is said elsewhere, and heard.
+    "diffusers.loaders.lora_base": ("No LoRA keys associated to",),
     # accelerate imports DeepSpeed in each run if it is installed, also in a run without it.
     "DeepSpeed": ("Setting accelerator to CPU", "Setting ds_accelerator to"),
 }

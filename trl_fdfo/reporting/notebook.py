@@ -15,6 +15,7 @@ from ..metric_names import ALARM, CONTROL, DIVERSITY, EVAL_PREFIX, REWARD, devia
 from .progress import rollout_of, short
 
 
+_INLINE_SIZE = 800  # pixels
 _COLUMNS = (REWARD, deviation(REWARD), "branch_distance")
 _EVALUATED = tuple(EVAL_PREFIX + name for name in (REWARD, CONTROL, DIVERSITY, ALARM))
 
@@ -90,5 +91,7 @@ class RolloutBar:
 
 
 def show(title: str, image: Image.Image) -> None:
-    """Show a sheet of pictures below the cell."""
+    """Show a sheet of pictures below the cell, reduced to what a screen has room for; its file is whole."""
+    image = image.copy()
+    image.thumbnail((_INLINE_SIZE, _INLINE_SIZE))
     display(HTML(f"<b>{title}</b>"), image)

@@ -8,7 +8,6 @@ import psutil
 import torch
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
-from transformers.utils import is_in_notebook
 
 from ..metric_names import ALARM, CONTROL, DIVERSITY, EVAL_PREFIX, REWARD, deviation
 
@@ -51,15 +50,6 @@ class RolloutProgressCallback(ProgressCallback):
             dynamic_ncols=True,
             disable=self.training_bar is None,
         )
-
-
-def progress_callback() -> TrainerCallback:
-    """What shows the progress: bars in a terminal, and in a notebook a table with bars. Both have a `rollout_bar`."""
-    if is_in_notebook():
-        from .notebook import NotebookProgress  # which imports IPython
-
-        return NotebookProgress()
-    return RolloutProgressCallback()
 
 
 class FirstRolloutReport(TrainerCallback):

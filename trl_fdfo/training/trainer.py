@@ -42,7 +42,7 @@ from ..planning.memory import Engine
 from ..planning.plan import RunPlan
 from ..planning.without_weights import plan_without_weights
 from ..reporting.logs import MetricsFile, PictureLogger
-from ..reporting.progress import FirstRolloutReport, progress_callback
+from ..reporting.progress import FirstRolloutReport
 from ..rewards.reward_functions import RewardFunction, RewardFunctions
 from ..saving.checkpoint_files import written_whole
 from ..saving.checkpointer import Checkpointer, TimedCheckpoints, set_options
@@ -75,6 +75,7 @@ from .setup import (
     open_pipeline,
     place_components,
     prepare_pipeline,
+    progress_callback,
     rehearse,
     try_replay,
 )
