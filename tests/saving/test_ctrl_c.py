@@ -59,7 +59,8 @@ def wait_for_a_rollout(run: subprocess.Popen, folder: Path) -> None:
 def test_ctrl_c_in_the_second_rollout_loses_nothing(tmp_path, processes):
     script = tmp_path / "example.py"
     example = EXAMPLE
-    for name, value in CHANGES.items():
+    on_cpus = {"epsilon=0.2,": 'epsilon=0.2,\n    use_cpu=True,\n    ddp_backend="gloo",'} if processes > 1 else {}
+    for name, value in {**CHANGES, **on_cpus}.items():
         assert name in example
         example = example.replace(name, value)
     script.write_text(example)
