@@ -55,6 +55,7 @@ def wait_for_a_rollout(run: subprocess.Popen, folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("processes", [1, 2])
 def test_ctrl_c_in_the_second_rollout_loses_nothing(tmp_path, processes):
     script = tmp_path / "example.py"
