@@ -56,11 +56,11 @@ def pretrain(folder: Path, device: torch.device, flow_steps: int, dataset_size: 
 
 
 def train(options: list[str]) -> dict[str, Any]:
-    """`metrics.json` of the demo's recipe with other options."""
+    """`results.json` of the demo's recipe with other options."""
     with tempfile.TemporaryDirectory() as folder:
         with contextlib.redirect_stdout(io.StringIO()):
             command.main(["--config", "shapes", "--output_dir", folder, *options])
-        return json.loads(Path(folder, "metrics.json").read_text())
+        return json.loads(Path(folder, "results.json").read_text())
 
 
 def judge(before: float, after: float) -> bool:

@@ -70,7 +70,7 @@ def train(options: list[str], wrong: float, seed: int, picture: Path | None, gre
         arguments += ["--output_dir", str(folder / "out"), "--seed", str(seed), *options]
         command.main(arguments)
         over.set()
-        results = json.loads((folder / "out" / "metrics.json").read_text())
+        results = json.loads((folder / "out" / "results.json").read_text())
         if picture is not None:
             shutil.copy(folder / "out" / "before_after.png", picture)
         server.terminate()

@@ -2,10 +2,14 @@
 
 from typing import TYPE_CHECKING
 
+from .noise import silence
+
 
 __version__ = "0.1.0"
 
 __all__ = ["FDFOConfig", "FDFOTrainer", "FlowGRPOConfig", "FlowGRPOTrainer"]
+
+silence()
 
 if TYPE_CHECKING:
     from .fdfo.config import FDFOConfig

@@ -23,7 +23,7 @@ def test_quickstart_script_writes_what_it_promises(tmp_path, capsys):
         *("train", "--config", "shapes", "--output_dir", tmp_path, "--num_rollouts", 2),
         *("--prompts_per_rollout", 12, "--per_device_prompt_batch_size", 4, "--images_per_report_prompt", 2),
     )
-    report = json.loads((tmp_path / "metrics.json").read_text())
+    report = json.loads((tmp_path / "results.json").read_text())
     assert report["train_seconds"] > 0
     for name in ("before", "before, guidance 1.5", "after"):
         classes = {f"strict_accuracy/{c}" for c in (*shapes.SHAPES, *shapes.COLORS, *shapes.BACKGROUNDS)}
@@ -51,7 +51,7 @@ def test_script_on_a_pipeline_by_path_with_a_reward_of_ones_own(tmp_path, monkey
         *("--height", 16, "--width", 16, "--pipeline_kwargs", '{"max_sequence_length": 8}', "--use_cpu", "true"),
         *("--num_report_prompts", 2, "--images_per_report_prompt", 1, "--report_to", "none"),
     )
-    report = json.loads(Path("out/metrics.json").read_text())
+    report = json.loads(Path("out/results.json").read_text())
     assert report["before"] == report["after"] == {"reward": 2.0}
 
 

@@ -400,6 +400,6 @@ def test_the_script(tmp_path, caplog):
     arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
     train.main(["--config", "shapes", *arguments])
     assert (tmp_path / "out" / "evaluation.png").is_file()
-    report = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    report = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {"reward", "controls/strict/mean"} <= report["after"].keys()
     assert not warnings_of_the_package(caplog)

@@ -1,9 +1,11 @@
+from pathlib import Path
+
 import pytest
 import tiny_pipelines
 import torch
 from torch.nn import functional
 
-from trl_fdfo.pipeline.loading import base_model_name
+from trl_fdfo.pipeline.loading import base_model_name, folder_name
 from trl_fdfo.pipeline.patch import Encoding, shadowed
 from trl_fdfo.redaction import without_folders, without_origin
 
@@ -61,3 +63,5 @@ def test_files_get_no_folder_and_no_origin(tmp_path):
         if name is not None:
             pipeline.register_to_config(_name_or_path=str(name))
         assert base_model_name(pipeline) == expected
+    assert folder_name("runs/mine") == "runs/mine" and folder_name("../mine") == "mine"
+    assert folder_name(".") == Path.cwd().name

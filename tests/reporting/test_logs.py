@@ -73,6 +73,20 @@ def test_a_sheet_is_due_every_so_many_steps(tmp_path, every):
     assert found == (["eval_000002.png", "train_000000.png", "train_000004.png"] if every else [])
 
 
+def test_the_last_rollout_has_a_sheet(make_trainer):
+    trainer = make_trainer(num_rollouts=3)  # by default every 10 rollouts
+    trainer.train()
+    assert pictures_of(trainer) == ["train_000000.png", "train_000004.png"]
+
+
+def test_the_end_counts_images(make_trainer):
+    trainer = make_trainer(num_rollouts=2)
+    metrics = trainer.train().metrics
+    # 2 rollouts of 4 prompts and 2 images.
+    assert metrics["train_images_per_second"] == pytest.approx(16 / metrics["train_runtime"], rel=1e-2)
+    assert "train_samples_per_second" not in lines_of(trainer)[-1] and "train_runtime" in lines_of(trainer)[-1]
+
+
 # Without a tracker ----------------------------------------------------------------------------------------------------
 
 

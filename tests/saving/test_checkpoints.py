@@ -332,6 +332,30 @@ def test_nothing_is_saved_inside_a_rollout(make_trainer, caplog):
     assert "Not saved at step 1: it is inside a rollout" in caplog.text
 
 
+def test_old_checkpoints_by_the_clock(make_trainer, tmp_path):
+    options = {"num_rollouts": 4, "save_strategy": "steps", "save_steps": 6, "save_minutes": 0}
+    trainer = make_trainer(**options)
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            seen.append(saved(args.output_dir))
+
+    trainer.add_callback(Look())
+    trainer.train()
+    # Each replaces the interim one before it; those of `save_steps` and of the end stay.
+    assert seen == [["checkpoint-2"], ["checkpoint-4"], ["checkpoint-6"], ["checkpoint-6", "checkpoint-8"]]
+    shutil.rmtree(trainer.args.output_dir)
+    for changes in ({"save_minutes": 30}, {"save_minutes": None}):
+        trainer = make_trainer(**{**options, **changes})
+        trainer.train()
+        assert saved(trainer.args.output_dir) == ["checkpoint-6", "checkpoint-8"]
+        shutil.rmtree(trainer.args.output_dir)
+    trainer = make_trainer(num_rollouts=1, save_minutes=0)  # save_strategy="no"
+    trainer.train()
+    assert saved(trainer.args.output_dir) == []
+
+
 # Signals --------------------------------------------------------------------------------------------------------------
 
 
@@ -371,7 +395,7 @@ def checkpoints(trainer):
 @pytest.mark.parametrize("where", ["rollout", "update"])
 def test_a_run_that_a_signal_ended_goes_on(make_trainer, number, error, where, caplog):
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    options = {"num_rollouts": 3, "save_strategy": "steps", "save_steps": 4, "save_on_signal": True}
+    options = {"num_rollouts": 3, "save_strategy": "steps", "save_steps": 4}
     expected = make_trainer(**options)
     expected.train()
     shutil.rmtree(expected.args.output_dir)
@@ -397,7 +421,7 @@ def test_a_run_that_a_signal_ended_goes_on(make_trainer, number, error, where, c
 def test_signal_without_saving_ends_the_run_at_once(make_trainer, where):
     stop = {"reward_fn": killing_reward(signal.SIGTERM, [3])} if where == "rollout" else {}
     stop = stop or {"callbacks": [Kill(signal.SIGTERM, 3)]}
-    trainer = make_trainer(num_rollouts=3, save_strategy="epoch", **stop)
+    trainer = make_trainer(num_rollouts=3, save_strategy="epoch", save_on_signal=False, **stop)
     with pytest.raises(SystemExit) as raised:
         trainer.train()
     assert raised.value.code == 143 and checkpoints(trainer) == ["checkpoint-2"]
@@ -405,7 +429,7 @@ def test_signal_without_saving_ends_the_run_at_once(make_trainer, where):
 
 
 def test_signal_in_the_first_rollout_saves_the_start(make_trainer):
-    options = {"num_rollouts": 2, "save_on_signal": True, "ema_decay": 0.5}
+    options = {"num_rollouts": 2, "ema_decay": 0.5}
     expected = make_trainer(**options)
     expected.train()
     killed = make_trainer(**options, reward_fn=killing_reward(signal.SIGTERM, [1]))
@@ -420,7 +444,7 @@ def test_signal_in_the_first_rollout_saves_the_start(make_trainer):
 
 def test_second_signal_ends_the_run_at_once(make_trainer):
     reward = killing_reward(signal.SIGINT, [3], times=2)
-    trainer = make_trainer(num_rollouts=3, save_strategy="epoch", save_on_signal=True, reward_fn=reward)
+    trainer = make_trainer(num_rollouts=3, save_strategy="epoch", reward_fn=reward)
     with pytest.raises(KeyboardInterrupt, match="a second signal"):
         trainer.train()
     assert checkpoints(trainer) == ["checkpoint-2"]

@@ -1,6 +1,7 @@
 """Model cards without a Hub; the tests that need a Hub are in test_hub.py."""
 
 import ast
+import json
 import re
 import zipfile
 from dataclasses import replace
@@ -14,6 +15,7 @@ from PIL import Image
 from tiny_runs import PROMPTS, redness
 from transformers import SchedulerType
 
+from trl_fdfo import shapes
 from trl_fdfo.comparison import Comparison
 from trl_fdfo.media import Media, Outputs
 from trl_fdfo.pipeline.loading import load_pipeline
@@ -104,7 +106,10 @@ def test_bibtex():
 @pytest.mark.parametrize(
     ("pipeline", "task"),
     [
-        ({"columns": ["image"], "outputs": VIDEOS}, "image-to-image"),
+        ({"columns": ["image"]}, "image-to-image"),
+        ({"columns": ["image"], "outputs": VIDEOS}, "image-to-video"),
+        ({"columns": ["image", "video"], "outputs": VIDEOS}, "video-to-video"),
+        ({"columns": ["image"], "outputs": SOUNDS}, "text-to-audio"),
         ({"outputs": VIDEOS}, "text-to-video"),
         ({"outputs": VIDEOS_WITH_SOUND}, "text-to-video"),
         ({"outputs": SOUNDS}, "text-to-audio"),
@@ -154,6 +159,8 @@ def test_snippets():
     own = replace(PIPELINE, class_name="OwnPipeline", columns=["image"], outputs=VIDEOS, absent=["text_encoder_3"])
     own = usage_snippet(replace(RECORD, pipeline=own))
     assert "= DiffusionPipeline.from_pretrained(" in own and "    text_encoder_3=None," in own
+    packaged = usage_snippet(replace(RECORD, pipeline=replace(PIPELINE, packaged="a/b"), base_model="me/base"))
+    assert "files(" not in packaged and '"me/base",' in packaged
     assert 'video = pipeline("a cat", image=load_image("image.png"), height=16).frames[0]' in own
     sound = usage_snippet(replace(RECORD, pipeline=replace(PIPELINE, outputs=SOUNDS)))
     assert sound.startswith("import torch\nimport soundfile\nfrom diffusers import")
@@ -392,6 +399,50 @@ def test_snippet_loads_a_local_base_and_makes_the_same_image(make_trainer, tmp_p
     assert list(image.getdata()) == list(namespace["image"].getdata())
     # A local folder has no Hub id.
     assert "base_model" not in card_of(tmp_path / "out").data.to_dict()
+    assert "`pipeline` is the folder of the base model" in card_of(tmp_path / "out").text
+
+
+def test_snippet_of_the_packaged_pipeline_and_a_folder_below_runs(make_trainer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = {"height": 32, "width": 32, "pipeline_kwargs": {"max_sequence_length": 0}}
+    trainer = make_trainer(shapes.load_pipeline(), output_dir="runs/mine", prompts=shapes.captions()[:6], **options)
+    trainer.save_model()
+    text = card_of(tmp_path / "runs" / "mine").text
+    snippet = re.search(r"\```python\n(.*?)\n```", text, flags=re.DOTALL).group(1)
+    assert 'files("trl_fdfo") / "shapes/pipeline"' in snippet and 'load_lora_weights("runs/mine")' in snippet
+    exec(snippet, {})
+    assert Image.open("image.png").size == (32, 32)
+    assert "folder of the base model" not in text
+
+
+def test_results_of_few_images_say_so(make_trainer, tmp_path):
+    trainer = make_trainer()
+    own = lambda images, prompts: {"own": float("nan")}
+    comparison = trainer.comparison = trainer.compare(num_prompts=1, images_per_prompt=1, metrics=own)
+    comparison.sample("before")
+    comparison.sample("after")
+    head, reward, own, few = comparison.table().splitlines()
+    assert head.split() == ["before", "after"] and reward.split()[0] == "reward" and own.split() == ["own", "-", "-"]
+    assert few == "Means of one image say nothing: take more prompts, or more images of each."
+    comparison.write(tmp_path, train_seconds=1.5)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["train_seconds"] == 1.5 and results["before"]["own"] is None and "reward" in results["after"]
+    trainer.create_model_card()
+    assert "that it was trained on: too few to mean anything." in card_of(tmp_path / "out").text
+    enough = trainer.compare(num_prompts=4, images_per_prompt=4)
+    enough.sample("before")
+    assert "say nothing" not in enough.table()
+
+
+def test_the_end_of_a_run_says_where_the_result_is(make_trainer, tmp_path, capsys):
+    trainer = make_trainer()
+    trainer.save_model()
+    folder = tmp_path / "out"
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        f"The result is in {folder}/",
+        f'  load     pipeline.load_lora_weights("{folder}")',
+        "  look at  README.md",
+    ]
 
 
 def test_own_template_of_a_trainer(make_trainer, tmp_path):

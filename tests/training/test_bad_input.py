@@ -907,7 +907,7 @@ def test_right_input_is_sampled(user):
         user.train()
         user.resume(True, num_rollouts=2)
         user.script()
-    assert len(calls) > 20 and Path("out/metrics.json").is_file()
+    assert len(calls) > 20 and Path("out/results.json").is_file()
 
 
 @pytest.mark.skipif(is_torch_bf16_gpu_available(), reason="this machine has bfloat16")

@@ -175,7 +175,7 @@ def small_run(folder: Path, use_cpu: bool = False) -> list[str]:
 
 
 def check_small_run(folder: Path) -> None:
-    report = json.loads((folder / "metrics.json").read_text())
+    report = json.loads((folder / "results.json").read_text())
     assert 0 < abs(report["after"]["reward"] - report["before"]["reward"]) < 0.2
     shapes.load_pipeline().load_lora_weights(folder)
     assert (folder / "README.md").is_file() and (folder / "before_after.png").is_file()

@@ -8,7 +8,7 @@
 With `--algorithm flow_grpo` it is Flow-GRPO that trains, the baseline, with options of its own.
 
 Writes into `output_dir` the adapter, its model card README.md with before_after.png, reward_curve.png and evaluation.png,
-metrics.json, and the Trainer's logs and checkpoints.
+results.json (before and after), metrics.jsonl (over time), pictures/, and checkpoints.
 """
 
 import sys

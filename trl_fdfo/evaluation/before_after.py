@@ -1,8 +1,11 @@
 """Before and after: images of the same prompts from the same seeds, and their rewards."""
 
 import contextlib
+import json
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
@@ -16,11 +19,16 @@ from ..media import Media, by_kind
 from ..metric_names import CONTROL, REWARD, part
 from ..pipeline.records import repeat_each
 from ..seeds import FIRST_SEED
+from ..reporting.logs import finite
 from .diversity import load_diversity
 from .evaluator import DifferentSizesError, Evaluator, read_rows, summarize
 
 
 logger = logging.get_logger(__name__)
+
+RESULTS_FILE = "results.json"
+# The mean of fewer images moves by a quarter of their spread or more from one choice of seeds to another.
+FEW_IMAGES = 16
 
 
 class BeforeAfter:
@@ -125,6 +133,30 @@ class BeforeAfter:
                 logger.warning(
                     f"The images '{name}' have no rewards in the model card ({type(error).__name__}: {error})."
                 )
+
+    @property
+    def is_few(self) -> bool:
+        """True if the images are too few for their means to tell anything."""
+        return len(self._all_prompts) < FEW_IMAGES
+
+    def write(self, folder: str | Path, **more: Any) -> None:
+        """Write the results, and `more` values before them, into `results.json`; null where a metric has no value."""
+        results = {name: finite(values) for name, values in self.results.items()}
+        Path(folder, RESULTS_FILE).write_text(json.dumps({**more, **results}, indent=2) + "\n")
+
+    def table(self) -> str:
+        """The results as text: a row per metric, a column per name, and a warning if they are of few images."""
+        metrics = list(dict.fromkeys(metric for values in self.results.values() for metric in values))
+        cell = lambda value: f"{value:22.3f}" if math.isfinite(value) else f"{'-':>22}"
+        width = max(map(len, metrics), default=0)
+        lines = [" ".join([" " * width, *(f"{name:>22}" for name in self.results)])]
+        for metric in metrics:
+            cells = [cell(values.get(metric, math.nan)) for values in self.results.values()]
+            lines.append(" ".join([f"{metric:{width}}", *cells]))
+        if self.is_few:
+            images = "one image" if len(self._all_prompts) == 1 else f"{len(self._all_prompts)} images"
+            lines.append(f"Means of {images} say nothing: take more prompts, or more images of each.")
+        return "\n".join(lines)
 
     def forget_after(self) -> None:
         """Drop the samples "after": training goes on."""

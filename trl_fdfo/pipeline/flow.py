@@ -33,6 +33,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ..media import Media
+from ..noise import say_once_what_is_cut
 from .calling import Calling, OtherWayError
 from .checks import check_call_kwargs, check_pipeline, check_resolution, warn_of_embedded_guidance
 from .encoder_offload import EncoderOffload
@@ -128,6 +129,7 @@ class PipelineFlow:
         self.shared_prefix = shared_prefix
         self.call_kwargs = call_kwargs
         check_pipeline(pipeline)
+        say_once_what_is_cut(type(pipeline))
         options = inspect.signature(type(pipeline).__call__).parameters
         if "num_inference_steps" not in options and "sigmas" in call_kwargs:
             # The noise levels say how many steps there are.

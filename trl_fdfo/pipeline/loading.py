@@ -5,8 +5,6 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from ..redaction import without_folders
-
 
 def load_pipeline(name_or_path: str | Path, **kwargs: Any) -> DiffusionPipeline:
     """
@@ -23,10 +21,24 @@ def load_pipeline(name_or_path: str | Path, **kwargs: Any) -> DiffusionPipeline:
 
 
 def base_model_name(pipeline: DiffusionPipeline) -> tuple[str | None, bool]:
-    """Name of the pipeline's origin (a Hub id, or the last part of a folder; None if unknown), and if it is a Hub id."""
+    """Name of the pipeline's origin (a Hub id, or a folder's as in `folder_name`; None if unknown), and if it is a Hub id."""
     name_or_path = pipeline.config.get("_name_or_path")
     if name_or_path is None:
         return None, False
     if Path(name_or_path).is_dir():
-        return without_folders(Path(name_or_path).absolute()), False
+        return folder_name(name_or_path), False
     return str(name_or_path), True
+
+
+def packaged_folder(pipeline: DiffusionPipeline) -> str | None:
+    """Path within this package of the folder that a pipeline was loaded from; None if it came from elsewhere."""
+    folder, package = Path(pipeline.config.get("_name_or_path") or "").resolve(), Path(__file__).resolve().parents[1]
+    return folder.relative_to(package).as_posix() if package in folder.parents else None
+
+
+def folder_name(path: str | Path) -> str:
+    """How a shared file names a folder: a path below the working directory as it is, otherwise by its last part."""
+    path = Path(path)
+    if path.parts and not path.is_absolute() and ".." not in path.parts:
+        return path.as_posix()
+    return path.absolute().name

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerState
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 from transformers.trainer_callback import CallbackHandler
-from transformers.utils import logging
+from transformers.utils import is_in_notebook, logging
 
 from ..media import Media, Outputs, unbind
 from ..rewards.reward_functions import RewardFunctions
@@ -25,19 +25,23 @@ from .sheets import Panel, Section, picture, rows_of, sheet
 
 logger = logging.get_logger(__name__)
 
+METRICS_FILE = "metrics.jsonl"
+PICTURES_FOLDER = "pictures"
+
 
 class PictureLogger(TrainerCallback):
     """
     Shows the images of rollouts and of evaluations with their rewards.
 
     Each sheet is a PNG file in `output_dir/pictures/`, and a picture in TensorBoard, wandb and trackio if the run
-    reports to them. Beside it stand the videos and sounds that it shows, which TensorBoard (sounds) and wandb (sounds, and
+    reports to them, and in a notebook below the cell. Beside it stand the videos and sounds that it shows, which TensorBoard (sounds) and wandb (sounds, and
     videos as .mp4) play too. The main process shows its own images: no images pass between processes.
 
     Args:
         handler (`CallbackHandler`): The Trainer's callback handler, which holds the callbacks of its trackers.
         output_dir (`str`): Folder of the run.
-        every (`int`): Optimizer steps from one sheet of a rollout to the next. 0 turns all sheets off.
+        every (`int`): Optimizer steps from one sheet of a rollout to the next; the last rollout has one in any case. 0 turns
+            all sheets off.
         num_prompts (`int`): Prompts on a sheet, at most.
 
     Attributes:
@@ -48,27 +52,30 @@ class PictureLogger(TrainerCallback):
 
     def __init__(self, handler: CallbackHandler, output_dir: str, every: int | None, num_prompts: int):
         self._handler = handler
-        self._folder = Path(output_dir, "pictures")
+        self._folder = Path(output_dir, PICTURES_FOLDER)
         self._every = every
         self._num_prompts = num_prompts
+        self._last_step: int | None = None  # where the last rollout begins
         self._kept: list[tuple[str, list[Image.Image]]] = []
         self._clips: dict[str, Path] = {}  # of the next sheet, by their tags
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._kept, self._clips = [], {}
+        self._last_step = state.max_steps - args.steps_per_rollout
 
     def keep(self, state: TrainerState, images: Tensor | Media, prompts: Sequence[str]) -> None:
         """
         Keep the first images of a rollout until their rewards are known, if its sheet is due. `images` are in [0, 1],
         shape [N, 3, H, W], videos [N, F, 3, H, W], or audio [N, C, L]: N / P consecutive ones for each of P prompts.
         """
-        if self._is_off(state) or state.global_step % self._every:
+        step = state.global_step
+        if self._is_off(state) or (step % self._every and step != self._last_step):
             return
         missing = self._num_prompts - len(self._kept)
         of_prompts = unbind(recursively_apply(lambda made: made.unflatten(0, (len(prompts), -1)), images))
         for prompt, branches in list(zip(prompts, of_prompts))[:missing]:
             for branch, image in enumerate(unbind(branches)):
-                self._keep_clips("train", state.global_step, f"{len(self._kept)}_{branch}", image)
+                self._keep_clips("train", step, f"{len(self._kept)}_{branch}", image)
             self._kept.append((prompt, [picture(image) for image in unbind(branches)]))
 
     def log_rollout(self, state: TrainerState, rewards: Tensor, functions: RewardFunctions) -> None:
@@ -134,6 +141,10 @@ class PictureLogger(TrainerCallback):
             os.replace(unfinished, path)
         except OSError as error:  # such as a full disk, which should not end a run
             logger.warning(f"{path} could not be written: {error}.")
+        if is_in_notebook():
+            from .notebook import show  # which imports IPython
+
+            show(f"{name}, after {step} optimizer steps", image)
         tag = f"{name}/images"
         clips, self._clips = self._clips, {}
         for callback in self._handler.callbacks:
@@ -170,7 +181,7 @@ class MetricsFile(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            self._path = Path(args.output_dir, "metrics.jsonl")
+            self._path = Path(args.output_dir, METRICS_FILE)
             self._write("w", state.log_history or self._before)
             self._before = []
 

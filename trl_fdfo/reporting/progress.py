@@ -15,7 +15,7 @@ from ..metric_names import ALARM, CONTROL, DIVERSITY, EVAL_PREFIX, REWARD, devia
 class RolloutProgressCallback(ProgressCallback):
     """
     Shows a bar that counts optimizer steps, with the latest reward and the latest evaluation. During a rollout a second
-    bar counts its prompts.
+    bar counts its images.
     """
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -29,23 +29,23 @@ class RolloutProgressCallback(ProgressCallback):
         if self.training_bar is None or logs is None:
             return
         if REWARD in logs:
-            rollout = round(state.global_step / args.steps_per_rollout)
-            shown = _short(logs, REWARD, deviation(REWARD))
+            rollout = rollout_of(state.global_step, args.steps_per_rollout)
+            shown = short(logs, REWARD, deviation(REWARD))
             self.training_bar.set_postfix({"rollout": f"{rollout}/{args.num_rollouts}", **shown, **self._evaluated})
             return
         if EVAL_PREFIX + REWARD in logs:
-            self._evaluated = _short(logs, EVAL_PREFIX + REWARD, EVAL_PREFIX + CONTROL, EVAL_PREFIX + DIVERSITY)
+            self._evaluated = short(logs, EVAL_PREFIX + REWARD, EVAL_PREFIX + CONTROL, EVAL_PREFIX + DIVERSITY)
             if logs.get(EVAL_PREFIX + ALARM):
                 self._evaluated["ALARM"] = "see the log"
             self.training_bar.set_postfix(self._evaluated)
         super().on_log(args, state, control, logs=logs, **kwargs)
 
-    def rollout_bar(self, rollout: int, prompts: int) -> tqdm:
-        """Return the bar of one rollout, which has `prompts` prompts on this process."""
+    def rollout_bar(self, rollout: int, images: int) -> tqdm:
+        """Return the bar of one rollout, which has `images` images on this process."""
         return tqdm(
-            total=prompts,
+            total=images,
             desc=f"rollout {rollout + 1}",
-            unit="prompt",
+            unit="image",
             leave=False,
             dynamic_ncols=True,
             disable=self.training_bar is None,
@@ -95,7 +95,13 @@ def peak_memory(device: torch.device) -> tuple[int, str]:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "of the whole process"
 
 
-def _short(logs: Mapping[str, float], *names: str) -> dict[str, str]:
+def rollout_of(step: int, steps_per_rollout: int) -> int:
+    """Number of the rollout, from 1, that an optimizer step is made on."""
+    return -(-step // steps_per_rollout)
+
+
+def short(logs: Mapping[str, float], *names: str) -> dict[str, str]:
+    """The metrics that there are, as texts of three digits."""
     return {name: f"{logs[name]:.3g}" for name in names if name in logs}
 
 

@@ -9,6 +9,7 @@ import contextlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from transformers import TrainerState
+from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints, sort_checkpoints
 from transformers.utils import logging
 
 from .checkpoint_files import SAVING, changes, commit, fault, newest_good_checkpoint, removed_on_error, set_aside_after
@@ -42,12 +43,14 @@ class Checkpointer:
 
     Attributes:
         folder (`Path`): Folder in which Trainer writes its `checkpoint-<step>`: a staging folder while one is written.
+        interim (`set[int]`): Steps of the checkpoints of this process that the next one replaces.
     """
 
     def __init__(self, output_dir: str, fingerprint: dict[str, Any], allow_changes: bool, save_total_limit: int | None):
         self.output_dir = Path(output_dir)
         self.fingerprint = fingerprint
         self.folder = self.output_dir
+        self.interim: set[int] = set()
         self._allow_changes = allow_changes
         self._save_total_limit = save_total_limit
 
@@ -96,6 +99,7 @@ class Checkpointer:
                 f"output_dir='{self.output_dir}' cannot be written to ({error}): no checkpoint could be saved. Make it "
                 "writable, or set another."
             ) from error
+        self.interim.clear()
         step = 0
         if checkpoint is not None:
             # Not from the name, which a download from the Hub changes.
@@ -175,11 +179,49 @@ class Checkpointer:
                 shutil.rmtree(saving)
         wait_for_everyone()
 
-    def rotate(self, best: str | None) -> None:
-        """Delete the oldest checkpoints beyond the limit, but not the best. To be called by one process."""
+    def rotate(self, step: int, best: str | None) -> None:
+        """
+        Delete the interim checkpoints before `step` and the oldest beyond the limit, but not the best. To be called by one
+        process when the checkpoint of `step` is on the disk.
+        """
+        for earlier in self.interim - {step}:
+            if self.existing(earlier) != best:
+                shutil.rmtree(self.path(earlier), ignore_errors=True)
+        self.interim &= {step}
         rotate_checkpoints(
             output_dir=str(self.output_dir), save_total_limit=self._save_total_limit, best_model_checkpoint=best
         )
+
+
+class TimedCheckpoints(TrainerCallback):
+    """
+    Has an interim checkpoint saved at the end of a rollout if the latest checkpoint is older than some minutes: what stands
+    to be lost does not grow with the time that a rollout takes.
+
+    Args:
+        minutes (`float`): Age from which on a checkpoint is too old.
+        checkpointer ([`Checkpointer`]): Told which checkpoints are interim ones.
+        any_process (`Callable`): True if the value of any process is. All of them call it at the end of each rollout.
+    """
+
+    def __init__(self, minutes: float, checkpointer: Checkpointer, any_process: Callable[[bool], bool]):
+        self.minutes, self.checkpointer, self.any_process = minutes, checkpointer, any_process
+        self._saved_at = 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._saved_at = time.monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        # Otherwise the user has said where checkpoints are wanted.
+        by_steps = args.save_strategy == SaveStrategy.STEPS
+        if not by_steps or control.should_save or state.global_step % args.steps_per_rollout:
+            return
+        if self.any_process(time.monotonic() - self._saved_at >= 60 * self.minutes):
+            self.checkpointer.interim.add(state.global_step)
+            control.should_save = True
+
+    def on_save(self, args, state, control, **kwargs):
+        self._saved_at = time.monotonic()
 
 
 def set_options(optimizer: torch.optim.Optimizer, scheduler: LRScheduler, groups: list[dict[str, Any]]) -> None:

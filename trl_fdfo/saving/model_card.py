@@ -29,7 +29,7 @@ from transformers.utils import logging
 from ..media import Media, Outputs, evenly_spread, middle_frame
 from ..metric_names import EVAL_PREFIX, REWARD
 from ..pipeline.adapter_files import diffusers_file
-from ..pipeline.loading import base_model_name
+from ..pipeline.loading import base_model_name, packaged_folder
 from ..pipeline.trained import TRAINED, has_adapter, trained_module, trained_modules
 from ..reporting.clips import save_clips
 from ..reporting.sheets import before_after_grid, picture
@@ -40,6 +40,7 @@ logger = logging.get_logger(__name__)
 PACKAGED_TEMPLATE = Path(__file__).with_suffix(".md")
 
 _FRAMEWORKS = ("trl", "transformers", "diffusers", "peft", "accelerate", "datasets")
+_PACKAGE = __name__.partition(".")[0]
 _WIDGET_PROMPTS = 8
 _GRID_PROMPTS, _GRID_SEEDS = 9, 3  # seeds are images per prompt
 
@@ -84,6 +85,7 @@ class PipelineRecord:
     absent: Sequence[str] = ()  # components that the base model may have, such as a large text encoder, and it lacks
     hub_id: str | None = None  # Hub id that it was loaded from
     folder: str | None = None  # name of the local folder that it was loaded from
+    packaged: str | None = None  # path of that folder within this package, if it is there
     transformers: Sequence[str] = (TRAINED,)  # names of all its transformers
     adapted: Sequence[str] = (TRAINED,)  # its transformers that have an adapter, if one is trained
 
@@ -107,6 +109,7 @@ class PipelineRecord:
             absent=[name for name, part in pipeline.components.items() if part is None and name not in optional],
             hub_id=origin if is_on_hub else None,
             folder=None if is_on_hub else origin,
+            packaged=packaged_folder(pipeline),
             transformers=tuple(transformers),
             adapted=[name for name, module in transformers.items() if has_adapter(module)] or (TRAINED,),
         )
@@ -136,6 +139,7 @@ class SampleRecord:
     results: Mapping[str, Mapping[str, float]]  # metrics of a column, which may be missing
     held_out: bool  # True if the prompts were held out of training
     diversity: str  # name of the metric of diversity
+    is_few: bool = False  # True if they are too few for their means to tell anything
 
 
 @dataclass(frozen=True)
@@ -195,6 +199,7 @@ def write_model_card(record: CardRecord, folder: str | Path) -> None:
         is_adapter=record.adapter is not None,
         has_widget=bool(widget),
         snippet=snippet,
+        base_folder=None if pipeline.packaged or record.base_model or record.adapter is None else pipeline.folder,
         fence=_fence(snippet, *reward_names),
         sampling=list(_literals(pipeline.call_kwargs).items()),
         rewards=[(name, f"{weight:g}") for name, weight in training.rewards],
@@ -211,31 +216,50 @@ def write_model_card(record: CardRecord, folder: str | Path) -> None:
     card.save(folder / "README.md")
 
 
-def _load_lora(transformer: str, repo_id: str) -> str:
+def _load_lora(transformer: str, place: str) -> str:
     """The line that loads the adapter of a transformer; a pipeline's own loader knows one transformer."""
     if transformer == TRAINED:
-        return f'pipeline.load_lora_weights("{repo_id}")'
+        return f'pipeline.load_lora_weights("{place}")'
     file = diffusers_file(transformer)
-    return f'pipeline.{transformer}.load_lora_adapter("{repo_id}", weight_name="{file}", prefix="{TRAINED}")'
+    return f'pipeline.{transformer}.load_lora_adapter("{place}", weight_name="{file}", prefix="{TRAINED}")'
+
+
+def _class_name(pipeline: PipelineRecord) -> str:
+    return pipeline.class_name if hasattr(diffusers, pipeline.class_name) else DiffusionPipeline.__name__
+
+
+def loading_lines(record: CardRecord, place: str) -> list[str]:
+    """
+    Python code that loads the result from `place`, a folder or a repo of the Hub: the lines that put the adapter on the
+    base model `pipeline`, or the one that loads the whole pipeline.
+    """
+    pipeline = record.pipeline
+    if record.adapter == "diffusers":
+        return [_load_lora(transformer, place) for transformer in pipeline.adapted]
+    if record.adapter == "peft":
+        # Its file has the layers of all transformers.
+        module = "trained_module(pipeline)" if len(pipeline.transformers) > 1 else f"pipeline.{TRAINED}"
+        return [f'PeftModel.from_pretrained({module}, "{place}")']
+    absent = "".join(f", {part}=None" for part in pipeline.absent)
+    return [f'pipeline = {_class_name(pipeline)}.from_pretrained("{place}"{absent})']
 
 
 def usage_snippet(record: CardRecord) -> str:
     """Return Python code that loads the result from `record.repo_id` and makes an image or a video as in training."""
-    pipeline = record.pipeline
-    name = pipeline.class_name if hasattr(diffusers, pipeline.class_name) else DiffusionPipeline.__name__
+    pipeline, name = record.pipeline, _class_name(record.pipeline)
     base = record.base_model or pipeline.hub_id or pipeline.folder or "path/to/the/pipeline"
-    loaded = record.repo_id if record.adapter is None else base
-    source = [f'"{loaded}"', *(f"{part}=None" for part in pipeline.absent), f"dtype={pipeline.dtype}"]
+    loaded = f'"{record.repo_id if record.adapter is None else base}"'
     imports, load = ["import torch", f"from diffusers import {name}"], []
-    if record.adapter == "diffusers":
-        load = [_load_lora(name, record.repo_id) for name in pipeline.adapted]
-    elif record.adapter == "peft":
+    if record.adapter is not None:
+        load = loading_lines(record, record.repo_id)
+        if record.base_model is None and pipeline.packaged is not None:
+            imports.append("from importlib.resources import files")
+            loaded = f'files("{_PACKAGE}") / "{pipeline.packaged}"'
+    source = [loaded, *(f"{part}=None" for part in pipeline.absent), f"dtype={pipeline.dtype}"]
+    if record.adapter == "peft":
         imports.append("from peft import PeftModel")
-        module = f"pipeline.{TRAINED}"
-        if len(pipeline.transformers) > 1:  # its file has the layers of all of them
+        if len(pipeline.transformers) > 1:
             imports.append("from trl_fdfo.pipeline.trained import trained_module")
-            module = "trained_module(pipeline)"
-        load = [f'PeftModel.from_pretrained({module}, "{record.repo_id}")']
     inputs = {column: f'load_image("{column}.png")' for column in pipeline.columns}
     if inputs:
         imports.append("from diffusers.utils import load_image")
@@ -298,7 +322,11 @@ def _metadata(record: CardRecord, widget: list[dict[str, Any]]) -> ModelCardData
     relation = "adapter" if is_adapter else "finetune"
     kinds = pipeline.outputs.kinds
     made = "video" if "videos" in kinds else "image" if "images" in kinds else "audio"
-    task = "image-to-image" if pipeline.columns and made != "audio" else f"text-to-{made}"
+    # The tasks of the Hub: from what is shown to the pipeline beside the prompt.
+    shown = "text" if made == "audio" or not pipeline.columns else "image"
+    if made == "video" and any("video" in column for column in pipeline.columns):
+        shown = "video"
+    task = f"{shown}-to-{made}"
     own_tags = [record.tags] if isinstance(record.tags, str) else record.tags
     return ModelCardData(
         library_name="diffusers",
@@ -331,7 +359,7 @@ def _license(base_model: str | None) -> dict[str, str]:
 def _results(samples: SampleRecord | None) -> dict[str, Any]:
     """Return the template's variables for the table of results."""
     if samples is None:
-        return {"columns": [], "rows": [], "held_out": False, "num_images": 0, "diversity": None}
+        return {"columns": [], "rows": [], "held_out": False, "num_images": 0, "is_few": False, "diversity": None}
     columns = {name: samples.results[name] for name in samples.images if name in samples.results}
     metrics = list(dict.fromkeys(metric for values in columns.values() for metric in values))
     return {
@@ -339,6 +367,7 @@ def _results(samples: SampleRecord | None) -> dict[str, Any]:
         "rows": [(metric, [_shown(values.get(metric)) for values in columns.values()]) for metric in metrics],
         "held_out": samples.held_out,
         "num_images": len(_seen(samples.images["after"]).flatten(0, 1)),
+        "is_few": samples.is_few,
         "diversity": samples.diversity if samples.diversity in metrics else None,
     }
 

@@ -1,5 +1,6 @@
 """SIGTERM (a preempted job) and SIGINT (Ctrl-C) end a run at a place from which it can resume."""
 
+import os
 import signal
 import threading
 import time
@@ -20,11 +21,15 @@ class Signals:
     than a second later ends it at once. (Launchers pass on to their workers a signal that these got themselves.) Outside
     the main thread, where Python has no handlers, signals act as before.
 
+    Args:
+        saves (`bool`): The run saves a checkpoint before it ends, as the message says.
+
     Attributes:
         received (`signal.Signals`, *optional*): The signal that was received.
     """
 
-    def __init__(self):
+    def __init__(self, saves: bool):
+        self._saves = saves
         self.received: signal.Signals | None = None
         self._received_at = 0.0
         self._previous: dict[int, object] = {}
@@ -48,9 +53,12 @@ class Signals:
             raise self.exception("a second signal ended the run")
         self.received = signal.Signals(number)
         self._received_at = now
-        logger.warning(
-            f"{self.received.name} received: the run ends when it can go on from there. Again, to end it at once."
-        )
+        what = "saves a checkpoint when it can go on from there, and ends" if self._saves else "ends soon, unsaved"
+        message = f"{self.received.name} received: the run {what}. Again, to end it at once."
+        if self._saves and "TORCHELASTIC_RUN_ID" in os.environ:
+            seconds = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")
+            message += f" Its launcher kills it after {seconds} s; TORCH_ELASTIC_SHUTDOWN_TIMEOUT changes that."
+        logger.warning(message)
 
     def exception(self, message: str) -> BaseException:
         """KeyboardInterrupt for SIGINT; for SIGTERM SystemExit with the status 128 + signal, as shells have it."""

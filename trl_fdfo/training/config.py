@@ -268,16 +268,22 @@ class RolloutConfig(TrainingArguments):
         logging_images_steps (`int`, *optional*):
             Optimizer steps between sheets of images, a multiple of the steps per rollout. A sheet shows the images of
             the first prompts of a rollout side by side, with their rewards: a PNG file in `output_dir/pictures/`, and a
-            picture in TensorBoard, wandb and trackio if `report_to` names them. `None`: every 10 rollouts. 0: no sheets,
-            for evaluations either. Otherwise each evaluation gets one, of the same prompts and seeds.
+            picture in TensorBoard, wandb and trackio if `report_to` names them. `None`: every 10 rollouts. The first and
+            the last rollout have one in any case. 0: no sheets, for evaluations either. Otherwise each evaluation gets
+            one, of the same prompts and seeds.
         num_prompts_to_log (`int`, defaults to `4`):
             Prompts on such a sheet.
 
         > Saving and resuming
 
-        save_on_signal (`bool`, defaults to `False`):
-            On SIGTERM or SIGINT finish the rollout's optimizer steps and save before the run ends. If the signal comes
-            while images are sampled, save at once. Without this option the run ends after the micro-batch.
+        save_minutes (`float`, *optional*, defaults to `30.0`):
+            With `save_strategy="steps"`, which is the default, save at the end of a rollout too if the latest checkpoint
+            is older than these minutes. The next checkpoint replaces it, so that a long run does not fill the disk.
+            `None` saves by `save_steps` alone.
+        save_on_signal (`bool`, defaults to `True`):
+            On SIGTERM or SIGINT (Ctrl-C) finish the rollout's optimizer steps and save before the run ends, with any
+            `save_strategy`. If the signal comes while images are sampled, save at once. A second signal ends the run at
+            once. `False` ends it after the micro-batch, unsaved.
         resume_with_changed_options (`bool`, defaults to `False`):
             Resume although options, rewards, prompts or the pipeline differ from the run that wrote the checkpoint.
             Otherwise that is refused, with the differences. `num_rollouts` may change if the learning rate is constant;
@@ -395,7 +401,8 @@ class RolloutConfig(TrainingArguments):
     num_prompts_to_log: int = option(4, changes_result=False)
 
     # Saving and resuming
-    save_on_signal: bool = option(False, changes_result=False)
+    save_minutes: float | None = option(30.0, changes_result=False)
+    save_on_signal: bool = option(True, changes_result=False)
     resume_with_changed_options: bool = option(False, changes_result=False)
 
     # Sharing

@@ -42,6 +42,7 @@ _RANGES = {
     "eval_steps": (1e-9, math.inf),
     "logging_steps": (1e-9, math.inf),
     "save_total_limit": (1, math.inf),
+    "save_minutes": (0, math.inf),
     "logging_images_steps": (0, math.inf),
     "replay_tolerance": (0, 1),
 }

@@ -1,5 +1,6 @@
 """The result of a run with its model card, on the disk and on the Hub."""
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -10,9 +11,19 @@ from transformers import Trainer
 from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
+from ..evaluation.before_after import RESULTS_FILE
 from ..pipeline.adapter_files import has_diffusers_format
+from ..pipeline.loading import folder_name
+from ..reporting.logs import METRICS_FILE, PICTURES_FOLDER
 from ..saving.hub import PushError
-from ..saving.model_card import CardRecord, PipelineRecord, SampleRecord, TrainingRecord, write_model_card
+from ..saving.model_card import (
+    CardRecord,
+    PipelineRecord,
+    SampleRecord,
+    TrainingRecord,
+    loading_lines,
+    write_model_card,
+)
 from .prompts import is_file_name
 
 
@@ -23,14 +34,21 @@ _HYPERPARAMETERS = (
     *("timestep_fraction", "optimizer_steps_per_rollout", "num_iterations", "epsilon", "beta", "learning_rate"),
     *("lr_scheduler_type", "weight_decay", "max_grad_norm", "ema_decay", "seed"),
 )
+# What a user looks at after a run, in this order.
+_TO_LOOK_AT = (
+    *("README.md", "before_after.png", "reward_curve.png", "evaluation.png"),
+    *(PICTURES_FOLDER, RESULTS_FILE, METRICS_FILE),
+)
 
 
 def save(trainer: Trainer, output_dir: str) -> None:
-    """Write the result and its card, and push both with `push_to_hub`; a push that fails only warns."""
+    """Write the result and its card, say where they are, and push both with `push_to_hub`; a push that fails only warns."""
     args = trainer.args
     trainer.finish_current_push()  # which reads the files
     trainer.save_result(output_dir)
     write_card(trainer, output_dir)
+    if trainer.is_world_process_zero():
+        print(where_it_is(trainer, output_dir))
     if args.push_to_hub:
         if Path(output_dir) != Path(args.output_dir):
             trainer.save_result(args.output_dir)
@@ -78,7 +96,7 @@ def publish_checkpoint(trainer: Trainer, checkpoint: Path) -> None:
         logger.info(f"Not pushed at step {trainer.state.global_step}: the push before it is not done.")
         return
     if args.should_save:
-        trainer.checkpointer.rotate(trainer.state.best_model_checkpoint)
+        trainer.checkpointer.rotate(trainer.state.global_step, trainer.state.best_model_checkpoint)
     if not hub.pushes_checkpoints:
         return
     trainer.save_result(args.output_dir)
@@ -113,15 +131,37 @@ def write_card(
     """
     if not trainer.is_world_process_zero():
         return
+    place = trainer.hub.repo_id or trainer.args.hub_model_id or folder_name(folder)
+    write_model_card(_record(trainer, place, model_name, dataset_name, tags, license, base_model), folder)
+
+
+def where_it_is(trainer: Trainer, folder: str | Path) -> str:
+    """What the end of a run says of a saved result: its folder, the code that loads it, and the files to look at."""
+    folder = Path(folder)
+    code = "; ".join(loading_lines(_record(trainer, str(folder)), str(folder)))
+    found = [name for name in _TO_LOOK_AT if (folder / name).exists()]
+    return f"The result is in {folder}{os.sep}\n  load     {code}\n  look at  {', '.join(found)}"
+
+
+def _record(
+    trainer: Trainer,
+    place: str,
+    model_name: str | None = None,
+    dataset_name: str | None = None,
+    tags: str | Sequence[str] | None = None,
+    license: str | None = None,
+    base_model: str | None = None,
+) -> CardRecord:
+    """What the card says of a result that is loaded from `place`; the other arguments are those of `write_card`."""
     args = trainer.args
     is_file = args.dataset_name is not None and is_file_name(args.dataset_name)
     adapter = None
     if args.use_peft:
         adapter = "diffusers" if has_diffusers_format(trainer.pipeline, trainer.model) else "peft"
-    record = CardRecord(
+    return CardRecord(
         algorithm=trainer.algorithm,
         paper=trainer.paper,
-        repo_id=trainer.hub.repo_name,
+        repo_id=place,
         adapter=adapter,
         pipeline=PipelineRecord.of(
             trainer.pipeline, trainer.flow.call_kwargs, args.pipeline_columns or (), trainer.outputs
@@ -135,7 +175,6 @@ def write_card(
         license=license,
         base_model=base_model,
     )
-    write_model_card(record, folder)
 
 
 def _training_record(trainer: Trainer, prompt_file: str | None) -> TrainingRecord:
@@ -163,6 +202,7 @@ def _sample_record(trainer: Trainer) -> SampleRecord | None:
         results=comparison.results,
         held_out=comparison.held_out,
         diversity=comparison.diversity.__name__,
+        is_few=comparison.is_few,
     )
 
 

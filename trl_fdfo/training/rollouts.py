@@ -74,7 +74,7 @@ def _sample_all(
     encoded = [_encode_ahead(trainer, group, rows) for group in groups]
     bar = contextlib.nullcontext()
     if trainer.progress is not None:
-        bar = trainer.progress.rollout_bar(rollout, len(numbers) * size)
+        bar = trainer.progress.rollout_bar(rollout, len(numbers) * size * args.num_generations)
     with bar:
         for group, embeddings in zip(groups, encoded):
             if trainer.is_told_to_end():
@@ -85,7 +85,7 @@ def _sample_all(
             batches += sampled
             pending.append(rewards)
             if trainer.progress is not None:
-                bar.update(len(sampled) * size)
+                bar.update(len(sampled) * size * args.num_generations)
     return batches, pending
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
-from transformers.utils import logging
+from transformers.utils import is_in_notebook, logging
 
 from ..evaluation.evaluator import read_rows, reported_metrics
 from ..media import Outputs
@@ -36,6 +36,7 @@ from ..pipeline.prompt_embeddings import PromptEmbeddings, text_encoders
 from ..pipeline.records import Rehearsal
 from ..pipeline.replay_check import MAX_TOLERANCE, default_tolerance
 from ..pipeline.trained import TRAINED, frozen_modules, train_weights, trained_module, trained_modules
+from ..reporting.progress import RolloutProgressCallback
 from ..rewards.reward_functions import RewardFunctions
 from .config import RolloutConfig
 from .config_checks import check_argument_of_call
@@ -532,3 +533,12 @@ def try_replay(
         flow.model = model
         for part, mode in modes:
             part.training = mode
+
+
+def progress_callback() -> TrainerCallback:
+    """What shows the progress: bars in a terminal, and in a notebook a table with bars. Both have a `rollout_bar`."""
+    if is_in_notebook():
+        from ..reporting.notebook import NotebookProgress  # which imports IPython
+
+        return NotebookProgress()
+    return RolloutProgressCallback()

@@ -20,8 +20,8 @@ from huggingface_hub import CommitInfo
 from peft import PeftConfig, PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import ProgressCallback, Trainer, TrainerCallback, set_seed
-from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
+from transformers import Trainer, TrainerCallback, set_seed
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from ..evaluation.alarms import Alarms
@@ -42,10 +42,10 @@ from ..planning.memory import Engine
 from ..planning.plan import RunPlan
 from ..planning.without_weights import plan_without_weights
 from ..reporting.logs import MetricsFile, PictureLogger
-from ..reporting.progress import FirstRolloutReport, RolloutProgressCallback
+from ..reporting.progress import FirstRolloutReport
 from ..rewards.reward_functions import RewardFunction, RewardFunctions
 from ..saving.checkpoint_files import written_whole
-from ..saving.checkpointer import Checkpointer, set_options
+from ..saving.checkpointer import Checkpointer, TimedCheckpoints, set_options
 from ..saving.fingerprint import fingerprint
 from ..saving.hub import HubPusher
 from ..saving.model_card import check_template
@@ -75,6 +75,7 @@ from .setup import (
     open_pipeline,
     place_components,
     prepare_pipeline,
+    progress_callback,
     rehearse,
     try_replay,
 )
@@ -179,7 +180,7 @@ class RolloutTrainer(Algorithm, Trainer):
             model = make_trainable(pipeline, config, peft_config)
             check_optimizer(optimizers[0], model)
 
-            self.signals = Signals()
+            self.signals = Signals(saves=config.save_on_signal)
             self.hub = HubPusher(config)
             super().__init__(
                 model=model,
@@ -217,6 +218,8 @@ class RolloutTrainer(Algorithm, Trainer):
                 allow_changes=config.resume_with_changed_options,
                 save_total_limit=config.save_total_limit,
             )
+            if config.save_minutes is not None:
+                self.add_callback(TimedCheckpoints(config.save_minutes, self.checkpointer, self.any_process))
             config.hold()
 
     # Setup ------------------------------------------------------------------------------------------------------------
@@ -259,8 +262,8 @@ class RolloutTrainer(Algorithm, Trainer):
         if args.eval_strategy != "no" or args.eval_on_start:
             self._load_diversity()
         self.progress = None
-        if self.pop_callback(ProgressCallback) is not None:
-            self.progress = RolloutProgressCallback()
+        if self.pop_callback(DEFAULT_PROGRESS_CALLBACK) is not None:
+            self.progress = progress_callback()
             self.add_callback(self.progress)
         self.averaging = None
         if args.ema_decay is not None:
@@ -456,6 +459,10 @@ class RolloutTrainer(Algorithm, Trainer):
         # Not with the logs of an evaluation, which may fall between two logs of the training.
         if "loss" in logs and self.metrics.values:
             logs.update(self.metrics.drain())
+        if logs.pop("train_samples_per_second", None) is not None:  # of the end: Trainer's samples are micro-batches
+            rollouts = (self.state.global_step - self._initial_global_step) / self.args.steps_per_rollout
+            images = rollouts * self.args.prompts_per_rollout * self.args.num_generations
+            logs["train_images_per_second"] = round(images / logs["train_runtime"], 3)
         super().log(logs, start_time)
 
     # Rollouts ---------------------------------------------------------------------------------------------------------
