@@ -33,14 +33,14 @@ from transformers import TrainerState
 
 from trl_fdfo import shapes
 from trl_fdfo.cli.arguments import InferenceArguments, RepeatableFlag, parse, read_prompts
-from trl_fdfo.cli.models import BASE, call_options, each_model, find_adapters, open_flow
+from trl_fdfo.cli.models import BASE, call_options, each_model, find_adapters, made_by_first_row, open_flow
 from trl_fdfo.evaluation.before_after import FIRST_SEED
-from trl_fdfo.evaluation.diversity import load_diversity
+from trl_fdfo.evaluation.diversity import FEATURES, load_diversity
 from trl_fdfo.evaluation.estimates import Estimate, markdown_table
 from trl_fdfo.evaluation.evaluator import Evaluator
-from trl_fdfo.media import Media, Outputs, unbind
+from trl_fdfo.media import Media, unbind
 from trl_fdfo.reporting.sheets import Panel, Section, picture, sheet
-from trl_fdfo.rewards.by_name import load_reward
+from trl_fdfo.rewards.by_name import check_by_name, load_reward
 from trl_fdfo.rewards.reward_functions import RewardFunctions
 from trl_fdfo.training.prompts import PACKAGED_PROMPTS
 
@@ -63,7 +63,9 @@ class Arguments(InferenceArguments):
     )
     diversity: str = field(
         default="clip",
-        metadata={"help": "Features whose distance is diversity: clip, dreamsim, pixels, or module:callable."},
+        metadata={
+            "help": "Features whose distance is diversity: clip, dreamsim, pixels, or module:callable. Audio has none."
+        },
     )
     images_per_prompt: int = field(default=4, metadata={"help": "Images per prompt and model, at least 2."})
     first_seed: int = field(default=FIRST_SEED, metadata={"help": "Seed of the first image; the others follow it."})
@@ -79,25 +81,32 @@ def main(args: list[str] | None = None) -> None:
             why = ": diversity is a distance between images of a prompt" if name == "images_per_prompt" else ""
             raise ValueError(f"{name}={getattr(arguments, name)} must be at least {least}{why}.")
     packaged = shapes.captions() if arguments.model == "shapes" else [str(PACKAGED_PROMPTS)]
-    dataset = read_prompts(arguments.prompts or packaged)
+    columns = arguments.pipeline_columns
+    dataset = read_prompts(arguments.prompts or packaged, columns)
     adapters = find_adapters(arguments.adapter)
     options = call_options(arguments, adapters)
     # Without being told so, Accelerate runs each of several processes on CPUs as if it were the only one.
     state = PartialState(cpu=not torch.accelerator.is_available())
     output = Path(arguments.output)
     output.mkdir(parents=True, exist_ok=True)
-    diversity = load_diversity(arguments.diversity)
+    check_by_name(arguments.diversity, FEATURES, "diversity")
     rewards = RewardFunctions([load_reward(spec) for spec in arguments.reward], argument="reward")
-    rewards.check_columns(dataset.column_names, "prompts")
+    rewards.check_columns(dataset.column_names, "prompts", columns)
     for name in rewards.names:
         if name not in rewards.scores:
             raise ValueError(
                 f"reward '{name}' compares the images of a prompt with each other, and says nothing of a model: leave it out."
             )
     flow = open_flow(arguments.model, options, adapters, state.device)
-    rewards.expect(Outputs.of(flow.pipeline, options, flow.rehearse(dataset["prompt"][:1]).images))
+    outputs = made_by_first_row(flow, dataset, columns)
+    rewards.expect(outputs)
     evaluator = Evaluator(
-        flow.generate, rewards, diversity=diversity, batch_size=arguments.batch_size, device=state.device
+        flow.generate,
+        rewards,
+        diversity=load_diversity(arguments.diversity) if "images" in outputs.kinds else None,
+        sampled_columns=columns,
+        batch_size=1 if columns else arguments.batch_size,
+        device=state.device,
     )
     settings = {
         **{name: value for name, value in asdict(arguments).items() if value is not None},

@@ -32,7 +32,7 @@ from trl_fdfo.cli.arguments import Parser, RepeatableFlag, parse
 from trl_fdfo.planning.without_weights import planned
 from trl_fdfo.reporting.logs import finite
 from trl_fdfo.rewards.by_name import REWARDS, check_by_name, load_object, load_reward
-from trl_fdfo.training.prompts import load_prompts
+from trl_fdfo.training.prompts import load_prompts, plain
 
 
 @dataclass
@@ -88,7 +88,7 @@ def main(args: list[str] | None = None) -> None:
     if script.plan:
         for name in [*rewards, *(controls or ())]:
             check_by_name(name, REWARDS, "reward")
-        prompts = load_prompts(config.dataset_name, config.dataset_prompt_column)
+        prompts = plain(load_prompts(config.dataset_name, config.dataset_prompt_column), config.pipeline_columns or ())
         model = shapes.PIPELINE_FOLDER if packaged else script.model
         print(trainer_class.plan(config, model, rewards, prompts))
         return

@@ -70,6 +70,13 @@ def images_are_signed(made: Tensor | Media) -> bool:
     return images is not None and bool(images.min() < 0)
 
 
+def unsigned(made: Tensor | Media) -> Tensor | Media:
+    """Images or videos in [-1, 1], put into [0, 1]; their audio as it is."""
+    if isinstance(made, Media):
+        return Media(unsigned(made.images), made.audio)
+    return made.div(2).add(0.5).clamp(0, 1)
+
+
 def _on_white(images: Tensor) -> Tensor:
     """
     Images or videos of 4 channels, the last of which is opacity, with 3 channels; others as they are. Channels that come last

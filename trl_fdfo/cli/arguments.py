@@ -14,7 +14,7 @@ from trl import TrlParser
 from ..rewards.by_name import reward_table
 from ..training.config import RolloutConfig
 from ..training.migration import unknown_options
-from ..training.prompts import check_prompts, is_file_name, load_prompts
+from ..training.prompts import check_prompts, is_file_name, load_prompts, plain
 
 
 class RepeatableFlag(argparse.Action):
@@ -130,6 +130,13 @@ class InferenceArguments:
     guidance_scale: float | None = field(default=None, metadata={"help": "Guidance of the pipeline; 1 is none."})
     height: int | None = field(default=None, metadata={"help": "Height of the images in pixels."})
     width: int | None = field(default=None, metadata={"help": "Width of the images in pixels."})
+    pipeline_columns: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Columns of the file of prompts that go to the pipeline's call, such as an image: as image data, or as the "
+            "name of an image file."
+        },
+    )
     pipeline_kwargs: str | None = field(
         default=None,
         metadata={
@@ -146,7 +153,7 @@ class InferenceArguments:
             raise ValueError(f"num_inference_steps={self.num_inference_steps} must be at least 1.")
 
 
-def read_prompts(prompts: list[str]) -> Dataset:
+def read_prompts(prompts: list[str], pipeline_columns: Sequence[str] = ()) -> Dataset:
     """
     Prompts, or the prompts of the one file that is named, with all its columns, in the column `prompt`.
 
@@ -155,5 +162,6 @@ def read_prompts(prompts: list[str]) -> Dataset:
     """
     is_file = len(prompts) == 1 and is_file_name(prompts[0])
     dataset = load_prompts(prompts[0], name="prompts") if is_file else Dataset.from_dict({"prompt": prompts})
-    check_prompts(dataset, "prompt", name=f"prompts={prompts}")
+    dataset = plain(dataset, pipeline_columns)
+    check_prompts(dataset, "prompt", pipeline_columns, name=f"prompts={prompts}")
     return dataset

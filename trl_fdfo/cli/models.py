@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from diffusers import DiffusionPipeline
 
 from .. import shapes
+from ..evaluation.evaluator import read_rows
+from ..media import Outputs
 from ..pipeline.adapter_files import CALL_OPTIONS, DIFFUSERS_FILE, OtherComponentsError, find_adapter, read_adapter
 from ..pipeline.flow import PipelineFlow
 from ..pipeline.loading import load_pipeline
@@ -95,6 +98,18 @@ def open_flow(model: str, options: dict[str, Any], adapters: dict[str, Path], de
     for _ in each_model(pipeline, adapters):
         pass
     return flow
+
+
+def made_by_first_row(flow: PipelineFlow, dataset: Dataset, columns: Sequence[str] = ()) -> Outputs:
+    """
+    Rehearse the call of the first prompt, with its values of these columns: what the pipeline makes.
+
+    Raises:
+        ValueError: The pipeline cannot be called so.
+    """
+    row = read_rows(dataset, [0], ["prompt", *columns], "prompts")
+    rehearsal = flow.rehearse(row["prompt"], {name: row[name] for name in columns})
+    return Outputs.of(flow.pipeline, flow.call_kwargs, rehearsal.images)
 
 
 def each_model(pipeline: DiffusionPipeline, adapters: dict[str, Path]) -> Iterator[str]:
