@@ -17,12 +17,14 @@ In PIL, a video is a list of frames.
 import inspect
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
 from torch import Tensor
 
 
@@ -62,6 +64,11 @@ def made_by(output: Iterable[Any]) -> Tensor | Media:
     if images is not None and audio is not None:
         return Media(images, audio)
     return audio if images is None else images
+
+
+def names_image(value: object) -> bool:
+    """Tell if a value is text that ends as the name of an image file does, such as ".png"."""
+    return isinstance(value, str) and Path(value).suffix.lower() in Image.registered_extensions()
 
 
 def images_are_signed(made: Tensor | Media) -> bool:

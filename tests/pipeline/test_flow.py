@@ -298,7 +298,7 @@ def test_a_call_that_lacks_an_image_is_told_where_it_comes_from():
     flow = build(**wan_video.VIDEO, guidance_scale=1.0)
     with pytest.raises(ValueError, match="It needs image: give a column of that name in `pipeline_columns`"):
         flow.rehearse(["a cat"])
-    with pytest.raises(ValueError, match="image is text, such as 'no.png': names of image files are opened if"):
+    with pytest.raises(ValueError, match="image names no file from here, such as 'no.png'"):
         flow.rehearse(["a cat"], {"image": ["no.png"]})
 
 

@@ -32,7 +32,7 @@ from accelerate.utils import recursively_apply, send_to_device
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from ..media import Media
+from ..media import Media, names_image
 from .calling import Calling, OtherWayError
 from .checks import (
     check_call_kwargs,
@@ -790,9 +790,11 @@ def _hint(pipeline: DiffusionPipeline, given: Collection[str], columns: Mapping[
     needed = [
         name
         for name, parameter in list(inspect.signature(type(pipeline).__call__).parameters.items())[1:]
-        if parameter.default is parameter.empty and name not in (*given, "prompt", "generator")
+        if parameter.default is parameter.empty
+        and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        and name not in (*given, "prompt", "generator")
     ]
-    names = [name for name, values in (columns or {}).items() if isinstance(values[0], str)]
+    names = [name for name, values in (columns or {}).items() if names_image(values[0])]
     hint = ""
     if needed:
         hint += (
@@ -800,10 +802,7 @@ def _hint(pipeline: DiffusionPipeline, given: Collection[str], columns: Mapping[
             "prompts in `pipeline_kwargs`"
         )
     if names:
-        hint += (
-            f". {', '.join(names)} is text, such as {columns[names[0]][0]!r}: names of image files are opened if they lead to "
-            "a file from here"
-        )
+        hint += f". {', '.join(names)} names no file from here, such as {columns[names[0]][0]!r}: give images, or names that do"
     return hint
 
 

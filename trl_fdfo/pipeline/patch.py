@@ -33,10 +33,11 @@ class _Once(logging.Filter):
         self._seen: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        message = record.getMessage()
-        is_new = message not in self._seen
-        self._seen.add(message)
-        return is_new
+        if not hasattr(record, "is_repeated"):  # by the first of several handlers
+            message = record.getMessage()
+            record.is_repeated = message in self._seen
+            self._seen.add(message)
+        return not record.is_repeated
 
 
 _once = _Once()

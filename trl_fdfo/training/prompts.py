@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
-from datasets import Image as ImageFeature
-from PIL import Image
+from datasets import Dataset, DatasetDict, Image, IterableDatasetDict, load_dataset
+
+from ..media import names_image
 
 
 PACKAGED_PROMPTS = Path(__file__).with_name("prompts.txt")
@@ -144,15 +144,9 @@ def plain(dataset: Dataset, image_columns: Sequence[str] = ()) -> Dataset:
         return dataset
     dataset = dataset.with_format(None)
     for name in set(image_columns) & set(dataset.column_names):
-        if len(dataset) and _is_image_file(dataset[name][0]):
-            dataset = dataset.cast_column(name, ImageFeature())
+        if len(dataset) and names_image(dataset[name][0]) and Path(dataset[name][0]).is_file():
+            dataset = dataset.cast_column(name, Image())
     return dataset
-
-
-def _is_image_file(value: object) -> bool:
-    if not isinstance(value, str) or Path(value).suffix.lower() not in Image.registered_extensions():
-        return False
-    return Path(value).is_file()
 
 
 def check_prompts(
