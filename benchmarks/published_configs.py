@@ -18,7 +18,15 @@ from typing import Any
 import tiny_pipelines
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from tiny_pipelines.qwen_image import PROMPT_TEMPLATE, qwen_tokenizer
-from transformers import CLIPTextConfig, PreTrainedTokenizerBase, Qwen2_5_VLConfig, T5Config, UMT5Config
+from tiny_pipelines.sana import gemma_tokenizer
+from transformers import (
+    CLIPTextConfig,
+    Gemma3Config,
+    PreTrainedTokenizerBase,
+    Qwen2_5_VLConfig,
+    T5Config,
+    UMT5Config,
+)
 
 from benchmarks.gpu_sd35 import MEDIUM
 
@@ -49,6 +57,25 @@ QWEN_VL = Qwen2_5_VLConfig(
         "intermediate_size": 3420,
         "num_heads": 16,
         "out_hidden_size": 3584,
+    },
+)
+# Gemma-3-12b-it.
+GEMMA_3 = Gemma3Config(
+    text_config={
+        "hidden_size": 3840,
+        "intermediate_size": 15360,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+    },
+    vision_config={
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "image_size": 896,
+        "patch_size": 14,
+        "vision_use_head": False,
     },
 )
 
@@ -129,6 +156,34 @@ PIPELINES: dict[str, tuple[str, dict[str, tuple[str, str, Any]]]] = {
                 "diffusers",
                 "UniPCMultistepScheduler",
                 UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+            ),
+        },
+    ),
+    "Lightricks/LTX-2": (
+        "LTX2Pipeline",
+        {
+            "transformer": ("diffusers", "LTX2VideoTransformer3DModel", {"rope_type": "split"}),
+            "connectors": ("ltx2", "LTX2TextConnectors", {"rope_type": "split"}),
+            "vae": (
+                "diffusers",
+                "AutoencoderKLLTX2Video",
+                {"decoder_causal": False, "spatial_compression_ratio": 32, "temporal_compression_ratio": 8},
+            ),
+            "audio_vae": ("diffusers", "AutoencoderKLLTX2Audio", {}),
+            "vocoder": ("ltx2", "LTX2Vocoder", {}),
+            "text_encoder": ("transformers", "Gemma3ForConditionalGeneration", GEMMA_3),
+            "tokenizer": ("transformers", "GemmaTokenizer", _up_to(gemma_tokenizer(), 1024)),
+            "scheduler": (
+                "diffusers",
+                "FlowMatchEulerDiscreteScheduler",
+                FlowMatchEulerDiscreteScheduler(
+                    use_dynamic_shifting=True,
+                    base_shift=0.95,
+                    max_shift=2.05,
+                    base_image_seq_len=1024,
+                    max_image_seq_len=4096,
+                    shift_terminal=0.1,
+                ),
             ),
         },
     ),

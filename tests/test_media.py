@@ -19,6 +19,7 @@ from trl_fdfo.media import (
     spread_frames,
     to_pil,
     unbind,
+    unsigned,
 )
 
 
@@ -31,6 +32,12 @@ def test_pil_images_and_lists_of_frames():
     assert [len(frames) for frames in as_pil] == [4, 4] and as_pil[1][2].size == (6, 8)
     assert as_pil[1][2].getpixel((5, 7)) == tuple((videos[1, 2, :, 7, 5] * 255).round().int().tolist())
     assert [image.tobytes() for image in to_pil(videos[1])] == [frame.tobytes() for frame in as_pil[1]]
+
+
+def test_signed_images_beside_audio():
+    made = unsigned(Media(2 * VIDEO - 1, AUDIO))
+    torch.testing.assert_close(made.images, VIDEO)
+    assert made.audio is AUDIO
 
 
 def test_stills_of_videos():

@@ -17,12 +17,14 @@ In PIL, a video is a list of frames.
 import inspect
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
 from torch import Tensor
 
 
@@ -64,10 +66,22 @@ def made_by(output: Iterable[Any]) -> Tensor | Media:
     return audio if images is None else images
 
 
+def names_image(value: object) -> bool:
+    """Tell if a value is text that ends as the name of an image file does, such as ".png"."""
+    return isinstance(value, str) and Path(value).suffix.lower() in Image.registered_extensions()
+
+
 def images_are_signed(made: Tensor | Media) -> bool:
     """Tell if images or videos are in [-1, 1]: a pipeline has not put them into [0, 1]."""
     images = by_kind(made).get("images")
     return images is not None and bool(images.min() < 0)
+
+
+def unsigned(made: Tensor | Media) -> Tensor | Media:
+    """Images or videos in [-1, 1], put into [0, 1]; their audio as it is."""
+    if isinstance(made, Media):
+        return Media(unsigned(made.images), made.audio)
+    return made.div(2).add(0.5).clamp(0, 1)
 
 
 def _on_white(images: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 from tiny_clip import save_clip
+from tiny_pipelines import flux_kontext
 
 from trl_fdfo import shapes
 from trl_fdfo.cli import evaluate as command
@@ -89,6 +90,25 @@ def sampled_by_hand(adapter: str | None) -> torch.Tensor:
         for s in range(3)
     ]
     return torch.cat(images).unflatten(0, (5, 3))
+
+
+def test_an_edit_is_evaluated_with_its_images(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flux_kontext.build().save_pretrained("model")
+    for name in ("red", "blue"):
+        Image.new("RGB", (16, 16), name).save(f"{name}.png")
+    rows = [{"prompt": "a cat", "image": f"{name}.png"} for name in ("red", "blue")]
+    Path("edits.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    Path("my_rewards_of_edits.py").write_text(
+        "def closeness(images, image):\n    return [each.getpixel((0, 0))[0] for each in image]\n"
+    )
+    evaluate(
+        *("--model", "model", "--prompts", "edits.jsonl", "--pipeline_columns", "image", "--diversity", "pixels"),
+        *("--reward", "my_rewards_of_edits:closeness", "--images_per_prompt", 2, "--num_inference_steps", 2),
+        *("--pipeline_kwargs", '{"max_area": 256, "_auto_resize": false, "max_sequence_length": 8}'),
+    )
+    assert results()["per_prompt"]["base"]["closeness"] == [255, 0]
+    assert results()["estimates"]["base"]["pixel_distance"]["mean"] > 0
 
 
 def test_table_against_a_direct_computation(trained, capsys):

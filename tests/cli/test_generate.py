@@ -8,6 +8,7 @@ import tiny_pipelines
 import torch
 from PIL import Image
 from read_sheet import panels
+from tiny_pipelines import wan_video
 
 from trl_fdfo.cli import generate as command
 from trl_fdfo.reporting.sheets import GAP, MARGIN, picture
@@ -81,6 +82,25 @@ def test_the_packaged_pipeline_needs_no_settings(tmp_path):
     generate("--model", "shapes", "--prompts", "a red circle on a white background", "--output", tmp_path / "grid.png")
     page = Image.open(tmp_path / "grid.png")
     assert page.width == 3 * 256 + 2 * GAP + 2 * MARGIN
+
+
+def test_videos_are_made_of_images_and_are_files_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    wan_video.small_image_to_video().save_pretrained("base")
+    Image.new("RGB", (16, 16), "red").save("red.png")
+    Path("prompts.jsonl").write_text(json.dumps({"prompt": "a cat", "image": "red.png"}))
+    call = {"num_frames": 5, "max_sequence_length": 16, "height": 16, "width": 16}
+    settings = ("--num_inference_steps", 2, "--guidance_scale", 1, "--pipeline_kwargs", json.dumps(call))
+    options = ("--model", "base", *settings)
+    with pytest.raises(ValueError, match="It needs image: give a column of that name in `pipeline_columns`"):
+        generate(*options, "--prompts", "prompts.jsonl")
+    images = ("--prompts", "prompts.jsonl", "--pipeline_columns", "image")
+    generate(*options, *images, "--seeds", 2)
+    assert Image.open("grid.png").width > 300
+    [video, _] = sorted(Path().glob("grid_0_0_*.*"))
+    assert video.stem == "grid_0_0_0" and video.suffix in (".mp4", ".webp")
+    with pytest.raises(ValueError, match="has no column 'last_image', which `pipeline_columns` passes"):
+        generate(*options, *images, "last_image")
 
 
 @pytest.mark.parametrize(

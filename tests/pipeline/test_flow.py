@@ -1,4 +1,6 @@
 import functools
+import io
+import logging
 import pickle
 from dataclasses import replace
 
@@ -36,7 +38,10 @@ from tiny_pipelines import (
     longcat_image,
     sana_video,
     skyreels_v2,
+    wan,
+    wan_video,
 )
+from torch.utils._pytree import tree_leaves
 
 from trl_fdfo import FDFOTrainer
 from trl_fdfo.fdfo.churn import constant_churn
@@ -44,6 +49,7 @@ from trl_fdfo.flow_grpo.scheduler import SDEScheduler
 from trl_fdfo.pipeline import checks, schedulers
 from trl_fdfo.pipeline.checks import check_pipeline
 from trl_fdfo.pipeline.encoder_offload import EncoderOffload
+from trl_fdfo.pipeline.patch import State, warned_once
 from trl_fdfo.pipeline.records import OncePerPrompt, host_copy, once_per_prompt, repeated
 from trl_fdfo.pipeline_flow import PipelineFlow, ReplayError, check_replay
 
@@ -262,6 +268,40 @@ def test_resolution_that_is_no_multiple_is_refused_with_the_nearest(name, size, 
         make_flow(name, **size)
 
 
+def test_frames_that_the_pipeline_rounds_are_named_once(caplog):
+    caplog.set_level("WARNING")
+    flow = PipelineFlow(
+        wan.build(), num_generations=2, num_inference_steps=2, **{**wan.CALLS["plain"], "num_frames": 6}
+    )
+    for _ in range(2):
+        flow.rehearse(["a cat"])
+    assert "num_frames=6, and WanPipeline makes videos of 5 frames. Set num_frames=5" in caplog.text
+
+
+def test_a_warning_of_diffusers_is_given_once():
+    given = io.StringIO()
+    handler, logger = logging.StreamHandler(given), logging.getLogger("diffusers")
+    logger.addHandler(handler)
+    try:
+        for _ in range(3):
+            with warned_once():
+                logging.getLogger("diffusers.pipelines.a_test").warning("a warning of each call")
+        assert given.getvalue() == "a warning of each call\n"
+        logging.getLogger("diffusers.pipelines.a_test").warning("a warning of each call")
+        assert given.getvalue() == 2 * "a warning of each call\n"
+    finally:
+        logger.removeHandler(handler)
+
+
+def test_a_call_that_lacks_an_image_is_told_where_it_comes_from():
+    build = functools.partial(PipelineFlow, wan_video.small_image_to_video(), num_generations=2, num_inference_steps=2)
+    flow = build(**wan_video.VIDEO, guidance_scale=1.0)
+    with pytest.raises(ValueError, match="It needs image: give a column of that name in `pipeline_columns`"):
+        flow.rehearse(["a cat"])
+    with pytest.raises(ValueError, match="image names no file from here, such as 'no.png'"):
+        flow.rehearse(["a cat"], {"image": ["no.png"]})
+
+
 def test_epsilon_prediction_is_refused():
     tokenizer = tiny_pipelines.clip_tokenizer()
     pipeline = StableDiffusionPipeline(
@@ -474,6 +514,10 @@ def test_frames_with_schedulers_of_their_own_are_denoised_together(build, option
     images = pipeline(prompt=["a cat"], **flow.call_kwargs | arguments)[0]
     for made in (plain.images[:1], unrehearsed.generate(["a cat"], [0], columns)):
         torch.testing.assert_close(made, images.float(), rtol=0, atol=1e-4)
+    if "num_frames" in options and not columns:
+        other = 14 - options["num_frames"]
+        assert flow.generate(["a cat"], [0], num_frames=other).shape[1] == other
+        assert flow.generate(["a cat"], [0]).shape[1] == options["num_frames"]
 
 
 def test_sdxl_is_refused():
@@ -652,6 +696,14 @@ def test_gradients_go_through_what_the_first_step_keeps_for_later_ones():
         weight -= 2e-3
         less = flow.velocity(batch, 2).sum()
     assert slope == pytest.approx((more - less).item() / 2e-3, rel=1e-2)
+
+
+def test_a_rollout_keeps_no_keys_and_values():
+    flow = PipelineFlow(flux2_klein.build_kv(), num_generations=2, num_inference_steps=STEPS, **flux2_klein.SIZE)
+    batch = flow.rollout(["a cat"], torch.zeros(STEPS + 1), [0], [1, 2], range(STEPS), {"image": flux2_klein.images(1)})
+    leaves = [leaf for output in batch.outputs for leaf in tree_leaves(output)]
+    assert {type(leaf) for leaf in leaves} == {torch.Tensor, State}
+    assert all(leaf.is_meta for leaf in leaves if isinstance(leaf, torch.Tensor))
 
 
 def test_checkpointing_of_a_model_that_keeps_keys_and_values_is_refused(make_config):

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from diffusers import SD3Transformer2DModel
 from peft import LoraConfig, get_peft_model
-from tiny_pipelines import flux_kontext, z_image_conditioned
+from tiny_pipelines import ace_step, flux_kontext, glm_image, ltx2, z_image_conditioned
 from tiny_runs import PROMPTS, redness
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -23,7 +23,7 @@ from trl_fdfo import FDFOConfig, FDFOTrainer, FlowGRPOConfig, FlowGRPOTrainer, s
 from trl_fdfo.cli import train
 from trl_fdfo.fdfo.scheduler import ChurnScheduler
 from trl_fdfo.planning.cost import Cost, Precision, sampling_cost, training_cost
-from trl_fdfo.planning.memory import QUANTIZED_BYTES, Engine, component_parts, nbytes
+from trl_fdfo.planning.memory import QUANTIZED_BYTES, Engine, component_parts, encoding_bytes, nbytes
 from trl_fdfo.planning.plan import RunPlan
 from trl_fdfo.planning.time import (
     CARDS,
@@ -167,8 +167,8 @@ def recorded_bytes(buffer) -> int:
     total = 0
     for batch in batches:
         sampled = batch.sampled
-        kept = [sampled.x_t, sampled.velocities, sampled.x_s, sampled.remembered, batch.targets]
-        tensors = [leaf for leaf in tree_leaves(kept) if isinstance(leaf, torch.Tensor)]
+        kept = [sampled.x_t, sampled.velocities, sampled.x_s, sampled.remembered, sampled.outputs, batch.targets]
+        tensors = [leaf for leaf in tree_leaves(kept) if isinstance(leaf, torch.Tensor) and not leaf.is_meta]
         total += sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
     return total
 
@@ -225,6 +225,25 @@ def test_a_view_keeps_what_it_is_a_view_of(make_config, offload):
     assert plan.trajectory_bytes == recorded_bytes(trainer._buffer)
 
 
+def test_outputs_that_a_momentum_needs_are_counted(make_config):
+    family = ace_step.FAMILIES["ACE-Step with momentum (audio)"]
+    call = dict(family.calls["guided"])
+    config = make_config(
+        num_rollouts=1,
+        per_device_prompt_batch_size=1,
+        guidance_scale=call.pop("guidance_scale"),
+        height=None,
+        width=None,
+        pipeline_columns=list(family.images(1)),
+        pipeline_kwargs=call,
+    )
+    prompts = Dataset.from_dict({"prompt": PROMPTS[:1], **family.images(1)})  # all of one length
+    trainer = FDFOTrainer(config, family.build(), lambda audio: audio.mean(dim=(1, 2)), train_dataset=prompts)
+    plan = trainer.run_plan()
+    trainer.train()
+    assert plan.trajectory_bytes == recorded_bytes(trainer._buffer)
+
+
 # The plan -------------------------------------------------------------------------------------------------------------
 
 
@@ -234,6 +253,22 @@ def sizes(plan: RunPlan, **options) -> dict[str, tuple[int, int]]:
 
 def bytes_of(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+
+def test_parts_that_wait_by_when_they_are_called(make_config):
+    pipeline = glm_image.build()
+    args = make_config(offload_components=True)
+    parts = {part.name: (part.sampling, part.training) for part in component_parts(pipeline, args)}
+    writes, encodes, vae = (
+        bytes_of(pipeline.components[name]) for name in ("vision_language_encoder", "text_encoder", "vae")
+    )
+    assert parts == {"vision_language_encoder": (0, 0), "text_encoder": (0, 0), "vae": (vae, 0)}
+    assert encoding_bytes(pipeline, args, []) == writes + encodes
+    # A replay calls what prepares the embeddings for the two streams once more.
+    pipeline = ltx2.build()
+    parts = {part.name: (part.sampling, part.training) for part in component_parts(pipeline, args)}
+    connectors, sound = (bytes_of(pipeline.components[name]) for name in ("connectors", "audio_vae"))
+    assert parts["connectors"] == (connectors, connectors) and parts["audio_vae"] == (sound, 0)
 
 
 def test_parts_of_a_run(make_trainer):

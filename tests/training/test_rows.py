@@ -49,6 +49,22 @@ def train(make_config):
     return make
 
 
+def test_names_of_image_files_are_opened(train, tmp_path):
+    files = [str(tmp_path / f"{n}.png") for n in range(4)]
+    for n, file in enumerate(files):
+        PILImage.new("RGB", (16, 16), (60 * n, 0, 0)).save(file)
+    seen = []
+
+    def closeness(images, image):
+        seen.extend(image)
+        return images.flatten(1).mean(dim=1)
+
+    options = {"pipeline_columns": ["image"], "per_device_prompt_batch_size": 1, "height": None, "width": None}
+    call = {"max_area": 16 * 16, "_auto_resize": False, "max_sequence_length": 8}
+    train({"image": files}, flux_kontext.build(), closeness, pipeline_kwargs=call, **options).train()
+    assert {image.getpixel((0, 0)) for image in seen} == {(60 * n, 0, 0) for n in range(4)}
+
+
 # Sizes ----------------------------------------------------------------------------------------------------------------
 
 

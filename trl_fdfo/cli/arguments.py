@@ -167,6 +167,13 @@ class InferenceArguments:
     guidance_scale: float | None = field(default=None, metadata={"help": "Guidance of the pipeline; 1 is none."})
     height: int | None = field(default=None, metadata={"help": "Height of the images in pixels."})
     width: int | None = field(default=None, metadata={"help": "Width of the images in pixels."})
+    pipeline_columns: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Columns of the file of prompts that go to the pipeline's call, such as an image: as image data, or as the "
+            "name of an image file."
+        },
+    )
     pipeline_kwargs: str | None = field(
         default=None,
         metadata={
@@ -200,7 +207,9 @@ class EvaluationArguments(InferenceArguments):
     )
     diversity: str = field(
         default="clip",
-        metadata={"help": "Features whose distance is diversity: clip, dreamsim, pixels, or module:callable."},
+        metadata={
+            "help": "Features whose distance is diversity: clip, dreamsim, pixels, or module:callable. Audio has none."
+        },
     )
     images_per_prompt: int = field(default=4, metadata={"help": "Images per prompt and model, at least 2."})
     first_seed: int = field(default=FIRST_SEED, metadata={"help": "Seed of the first image; the others follow it."})

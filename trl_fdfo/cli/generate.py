@@ -9,6 +9,11 @@
 An adapter is a folder, a file or a place on the Hub (docs/sharing.md), in the format of diffusers or of PEFT. Images are
 sampled as the adapter was trained, by the generation_config.json beside it, unless an option here says otherwise. Without
 that file set the steps and the guidance.
+
+Videos and sounds are files of their own beside the page, grid_0_1_2.mp4 (or .webp) and .wav: of the first prompt, by the first
+adapter (0 is the base model), from seed 2. A pipeline that is given images gets them from the columns of a file of prompts:
+
+    trl-fdfo generate --model folder --adapter out --prompts edits.jsonl --pipeline_columns image
 """
 
 from dataclasses import dataclass, field
@@ -30,11 +35,14 @@ def main(args: list[str] | None = None) -> None:
     from PIL import Image
     from tqdm.auto import tqdm
 
+    from ..evaluation.evaluator import read_rows
     from ..media import unbind
+    from ..reporting.clips import save_clips
     from ..reporting.sheets import Panel, Section, picture, sheet
-    from .models import BASE, call_options, each_model, find_adapters, open_flow, read_prompts
+    from .models import BASE, call_options, each_model, find_adapters, made_by_first_row, open_flow, read_prompts
 
-    prompts = list(read_prompts(arguments.prompts)["prompt"])
+    columns = arguments.pipeline_columns
+    dataset = read_prompts(arguments.prompts, columns)
     output = Path(arguments.output)
     if output.suffix.lower() not in Image.registered_extensions():
         raise ValueError(f"output='{output}' does not end in a format of pictures: take .png.")
@@ -44,11 +52,16 @@ def main(args: list[str] | None = None) -> None:
     options = call_options(arguments, adapters)
     flow = open_flow(arguments.model, options, adapters, PartialState().device)
 
-    sections = [Section(prompt, []) for prompt in prompts]
-    for name in each_model(flow.pipeline, adapters):
-        for section in tqdm(sections, name):
-            images = [unbind(flow.generate([section.title], [seed]))[0] for seed in range(arguments.seeds)]
-            section.rows.append([Panel(picture(image), f"{name}, seed {seed}") for seed, image in enumerate(images)])
+    outputs = made_by_first_row(flow, dataset, columns)
     output.parent.mkdir(parents=True, exist_ok=True)
+    sections = [Section(prompt, []) for prompt in dataset["prompt"]]
+    for model, name in enumerate(each_model(flow.pipeline, adapters)):
+        for number, section in enumerate(tqdm(sections, name)):
+            row = read_rows(dataset, [number], ["prompt", *columns], "prompts")
+            prompt = row.pop("prompt")
+            images = [unbind(flow.generate(prompt, [seed], row))[0] for seed in range(arguments.seeds)]
+            section.rows.append([Panel(picture(image), f"{name}, seed {seed}") for seed, image in enumerate(images)])
+            for seed, image in enumerate(images):
+                save_clips(image, output.with_name(f"{output.stem}_{number}_{model}_{seed}"), outputs)
     sheet(sections).save(output)
     print(f"{output}: {', '.join([BASE, *adapters])}, with {options}")

@@ -10,6 +10,8 @@ from datasets import Dataset
 from diffusers import DiffusionPipeline
 
 from .. import shapes
+from ..evaluation.evaluator import read_rows
+from ..media import Outputs
 from ..pipeline.adapter_files import CALL_OPTIONS, DIFFUSERS_FILE, OtherComponentsError, find_adapter, read_adapter
 from ..pipeline.flow import PipelineFlow
 from ..pipeline.loading import load_pipeline
@@ -17,14 +19,14 @@ from ..pipeline.lora import add_adapter
 from ..pipeline.schedulers import RolloutScheduler
 from ..pipeline.trained import restore_point
 from ..training.config_checks import check_argument_of_call
-from ..training.prompts import check_prompts, is_file_name, load_prompts
+from ..training.prompts import check_prompts, is_file_name, load_prompts, plain
 from .arguments import InferenceArguments
 
 
 BASE = "base"  # name of the pipeline without an adapter
 
 
-def read_prompts(prompts: list[str]) -> Dataset:
+def read_prompts(prompts: list[str], pipeline_columns: Sequence[str] = ()) -> Dataset:
     """
     Prompts, or the prompts of the one file that is named, with all its columns, in the column `prompt`.
 
@@ -33,7 +35,8 @@ def read_prompts(prompts: list[str]) -> Dataset:
     """
     is_file = len(prompts) == 1 and is_file_name(prompts[0])
     dataset = load_prompts(prompts[0], name="prompts") if is_file else Dataset.from_dict({"prompt": prompts})
-    check_prompts(dataset, "prompt", name=f"prompts={prompts}")
+    dataset = plain(dataset, pipeline_columns)
+    check_prompts(dataset, "prompt", pipeline_columns, name=f"prompts={prompts}")
     return dataset
 
 
@@ -110,6 +113,18 @@ def open_flow(model: str, options: dict[str, Any], adapters: dict[str, Path], de
     for _ in each_model(pipeline, adapters):
         pass
     return flow
+
+
+def made_by_first_row(flow: PipelineFlow, dataset: Dataset, columns: Sequence[str] = ()) -> Outputs:
+    """
+    Rehearse the call of the first prompt, with its values of these columns: what the pipeline makes.
+
+    Raises:
+        ValueError: The pipeline cannot be called so.
+    """
+    row = read_rows(dataset, [0], ["prompt", *columns], "prompts")
+    rehearsal = flow.rehearse(row["prompt"], {name: row[name] for name in columns})
+    return Outputs.of(flow.pipeline, flow.call_kwargs, rehearsal.images)
 
 
 def each_model(pipeline: DiffusionPipeline, adapters: dict[str, Path]) -> Iterator[str]:

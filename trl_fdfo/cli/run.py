@@ -10,7 +10,7 @@ from .. import shapes
 from ..planning.without_weights import planned
 from ..rewards.by_name import REWARDS, check_by_name, load_object, load_reward
 from ..training.config import RolloutConfig
-from ..training.prompts import load_prompts
+from ..training.prompts import load_prompts, plain
 from ..training.publishing import where_it_is
 from ..training.trainer import RolloutTrainer
 from .algorithms import ALGORITHMS
@@ -27,6 +27,7 @@ def plan(script: RunArguments, config: RolloutConfig) -> str:
     for name in [*script.reward, *(script.eval_reward or ())]:
         check_by_name(name, REWARDS, "reward")
     prompts = _captions(script, config) or load_prompts(config.dataset_name, config.dataset_prompt_column)
+    prompts = plain(prompts, config.pipeline_columns or ())
     model = shapes.PIPELINE_FOLDER if script.model == "shapes" else script.model
     return _trainer_class(script).plan(config, model, script.reward, prompts)
 

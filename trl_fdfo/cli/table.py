@@ -23,16 +23,16 @@ from torch import Tensor
 from transformers import TrainerState
 
 from .. import shapes
-from ..evaluation.diversity import load_diversity
+from ..evaluation.diversity import FEATURES, load_diversity
 from ..evaluation.estimates import Estimate, markdown_table
 from ..evaluation.evaluator import Evaluator
-from ..media import Media, Outputs, unbind
+from ..media import Media, unbind
 from ..reporting.sheets import Panel, Section, picture, sheet
-from ..rewards.by_name import load_reward
+from ..rewards.by_name import check_by_name, load_reward
 from ..rewards.reward_functions import RewardFunctions
 from ..training.prompts import PACKAGED_PROMPTS
 from .arguments import EvaluationArguments
-from .models import BASE, call_options, each_model, find_adapters, open_flow, read_prompts
+from .models import BASE, call_options, each_model, find_adapters, made_by_first_row, open_flow, read_prompts
 
 
 PACKAGES = ("trl_fdfo", "torch", "diffusers", "transformers", "peft", "accelerate")
@@ -40,25 +40,32 @@ PACKAGES = ("trl_fdfo", "torch", "diffusers", "transformers", "peft", "accelerat
 
 def evaluate(arguments: EvaluationArguments) -> None:
     packaged = shapes.captions() if arguments.model == "shapes" else [str(PACKAGED_PROMPTS)]
-    dataset = read_prompts(arguments.prompts or packaged)
+    columns = arguments.pipeline_columns
+    dataset = read_prompts(arguments.prompts or packaged, columns)
     adapters = find_adapters(arguments.adapter)
     options = call_options(arguments, adapters)
     # Without being told so, Accelerate runs each of several processes on CPUs as if it were the only one.
     state = PartialState(cpu=not torch.accelerator.is_available())
     output = Path(arguments.output)
     output.mkdir(parents=True, exist_ok=True)
-    diversity = load_diversity(arguments.diversity)
+    check_by_name(arguments.diversity, FEATURES, "diversity")
     rewards = RewardFunctions([load_reward(spec) for spec in arguments.reward], argument="reward")
-    rewards.check_columns(dataset.column_names, "prompts")
+    rewards.check_columns(dataset.column_names, "prompts", columns)
     for name in rewards.names:
         if name not in rewards.scores:
             raise ValueError(
                 f"reward '{name}' compares the images of a prompt with each other, and says nothing of a model: leave it out."
             )
     flow = open_flow(arguments.model, options, adapters, state.device)
-    rewards.expect(Outputs.of(flow.pipeline, options, flow.rehearse(dataset["prompt"][:1]).images))
+    outputs = made_by_first_row(flow, dataset, columns)
+    rewards.expect(outputs)
     evaluator = Evaluator(
-        flow.generate, rewards, diversity=diversity, batch_size=arguments.batch_size, device=state.device
+        flow.generate,
+        rewards,
+        diversity=load_diversity(arguments.diversity) if "images" in outputs.kinds else None,
+        sampled_columns=columns,
+        batch_size=1 if columns else arguments.batch_size,
+        device=state.device,
     )
     settings = {
         **{name: value for name, value in asdict(arguments).items() if value is not None},

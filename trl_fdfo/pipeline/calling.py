@@ -17,7 +17,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from ..media import Media, by_kind, images_are_signed, made_by
+from ..media import Media, by_kind, images_are_signed, made_by, unsigned
 from .records import Rehearsal, is_per_sample, repeat_each
 
 
@@ -216,7 +216,7 @@ class Calling:
         if set(found.values()) != {count}:
             raise OtherWayError(f"asked for {count} samples, it made {found}")
         # Some pipelines return tensors as they sample them.
-        return made.div(2).add(0.5).clamp(0, 1) if self._has_signed_images and isinstance(made, Tensor) else made
+        return unsigned(made) if self._has_signed_images else made
 
 
 def _image_mode(column: tuple[str, Sequence]) -> tuple[str, str | None]:

@@ -7,9 +7,10 @@ from collections.abc import Collection, Iterable
 from accelerate.hooks import AlignDevicesHook, SequentialHook
 from diffusers import DiffusionPipeline
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
-from torch import nn
+from torch import Tensor, nn
 from transformers.utils import logging
 
+from ..media import Media, by_kind
 from .patch import DRAW
 from .schedulers import check_scheduler
 from .trained import TRAINED, has_adapter, trained_module, trained_modules
@@ -106,6 +107,16 @@ def check_resolution(pipeline: DiffusionPipeline, height: int | None, width: int
                 f"{name}={size} is not a multiple of {multiple}, the pixels per latent patch of {type(pipeline).__name__}. "
                 f"The nearest that work: {lower} and {lower + multiple}."
             )
+
+
+def warn_of_other_frames(pipeline: DiffusionPipeline, num_frames: int | None, images: Tensor | Media) -> None:
+    """Warn if a call with `num_frames` made videos of another number of frames: some pipelines round it to what fits."""
+    videos = by_kind(images).get("videos")
+    if videos is not None and num_frames is not None and num_frames != videos.shape[1]:
+        logger.warning_once(
+            f"num_frames={num_frames}, and {type(pipeline).__name__} makes videos of {videos.shape[1]} frames. Set "
+            f"num_frames={videos.shape[1]}, so that your settings say what is made."
+        )
 
 
 def check_own_layers(pipeline: DiffusionPipeline) -> None:

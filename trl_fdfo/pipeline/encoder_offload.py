@@ -1,4 +1,7 @@
-"""Text encoders that wait in host memory: on the device while they encode, and away before the transformer computes."""
+"""
+Text encoders and language models that wait in host memory: on the device while they encode or write, and away before the
+transformer computes.
+"""
 
 import contextlib
 from collections.abc import Iterator, Sequence

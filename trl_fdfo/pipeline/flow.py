@@ -32,10 +32,16 @@ from accelerate.utils import recursively_apply, send_to_device
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from ..media import Media
+from ..media import Media, names_image
 from ..noise import say_once_what_is_cut
 from .calling import Calling, OtherWayError
-from .checks import check_call_kwargs, check_pipeline, check_resolution, warn_of_embedded_guidance
+from .checks import (
+    check_call_kwargs,
+    check_pipeline,
+    check_resolution,
+    warn_of_embedded_guidance,
+    warn_of_other_frames,
+)
 from .encoder_offload import EncoderOffload
 from .patch import (
     REMEMBERED,
@@ -46,6 +52,7 @@ from .patch import (
     carries_state,
     drawn_noise,
     latents_of,
+    outline,
     patched,
     recorded_decoding,
     remember,
@@ -222,6 +229,7 @@ class PipelineFlow:
                 # A call that took a step has its prompts as the pipeline takes them; images are needed again later.
                 is_other_way = scheduler.steps_done == 0 or bool(columns) or isinstance(error, OtherWayError)
                 reason = str(error) if isinstance(error, OtherWayError) else f"{type(error).__name__}: {error}"
+                reason += _hint(self.pipeline, {*self.call_kwargs, *(columns or {})}, columns)
                 raise (OtherWayError if is_other_way else ValueError)(
                     f"{type(self.pipeline).__name__} cannot be called with {options}: {reason}"
                 ) from error
@@ -247,6 +255,7 @@ class PipelineFlow:
                 f"The noise levels of {type(self.pipeline).__name__} must fall from step to step, and are "
                 f"{sigmas.tolist()}: take another scheduler, or other `sigmas` or `timesteps` in `pipeline_kwargs`."
             )
+        warn_of_other_frames(self.pipeline, self.call_kwargs.get("num_frames"), images)
         return Rehearsal(
             sigmas=sigmas,
             skipped_steps=scheduler.first_step,
@@ -371,6 +380,8 @@ class PipelineFlow:
             columns (`dict[str, Sequence]`, *optional*): As in `rollout`.
             **call_kwargs: Arguments of the pipeline's call in the place of those given at construction.
         """
+        if call_kwargs:
+            return self._called_with(call_kwargs).encode(prompts, samples_per_prompt, columns)
         remembered: dict[str, list] = {name: [] for name in REMEMBERED}
 
         def model(*args, **kwargs):
@@ -385,7 +396,7 @@ class PipelineFlow:
             self._own_random_numbers(0),
             contextlib.suppress(StopPipeline),
         ):
-            self.pipeline(**{**arguments, **call_kwargs})
+            self.pipeline(**arguments)
         return remembered["encode_prompt"]
 
     def encode_ahead(
@@ -477,9 +488,7 @@ class PipelineFlow:
 
         def model(*args, **kwargs):
             output = call_model(*args, **kwargs)
-            outputs.append(
-                output if self.keeps_outputs else recursively_apply(lambda tensor: tensor.to("meta"), output)
-            )
+            outputs.append(output if self.keeps_outputs else outline(output))
             return output
 
         if encoded is None:
@@ -605,12 +614,14 @@ class PipelineFlow:
         Returns:
             `Tensor` or [`Media`]: Images, floats in [0, 1], shape [N, 3, H, W]; videos [N, F, 3, H, W]; audio [N, C, L].
         """
+        if call_kwargs:
+            return self._called_with(call_kwargs).generate(prompts, seeds, columns, encoded)
         if self._calling.takes_one_prompt and len(prompts) > 1:
-            alone = [self.generate([prompt], [seed], **call_kwargs) for prompt, seed in zip(prompts, seeds)]
+            alone = [self.generate([prompt], [seed]) for prompt, seed in zip(prompts, seeds)]
             return accelerate.utils.concatenate(alone)
         scheduler = RolloutScheduler.of(self._scheduler)
         scheduler.record(torch.zeros(0), [], levels=())
-        if encoded is None and not call_kwargs:  # which may change the embeddings
+        if encoded is None:
             encoded = self._from_cache(prompts)
         encode_prompt = self._encoding_to(encoded, call)
         encode_image = remember({"encode_image": []})["encode_image"]
@@ -618,11 +629,17 @@ class PipelineFlow:
             self._patched(scheduler, self._call_model, call, encode_image, call, encode_prompt=encode_prompt),
             self._own_random_numbers(seeds[0]),
         ):
-            arguments = {
-                **self._calling.arguments(self.call_kwargs, prompts, _generators(seeds), columns),
-                **call_kwargs,
-            }
+            arguments = self._calling.arguments(self.call_kwargs, prompts, _generators(seeds), columns)
             return self._calling.samples(self.pipeline(**arguments), len(prompts))
+
+    def _called_with(self, call_kwargs: dict[str, Any]) -> "PipelineFlow":
+        """This flow with other arguments of the call, which may change the embeddings and the number of parts of a video."""
+        other = copy.copy(self)
+        other.call_kwargs = {**self.call_kwargs, **call_kwargs}
+        other.prompt_embeddings = {}
+        other._scheduler = copy.copy(self._scheduler)
+        other._scheduler.calls_per_step = None
+        return other
 
     @contextlib.contextmanager
     def _replayed(self, batch: RolloutBatch, scheduler: StandIn, is_computed: Callable[[Any], bool]) -> Iterator[None]:
@@ -768,6 +785,27 @@ class PipelineFlow:
             return take(output, axes.outputs[number], repeat_each(range(prompts), branches), prompts)
 
         return model
+
+
+def _hint(pipeline: DiffusionPipeline, given: Collection[str], columns: Mapping[str, Sequence] | None) -> str:
+    """What else to try where a call fails: an argument that it needs is not there, or an image is the name of its file."""
+    needed = [
+        name
+        for name, parameter in list(inspect.signature(type(pipeline).__call__).parameters.items())[1:]
+        if parameter.default is parameter.empty
+        and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        and name not in (*given, "prompt", "generator")
+    ]
+    names = [name for name, values in (columns or {}).items() if names_image(values[0])]
+    hint = ""
+    if needed:
+        hint += (
+            f". It needs {', '.join(needed)}: give a column of that name in `pipeline_columns`, or one value for all "
+            "prompts in `pipeline_kwargs`"
+        )
+    if names:
+        hint += f". {', '.join(names)} names no file from here, such as {columns[names[0]][0]!r}: give images, or names that do"
+    return hint
 
 
 def _asserts_float32(error: Exception) -> bool:

@@ -7,11 +7,12 @@ A wrapper of a method takes the original method first, then the arguments of the
 import contextlib
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import recursively_apply
+from accelerate.utils import honor_type, recursively_apply
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 
@@ -22,6 +23,37 @@ from .trained import frozen_modules
 
 # The function of diffusers by which its pipelines draw their noise.
 DRAW = "randn_tensor"
+
+
+class _Once(logging.Filter):
+    """Lets each message through once: a pipeline gives its warnings in each call, and a run has thousands of calls."""
+
+    def __init__(self):
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not hasattr(record, "is_repeated"):  # by the first of several handlers
+            message = record.getMessage()
+            record.is_repeated = message in self._seen
+            self._seen.add(message)
+        return not record.is_repeated
+
+
+_once = _Once()
+
+
+@contextlib.contextmanager
+def warned_once() -> Iterator[None]:
+    """For the time of a `with`, diffusers gives no message that it has given in such a `with` before."""
+    handlers = logging.getLogger("diffusers").handlers
+    for handler in handlers:
+        handler.addFilter(_once)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(_once)
 
 
 @contextlib.contextmanager
@@ -77,6 +109,24 @@ def carries_state(output: Any) -> bool:
     return not (output is None or isinstance(output, (Tensor, bool, int, float, str)))
 
 
+class State:
+    """Stands for what an output of a transformer carried beside its tensors: see [`outline`]."""
+
+
+def outline(output: Any) -> Any:
+    """
+    The output of a transformer with its tensors on the meta device, and with a [`State`] for each object that it carries,
+    whose own tensors would stay in memory.
+    """
+    if isinstance(output, Tensor):
+        return output.to("meta")
+    if isinstance(output, (list, tuple)):
+        return honor_type(output, map(outline, output))
+    if isinstance(output, dict):
+        return type(output)({name: outline(value) for name, value in output.items()})
+    return State() if carries_state(output) else output
+
+
 class PartNames(NamedTuple):
     """
     The names of the components that [`patched`] changes beside the transformers. A pipeline that lists its components takes
@@ -93,10 +143,14 @@ class PartNames(NamedTuple):
         return cls(
             # Not each pipeline registers its scheduler as a component.
             ["scheduler", *(name for name, part in pipeline.components.items() if isinstance(part, SchedulerMixin))],
-            # A vocoder makes audio of the spectrogram that a VAE has decoded.
-            [name for name, part in frozen.items() if hasattr(part, "decode") or name == "vocoder"],
+            [name for name, part in frozen.items() if is_decoder(name, part)],
             [name for name, part in frozen.items() if hasattr(part, "generate")],
         )
+
+
+def is_decoder(name: str, part: nn.Module) -> bool:
+    """Tell if a component makes what a call returns: a VAE, or a vocoder, which makes audio of a spectrogram."""
+    return hasattr(part, "decode") or name == "vocoder"
 
 
 @contextlib.contextmanager
@@ -112,8 +166,8 @@ def patched(
     **methods: Callable,
 ) -> Iterator[None]:
     """
-    The pipeline with another scheduler, stand-ins for its transformers, wrapped methods and no progress bar. After the
-    last step its decoders are float32.
+    The pipeline with another scheduler, stand-ins for its transformers, wrapped methods and no progress bar, which
+    repeats no warning. After the last step its decoders are float32.
 
     Args:
         pipeline (`DiffusionPipeline`): The pipeline, patched in place.
@@ -142,6 +196,7 @@ def patched(
     }
     processors = [module.processor for module in attention]
     with contextlib.ExitStack() as stack:
+        stack.enter_context(warned_once())
         for name in models:
             # In training mode a transformer may return another layout, which the pipeline does not expect. Its layers keep
             # their mode: some have no gradients in evaluation mode.

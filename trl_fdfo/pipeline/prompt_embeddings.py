@@ -82,6 +82,15 @@ def text_encoders(pipeline: DiffusionPipeline) -> dict[str, torch.nn.Module]:
     return {name: part for name, part in frozen_modules(pipeline).items() if name.startswith("text_encoder")}
 
 
+def called_first(pipeline: DiffusionPipeline) -> dict[str, torch.nn.Module]:
+    """
+    The components that a rollout calls before its first step and a replay does not call, by name: text encoders, and
+    language models that write something of the prompt first.
+    """
+    parts = frozen_modules(pipeline)
+    return text_encoders(pipeline) | {name: part for name, part in parts.items() if hasattr(part, "generate")}
+
+
 def encoding_key(flow: PipelineFlow) -> str:
     """Key of all that an embedding depends on, but for the prompt."""
     pipeline = flow.pipeline

@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import TrainingArguments
 
 from ..pipeline.options import is_quantized
-from ..pipeline.patch import upcast_weights
-from ..pipeline.prompt_embeddings import text_encoders
+from ..pipeline.patch import is_decoder, upcast_weights
+from ..pipeline.prompt_embeddings import called_first, text_encoders
 from ..pipeline.records import Rehearsal, once_per_prompt
 from ..pipeline.schedulers import RolloutScheduler
 from ..pipeline.trained import frozen_modules, trained_module
@@ -141,13 +141,14 @@ def component_parts(pipeline: DiffusionPipeline, args: TrainingArguments) -> Ite
     counted = {id(tensor) for tensor in (*transformer.parameters(), *transformer.buffers())}
     for name, component in frozen_modules(pipeline).items():
         size = nbytes([t for t in (*component.parameters(), *component.buffers()) if id(t) not in counted])
-        # Offloaded parts move to the device when called. Text encoders leave before the transformer is called, the others
-        # when the rollout ends.
-        encodes = name in text_encoders(pipeline)
-        waits = args.offload_components or (args.cache_prompt_embeds and encodes)
+        # Offloaded parts move to the device when called. Text encoders and language models leave before the transformer is
+        # called, decoders when the rollout ends. A replay calls the others, such as a ControlNet, which then stay.
+        is_first = name in called_first(pipeline)
+        waits = args.offload_components and (is_first or is_decoder(name, component))
+        waits = waits or (args.cache_prompt_embeds and name in text_encoders(pipeline))
         note = f"{size_text(size)} in host memory" if waits else ""
-        sampling = 0 if waits and encodes else size
-        if name == "vae":
+        sampling = 0 if waits and is_first else size
+        if is_decoder(name, component):
             halves = upcast_weights(component).values()
             if halves:
                 upcast = size + nbytes(halves)  # twice as large
@@ -166,8 +167,8 @@ def encoding_bytes(pipeline: DiffusionPipeline, args: TrainingArguments, parts: 
     """
     if not (args.offload_components or args.cache_prompt_embeds):
         return 0
-    encoders = text_encoders(pipeline).values()
-    size = nbytes([tensor for part in encoders for tensor in (*part.parameters(), *part.buffers())])
+    encoders = called_first(pipeline) if args.offload_components else text_encoders(pipeline)
+    size = nbytes([tensor for part in encoders.values() for tensor in (*part.parameters(), *part.buffers())])
     absent = ["gradients", "trajectories", "activations"]
     if args.cache_prompt_embeds:  # before the run, and the transformer waits in host memory
         absent += ["transformer, frozen", "trained weights", "optimizer", "average of weights"]
@@ -213,6 +214,13 @@ def trajectory_bytes(
     remembered = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
     calls = args.per_device_train_batch_size // samples  # of a batch: several if a call makes one sample
     return args.num_rollout_batches * calls * (args.num_trained_levels * level + targets + size(remembered))
+
+
+def kept_output_bytes(rehearsal: Rehearsal, args: TrainingArguments) -> int:
+    """Bytes of all that the transformer returns in a rollout of a process, which a guidance with momentum keeps."""
+    calls = args.per_device_train_batch_size // len(rehearsal.latents)
+    tensors = [leaf for leaf in tree_leaves(rehearsal.outputs) if isinstance(leaf, Tensor)]
+    return args.num_rollout_batches * calls * args.num_inference_steps * _storage_nbytes(tensors)
 
 
 def trained_parameters(model: nn.Module) -> list[nn.Parameter]:

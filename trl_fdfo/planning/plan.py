@@ -26,6 +26,7 @@ from .memory import (
     Part,
     component_parts,
     encoding_bytes,
+    kept_output_bytes,
     model_parts,
     nbytes,
     reward_parts,
@@ -93,6 +94,8 @@ class RunPlan:
         self.shared_prefix = flow.shared_prefix
         self.trajectory_bytes = trajectory_bytes(rehearsal, args, flow.scheduler_class, latents_per_target)
         self.batch_bytes = self.trajectory_bytes // (args.num_rollout_batches * args.num_trained_levels)
+        if flow.keeps_outputs:
+            self.trajectory_bytes += kept_output_bytes(rehearsal, args)
         self.failure: Exception | None = None  # the error of a cost that could not be counted and is 0
         precision = Precision(engine.device_type, engine.autocast)
         # A pipeline that makes one sample per call was rehearsed with one.

@@ -5,7 +5,6 @@ zeros.
 
 import contextlib
 import functools
-import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ import diffusers
 import torch
 from datasets import Dataset
 from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.pipelines.pipeline_loading_utils import simple_get_class_obj
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map_only
@@ -109,9 +109,7 @@ def load_without_weights(name_or_path: str | os.PathLike, dtype: torch.dtype) ->
             elif value[0] is None:
                 parts[name] = None
             else:
-                parts[name] = _load_part(
-                    getattr(importlib.import_module(value[0]), value[1]), name_or_path, name, dtype
-                )
+                parts[name] = _load_part(simple_get_class_obj(*value), name_or_path, name, dtype)
         return getattr(diffusers, index["_class_name"])(**parts)
     except OSError as error:
         raise OSError(

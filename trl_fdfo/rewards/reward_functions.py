@@ -192,7 +192,7 @@ class RewardFunctions:
             ValueError: A function did not return one finite number (or None) per image.
         """
         prompts, samples = list(prompts), by_kind(made)
-        of = "images" if "images" in samples else "sounds"
+        of = next((kind for kind in ("videos", "images") if kind in samples), "sounds")
         arguments = self._all_arguments(samples, prompts, trainer_state, columns, num_generations)
         pil_images = functools.cache(lambda: to_pil(samples["images"]))
         results = []

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from enum import EnumMeta
+from numbers import Integral
 from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
@@ -108,6 +109,9 @@ def check_argument_of_call(source: str, name: str, value: Any) -> None:
         raise ValueError(f"{source} {name}={value!r}, which the trainer sets itself.")
     if name.startswith("negative_prompt") and isinstance(value, list):
         raise ValueError(f"{source} {name}={value!r}: one string for all prompts, not a list.")
+    if name == "num_frames" and value is not None:
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{source} {name}={value!r}: it must be an int, at least 1.")
 
 
 def read_json_dict(name: str, value: dict | str | None, contents: str) -> dict | None:

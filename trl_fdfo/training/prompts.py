@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, Image, IterableDatasetDict, load_dataset
+
+from ..media import names_image
 
 
 PACKAGED_PROMPTS = Path(__file__).with_name("prompts.txt")
@@ -124,17 +126,27 @@ def is_file_name(dataset_name: str) -> bool:
     return Path(dataset_name).suffix.lower() in _BUILDERS or Path(dataset_name).exists()
 
 
-def plain(dataset: Dataset) -> Dataset:
+def plain(dataset: Dataset, image_columns: Sequence[str] = ()) -> Dataset:
     """
     The dataset with rows of Python values, such as text and PIL images. A format that it had (`with_format`) keeps its
     columns; a transform (`with_transform`) stays.
+
+    Args:
+        dataset (`datasets.Dataset`): Any dataset.
+        image_columns (`Sequence[str]`): Columns that may be names of image files: those are opened when a row is read.
     """
     if not isinstance(dataset, Dataset):
         return dataset  # which `check_prompts` refuses
     form = dataset.format
     if not form["output_all_columns"]:
         dataset = dataset.select_columns(form["columns"])
-    return dataset if form["type"] == "custom" else dataset.with_format(None)
+    if form["type"] == "custom":
+        return dataset
+    dataset = dataset.with_format(None)
+    for name in set(image_columns) & set(dataset.column_names):
+        if len(dataset) and names_image(dataset[name][0]) and Path(dataset[name][0]).is_file():
+            dataset = dataset.cast_column(name, Image())
+    return dataset
 
 
 def check_prompts(

@@ -32,7 +32,7 @@ from ..pipeline.loading import load_pipeline
 from ..pipeline.lora import add_adapter, continue_adapter, default_lora_config
 from ..pipeline.options import is_quantized, quantization_config, set_attention_backend, set_vae_options
 from ..pipeline.patch import carries_state
-from ..pipeline.prompt_embeddings import PromptEmbeddings, text_encoders
+from ..pipeline.prompt_embeddings import PromptEmbeddings, called_first, text_encoders
 from ..pipeline.records import Rehearsal
 from ..pipeline.replay_check import MAX_TOLERANCE, default_tolerance
 from ..pipeline.trained import TRAINED, frozen_modules, train_weights, trained_module, trained_modules
@@ -64,7 +64,9 @@ def load_datasets(
         )
     if train_dataset is None:
         train_dataset = load_prompts(config.dataset_name, config.dataset_prompt_column)
-    train_dataset, eval_dataset = plain(train_dataset), plain(eval_dataset)
+    train_dataset, eval_dataset = (
+        plain(dataset, config.pipeline_columns or ()) for dataset in (train_dataset, eval_dataset)
+    )
     check_prompts(train_dataset, config.dataset_prompt_column, config.pipeline_columns or ())
     rewards.check_columns(train_dataset.column_names, sampled_columns=config.pipeline_columns or ())
     if config.num_eval_prompts is not None:
@@ -249,7 +251,8 @@ def check_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module) -
 def place_components(flow: PipelineFlow, config: RolloutConfig, device: torch.device) -> list[UserCpuOffloadHook]:
     """
     Put the frozen components on the device. An offloaded one moves there when it is called, and its hook, of which a list
-    is returned, takes it back. Offloaded text encoders also leave, each time, before the transformer is called.
+    is returned, takes it back. Offloaded text encoders and language models also leave, each time, before the transformer is
+    called.
     """
     hooks = {}
     encoders = text_encoders(flow.pipeline)
@@ -258,7 +261,8 @@ def place_components(flow: PipelineFlow, config: RolloutConfig, device: torch.de
             hooks[name] = cpu_offload_with_hook(module, device)[1]
         else:
             module.to(device)
-    of_encoders = [hook for name, hook in hooks.items() if name in encoders]
+    first = called_first(flow.pipeline)
+    of_encoders = [hook for name, hook in hooks.items() if name in first]
     if of_encoders:
         flow.encoders = EncoderOffload(of_encoders, trained_module(flow.pipeline), device)
     return list(hooks.values())

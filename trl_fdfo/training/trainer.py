@@ -532,7 +532,7 @@ class RolloutTrainer(Algorithm, Trainer):
             or 1, if an alarm is on and the prompts are the trainer's own; `eval_runtime` in seconds.
         """
         is_own = eval_dataset is None
-        dataset = self.eval_dataset if is_own else plain(eval_dataset)
+        dataset = self.eval_dataset if is_own else plain(eval_dataset, self.args.pipeline_columns or ())
         if dataset is None:
             raise ValueError("evaluate needs prompts: give the trainer an `eval_dataset`, or set `num_eval_prompts`.")
         rewards, controls = self.reward_functions, self.control_functions
