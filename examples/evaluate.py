@@ -4,7 +4,7 @@ A table of rewards and diversity: a base model and adapters on it, on the same p
     python examples/evaluate.py --model shapes --adapter outputs/shapes \
         --reward trl_fdfo.shapes:reward --reward trl_fdfo.shapes:strict --diversity pixels
     accelerate launch examples/evaluate.py --model stabilityai/stable-diffusion-3.5-medium --adapter out \
-        --adapter user/other-adapter --prompts held_out.txt --reward pickscore --reward hpsv2 --reward clip --reward vlm
+        --adapter user/other-adapter --prompts drawbench --reward pickscore --reward hpsv2 --reward clip --reward vlm
 
 Adapters are named and sampled as in generate.py. Writes into `output` results.json, with the values of every prompt, all
 settings and versions, and grid.png, with the images of the first prompts. Processes share the prompts, and give the same
@@ -53,8 +53,9 @@ class Arguments(InferenceArguments):
     prompts: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Prompts, or one txt, json, jsonl, csv or parquet file of them, whose other columns go to the rewards. "
-            "Default: the packaged list, which training takes by default too; the captions of `shapes`."
+            "help": "Prompts; or one prompt set, listed below, or txt, json, jsonl, csv or parquet file of them, whose other "
+            "columns go to the rewards. Default: the packaged list, which training takes by default too; the captions of "
+            "`shapes`."
         },
     )
     reward: list[str] = field(

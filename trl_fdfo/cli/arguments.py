@@ -14,7 +14,8 @@ from trl import TrlParser
 from ..rewards.by_name import reward_table
 from ..training.config import RolloutConfig
 from ..training.migration import unknown_options
-from ..training.prompts import check_prompts, is_file_name, load_prompts
+from ..training.prompt_sets import PROMPT_SETS, prompt_set_table
+from ..training.prompts import check_prompts, load_prompts, names_prompts
 
 
 class RepeatableFlag(argparse.Action):
@@ -26,7 +27,7 @@ class RepeatableFlag(argparse.Action):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and the table of rewards line by line."""
+    """Shows defaults, and the tables of rewards and prompt sets line by line."""
 
 
 class Parser(TrlParser):
@@ -95,12 +96,12 @@ class Parser(TrlParser):
 
 def parse(classes: type | Sequence[type], args: list[str] | None = None) -> tuple[Any, ...]:
     """
-    Dataclasses from a command line and, with `--config`, a YAML file. `--help` also lists the rewards.
+    Dataclasses from a command line and, with `--config`, a YAML file. `--help` also lists the rewards and prompt sets.
 
     Raises:
         ValueError: An option does not exist, or has an impossible value.
     """
-    return Parser(classes, epilog=reward_table()).parse_args_and_config(args)
+    return Parser(classes, epilog=f"{reward_table()}\n\n{prompt_set_table()}").parse_args_and_config(args)
 
 
 def _flat(options: dict[str, Any], names: set[str]) -> dict[str, Any]:
@@ -117,7 +118,11 @@ class InferenceArguments:
     """Options of a script that samples a base model and adapters on it."""
 
     model: str = field(metadata={"help": "Hub id or path of the pipeline, or `shapes` for the packaged tiny one."})
-    prompts: list[str] = field(metadata={"help": "Prompts, or one txt, json, jsonl, csv or parquet file of them."})
+    prompts: list[str] = field(
+        metadata={
+            "help": f"Prompts, or one txt, json, jsonl, csv or parquet file of them, or one of {', '.join(PROMPT_SETS)}."
+        }
+    )
     adapter: list[str] = field(
         default_factory=list,
         metadata={
@@ -148,12 +153,12 @@ class InferenceArguments:
 
 def read_prompts(prompts: list[str]) -> Dataset:
     """
-    Prompts, or the prompts of the one file that is named, with all its columns, in the column `prompt`.
+    Prompts, or the prompts of the one file or prompt set that is named, with all its columns, in the column `prompt`.
 
     Raises:
         FileNotFoundError, ValueError: There are none, or one is no text.
     """
-    is_file = len(prompts) == 1 and is_file_name(prompts[0])
-    dataset = load_prompts(prompts[0], name="prompts") if is_file else Dataset.from_dict({"prompt": prompts})
+    is_named = len(prompts) == 1 and names_prompts(prompts[0])
+    dataset = load_prompts(prompts[0], name="prompts") if is_named else Dataset.from_dict({"prompt": prompts})
     check_prompts(dataset, "prompt", name=f"prompts={prompts}")
     return dataset

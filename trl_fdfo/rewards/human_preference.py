@@ -64,6 +64,9 @@ class HumanPreference:
         HumanPreferenceError: In a call: see there.
     """
 
+    # Where the votes are asked for: the same people give the same votes there.
+    no_effect = ("url", "run", "database")
+
     def __init__(
         self,
         url: str | None = None,
@@ -156,6 +159,10 @@ class HumanPreference:
         return preferences
 
     compare.image_type = "pil"
+
+    def waiting(self) -> int:
+        """Number of pairs that have been shown and lack a vote."""
+        return len(self._open)
 
     def on_rollout_end(self) -> None:
         """The next rollout has other pairs."""
