@@ -19,6 +19,7 @@ metrics.json, and the Trainer's logs and checkpoints.
 """
 
 import json
+import math
 import sys
 import time
 from dataclasses import dataclass, field
@@ -126,6 +127,8 @@ def main(args: list[str] | None = None) -> None:
         width = max(map(len, report["after"]))
         print(" " * width, *(f"{name:>22}" for name in report))
         for metric in report["after"]:
+            if all(math.isnan(values[metric]) for values in report.values()):
+                continue  # a reward that only compares images has no score
             print(f"{metric:{width}}", *(f"{report[name][metric]:22.3f}" for name in report))
         print(f"Trained in {seconds:.0f} s. The adapter, the pictures and metrics.json are in {output_dir}/")
     if config.push_to_hub:

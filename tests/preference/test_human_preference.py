@@ -94,6 +94,17 @@ def test_where_the_votes_are_asked_for_does_not_change_the_run():
     assert not any(word in settings_of(here) for word in ("localhost", "run", "sqlite", "no_effect"))
 
 
+def test_a_run_says_that_its_pairs_have_votes(voting, caplog):
+    voting()
+    images, prompts = images_of(4), ["a", "a", "b", "b"]
+    first = human(voting.url, run="again")
+    scores = score(first, images, prompts)
+    assert "asked for before" not in caplog.text
+    voting.running.store._clock = lambda: time.time() + LEASE  # the first trainer has ended
+    assert score(human(voting.url, run="again"), images, prompts) == scores
+    assert "2 pairs of the run 'again' were asked for before: their votes count. Another `run` asks anew" in caplog.text
+
+
 def test_votes_of_several_people(voting):
     voting("ann")
     voting("bob", prefer=lambda *pair: -by_red(*pair))

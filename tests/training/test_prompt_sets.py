@@ -138,6 +138,15 @@ def test_a_mistyped_name_is_told_the_nearest(hub, monkeypatch, typed, meant):
     ]
 
 
+def test_the_docs_list_every_set():
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    rows = {line.split("`")[1]: line for line in text.splitlines() if line.startswith("| `")}
+    for name, each in PROMPT_SETS.items():
+        assert each.prompts in rows[name] and each.licence in rows[name], name
+        assert each.source in rows[name] or "the same" in rows[name], name
+        assert name == "pickapic_test" or (each.hub_id or "made here") in rows[name], name
+
+
 # GenEval --------------------------------------------------------------------------------------------------------------
 
 
