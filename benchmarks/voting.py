@@ -66,7 +66,14 @@ def train(options: list[str], wrong: float, seed: int, picture: Path | None, gre
         server, url = start_server(folder)
         rater = ScriptedRater(url, wrong=wrong, seed=seed, prefer=greener if green else None)
         threading.Thread(target=rater.run, args=(over.is_set,), daemon=True).start()
-        arguments = ["--config", "shapes_vote", "--reward", f"human(url={url!r})", "--metrics", "benchmarks.voting:metrics"]
+        arguments = [
+            "--config",
+            "shapes_vote",
+            "--reward",
+            f"human(url={url!r})",
+            "--metrics",
+            "benchmarks.voting:metrics",
+        ]
         arguments += ["--output_dir", str(folder / "out"), "--seed", str(seed), *options]
         command.main(arguments)
         over.set()

@@ -2,7 +2,8 @@
 The names of metrics, as they stand in logs, files and tables.
 
     reward                 weighted sum of the rewards; `reward_std` is its standard deviation
-    rewards/<name>/mean    one reward function; `std` and, in evaluations, `se` (standard error of the mean) beside it
+    rewards/<name>/mean    one reward function; `std` and, in evaluations, `se` (standard error of the mean) beside it, and
+                           `waiting` in rollouts if it waits for people or the like
     control                plain sum of the control rewards, which nothing is trained on
     controls/<name>/mean   one control reward; `std` and `se` beside it
     diversity              distance between images of one prompt; `diversity_se` is its standard error

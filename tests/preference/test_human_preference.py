@@ -19,6 +19,7 @@ from trl_fdfo.preference.cli import main
 from trl_fdfo.preference.store import LEASE
 from trl_fdfo.rewards import JPEGCompressibility, load_reward
 from trl_fdfo.rewards.human_preference import HumanPreference, HumanPreferenceError, human
+from trl_fdfo.rewards.reward_functions import settings_of
 
 
 @pytest.fixture
@@ -67,6 +68,41 @@ def test_four_images_of_a_prompt_are_compared_in_pairs(voting):
     assert sum(scores) == pytest.approx(0, abs=1e-9) and rater.votes == 6
     reds = [by_red(image, image.point(lambda _: 0), "") for image in to_pil(images_of(4))]
     assert max(zip(scores, reds))[1] == max(reds)
+
+
+def test_a_rollout_shows_for_how_many_votes_it_waits(voting, make_trainer, capsys):
+    reward = human(voting.url)
+    rewards = [reward, lambda images: images.mean(dim=(1, 2, 3))]
+    trainer = make_trainer(reward_fn=rewards, disable_tqdm=False, num_rollouts=1)
+    thread = threading.Thread(target=trainer.train)
+    thread.start()
+    while reward.waiting() < 4:  # a pair of each prompt of the rollout
+        time.sleep(0.01)
+    time.sleep(0.3)
+    voting()
+    thread.join(60)
+    assert reward.waiting() == 0
+    assert logged(trainer, "rewards/human/waiting") == [4.0] and not logged(trainer, "rewards/lambda/waiting")
+    assert "human waits for 4" in capsys.readouterr().err
+
+
+def test_where_the_votes_are_asked_for_does_not_change_the_run():
+    here = human("http://localhost:1", run="a", database="a.sqlite", votes_per_pair=2)
+    there = human("http://localhost:2", run="b", votes_per_pair=2)
+    assert settings_of(here) == settings_of(there) != settings_of(human("http://localhost:1", run="a"))
+    assert "'votes_per_pair': '2'" in settings_of(here)
+    assert not any(word in settings_of(here) for word in ("localhost", "run", "sqlite", "no_effect"))
+
+
+def test_a_run_says_that_its_pairs_have_votes(voting, caplog):
+    voting()
+    images, prompts = images_of(4), ["a", "a", "b", "b"]
+    first = human(voting.url, run="again")
+    scores = score(first, images, prompts)
+    assert "asked for before" not in caplog.text
+    voting.running.store._clock = lambda: time.time() + LEASE  # the first trainer has ended
+    assert score(human(voting.url, run="again"), images, prompts) == scores
+    assert "2 pairs of the run 'again' were asked for before: their votes count. Another `run` asks anew" in caplog.text
 
 
 def test_votes_of_several_people(voting):

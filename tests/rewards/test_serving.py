@@ -15,13 +15,14 @@ import subprocess
 import sys
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 import torch
 import uvicorn
 from conftest import free_port
+from faulty_server import FaultyServer
 from PIL import Image, ImageChops
 from tiny_clip import save_clip
 from transformers import TrainerState
@@ -585,77 +586,19 @@ def test_a_reward_that_raises_fails_for_its_cause_alone():
 # Servers that are not ours, or not well
 
 
-class Faulty(ThreadingHTTPServer):
-    """
-    Serves the mean of images. `fault(n)` says what goes wrong with the n-th request for scores: a status, alone or with headers,
-    `"close"`, `"half"` (an answer that ends in the middle), `"hang"`, or the text of an answer.
-    """
+class Faulty(FaultyServer):
+    """Serves the mean of images. The n-th of `faults` is that of the n-th request; the last lasts."""
 
-    daemon_threads = True
+    listing = '{"rewards": [{"name": "mean", "needs": ["images"]}]}'
 
-    def __init__(self, *faults, delay=0.0):
-        super().__init__(("127.0.0.1", 0), FaultyHandler)
-        self.url = f"http://127.0.0.1:{self.server_port}"
-        self.faults, self.delay, self.lock, self.count = faults, delay, threading.Lock(), 0
-        self.stopped = threading.Event()
-        self.at, self.peak = 0, 0
+    def __init__(self, *faults, **options):
+        super().__init__(lambda n: faults[min(n, len(faults) - 1)] if faults else None, **options)
 
-
-class FaultyHandler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.reply(200, '{"rewards": [{"name": "mean", "needs": ["images"]}]}')
-
-    def do_POST(self):
-        server = self.server
-        head, _, values = self.rfile.read(int(self.headers["content-length"])).partition(b"\n")
+    def answer(self, body):
+        head, _, values = body.partition(b"\n")
         (tensor,) = json.loads(head)["tensors"]
         images = torch.frombuffer(bytearray(values), dtype=torch.float32).reshape(tensor["shape"])
-        with server.lock:
-            number, server.count = server.count, server.count + 1
-            server.at += 1
-            server.peak = max(server.peak, server.at)
-        time.sleep(server.delay)
-        with server.lock:
-            server.at -= 1
-        fault = server.faults[min(number, len(server.faults) - 1)] if server.faults else None
-        answer = json.dumps({"rewards": images.mean(dim=(1, 2, 3)).tolist()})
-        if fault == "hang":
-            server.stopped.wait()
-        elif fault in ("close", "half"):
-            if fault == "half":
-                self.send_response(200)
-                self.send_header("content-length", "1000")
-                self.end_headers()
-                self.wfile.write(answer.encode())
-            self.close_connection = True
-        elif isinstance(fault, tuple):
-            self.reply(*fault)
-        else:
-            self.reply(fault if isinstance(fault, int) else 200, fault if isinstance(fault, str) else answer)
-
-    def reply(self, status, text, headers=None):
-        self.send_response(status)
-        for name, value in (headers or {}).items():
-            self.send_header(name, value)
-        self.send_header("content-length", str(len(text.encode())))
-        self.end_headers()
-        self.wfile.write(text.encode())
-
-    def log_message(self, *args):
-        pass
-
-
-@contextlib.contextmanager
-def faulty(*faults, **options):
-    with Faulty(*faults, **options) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.stopped.set()
-            server.shutdown()
-            thread.join()
+        return json.dumps({"rewards": images.mean(dim=(1, 2, 3)).tolist()})
 
 
 MEANS = IMAGES.mean(dim=(1, 2, 3)).tolist()
@@ -666,9 +609,9 @@ MEANS = IMAGES.mean(dim=(1, 2, 3)).tolist()
     [500, 503, 429, 408, "close", "half", "hang", "<html>", "[]", "{}", '{"rewards', (503, "", {"Retry-After": "0.2"})],
 )
 def test_failures_that_pass_are_tried_again(fault):
-    with faulty(fault, fault, None) as server:
+    with Faulty(fault, fault, None) as server:
         assert score(remote(server.url, timeout=0.5 if fault == "hang" else 5, max_retries=2)).tolist() == MEANS
-        assert server.count == 3
+        assert len(server.bodies) == 3
 
 
 @pytest.mark.parametrize(
@@ -683,7 +626,7 @@ def test_failures_that_pass_are_tried_again(fault):
     ],
 )
 def test_failures_that_last_are_errors(fault, message):
-    with faulty(fault) as server, pytest.raises(HTTPRewardError, match=message):
+    with Faulty(fault) as server, pytest.raises(HTTPRewardError, match=message):
         score(remote(server.url, timeout=0.3, max_retries=1))
 
 
@@ -703,19 +646,19 @@ def test_failures_that_last_are_errors(fault, message):
     ],
 )
 def test_a_server_that_lies_is_an_error_at_once(answer, message):
-    with faulty(answer) as server:
+    with Faulty(answer) as server:
         with pytest.raises(HTTPRewardError, match=message):
             score(remote(server.url))
-        assert server.count == 1
+        assert len(server.bodies) == 1
 
 
 def test_a_redirect_is_named():
     with (
-        faulty((307, "", {"Location": "http://127.0.0.1:1/x"})) as server,
+        Faulty((307, "", {"Location": "http://127.0.0.1:1/x"})) as server,
         pytest.raises(HTTPRewardError, match="ConnectError"),
     ):
         score(remote(server.url, max_retries=1))
-    with faulty() as other, faulty((302, "", {"Location": f"{other.url}/login"})) as server:
+    with Faulty() as other, Faulty((302, "", {"Location": f"{other.url}/login"})) as server:
         with pytest.raises(HTTPRewardError, match=rf"HTTP 200 of {other.url}/login, to which it redirects: "):
             score(remote(server.url))
 
@@ -729,11 +672,11 @@ def test_no_server_and_no_list_of_rewards():
 def test_servers_take_turns_and_fill_in():
     state = random.getstate()
     dead = f"http://127.0.0.1:{free_port()}"
-    with faulty(delay=0.05) as one, faulty(delay=0.05) as other:
+    with Faulty(delay=0.05) as one, Faulty(delay=0.05) as other:
         assert score(remote([one.url, other.url], batch_size=1, max_concurrency=2)).tolist() == MEANS
-        assert (one.count, other.count) == (2, 2) and one.peak + other.peak <= 4
+        assert (len(one.bodies), len(other.bodies)) == (2, 2) and one.peak + other.peak <= 4
         assert score(remote([dead, other.url], batch_size=1, max_retries=1)).tolist() == MEANS
-        assert other.count == 6
+        assert len(other.bodies) == 6
         score(remote(one.url, batch_size=1, max_concurrency=2))
         assert one.peak == 2
     assert random.getstate() == state

@@ -1,19 +1,18 @@
 import asyncio
 import base64
-import contextlib
 import io
 import json
 import math
 import random
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 import tiny_vlms
 import torch
 from conftest import free_port
+from faulty_server import FaultyServer
 from PIL import Image
 from transformers import (
     AutoModelForImageTextToText,
@@ -238,7 +237,7 @@ def test_a_judge_of_edits_sees_the_source_the_result_and_the_instruction(qwen):
     ]
     expected = 100 * torch.tensor(odds).sigmoid()
     assert_equal(judge(images=results, prompts=prompts, image=sources), expected)
-    with serving(reference) as server:
+    with Server(reference) as server:
         served = vlm_edit(server.url, num_frames=2)
         assert_equal(asyncio.run(served(images=results, prompts=prompts, image=sources)), expected)
 
@@ -293,27 +292,18 @@ def test_a_model_without_a_chat_template_is_refused(tmp_path):
 # VLMServer
 
 
-class Server(ThreadingHTTPServer):
-    """
-    Serves a tiny VLM on the loopback interface, as vLLM does.
+class Server(FaultyServer):
+    """Serves a tiny VLM on the loopback interface, as vLLM does."""
 
-    `fault(n)` says what goes wrong with the n-th request, if anything: an HTTP status, alone or with headers, `"close"`
-    (the connection), `"hang"`, or the text of an answer.
-    """
+    path = "/v1/chat/completions"
 
-    daemon_threads = True
-    request_queue_size = 64
+    def __init__(self, reference: Reference | None = None, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.url += "/v1"
+        self.reference = reference
 
-    def __init__(self, reference: Reference | None = None, fault=lambda n: None, delay: float = 0.0):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
-        self.reference, self.fault, self.delay = reference, fault, delay
-        self.bodies, self.headers = [], []
-        self.in_flight = self.peak = 0
-        self.lock = threading.Lock()
-        self.stopped = threading.Event()
-
-    def answer(self, body: dict) -> dict:
+    def answer(self, body: bytes) -> str:
+        body = json.loads(body)
         *shown, question = body["messages"][0]["content"]
         images = []
         for part in shown:
@@ -325,7 +315,7 @@ class Server(ThreadingHTTPServer):
         entries = [self.entry(*each) for each in zip(top.indices.tolist(), top.values.tolist())]
         # Like vLLM, the sampled token first, in the place of the last one: here the least likely of all.
         sampled = self.entry(logprobs.argmin().item(), logprobs.min().item())
-        return completion(sampled, [sampled, *entries[:-1]])
+        return json.dumps(completion(sampled, [sampled, *entries[:-1]]))
 
     def entry(self, token: int, logprob: float) -> dict:
         return {"token": self.reference.tokenizer.decode([token]), "logprob": logprob}
@@ -334,57 +324,6 @@ class Server(ThreadingHTTPServer):
 def completion(sampled: dict, top: list[dict]) -> dict:
     content = [{**sampled, "top_logprobs": top}]
     return {"choices": [{"index": 0, "message": {"content": sampled["token"]}, "logprobs": {"content": content}}]}
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_POST(self):
-        server = self.server
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        with server.lock:
-            n = len(server.bodies)
-            server.bodies.append(body)
-            server.headers.append(self.headers)
-            server.in_flight += 1
-            server.peak = max(server.peak, server.in_flight)
-        time.sleep(server.delay)
-        fault = server.fault(n)
-        with server.lock:
-            server.in_flight -= 1
-        if self.path != "/v1/chat/completions":
-            fault = 404
-        if fault == "hang":
-            server.stopped.wait()
-        elif fault == "close":
-            self.close_connection = True
-        elif isinstance(fault, (int, tuple)):
-            status, headers = fault if isinstance(fault, tuple) else (fault, {})
-            self.reply(status, f"status {status}, said to {self.headers['authorization']}", headers)
-        else:
-            self.reply(200, fault or json.dumps(server.answer(body)))
-
-    def reply(self, status: int, text: str, headers: dict | None = None):
-        self.send_response(status)
-        for name, value in (headers or {}).items():
-            self.send_header(name, value)
-        self.send_header("content-length", str(len(text.encode())))
-        self.end_headers()
-        self.wfile.write(text.encode())
-
-    def log_message(self, *args):
-        pass
-
-
-@contextlib.contextmanager
-def serving(*args, **kwargs):
-    with Server(*args, **kwargs) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.stopped.set()
-            server.shutdown()
-            thread.join()
 
 
 def ask(url, images=IMAGES[:1], prompts=PROMPTS[:1], limit=10.0, **options):
@@ -396,13 +335,13 @@ def ask(url, images=IMAGES[:1], prompts=PROMPTS[:1], limit=10.0, **options):
 def test_served_score_is_that_in_process(vlm):
     folder, reference = vlm
     expected = VLMScore(str(folder), device="cpu")(IMAGES, PROMPTS)
-    with serving(reference) as server:
+    with Server(reference) as server:
         scores = ask(server.url, IMAGES, PROMPTS, model="tiny")
         assert scores.dtype == torch.float32
         assert_equal(scores, expected)
         videos = ask(server.url, [IMAGES[:2], IMAGES[2:3]], ["a", "b"], model="tiny")
     assert_equal(videos, VLMScore(str(folder), device="cpu")([IMAGES[:2], IMAGES[2:3]], ["a", "b"]), tolerance=1e-3)
-    sent = {name: value for name, value in server.bodies[0].items() if name != "messages"}
+    sent = {name: value for name, value in json.loads(server.bodies[0]).items() if name != "messages"}
     assert sent == {
         "model": "tiny",
         "max_tokens": 1,
@@ -419,7 +358,7 @@ def test_served_comparison_is_that_in_process(vlm):
     folder, reference = vlm
     first, second = IMAGES, IMAGES[1:] + IMAGES[:1]
     expected = VLMScore(str(folder), question="comparison", device="cpu").compare(first, second, PROMPTS)
-    with serving(reference) as server:
+    with Server(reference) as server:
         judge = VLMServer(server.url, question="comparison")
         assert judge.compare.image_type == "pil"
         assert_equal(asyncio.run(judge.compare(first, second, PROMPTS)), expected)
@@ -431,7 +370,7 @@ def test_concurrency_is_limited_over_all_calls_of_a_loop(qwen):
     async def calls(reward):
         return await asyncio.gather(*(reward(images=[each] * 4, prompts=["a"] * 4) for each in IMAGES[:2]))
 
-    with serving(reference, delay=0.05) as server:
+    with Server(reference, delay=0.05) as server:
         reward = VLMServer(server.url, max_concurrency=3)
         once = asyncio.run(calls(reward))
         assert server.peak == 3 and len(server.bodies) == 8
@@ -457,7 +396,7 @@ def fail(*faults):
 )
 def test_failures_that_pass_are_tried_again(qwen, fault):
     _, reference = qwen
-    with serving(reference, fail(fault, fault)) as server:
+    with Server(reference, fail(fault, fault)) as server:
         scores = ask(server.url, timeout=0.5 if fault == "hang" else 5.0, max_retries=2)
         assert len(server.bodies) == 3
     assert_equal(scores, reference.scores(IMAGES[:1], PROMPTS[:1]))
@@ -473,7 +412,7 @@ def test_failures_that_pass_are_tried_again(qwen, fault):
     ],
 )
 def test_failures_that_last_are_errors(fault, message):
-    with serving(fault=lambda n: fault) as server:
+    with Server(fault=lambda n: fault) as server:
         with pytest.raises(VLMServerError, match=message) as error:
             ask(server.url, timeout=0.2, max_retries=2)
         assert len(server.bodies) == 3
@@ -482,7 +421,7 @@ def test_failures_that_last_are_errors(fault, message):
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 422])
 def test_refusals_are_errors_at_once(status):
-    with serving(fault=lambda n: status) as server:
+    with Server(fault=lambda n: status) as server:
         with pytest.raises(VLMServerError, match=f"refused a request with HTTP {status}: status {status}") as error:
             ask(server.url, model="other", backoff=60)
         assert len(server.bodies) == 1
@@ -492,7 +431,7 @@ def test_refusals_are_errors_at_once(status):
 def test_waits_double():
     # A run is repeatable: its random numbers are not spent on the waits.
     state = random.getstate()
-    with serving(fault=lambda n: 500) as server:
+    with Server(fault=lambda n: 500) as server:
         start = time.perf_counter()
         with pytest.raises(VLMServerError):
             ask(server.url, backoff=0.1, max_retries=3)
@@ -502,7 +441,7 @@ def test_waits_double():
 
 
 def test_one_failure_ends_the_call():
-    with serving(fault=lambda n: 404, delay=0.05) as server:
+    with Server(fault=lambda n: 404, delay=0.05) as server:
         with pytest.raises(VLMServerError):
             ask(server.url, IMAGES[:1] * 50, ["a"] * 50, max_concurrency=2)
         assert len(server.bodies) < 10
@@ -518,7 +457,7 @@ def test_servers_take_turns_and_fill_in(qwen):
     _, reference = qwen
     expected = reference.scores(IMAGES, PROMPTS)
     dead = f"http://127.0.0.1:{free_port()}/v1"
-    with serving(reference) as one, serving(reference) as other:
+    with Server(reference) as one, Server(reference) as other:
         assert_equal(ask([one.url, other.url], IMAGES, PROMPTS), expected)
         assert (len(one.bodies), len(other.bodies)) == (2, 2)
         assert_equal(ask([dead, other.url], IMAGES, PROMPTS, max_retries=1), expected)
@@ -527,7 +466,7 @@ def test_servers_take_turns_and_fill_in(qwen):
 
 def test_api_key_is_sent_and_told_to_no_one(qwen, monkeypatch):
     key = "".join(["sk", "-", "secret"])  # not as it would stand in a traceback
-    with serving(qwen[1], fail(None, 401, 500)) as server:
+    with Server(qwen[1], fail(None, 401, 500)) as server:
         ask(server.url, api_key=key)
         assert server.headers[0]["authorization"] == f"Bearer {key}"
         assert key not in repr(VLMServer(server.url, api_key=key))
@@ -549,9 +488,9 @@ def test_api_key_is_sent_and_told_to_no_one(qwen, monkeypatch):
 
 
 def test_extra_body(qwen):
-    with serving(qwen[1]) as server:
+    with Server(qwen[1]) as server:
         ask(server.url, extra_body={"seed": 1, "top_k": None, "top_p": 0.5})
-    body = server.bodies[0]
+    body = json.loads(server.bodies[0])
     assert (body["seed"], body["top_p"], "top_k" in body) == (1, 0.5, False)
 
 
@@ -559,7 +498,7 @@ def served_log_odds(top: dict[str, float] | list[tuple[str, float]], sampled: tu
     """Log odds of Yes and No, from a server that answers so."""
     entries = [{"token": text, "logprob": logprob} for text, logprob in (top.items() if isinstance(top, dict) else top)]
     answer = json.dumps(completion({"token": sampled[0], "logprob": sampled[1]}, entries))
-    with serving(fault=lambda n: answer) as server:
+    with Server(fault=lambda n: answer) as server:
         odds = asyncio.run(VLMServer(server.url, max_retries=0).log_odds([IMAGES[:1]], ["?"])).item()
         assert len(server.bodies) == 1
         return odds
@@ -625,7 +564,7 @@ def test_a_model_that_says_something_else_is_refused(qwen):
 
 def test_a_busy_server_says_when_to_come_back(qwen):
     folder, reference = qwen
-    with serving(reference, fail((429, {"Retry-After": "0.7"}))) as server:
+    with Server(reference, fail((429, "", {"Retry-After": "0.7"}))) as server:
         start = time.monotonic()
         ask(server.url, backoff=0.001)
         assert time.monotonic() - start >= 0.7 and len(server.bodies) == 2
@@ -641,7 +580,7 @@ def test_a_proxy_that_catches_a_server_of_ones_own_is_named(monkeypatch):
 def test_an_answer_without_log_probabilities_says_so():
     answer = json.dumps({"choices": [{"message": {"content": "Yes"}, "logprobs": None}]})
     with (
-        serving(fault=lambda n: answer) as server,
+        Server(fault=lambda n: answer) as server,
         pytest.raises(VLMServerError, match="logprobs: null.*vLLM or SGLang") as told,
     ):
         ask(server.url, max_retries=0)

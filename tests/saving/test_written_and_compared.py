@@ -143,6 +143,19 @@ def test_only_settings_tell_a_reward_apart():
     assert described(Busy(cache="/data/somebody/scores")) == "1 (cache='scores', scale=1.0)"
 
 
+def test_a_reward_says_which_settings_have_no_effect():
+    class Served(Busy):
+        no_effect = ("cache",)
+
+    assert described(Served(cache="/a/b")) == described(Served(cache="/a/c")) == "1 (scale=1.0)"
+
+    def reward(images):
+        return [0.0] * len(images)
+
+    reward.url, reward.scale, reward.no_effect = "http://localhost:1", 2, ("url",)
+    assert described(reward) == "1 (scale=2)"
+
+
 def test_settings_of_every_kind_of_reward():
     class Listed:
         threshold = 0.5

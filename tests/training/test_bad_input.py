@@ -618,6 +618,17 @@ TABLE = [
         "num_eval_prompts=2 was given together with an eval_dataset",
         "leave one of them out",
     ),
+    bad(
+        trainer(num_eval_prompts=2, eval_dataset_name="geneval"),
+        "num_eval_prompts=2 was given together with an eval_dataset_name",
+        "leave one of them out",
+    ),
+    bad(
+        trainer(eval_dataset_name="geneval", eval_dataset=prompts()),
+        "eval_dataset_name='geneval' was given together with an eval_dataset",
+        "leave one of them out",
+    ),
+    bad(trainer(eval_dataset_name="nowhere.txt"), "eval_dataset_name='nowhere.txt': there is no such file"),
     *(
         bad(
             trainer(num_eval_prompts=number),
@@ -789,7 +800,10 @@ TABLE = [
         "as the start of a new run",
     ),
     # Calling evaluate or generate -------------------------------------------------------------------------------------
-    bad(evaluate(), "evaluate needs prompts: give the trainer an `eval_dataset`, or set `num_eval_prompts`"),
+    bad(
+        evaluate(),
+        "evaluate needs prompts: give the trainer an `eval_dataset`, or set `eval_dataset_name` or `num_eval_prompts`",
+    ),
     bad(evaluate(["a"]), "eval_dataset is a list", "not a `datasets.Dataset`", "`Dataset.from_dict({"),
     bad(evaluate(prompts("a", None)), "None as the prompt of row 1", "prompts must be non-empty text"),
     bad(evaluate(Dataset.from_dict({"text": ["a"]})), "no column 'prompt' but text", "set `dataset_prompt_column`"),

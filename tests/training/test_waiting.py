@@ -11,6 +11,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from trl_fdfo.training.rollouts import wait_for_rewards
@@ -161,4 +162,4 @@ def test_a_process_that_is_told_to_end_does_not_wait_for_others_that_sample():
             pytest.fail("The other process does not answer before it has sampled its images.")
 
     with pytest.raises(Told):
-        wait_for_rewards(OfTwo(), [])
+        wait_for_rewards(OfTwo(), [], tqdm(disable=True))

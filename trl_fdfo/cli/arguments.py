@@ -12,7 +12,7 @@ from ..seeds import FIRST_SEED
 from ..training.migration import unknown_options
 from . import recipes
 from .algorithms import ALGORITHMS
-from .quick import reward_table
+from .quick import prompt_set_table, reward_table
 
 
 class RepeatableFlag(argparse.Action):
@@ -24,7 +24,7 @@ class RepeatableFlag(argparse.Action):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows each option once, with its default, and the table of rewards line by line."""
+    """Shows each option once, with its default, and the tables of rewards and prompt sets line by line."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings:
@@ -127,7 +127,7 @@ class Parser(TrlParser):
 
 def parse(classes: type | Sequence[type], args: list[str] | None = None, **options: Any) -> tuple[Any, ...]:
     """
-    Dataclasses from a command line and, with `--config`, a recipe. `--help` also lists the rewards.
+    Dataclasses from a command line and, with `--config`, a recipe. `--help` also lists the rewards and prompt sets.
 
     Args:
         classes (`type` or `Sequence[type]`): Dataclasses.
@@ -137,7 +137,9 @@ def parse(classes: type | Sequence[type], args: list[str] | None = None, **optio
     Raises:
         ValueError: An option does not exist, or has an impossible value.
     """
-    return Parser(classes, **{"epilog": reward_table(), **options}).parse_args_and_config(args)
+    return Parser(classes, **{"epilog": f"{reward_table()}\n\n{prompt_set_table()}", **options}).parse_args_and_config(
+        args
+    )
 
 
 def _flat(options: dict[str, Any], names: set[str]) -> dict[str, Any]:
@@ -154,7 +156,11 @@ class InferenceArguments:
     """Options of a script that samples a base model and adapters on it."""
 
     model: str = field(metadata={"help": "Hub id or path of the pipeline, or `shapes` for the packaged tiny one."})
-    prompts: list[str] = field(metadata={"help": "Prompts, or one txt, json, jsonl, csv or parquet file of them."})
+    prompts: list[str] = field(
+        metadata={
+            "help": "Prompts, or one txt, json, jsonl, csv or parquet file of them, or one prompt set, listed below."
+        }
+    )
     adapter: list[str] = field(
         default_factory=list,
         metadata={
@@ -197,8 +203,9 @@ class EvaluationArguments(InferenceArguments):
     prompts: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Prompts, or one txt, json, jsonl, csv or parquet file of them, whose other columns go to the rewards. "
-            "Default: the packaged list, which training takes by default too; the captions of `shapes`."
+            "help": "Prompts; or one prompt set, listed below, or txt, json, jsonl, csv or parquet file of them, whose other "
+            "columns go to the rewards. Default: the packaged list, which training takes by default too; the captions of "
+            "`shapes`."
         },
     )
     reward: list[str] = field(

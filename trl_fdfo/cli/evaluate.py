@@ -4,7 +4,7 @@
     trl-fdfo evaluate --model shapes --adapter outputs/shapes \
         --reward trl_fdfo.shapes:reward --reward trl_fdfo.shapes:strict --diversity pixels
     accelerate launch -m trl_fdfo evaluate --model stabilityai/stable-diffusion-3.5-medium --adapter out \
-        --adapter user/other-adapter --prompts held_out.txt --reward pickscore --reward hpsv2 --reward clip --reward vlm
+        --adapter user/other-adapter --prompts drawbench --reward pickscore --reward hpsv2 --reward clip --reward vlm
 
 Adapters are named and sampled as by `trl-fdfo generate`. Writes into `output` results.json, with the values of every prompt,
 all settings and versions, and grid.png, with the images of the first prompts. Processes share the prompts, and give the same

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .arguments import InferenceArguments, parse
+from .quick import prompt_set_table
 
 
 @dataclass
@@ -29,7 +30,7 @@ class Arguments(InferenceArguments):
 
 
 def main(args: list[str] | None = None) -> None:
-    (arguments,) = parse(Arguments, args, prog="trl-fdfo generate", epilog=None)
+    (arguments,) = parse(Arguments, args, prog="trl-fdfo generate", epilog=prompt_set_table())
     # Below, as these take seconds and a mistake in an option is told before.
     from accelerate import PartialState
     from PIL import Image

@@ -19,7 +19,7 @@ from ..pipeline.lora import add_adapter
 from ..pipeline.schedulers import RolloutScheduler
 from ..pipeline.trained import restore_point
 from ..training.config_checks import check_argument_of_call
-from ..training.prompts import check_prompts, is_file_name, load_prompts, plain
+from ..training.prompts import check_prompts, load_prompts, names_prompts, plain
 from .arguments import InferenceArguments
 
 
@@ -28,13 +28,13 @@ BASE = "base"  # name of the pipeline without an adapter
 
 def read_prompts(prompts: list[str], pipeline_columns: Sequence[str] = ()) -> Dataset:
     """
-    Prompts, or the prompts of the one file that is named, with all its columns, in the column `prompt`.
+    Prompts, or the prompts of the one file or prompt set that is named, with all its columns, in the column `prompt`.
 
     Raises:
         FileNotFoundError, ValueError: There are none, or one is no text.
     """
-    is_file = len(prompts) == 1 and is_file_name(prompts[0])
-    dataset = load_prompts(prompts[0], name="prompts") if is_file else Dataset.from_dict({"prompt": prompts})
+    is_named = len(prompts) == 1 and names_prompts(prompts[0])
+    dataset = load_prompts(prompts[0], name="prompts") if is_named else Dataset.from_dict({"prompt": prompts})
     dataset = plain(dataset, pipeline_columns)
     check_prompts(dataset, "prompt", pipeline_columns, name=f"prompts={prompts}")
     return dataset

@@ -238,6 +238,11 @@ def reward_table() -> str:
     return "\n".join(["rewards:", *(f"  {name:{width}}  {text}" for name, text in rows.items()), options])
 
 
+def prompt_set_table() -> str:
+    """The same of the prompt sets."""
+    return load_or_import(f"{PACKAGE}.training.prompt_sets").prompt_set_table()
+
+
 def _own(config: type) -> set[str]:
     """Options that a class of the package has."""
     classes = [each for each in config.__mro__ if each.__module__.split(".")[0] == PACKAGE]

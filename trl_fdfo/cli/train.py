@@ -21,6 +21,8 @@ from .arguments import Parser, RunArguments, parse
 
 EPILOG = """{rewards}
 
+{prompt_sets}
+
 --help-all also lists the options of transformers.TrainingArguments. Options of `accelerate launch`, and
 --accelerate_config with a file or one of {configs}, launch the run through it."""
 
@@ -36,7 +38,9 @@ def main(args: list[str] | None = None) -> None:
     options: dict[str, Any] = {
         "prog": f"trl-fdfo {'plan' if script.plan else 'train'}",
         "elsewhere": launch.options(),
-        "epilog": EPILOG.format(rewards=quick.reward_table(), configs=", ".join(launch.configs())),
+        "epilog": EPILOG.format(
+            rewards=quick.reward_table(), prompt_sets=quick.prompt_set_table(), configs=", ".join(launch.configs())
+        ),
     }
     config_class = quick.config_class(ALGORITHMS[script.algorithm].replace("Trainer", "Config"), script.plan)
     parser = Parser([RunArguments, *quick.sections(config_class, show_inherited)], **options)

@@ -18,8 +18,8 @@ from transformers.utils import logging
 from ..media import Media, by_kind
 from ..metric_names import CONTROL, REWARD, part
 from ..pipeline.records import repeat_each
-from ..seeds import FIRST_SEED
 from ..reporting.logs import finite
+from ..seeds import FIRST_SEED
 from .diversity import load_diversity
 from .evaluator import DifferentSizesError, Evaluator, read_rows, summarize
 
@@ -151,8 +151,10 @@ class BeforeAfter:
         width = max(map(len, metrics), default=0)
         lines = [" ".join([" " * width, *(f"{name:>22}" for name in self.results)])]
         for metric in metrics:
-            cells = [cell(values.get(metric, math.nan)) for values in self.results.values()]
-            lines.append(" ".join([f"{metric:{width}}", *cells]))
+            cells = [values.get(metric, math.nan) for values in self.results.values()]
+            if not any(map(math.isfinite, cells)) and not self.is_few:
+                continue  # a reward that compares images gives none a score
+            lines.append(" ".join([f"{metric:{width}}", *map(cell, cells)]))
         if self.is_few:
             images = "one image" if len(self._all_prompts) == 1 else f"{len(self._all_prompts)} images"
             lines.append(f"Means of {images} say nothing: take more prompts, or more images of each.")

@@ -129,6 +129,7 @@ def plan_without_weights(
     algorithm: str,
     latents_per_target: int,
     shared_prefix: bool = False,
+    eval_prompts: int = 0,
 ) -> RunPlan:
     """
     The plan of a run, for which only configs and tokenizers are loaded.
@@ -142,6 +143,7 @@ def plan_without_weights(
         algorithm (`str`): Name of the algorithm.
         latents_per_target (`int`): As in [`RunPlan`].
         shared_prefix (`bool`): As in [`PipelineFlow`].
+        eval_prompts (`int`): Number of the prompts to evaluate on.
 
     Raises:
         OSError: The configs cannot be found.
@@ -187,7 +189,7 @@ def plan_without_weights(
             name if names.count(name) == 1 else spec: reward_without_weights(spec) for name, spec in zip(names, rewards)
         },
         engine=Engine(config.device_type, "DDP" if config.world_size > 1 else "", autocast),
-        eval_prompts=config.num_eval_prompts or 0,
+        eval_prompts=eval_prompts,
         algorithm=algorithm,
         latents_per_target=latents_per_target,
         gpu=config.gpu,

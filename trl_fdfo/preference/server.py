@@ -104,8 +104,8 @@ class _Server:
         if not isinstance(files, dict):
             raise Refused(422, "'images' must map ids to PNG files in base64.")
         images = await run_in_threadpool(lambda: {id: _checked_png(id, text) for id, text in files.items()})
-        await run_in_threadpool(self.store.add, run, owner, rollout, pairs, images)
-        return JSONResponse({"added": len(pairs)})
+        new = await run_in_threadpool(self.store.add, run, owner, rollout, pairs, images)
+        return JSONResponse({"added": new})
 
     @staticmethod
     def _pair(each: Any) -> Pair:

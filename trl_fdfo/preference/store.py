@@ -118,13 +118,17 @@ class Store:
             self._db.execute("UPDATE runs SET owner = ?, seen = ?, votes_per_pair = ? WHERE id = ?", values)
             return run["id"]
 
-    def add(self, run: int, owner: str, rollout: int, pairs: Sequence[Pair], images: dict[str, bytes]) -> None:
+    def add(self, run: int, owner: str, rollout: int, pairs: Sequence[Pair], images: dict[str, bytes]) -> int:
         """
         Add pairs to a run, and PNG files by their ids. Those that are there already stay.
+
+        Returns:
+            `int`: Number of pairs that were not there.
 
         Raises:
             Refused: The run is another trainer's, or an image of a pair is missing.
         """
+        new = 0
         with self._transaction():
             self._check_owner(run, owner)
             self._db.executemany("INSERT OR IGNORE INTO images VALUES (?, ?)", images.items())
@@ -134,9 +138,10 @@ class Store:
                     if self._one("SELECT 1 FROM images WHERE id = ?", image) is None:
                         raise Refused(422, f"There is no image {image[:12]}... of a pair: send it with the pair.")
                 values = (run, pair_key(pair.prompt, a, b), pair.prompt, a, b, rollout)
-                self._db.execute(
+                new += self._db.execute(
                     "INSERT OR IGNORE INTO pairs (run, key, prompt, a, b, rollout) VALUES (?, ?, ?, ?, ?, ?)", values
-                )
+                ).rowcount
+        return new
 
     def verdicts(self, run: int, owner: str, keys: Iterable[str]) -> dict[str, dict[str, int | bool]]:
         """

@@ -15,7 +15,7 @@ from ..metric_names import ALARM, CONTROL, DIVERSITY, EVAL_PREFIX, REWARD, devia
 class RolloutProgressCallback(ProgressCallback):
     """
     Shows a bar that counts optimizer steps, with the latest reward and the latest evaluation. During a rollout a second
-    bar counts its images.
+    bar counts its images, and shows for how many answers, such as people's votes, it waits.
     """
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -50,6 +50,11 @@ class RolloutProgressCallback(ProgressCallback):
             dynamic_ncols=True,
             disable=self.training_bar is None,
         )
+
+
+def show_waiting(bar: tqdm, waiting: Mapping[str, float]) -> None:
+    """Show in the bar of a rollout for how many answers each reward waits."""
+    bar.set_postfix_str(", ".join(f"{name} waits for {number:.0f}" for name, number in waiting.items() if number))
 
 
 class FirstRolloutReport(TrainerCallback):

@@ -24,6 +24,9 @@ apply to that image.
 - `background = True`: an ordinary function runs in the background too, in a thread, one call at a time.
 - `pairwise = True`: the reward compares the images of a prompt, so it has no score in an evaluation of single images.
 - `on_rollout_end()`: a method that is called when all images of a rollout or an evaluation are scored.
+- `waiting()`: a method that returns for how many answers the reward waits, such as votes. The progress bar of a rollout
+  shows the number, and the metric `rewards/<name>/waiting` keeps it.
+- `no_effect = ("url",)`: names of settings that change nothing about its values. A run may be resumed with others.
 """
 
 from .aesthetic_score import AestheticScore

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import torch
 from PIL import Image
+from tqdm.auto import tqdm
 from transformers import TrainerState
 
 from ..preference.pairs import as_png, image_id, pair_key
@@ -64,6 +65,9 @@ class HumanPreference:
         HumanPreferenceError: In a call: see there.
     """
 
+    # Where the votes are asked for: the same people give the same votes there.
+    no_effect = ("url", "run", "database")
+
     def __init__(
         self,
         url: str | None = None,
@@ -108,6 +112,7 @@ class HumanPreference:
         self._exported: dict[str, float] | None = None
         self._open: set[str] = set()
         self._logged = 0.0
+        self._knows_pairs = False
         self._stand_in: RewardFunctions | None = None
 
     async def compare(
@@ -157,6 +162,10 @@ class HumanPreference:
 
     compare.image_type = "pil"
 
+    def waiting(self) -> int:
+        """Number of pairs that have been shown and lack a vote."""
+        return len(self._open)
+
     def on_rollout_end(self) -> None:
         """The next rollout has other pairs."""
         self._answers = {key: asked for key, asked in self._answers.items() if not asked.done()}
@@ -175,7 +184,7 @@ class HumanPreference:
         async with self._client.session() as session:
             rollout = _rollout(trainer_state)
             await self._post(session, "/state", {"state": _state(trainer_state, rollout)})
-            items = list(pairs.items())
+            items, known = list(pairs.items()), 0
             for start in range(0, len(items), _AT_A_TIME):
                 some = items[start : start + _AT_A_TIME]
                 body = {
@@ -183,7 +192,14 @@ class HumanPreference:
                     "pairs": [[prompt, *ids] for _, (prompt, ids, _) in some],
                     "images": {id: _text(png) for _, (_, ids, files) in some for id, png in zip(ids, files)},
                 }
-                await self._post(session, "/pairs", body)
+                known += len(some) - (await self._post(session, "/pairs", body))["added"]
+            if known and not self._knows_pairs:
+                self._knows_pairs = True
+                logger.warning(
+                    "%d pairs of the run %r were asked for before: their votes count. Another `run` asks anew.",
+                    known,
+                    self.run,
+                )
             if not self._open:
                 self._logged = time.monotonic()
             self._open |= pairs.keys()
@@ -319,7 +335,8 @@ def human(url: str | None = None, **options: Any) -> PairwiseJudge:
 
 def show_link(link: str, run: str) -> None:
     """Print where to vote; in a notebook, as a link."""
-    print(f"Vote on the run {run!r} at {link}", flush=True)
+    tqdm.write(f"Vote on the run {run!r} at {link}")  # `print` would write into a progress bar
+    sys.stdout.flush()
     try:
         from IPython import get_ipython
         from IPython.display import HTML, display

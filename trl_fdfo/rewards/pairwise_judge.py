@@ -75,6 +75,8 @@ class PairwiseJudge:
             + [p.replace(kind=max(p.kind, p.KEYWORD_ONLY)) for p in columns]
         )
         self.on_rollout_end = getattr(owner, "on_rollout_end", lambda: None)
+        if hasattr(owner, "waiting"):
+            self.waiting = owner.waiting
 
     def __call__(self, *samples: Any, **arguments: Any) -> Any:
         """

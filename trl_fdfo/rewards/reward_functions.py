@@ -283,6 +283,11 @@ class RewardFunctions:
             if hook is not None:
                 hook()
 
+    def waiting(self) -> dict[str, int]:
+        """For how many answers each function waits in this process; only those that say so by a method of this name."""
+        methods = {name: attribute_of(f, "waiting", None) for name, f in zip(self.names, self.functions)}
+        return {name: method() for name, method in methods.items() if method is not None}
+
     def total(self, rewards: Tensor) -> Tensor:
         """
         Weighted sum over R functions, [P, G, R] -> [P, G], for G branches of each of P prompts. NaN: does not apply.
@@ -519,7 +524,7 @@ def _settings(function: RewardFunction) -> dict[str, str]:
     """
     What a reward was made with, as text: arguments of a `functools.partial`, public attributes of a function, and those of
     an object that are arguments of its constructor or attributes of its class. Others of an object, such as a counter or
-    the time of its start, say nothing of the next run.
+    the time of its start, say nothing of the next run; nor do those that it names in `no_effect`.
     """
     if isinstance(function, functools.partial):
         bound = {f"argument {number}": value for number, value in enumerate(function.args)} | function.keywords
@@ -531,7 +536,8 @@ def _settings(function: RewardFunction) -> dict[str, str]:
         made_with = inspect.signature(type(function)).parameters
         if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in made_with.values()):
             public = {n: value for n, value in public.items() if n in made_with or hasattr(type(function), n)}
-    return _as_text(public)
+    without = ("no_effect", *getattr(function, "no_effect", ()))
+    return _as_text({name: value for name, value in public.items() if name not in without})
 
 
 def _as_text(values: Mapping[str, Any]) -> dict[str, str]:

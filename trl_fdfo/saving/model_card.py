@@ -126,7 +126,7 @@ class TrainingRecord:
     rollouts: int
     images: int  # that were sampled and scored
     log_history: Sequence[Mapping[str, Any]]  # `trainer.state.log_history`
-    prompt_file: str | None = None  # name of the file of the prompts, without its folder
+    prompt_file: str | None = None  # name of the file of the prompts, without its folder, or of a set that was made
 
 
 @dataclass(frozen=True)

@@ -121,10 +121,12 @@ class RolloutConfig(TrainingArguments):
         > Data
 
         dataset_name (`str`, *optional*):
-            Prompts to train on if the trainer gets no `train_dataset`: a Hub id, or a local .txt (one prompt per
-            line), .json, .jsonl, .csv or .parquet file. `None` takes the packaged list of prompts.
+            Prompts to train on if the trainer gets no `train_dataset`: a prompt set by name (docs/training.md lists
+            them), a Hub id, or a local .txt (one prompt per line), .json, .jsonl, .csv or .parquet file. `None` takes the
+            packaged list of prompts.
         dataset_prompt_column (`str`, defaults to `"prompt"`):
-            Column of the dataset that holds the prompts. All columns are passed to the reward functions.
+            Column of the dataset that holds the prompts; a prompt set gets it. All columns are passed to the reward
+            functions.
         pipeline_columns (`list[str]`, *optional*):
             Columns of the dataset that the pipeline's call gets too, under their own names: `["image"]` for a
             pipeline that edits an image. Needs `per_device_prompt_batch_size=1`: pipelines disagree on what a list of
@@ -196,6 +198,9 @@ class RolloutConfig(TrainingArguments):
 
         > Evaluation
 
+        eval_dataset_name (`str`, *optional*):
+            Prompts to evaluate on, such as `"drawbench"`, named like those of `dataset_name`, if the trainer gets no
+            `eval_dataset`.
         num_eval_prompts (`int`, *optional*):
             Hold out this many of the training prompts and evaluate on them, if the trainer gets no `eval_dataset`. They
             are drawn at random, the same for every `seed`. Rows with the same prompt are not trained on either.
@@ -376,6 +381,7 @@ class RolloutConfig(TrainingArguments):
     ema_decay: float | None = option(None)
 
     # Evaluation
+    eval_dataset_name: str | None = option(None, changes_result=False)
     num_eval_prompts: int | None = option(None)
     images_per_eval_prompt: int | None = option(None, changes_result=False)
     eval_diversity: str | None = option(None, changes_result=False)

@@ -4,7 +4,7 @@ import contextlib
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -91,6 +91,13 @@ class RolloutMetrics:
                 logger.warning(f"Rollout {rollout + 1}: the reward '{name}' applied to all images of no prompt.")
             mean = part(REWARD, name)
             self.add(**{mean: values.nanmean(), deviation(mean): values.std(dim=1).nanmean()})
+
+    def add_waiting(self, waiting: Mapping[str, float]) -> None:
+        """The most answers, over all processes, that each reward that tells them waited for when all images were sampled."""
+        device = self._accelerator.device
+        self.add(
+            **{part(REWARD, name, "waiting"): torch.tensor(float(n), device=device) for name, n in waiting.items()}
+        )
 
     def add_branches(self, endpoints: Sequence[Tensor], shared_noise: float | None) -> None:
         """

@@ -107,7 +107,7 @@ OPTIONS_OF: dict[str, dict[str, Here]] = {
         "load_in_4bit": _is("quantization", note='"nf4"'),
         **_each("bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage", _GIVE_QUANTISED),
         **_each("dataset_config dataset_train_split", _none("load the dataset and give it as `train_dataset`")),
-        "dataset_test_split": _is("num_eval_prompts", note="or give the trainer an `eval_dataset`"),
+        "dataset_test_split": _is("num_eval_prompts", note="or set `eval_dataset_name`"),
         "dataset_streaming": _none("prompts are drawn by their number"),
         "ignore_bias_buffers": _is("ddp_broadcast_buffers", note="off by default"),
     },

@@ -12,6 +12,7 @@ import pandas as pd
 from datasets import Dataset, DatasetDict, Image, IterableDatasetDict, load_dataset
 
 from ..media import names_image
+from .prompt_sets import PROMPT_SETS, load_prompt_set, nearest_prompt_set
 
 
 PACKAGED_PROMPTS = Path(__file__).with_name("prompts.txt")
@@ -32,10 +33,10 @@ _BYTE_ORDER_MARKS = {
 def load_prompts(dataset_name: str | None = None, prompt_column: str = "prompt", name: str = "dataset_name") -> Dataset:
     """
     Args:
-        dataset_name (`str`, *optional*): A Hub id (its split `train` is taken) or a local .txt (one prompt per line),
-            .json, .jsonl, .csv or .parquet file. Text is in UTF-8, or in UTF-16 or UTF-32 with a byte order mark. `None`
-            takes the packaged list of prompts.
-        prompt_column (`str`): Name that the lines of a .txt file get as a column.
+        dataset_name (`str`, *optional*): A name in `PROMPT_SETS`, a Hub id (its split `train` is taken) or a local .txt (one
+            prompt per line), .json, .jsonl, .csv or .parquet file. Text is in UTF-8, or in UTF-16 or UTF-32 with a byte order
+            mark. `None` takes the packaged list of prompts.
+        prompt_column (`str`): Name that the lines of a .txt file, or the prompts of a set, get as a column.
         name (`str`): Name of `dataset_name` in errors.
 
     Returns:
@@ -43,8 +44,16 @@ def load_prompts(dataset_name: str | None = None, prompt_column: str = "prompt",
 
     Raises:
         FileNotFoundError: `dataset_name` looks like a local file and there is none.
-        ValueError: It is a local file that cannot be read, or neither file nor dataset.
+        ValueError: It is a local file that cannot be read, a set that cannot be loaded or has a namesake here, or nothing that
+            exists.
     """
+    if dataset_name in PROMPT_SETS:
+        if Path(dataset_name).exists():
+            raise ValueError(
+                f"{name}='{dataset_name}' is a prompt set, and also a file or folder here: './{dataset_name}' is that file or "
+                "folder; for the prompt set, rename it or start elsewhere."
+            )
+        return load_prompt_set(dataset_name, prompt_column, name)
     path = PACKAGED_PROMPTS if dataset_name is None else Path(dataset_name)
     kind = path.suffix.lower()
     if kind in _BUILDERS:
@@ -71,9 +80,11 @@ def load_prompts(dataset_name: str | None = None, prompt_column: str = "prompt",
     try:
         return load_dataset(dataset_name, split="train")
     except Exception as error:  # of datasets or the Hub, without the name of the option
+        meant = nearest_prompt_set(dataset_name)
+        by_name = f"Did you mean '{meant}'?" if meant else f"The prompt sets by name: {', '.join(PROMPT_SETS)}."
         raise ValueError(
             f"{name}='{dataset_name}' is no {', '.join(_BUILDERS)} file, and it cannot be loaded as a folder with a dataset, or "
-            f"the Hub id of one, that has a split 'train' ({type(error).__name__}: {error})."
+            f"the Hub id of one, that has a split 'train' ({type(error).__name__}: {error}). {by_name}"
         ) from error
 
 
@@ -124,6 +135,23 @@ def _read_by_datasets(path: Path, kind: str, text: str | None) -> Dataset:
 def is_file_name(dataset_name: str) -> bool:
     """True if `load_prompts` takes it for a local file or folder, not for a Hub id."""
     return Path(dataset_name).suffix.lower() in _BUILDERS or Path(dataset_name).exists()
+
+
+def names_prompts(text: str) -> bool:
+    """
+    True if a text that may be a prompt is the name of a prompt set or of a local file or folder.
+
+    Raises:
+        ValueError: It is nearly the name of a set.
+    """
+    if text in PROMPT_SETS or is_file_name(text):
+        return True
+    meant = nearest_prompt_set(text)
+    if meant is not None:
+        raise ValueError(
+            f"prompts='{text}': did you mean the prompt set '{meant}'? If it is a prompt, give it as the line of a .txt file."
+        )
+    return False
 
 
 def plain(dataset: Dataset, image_columns: Sequence[str] = ()) -> Dataset:

@@ -24,6 +24,7 @@ from ..saving.model_card import (
     loading_lines,
     write_model_card,
 )
+from .prompt_sets import PROMPT_SETS
 from .prompts import is_file_name
 
 
@@ -154,7 +155,12 @@ def _record(
 ) -> CardRecord:
     """What the card says of a result that is loaded from `place`; the other arguments are those of `write_card`."""
     args = trainer.args
-    is_file = args.dataset_name is not None and is_file_name(args.dataset_name)
+    hub_id, listed = args.dataset_name, None
+    if hub_id in PROMPT_SETS:
+        hub_id = PROMPT_SETS[hub_id].hub_id
+        listed = args.dataset_name if hub_id is None else None
+    elif hub_id is not None and is_file_name(hub_id):
+        hub_id, listed = None, Path(hub_id).name
     adapter = None
     if args.use_peft:
         adapter = "diffusers" if has_diffusers_format(trainer.pipeline, trainer.model) else "peft"
@@ -166,11 +172,11 @@ def _record(
         pipeline=PipelineRecord.of(
             trainer.pipeline, trainer.flow.call_kwargs, args.pipeline_columns or (), trainer.outputs
         ),
-        training=_training_record(trainer, Path(args.dataset_name).name if is_file else None),
+        training=_training_record(trainer, listed),
         samples=_sample_record(trainer),
         template=args.model_card_template,
         model_name=model_name,
-        dataset_name=dataset_name or (None if is_file else args.dataset_name),
+        dataset_name=dataset_name or hub_id,
         tags=tags or (),
         license=license,
         base_model=base_model,

@@ -4,16 +4,17 @@ A rollout of one process: the images of its prompts are sampled and scored, and 
 Dimensions: P prompts of a batch, G branches, N = P x G samples.
 """
 
-import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from tqdm.auto import tqdm
 from transformers import Trainer
 
 from ..evaluation.evaluator import needed_columns, noted, read_rows
 from ..pipeline.records import RolloutBatch, host_copy, repeat_each
+from ..reporting.progress import show_waiting
 from ..rewards.reward_functions import PendingRewards
 from ..seeds import SAMPLER_NOISE, derive_seed
 from . import checked
@@ -40,9 +41,11 @@ def sample_rollout(trainer: Trainer, rollout: int) -> RolloutBuffer:
     args, metrics = trainer.args, trainer.metrics
     first_batch = args.process_index * args.num_rollout_batches
     numbers = range(first_batch, first_batch + args.num_rollout_batches)
-    batches, pending = _sample_all(trainer, rollout, numbers)
-    with metrics.timed("reward"):
-        wait_for_rewards(trainer, pending)
+    images = len(numbers) * args.per_device_prompt_batch_size * args.num_generations
+    with rollout_bar(trainer, rollout, images) as bar:
+        batches, pending = _sample_all(trainer, rollout, numbers, bar)
+        with metrics.timed("reward"):
+            metrics.add_waiting(wait_for_rewards(trainer, pending, bar))
     trainer.end_if_interrupted()
     trainer.save_if_interrupted()
     with metrics.timed("reward"):
@@ -61,8 +64,13 @@ def sample_rollout(trainer: Trainer, rollout: int) -> RolloutBuffer:
     return RolloutBuffer(rollout, first_batch, scored, args.optimizer_steps_per_rollout)
 
 
+def rollout_bar(trainer: Trainer, rollout: int, images: int) -> tqdm:
+    """The bar of a rollout, which shows nothing if progress is not shown."""
+    return tqdm(disable=True) if trainer.progress is None else trainer.progress.rollout_bar(rollout, images)
+
+
 def _sample_all(
-    trainer: Trainer, rollout: int, numbers: Sequence[int]
+    trainer: Trainer, rollout: int, numbers: Sequence[int], bar: tqdm
 ) -> tuple[list[SampledBatch], list[PendingRewards]]:
     """The batches of these global numbers, as far as a signal lets them be sampled, and their rewards."""
     args = trainer.args
@@ -72,36 +80,41 @@ def _sample_all(
     groups = [numbers[start : start + at_a_time] for start in range(0, len(numbers), at_a_time)]
     batches, pending = [], []
     encoded = [_encode_ahead(trainer, group, rows) for group in groups]
-    bar = contextlib.nullcontext()
-    if trainer.progress is not None:
-        bar = trainer.progress.rollout_bar(rollout, len(numbers) * size * args.num_generations)
-    with bar:
-        for group, embeddings in zip(groups, encoded):
-            if trainer.is_told_to_end():
-                break  # `save_if_interrupted` ends the run
-            for each in pending:
-                each.raise_errors()
-            sampled, rewards = _sample_some(trainer, rollout, group, rows, embeddings)
-            batches += sampled
-            pending.append(rewards)
-            if trainer.progress is not None:
-                bar.update(len(sampled) * size * args.num_generations)
+    for group, embeddings in zip(groups, encoded):
+        if trainer.is_told_to_end():
+            break  # `save_if_interrupted` ends the run
+        for each in pending:
+            each.raise_errors()
+        sampled, rewards = _sample_some(trainer, rollout, group, rows, embeddings)
+        batches += sampled
+        pending.append(rewards)
+        show_waiting(bar, trainer.reward_functions.waiting())
+        bar.update(len(sampled) * size * args.num_generations)
     return batches, pending
 
 
-def wait_for_rewards(trainer: Trainer, pending: Sequence[PendingRewards]) -> None:
+def wait_for_rewards(trainer: Trainer, pending: Sequence[PendingRewards], bar: tqdm) -> dict[str, float]:
     """
     Wait for the rewards, or for a signal. The processes ask each other again and again: one that waited for another's slow
     reward in a single collective would run into the engine's timeout (`ddp_timeout`).
+
+    Returns:
+        `dict[str, float]`: The most answers, over all processes, that each reward which tells them has waited for.
     """
     several = trainer.args.world_size > 1
+    most: dict[str, float] = {}
     while True:
         trainer.end_if_interrupted()  # at once: the other processes may be sampling for minutes yet
         waiting, told = not all(each.done() for each in pending), trainer.signals.received is not None
         if several:
             waiting, told = (bool(trainer.any_process(value)) for value in (waiting, told))
+        answers = trainer.reward_functions.waiting()
+        if several and answers:
+            answers = dict(zip(answers, trainer.sum_over_processes(list(answers.values()))))
+        most = {name: max(number, most.get(name, 0)) for name, number in answers.items()}
         if told or not waiting:
-            return
+            return most
+        show_waiting(bar, answers)
         time.sleep(0.1 if several else 0.005)
 
 

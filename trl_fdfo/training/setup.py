@@ -64,6 +64,12 @@ def load_datasets(
         )
     if train_dataset is None:
         train_dataset = load_prompts(config.dataset_name, config.dataset_prompt_column)
+    if eval_dataset is not None and config.eval_dataset_name is not None:
+        raise ValueError(
+            f"eval_dataset_name='{config.eval_dataset_name}' was given together with an eval_dataset: leave one of them out."
+        )
+    if config.eval_dataset_name is not None:
+        eval_dataset = load_prompts(config.eval_dataset_name, config.dataset_prompt_column, "eval_dataset_name")
     train_dataset, eval_dataset = (
         plain(dataset, config.pipeline_columns or ()) for dataset in (train_dataset, eval_dataset)
     )
@@ -72,8 +78,8 @@ def load_datasets(
     if config.num_eval_prompts is not None:
         if eval_dataset is not None:
             raise ValueError(
-                f"num_eval_prompts={config.num_eval_prompts} was given together with an eval_dataset: leave one of them "
-                "out."
+                f"num_eval_prompts={config.num_eval_prompts} was given together with an eval_dataset"
+                f"{'_name' * (config.eval_dataset_name is not None)}: leave one of them out."
             )
         return hold_out(train_dataset, config.dataset_prompt_column, config.num_eval_prompts)
     return train_dataset, eval_dataset
@@ -102,13 +108,14 @@ def check_evaluation(
     is_evaluated = config.eval_strategy != "no" or config.eval_on_start
     if is_evaluated and eval_dataset is None:
         raise ValueError(
-            "eval_strategy or eval_on_start is set, and there is no eval_dataset: give one, or set num_eval_prompts."
+            "eval_strategy or eval_on_start is set, and there is no eval_dataset: give one, or set eval_dataset_name or num_eval_prompts."
         )
     if eval_dataset is not None:
         check_eval_dataset(config, eval_dataset, rewards, controls)
         _check_best_metric(config, rewards, controls)
     if not is_evaluated:
         options = {
+            "eval_dataset_name": config.eval_dataset_name,
             "num_eval_prompts": config.num_eval_prompts,
             "eval_diversity": config.eval_diversity,
             "eval_reward_fn": controls and controls.names,

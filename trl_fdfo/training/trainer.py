@@ -60,7 +60,7 @@ from .config import RolloutConfig
 from .engines import adapt_to_trainer, leave_out_autocast, prepare_for_engine
 from .metrics import RolloutMetrics
 from .migration import arguments_of, unknown_arguments
-from .prompts import plain
+from .prompts import load_prompts, plain
 from .rollouts import sample_rollout
 from .setup import (
     check_callbacks,
@@ -100,7 +100,8 @@ class RolloutTrainer(Algorithm, Trainer):
             `(images, prompts, **columns) -> one float per image`.
         train_dataset (`datasets.Dataset`, *optional*): Prompts in the column `config.dataset_prompt_column`; all
             columns go to the rewards. Default: the dataset `config.dataset_name`, otherwise the packaged prompts.
-        eval_dataset (`datasets.Dataset`, *optional*): Prompts for `evaluate`; or set `config.num_eval_prompts`.
+        eval_dataset (`datasets.Dataset`, *optional*): Prompts for `evaluate`; or set `config.eval_dataset_name` or
+            `config.num_eval_prompts`.
         eval_reward_fn (`Callable` or `list[Callable]`, *optional*): Control rewards: `evaluate` reports them beside the
             rewards of `reward_fn`, and nothing is trained on them.
         callbacks (`list[TrainerCallback]`, *optional*): As in Trainer.
@@ -313,6 +314,9 @@ class RolloutTrainer(Algorithm, Trainer):
             prompts (`datasets.Dataset`): Prompts to train on.
         """
         checked.check_class(cls)
+        evaluated = config.num_eval_prompts or 0
+        if config.eval_dataset_name is not None:
+            evaluated = len(load_prompts(config.eval_dataset_name, config.dataset_prompt_column, "eval_dataset_name"))
         return plan_without_weights(
             config,
             name_or_path,
@@ -322,6 +326,7 @@ class RolloutTrainer(Algorithm, Trainer):
             cls.algorithm,
             cls.latents_per_target,
             cls.shares_prefix(config),
+            evaluated,
         )
 
     def run_plan(self) -> RunPlan:
@@ -534,7 +539,9 @@ class RolloutTrainer(Algorithm, Trainer):
         is_own = eval_dataset is None
         dataset = self.eval_dataset if is_own else plain(eval_dataset, self.args.pipeline_columns or ())
         if dataset is None:
-            raise ValueError("evaluate needs prompts: give the trainer an `eval_dataset`, or set `num_eval_prompts`.")
+            raise ValueError(
+                "evaluate needs prompts: give the trainer an `eval_dataset`, or set `eval_dataset_name` or `num_eval_prompts`."
+            )
         rewards, controls = self.reward_functions, self.control_functions
         check_eval_dataset(self.args, dataset, rewards, controls)
         start = time.perf_counter()
@@ -685,7 +692,11 @@ class RolloutTrainer(Algorithm, Trainer):
         raise self.signals.exception(self._how_to_resume())
 
     def any_process(self, value: bool) -> bool:
-        return self.accelerator.reduce(torch.tensor(float(value), device=self.args.device), reduction="sum") > 0
+        return self.sum_over_processes([value])[0] > 0
+
+    def sum_over_processes(self, values: Sequence[float]) -> list[float]:
+        values = torch.tensor(values, dtype=torch.float32, device=self.args.device)
+        return self.accelerator.reduce(values, reduction="sum").tolist()
 
     def _how_to_resume(self) -> str:
         ended = f"{self.signals.received.name} ended the run after step {self.state.global_step}."
