@@ -68,6 +68,13 @@ class Arguments(InferenceArguments):
     images_per_prompt: int = field(default=4, metadata={"help": "Images per prompt and model, at least 2."})
     first_seed: int = field(default=FIRST_SEED, metadata={"help": "Seed of the first image; the others follow it."})
     batch_size: int = field(default=4, metadata={"help": "Images of a prompt per call of the pipeline."})
+    by: str | None = field(
+        default=None,
+        metadata={
+            "help": "A column of the prompts: the table also has each reward for each of its values, such as `tag` for the "
+            "tasks of GenEval."
+        },
+    )
     grid_prompts: int = field(default=8, metadata={"help": "Prompts in grid.png."})
     output: str = field(default="evaluation", metadata={"help": "Folder to write."})
 
@@ -89,6 +96,11 @@ def main(args: list[str] | None = None) -> None:
     diversity = load_diversity(arguments.diversity)
     rewards = RewardFunctions([load_reward(spec) for spec in arguments.reward], argument="reward")
     rewards.check_columns(dataset.column_names, "prompts")
+    rewards.check_rows(dataset, "prompts")
+    if arguments.by is not None and arguments.by not in dataset.column_names:
+        raise ValueError(
+            f"by='{arguments.by}' is no column of the prompts: they have {', '.join(dataset.column_names)}."
+        )
     for name in rewards.names:
         if name not in rewards.scores:
             raise ValueError(
@@ -153,6 +165,11 @@ def evaluate(
         panels.append([Panel(p, f"{name}, seed {seed}\n{text}") for p, seed, text in zip(pictures, seeds, scores)])
     means = evaluation.rewards.double().nanmean(dim=1)  # [P, R]
     values = dict(zip(rewards.names, means.T.tolist()))
+    if arguments.by is not None:
+        groups = list(map(str, dataset[arguments.by]))
+        for reward in rewards.names:
+            for group in dict.fromkeys(groups):
+                values[f"{reward}, {group}"] = [x if g == group else math.nan for x, g in zip(values[reward], groups)]
     if evaluation.diversity is not None:  # audio has none
         values[evaluator.diversity.__name__] = evaluation.diversity.tolist()
     return values, panels
