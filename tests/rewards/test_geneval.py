@@ -253,6 +253,15 @@ def test_a_dataset_without_the_columns_is_refused(geneval):
         functions.check_columns(["prompt", "tag", "include"])
 
 
+def test_by_a_server(geneval):
+    pytest.importorskip("uvicorn")
+    from trl_fdfo.rewards.serving import Scorer
+
+    description = Scorer(geneval()).description
+    assert description["needs"] == ["images", "tag", "include"] and description["takes"] == ["exclude"]
+    assert description["image_type"] == "pil" and "strict=False" in description["settings"]
+
+
 def test_counting(folders):
     reward = KnownCount(folders["detector"], device="cpu", batch_size=2)
     one, two = picture(dog()), picture(dog(), dog(box=RIGHT), sofa(box=MIDDLE))

@@ -181,10 +181,10 @@ def test_compare_shows_both_images_in_their_order(vlm):
 
 def test_an_answer_that_is_begun_for_the_model(qwen):
     folder, reference = qwen
-    words = {"target": "A", "contrast": "B"}  # which a tiny model answers with, instead of 1 and 2
+    words = {"target": "Yes", "contrast": "No"}  # which a tiny model answers with, instead of 1 and 2
     reward = VLMScore(str(folder), question="unified_reward", device="cpu", batch_size=3, **words)
     question = QUESTIONS["unified_reward"].ask("a cat")
-    ids = [reference.tokenizer.convert_tokens_to_ids(word) for word in "AB"]
+    ids = [reference.tokenizer.convert_tokens_to_ids(word) for word in words.values()]
     expected, begun = [], []
     for first, second in zip(IMAGES, IMAGES[1:]):
         for odds, start in ((begun, "Image "), (expected, "")):
