@@ -54,7 +54,7 @@ class Segmenter(Mask2FormerPreTrainedModel):
         self.post_init()
 
     def forward(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        outputs = self.model(pixel_values=pixel_values, pixel_mask=pixel_mask)
+        outputs = self.model(pixel_values=pixel_values, pixel_mask=pixel_mask, output_hidden_states=True)
         last = outputs.transformer_decoder_intermediate_states[-1].transpose(0, 1)
         return self.class_predictor(last), outputs.masks_queries_logits[-1]
 
