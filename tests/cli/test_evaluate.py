@@ -198,6 +198,23 @@ def test_the_packaged_pipeline_on_its_captions(tmp_path):
     assert found["estimates"]["base"]["strict"]["num_prompts"] == 54
 
 
+def test_means_by_a_column(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    prompts = shapes.captions()[:3]
+    rows = zip(prompts, ("colors", "position", "colors"))
+    Path("prompts.jsonl").write_text("\n".join(json.dumps({"prompt": p, "tag": tag}) for p, tag in rows))
+    evaluate(
+        *("--model", "shapes", "--prompts", "prompts.jsonl", "--reward", "trl_fdfo.shapes:reward", "--by", "tag"),
+        *("--diversity", "pixels", "--images_per_prompt", 2, "--num_inference_steps", 1, "--guidance_scale", 1),
+    )
+    values, estimates = results()["per_prompt"]["base"], results()["estimates"]["base"]
+    assert list(estimates) == ["reward", "reward, colors", "reward, position", "pixel_distance"]
+    first, second, third = values["reward"]
+    assert values["reward, colors"] == [first, None, third] and values["reward, position"] == [None, second, None]
+    assert estimates["reward, colors"]["mean"] == pytest.approx((first + third) / 2)
+    assert estimates["reward, position"]["num_prompts"] == 1 and "| reward, colors " in capsys.readouterr().out
+
+
 def test_settings_in_a_file(trained):
     Path("settings.yaml").write_text(
         "model: model\nprompts: prompts.csv\nreward: my_rewards_for_evaluate:redness\nadapter: both\ndiversity: pixels\n"
@@ -250,6 +267,7 @@ def test_options_of_rewards_are_not_written_down(trained):
         (("--reward", "pickscor"), r"reward 'pickscor' is neither one of pickscore"),
         (("--reward", "my_rewards_for_evaluate:of_animals"), r"needs the argument 'animal', and prompts has no such"),
         (("--reward", "my_rewards_for_evaluate:Judge"), r"'Judge' compares the images of a prompt with each other"),
+        (("--by", "tag"), r"by='tag' is no column of the prompts: they have prompt"),
         (("--diversity", "clips"), r"diversity 'clips' is neither one of clip, dreamsim, pixels"),
         (("--output", "a_file"), r"File exists: 'a_file'"),
     ],

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+from tiny_clip import vary
 from tiny_pipelines.qwen_image import qwen_text_encoder
 from transformers import (
     CLIPImageProcessor,
@@ -14,7 +15,9 @@ from transformers import (
     LlavaProcessor,
     PreTrainedModel,
     Qwen2Tokenizer,
+    Qwen2VLConfig,
     Qwen2VLImageProcessor,
+    Qwen2VLModel,
 )
 
 
@@ -40,6 +43,42 @@ def qwen2_5_vl(folder: Path, seed: int = 0) -> None:
     Qwen2VLImageProcessor(size={"shortest_edge": 4 * 28**2, "longest_edge": 16 * 28**2}).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     _save_model(model, tokenizer, prompt, folder)
+
+
+def qwen2_vl(folder: Path) -> Qwen2VLModel:
+    """
+    Save the config and the processor of a model, whose vocabulary has room for one more token; return the model, without a
+    head.
+    """
+    special = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    tokenizer = _tokenizer(special)
+    tokenizer.chat_template = _chat_template(
+        "<|im_start|>user\n", "<|vision_start|><|image_pad|><|vision_end|>", "<|im_end|>\n", "<|im_start|>assistant\n"
+    )
+    config = Qwen2VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer) + 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4},
+            "bos_token_id": None,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        vision_config={"depth": 2, "embed_dim": 16, "hidden_size": 16, "num_heads": 2},
+        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
+        vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
+        vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
+    )
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    Qwen2VLImageProcessor().save_pretrained(folder)
+    torch.manual_seed(0)
+    return vary(Qwen2VLModel(config))
 
 
 def llava(folder: Path, seed: int = 0) -> None:
@@ -76,7 +115,12 @@ def _tokenizer(special: list[str], **options) -> Qwen2Tokenizer:
 
 def _chat_template(start: str, image: str, end: str, prompt: str) -> str:
     return (
-        "{% for message in messages %}" + start + "{% for part in message['content'] %}"
+        "{% for message in messages %}{% if message['role'] == 'assistant' %}"
+        + prompt
+        + "{% else %}"
+        + start
+        + "{% endif %}"
+        "{% for part in message['content'] %}"
         "{% if part['type'] == 'image' %}" + image + "{% else %}{{ part['text'] }}{% endif %}"
         "{% endfor %}" + end + "{% endfor %}{% if add_generation_prompt %}" + prompt + "{% endif %}"
     )

@@ -26,7 +26,7 @@ from transformers.utils import is_torchvision_available
 from trl_fdfo.media import Outputs
 from trl_fdfo.rewards import RewardFunctions
 from trl_fdfo.rewards.edit_judge import vlm_edit
-from trl_fdfo.rewards.pairwise_judge import vlm_judge
+from trl_fdfo.rewards.pairwise_judge import unified_reward, vlm_judge
 from trl_fdfo.rewards.questions import QUESTIONS, Question, get_question
 from trl_fdfo.rewards.vlm_score import VLMScore
 from trl_fdfo.rewards.vlm_server import VLMServer, VLMServerError
@@ -57,7 +57,7 @@ class Reference:
         self.lock = threading.Lock()
 
     @torch.no_grad()
-    def log_probabilities(self, images: list[Image.Image], question: str) -> torch.Tensor:
+    def log_probabilities(self, images: list[Image.Image], question: str, begun: str = "") -> torch.Tensor:
         pixels = self.image_processor(images, return_tensors="pt")
         if self.name == "qwen2_5_vl":
             # Four patches are a token.
@@ -66,7 +66,7 @@ class Reference:
             text = f"<|im_start|>user\n{shown}{question}<|im_end|>\n<|im_start|>assistant\n"
         else:
             text = "USER: " + ("<image>" * 16 + "\n") * len(images) + f"{question} ASSISTANT:"
-        ids = self.tokenizer(text, return_tensors="pt").input_ids
+        ids = self.tokenizer(text + begun, return_tensors="pt").input_ids
         if self.name == "qwen2_5_vl":
             pixels["mm_token_type_ids"] = (ids == self.tokenizer.convert_tokens_to_ids("<|image_pad|>")).int()
         with self.lock:
@@ -176,6 +176,32 @@ def test_compare_shows_both_images_in_their_order(vlm):
     forward, backward = reward.compare(first, second, PROMPTS), reward.compare(second, first, PROMPTS)
     assert_equal(forward, torch.tensor(expected))
     assert (forward - backward).abs().min() > 1e-3
+
+
+def test_an_answer_that_is_begun_for_the_model(qwen):
+    folder, reference = qwen
+    words = {"target": "Yes", "contrast": "No"}  # which a tiny model answers with, instead of 1 and 2
+    reward = VLMScore(str(folder), question="unified_reward", device="cpu", batch_size=3, **words)
+    question = QUESTIONS["unified_reward"].ask("a cat")
+    ids = [reference.tokenizer.convert_tokens_to_ids(word) for word in words.values()]
+    expected, begun = [], []
+    for first, second in zip(IMAGES, IMAGES[1:]):
+        for odds, start in ((begun, "Image "), (expected, "")):
+            logprobs = reference.log_probabilities([first, second], question, start)
+            odds.append((logprobs[ids[0]] - logprobs[ids[1]]).item())
+    scores = reward.compare(IMAGES[:-1], IMAGES[1:], ["a cat"] * 3)
+    assert_equal(scores, torch.tensor(begun))
+    assert (scores - torch.tensor(expected)).abs().min() > 1e-2
+    body = VLMServer("http://localhost:1", question="unified_reward")._body(IMAGES[:2], question)
+    assert (
+        body["messages"][1] == {"role": "assistant", "content": "Image "} and len(body["messages"][0]["content"]) == 3
+    )
+    assert body["continue_final_message"] is True and body["add_generation_prompt"] is False
+    judge = unified_reward("http://localhost:1")
+    assert judge.pairwise and judge.__name__ == "unified_reward"
+    preset = QUESTIONS["unified_reward"]
+    assert (preset.target, preset.contrast, preset.answer) == ("1", "2", "Image ")
+    assert preset.ask("a dog").endswith("Text Caption: [a dog]")
 
 
 def test_bfloat16_ranks_as_float32_and_does_not_tie(vlm):

@@ -221,6 +221,13 @@ class EvaluationArguments(InferenceArguments):
     images_per_prompt: int = field(default=4, metadata={"help": "Images per prompt and model, at least 2."})
     first_seed: int = field(default=FIRST_SEED, metadata={"help": "Seed of the first image; the others follow it."})
     batch_size: int = field(default=4, metadata={"help": "Images of a prompt per call of the pipeline."})
+    by: str | None = field(
+        default=None,
+        metadata={
+            "help": "A column of the prompts: the table also has each reward for each of its values, such as `tag` for the "
+            "tasks of GenEval."
+        },
+    )
     grid_prompts: int = field(default=8, metadata={"help": "Prompts in grid.png."})
     output: str = field(default="evaluation", metadata={"help": "Folder to write."})
 

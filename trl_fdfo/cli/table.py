@@ -51,6 +51,11 @@ def evaluate(arguments: EvaluationArguments) -> None:
     check_by_name(arguments.diversity, FEATURES, "diversity")
     rewards = RewardFunctions([load_reward(spec) for spec in arguments.reward], argument="reward")
     rewards.check_columns(dataset.column_names, "prompts", columns)
+    rewards.check_rows(dataset, "prompts")
+    if arguments.by is not None and arguments.by not in dataset.column_names:
+        raise ValueError(
+            f"by='{arguments.by}' is no column of the prompts: they have {', '.join(dataset.column_names)}."
+        )
     for name in rewards.names:
         if name not in rewards.scores:
             raise ValueError(
@@ -121,6 +126,11 @@ def evaluate_model(
         panels.append([Panel(p, f"{name}, seed {seed}\n{text}") for p, seed, text in zip(pictures, seeds, scores)])
     means = evaluation.rewards.double().nanmean(dim=1)  # [P, R]
     values = dict(zip(rewards.names, means.T.tolist()))
+    if arguments.by is not None:
+        groups = list(map(str, dataset[arguments.by]))
+        for reward in rewards.names:
+            for group in dict.fromkeys(groups):
+                values[f"{reward}, {group}"] = [x if g == group else math.nan for x, g in zip(values[reward], groups)]
     if evaluation.diversity is not None:  # audio has none
         values[evaluator.diversity.__name__] = evaluation.diversity.tolist()
     return values, panels

@@ -23,6 +23,8 @@ apply to that image.
 - `image_type = "pil"`: `images` are N PIL images; videos are N lists of F PIL frames. Audio stays a tensor.
 - `background = True`: an ordinary function runs in the background too, in a thread, one call at a time.
 - `pairwise = True`: the reward compares the images of a prompt, so it has no score in an evaluation of single images.
+- `check_rows(**columns)`: a method that is called before a run with the whole columns that its signature names, and raises a
+  ValueError for a row that the reward cannot score.
 - `on_rollout_end()`: a method that is called when all images of a rollout or an evaluation are scored.
 - `waiting()`: a method that returns for how many answers the reward waits, such as votes. The progress bar of a rollout
   shows the number, and the metric `rewards/<name>/waiting` keeps it.
@@ -34,13 +36,16 @@ from .by_name import load_reward
 from .clap_score import CLAPScore
 from .clip_score import CLIPScore
 from .edit_judge import EditJudge, vlm_edit
+from .geneval import GenEval
 from .hpsv2 import HPSv2
+from .hpsv3 import HPSv3
 from .http_reward import HTTPReward
 from .human_preference import HumanPreference, human
 from .image_reward import ImageReward
 from .jpeg_compressibility import JPEGCompressibility, JPEGIncompressibility
 from .motion import Motion, TemporalSmoothness
-from .pairwise_judge import PairwiseJudge, vlm_judge
+from .object_count import ObjectCount
+from .pairwise_judge import PairwiseJudge, unified_reward, vlm_judge
 from .pickscore import PickScore
 from .reward_functions import RewardFunctions
 from .text_rendering import TextRendering
@@ -53,13 +58,16 @@ __all__ = [
     "CLAPScore",
     "CLIPScore",
     "EditJudge",
+    "GenEval",
     "HPSv2",
+    "HPSv3",
     "HumanPreference",
     "HTTPReward",
     "ImageReward",
     "JPEGCompressibility",
     "JPEGIncompressibility",
     "Motion",
+    "ObjectCount",
     "PairwiseJudge",
     "PickScore",
     "RewardFunctions",
@@ -69,6 +77,7 @@ __all__ = [
     "VLMServer",
     "human",
     "load_reward",
+    "unified_reward",
     "vlm_edit",
     "vlm_judge",
 ]

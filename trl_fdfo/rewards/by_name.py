@@ -12,13 +12,16 @@ from .aesthetic_score import AestheticScore
 from .clap_score import CLAPScore
 from .clip_score import CLIPScore
 from .edit_judge import vlm_edit
+from .geneval import GenEval
 from .hpsv2 import HPSv2
+from .hpsv3 import HPSv3
 from .http_reward import HTTPReward
 from .human_preference import HumanPreference, human
 from .image_reward import ImageReward
 from .jpeg_compressibility import JPEGCompressibility, JPEGIncompressibility
 from .motion import Motion, TemporalSmoothness
-from .pairwise_judge import PairwiseJudge, vlm_judge
+from .object_count import ObjectCount
+from .pairwise_judge import PairwiseJudge, unified_reward, vlm_judge
 from .pickscore import PickScore
 from .reward_functions import RewardFunction
 from .text_rendering import TextRendering
@@ -37,6 +40,7 @@ _human.__signature__ = inspect.signature(HumanPreference)
 REWARDS = {
     "pickscore": PickScore,
     "hpsv2": HPSv2,
+    "hpsv3": HPSv3,
     "image_reward": ImageReward,
     "clip": CLIPScore,
     "clap": CLAPScore,
@@ -44,10 +48,13 @@ REWARDS = {
     "vlm": VLMScore,
     "vlm_server": VLMServer,
     "vlm_judge": vlm_judge,
+    "unified_reward": unified_reward,
     "vlm_edit": vlm_edit,
     "human": _human,
     "http": HTTPReward,
     "text_rendering": TextRendering,
+    "geneval": GenEval,
+    "object_count": ObjectCount,
     "jpeg_compressibility": JPEGCompressibility,
     "jpeg_incompressibility": JPEGIncompressibility,
     "temporal_smoothness": TemporalSmoothness,

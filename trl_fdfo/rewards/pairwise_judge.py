@@ -132,5 +132,25 @@ def vlm_judge(url: str | list[str] | None = None, question: str = "comparison", 
     return judge
 
 
+def unified_reward(
+    url: str | list[str] | None = None, model: str = "CodeGoat24/UnifiedReward-qwen-7b", **options: Any
+) -> PairwiseJudge:
+    """
+    UnifiedReward (arXiv 2503.05236): log odds by which it prefers one image of a prompt.
+
+    It is a Qwen2.5-VL that was trained on people's choices, and is asked in both orders. It writes "Image 1 is better.",
+    "Image 2 is better." or "Both images are equally good."; here it is given "Image " and asked for the number, so that a tie
+    is log odds of 0. Its score of one image, in decimals such as 2.69, has a step where a digit changes, and is not used.
+
+    Args:
+        url (`str` or `list[str]`, *optional*): Server(s), as in [`VLMServer`]. Default: [`VLMScore`] in this process.
+        model (`str`): Hub id or folder, or the name under which a server has the model.
+        **options: Further arguments of [`VLMServer`] or [`VLMScore`].
+    """
+    judge = vlm_judge(url, question="unified_reward", model=model, **options)
+    judge.__name__ = "unified_reward"
+    return judge
+
+
 def _take(values: Any, indices: list[int]) -> Any:
     return values[indices] if isinstance(values, Tensor) else [values[i] for i in indices]

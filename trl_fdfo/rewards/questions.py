@@ -24,6 +24,7 @@ class Question:
     target: str = "Yes"  # the word that speaks for the image, or for the first of two
     contrast: str = "No"  # the word that speaks against the image, or for the second of two
     about: str | None = None  # "image"; "pair", two that are compared; "edit", an image and what it was; None: unknown
+    answer: str = ""  # how the answer begins, in front of the word; the VLM is given it
 
     def __post_init__(self):
         if not self.template.strip():
@@ -63,7 +64,8 @@ _KINDS = {
 
 
 # The first question is from arXiv 2603.12893. The comparison is answered by letters, which are one token in
-# vocabularies of byte-level BPE and SentencePiece; Llama's vocabulary splits digits.
+# vocabularies of byte-level BPE and SentencePiece; Llama's vocabulary splits digits. UnifiedReward (arXiv 2503.05236) was
+# trained on its question, which github.com/CodeGoat24/UnifiedReward gives, and answers "Image 1 is better."
 QUESTIONS = {
     "alignment": Question('Does this image match the caption "{prompt}"? Answer Yes or No.', about="image"),
     "quality": Question(
@@ -81,6 +83,22 @@ QUESTIONS = {
         target="A",
         contrast="B",
         about="pair",
+    ),
+    "unified_reward": Question(
+        "You are given a text caption and two generated images based on that caption. Your task is to evaluate and compare "
+        "these images based on two key criteria:\n"
+        "1. Alignment with the Caption: Assess how well each image aligns with the provided caption. Consider the accuracy "
+        "of depicted objects, their relationships, and attributes as described in the caption.\n"
+        "2. Overall Image Quality: Examine the visual quality of each image, including clarity, detail preservation, color "
+        "accuracy, and overall aesthetic appeal.\n"
+        "Compare both images using the above criteria and select the one that better aligns with the caption while exhibiting "
+        "superior visual quality.\n"
+        'Provide a clear conclusion such as "Image 1 is better.", "Image 2 is better." and "Both images are equally good."\n'
+        "Your task is provided as follows:\nText Caption: [{prompt}]",
+        target="1",
+        contrast="2",
+        about="pair",
+        answer="Image ",
     ),
     "edit": Question(
         'The last image was made from what comes before it, by the instruction "{prompt}". Does it show what the instruction '

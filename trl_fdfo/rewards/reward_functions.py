@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import TrainerState
 
@@ -166,6 +167,26 @@ class RewardFunctions:
                         f"Reward '{name}' needs the argument '{parameter.name}', and {dataset} has no such column. A "
                         f"reward can have: {', '.join(known)}."
                     )
+
+    def check_rows(self, dataset: Dataset, name: str = "train_dataset") -> None:
+        """
+        Let each function that has a method `check_rows` read the columns of the dataset that its signature names. Rows that a
+        transform makes are read when they are scored.
+
+        Raises:
+            ValueError: A function cannot score a row.
+        """
+        if dataset.format["type"] == "custom":
+            return
+        for function_name, function in zip(self.names, self.functions):
+            check = attribute_of(function, "check_rows", None)
+            taken = inspect.signature(check).parameters if check is not None else ()
+            columns = {column: dataset[column][:] for column in dataset.column_names if column in taken}
+            try:
+                if columns:
+                    check(**columns)
+            except ValueError as error:
+                raise ValueError(f"Reward '{function_name}' cannot score {name}: {error}") from error
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """Call `submit`, which explains the arguments, and wait for the result."""

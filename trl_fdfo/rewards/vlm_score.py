@@ -38,7 +38,7 @@ class VLMScore(VLMReward, LearnedReward):
     multiples of 1/8, which is 3 points of the score, and the two images of a pair would often tie.
 
     The presets of `question` are `"alignment"`, `"quality"` and `"photorealism"`, answered by Yes or No;
-    `"comparison"`, which is for [`~VLMScore.compare`]; and `"edit"`, for [`EditJudge`].
+    `"comparison"` and `"unified_reward"`, which are for [`~VLMScore.compare`]; and `"edit"`, for [`EditJudge`].
 
     A video is shown in one question, by some of its frames as images in their order, behind which a sentence says so.
 
@@ -77,7 +77,7 @@ class VLMScore(VLMReward, LearnedReward):
     ):
         self.ask_about(question, target, contrast, num_frames)
         # Check the words before the weights are loaded: errors appear in seconds.
-        self.processor = _load_processor(model)
+        self.processor = load_processor(model)
         tokenizer = self.processor.tokenizer
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
@@ -116,9 +116,14 @@ class VLMScore(VLMReward, LearnedReward):
         for shown, question in zip(images, questions):
             content = [*({"type": "image", "image": image} for image in shown), {"type": "text", "text": question}]
             conversations.append([{"role": "user", "content": content}])
+        begun = self.question.answer
+        if begun:
+            for conversation in conversations:
+                conversation.append({"role": "assistant", "content": [{"type": "text", "text": begun}]})
         inputs = self.processor.apply_chat_template(
             conversations,
-            add_generation_prompt=True,
+            add_generation_prompt=not begun,
+            continue_final_message=bool(begun),
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
@@ -145,7 +150,7 @@ class VLMScore(VLMReward, LearnedReward):
         return logits
 
 
-def _load_processor(name_or_path: str) -> ProcessorMixin:
+def load_processor(name_or_path: str) -> ProcessorMixin:
     """Load the processor of a model; without torchvision, leave out its part for videos."""
     try:
         processor = load_pretrained(AutoProcessor, name_or_path)

@@ -141,9 +141,13 @@ class VLMServer(VLMReward, RetryingClient):
             url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
             content.append({"type": "image_url", "image_url": {"url": url}})
         content.append({"type": "text", "text": question})
+        messages, begun = [{"role": "user", "content": content}], self.question.answer
+        if begun:
+            messages.append({"role": "assistant", "content": begun})
         fields = {
             "model": self.model,
-            "messages": [{"role": "user", "content": content}],
+            "messages": messages,
+            **({"continue_final_message": True, "add_generation_prompt": False} if begun else {}),
             "max_tokens": 1,
             "logprobs": True,
             "top_logprobs": 20,

@@ -75,6 +75,7 @@ def load_datasets(
     )
     check_prompts(train_dataset, config.dataset_prompt_column, config.pipeline_columns or ())
     rewards.check_columns(train_dataset.column_names, sampled_columns=config.pipeline_columns or ())
+    rewards.check_rows(train_dataset)
     if config.num_eval_prompts is not None:
         if eval_dataset is not None:
             raise ValueError(
@@ -96,6 +97,7 @@ def check_eval_dataset(
     for functions in (rewards, controls):
         if functions is not None:
             functions.check_columns(dataset.column_names, "eval_dataset", config.pipeline_columns or ())
+            functions.check_rows(dataset, "eval_dataset")
 
 
 def check_evaluation(
