@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import tiny_pipelines
 import torch
-from diffusers import DiffusionPipeline, SD3Transformer2DModel, WanTransformer3DModel
+from diffusers import SD3Transformer2DModel, WanTransformer3DModel
 from original_files import sd3_file, wan_file
 from peft import LoKrConfig, LoraConfig
 from safetensors import safe_open
@@ -16,6 +16,7 @@ from trl_fdfo.cli import merge
 from trl_fdfo.pipeline.adapter_files import read_adapter, save_diffusers_lora
 from trl_fdfo.pipeline.loading import load_pipeline
 from trl_fdfo.pipeline.lora import add_adapter
+from trl_fdfo.pipeline.merging import adapted_layers
 from trl_fdfo.pipeline.trained import restore_point
 
 
@@ -103,15 +104,20 @@ def test_adapters_are_chained_and_scaled(files, tmp_path):
                 expected[f"{layer}.weight"] += scale * alpha * weights[name.replace("lora_A", "lora_B")] @ a
     for name, weight in merged.state_dict().items():
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-5)
-    run(files, tmp_path / "same", "--adapter", files / "lora", "--scale", "0.25")
-    # Half of the way of a DoRA is half of the change.
-    run(files, tmp_path / "half", "--adapter", files / "dora", "--scale", "0.5")
-    run(files, tmp_path / "whole", "--adapter", files / "dora")
-    own, half, whole = (
-        load_pipeline(folder).transformer for folder in (files / "base", *map(tmp_path.joinpath, ("half", "whole")))
-    )
-    middle = {name: (weight + whole.state_dict()[name]) / 2 for name, weight in own.state_dict().items()}
-    assert max((weight - middle[name]).abs().max() for name, weight in half.state_dict().items()) < 1e-6
+
+
+def test_half_of_an_adapter_is_half_of_its_change(files):
+    pipeline = load_pipeline(files / "base")
+    for adapter in ("dora", "lokr"):
+        restore = restore_point(pipeline)
+        layers = adapted_layers(add_adapter(pipeline, *read_adapter(pipeline, str(files / adapter))))
+        restore()
+        assert len(layers) > 10 and "transformer_blocks.0.attn2.to_v" in layers
+        for name, layer in layers.items():
+            plain = {"weight": pipeline.transformer.get_submodule(name).weight.data}
+            none, half, whole = (layer.merge(plain, scale)["weight"] for scale in (0.0, 0.5, 1.0))
+            assert torch.equal(none, plain["weight"]) and not torch.equal(whole, none)
+            torch.testing.assert_close(half, (none + whole) / 2, rtol=0, atol=1e-6)
 
 
 def test_the_dtypes_of_the_base_stay(files, tmp_path, capsys):
@@ -185,6 +191,13 @@ def test_one_lora_with_the_names_of_the_original_adds_what_the_checkpoint_has(fi
         for file in (files / "base.safetensors", *map(tmp_path.joinpath, ("merged.safetensors", "lora.safetensors")))
     )
     assert not any("alpha" in name for name in lora)
+    # The names of a quantised file do as well.
+    small = {name: weight.to(torch.float8_e4m3fn) for name, weight in before.items()}
+    save_file(small, tmp_path / "small.safetensors")
+    names = ("--adapter", files / "lora", "--format", "lora", "--original", tmp_path / "small.safetensors")
+    run(files, tmp_path / "again.safetensors", *names)
+    again = load_file(tmp_path / "again.safetensors")
+    assert again.keys() == lora.keys() and all(torch.equal(again[name], lora[name]) for name in lora)
     layers = {name.rpartition(".lora_")[0] for name in lora}
     for name, weight in before.items():
         layer = name.removeprefix("model.").removesuffix(".weight")
@@ -229,15 +242,17 @@ def test_what_cannot_be_merged_is_refused(files, tmp_path):
     def refused(message, *options, output=tmp_path / "new.safetensors", base=files):
         with pytest.raises(ValueError, match=message):
             run(base, output, *options)
-        assert not output.exists() or output in kept
+        assert output in kept or not output.exists()
 
-    kept = [tmp_path / "old.safetensors", tmp_path / "folder"]
+    kept = [tmp_path / "old.safetensors", tmp_path / "folder", files / "base.safetensors", files / "base"]
     save_file({"x": torch.ones(1)}, kept[0])
     kept[1].mkdir()
     lora = ("--adapter", files / "lora")
     file = ("--format", "checkpoint", "--original", files / "base.safetensors")
     refused("old.safetensors' exists: take another name, or set `overwrite`", *lora, *file, output=kept[0])
-    refused("is a folder that holds no pipeline: it is not overwritten", *lora, "--overwrite", output=kept[1])
+    refused("is no folder of a pipeline: it is not overwritten", *lora, "--overwrite", output=kept[1])
+    refused("is no folder of a pipeline", *lora, "--overwrite", output=kept[0])
+    refused("model itself", *lora, "--overwrite", output=files / "base")
     refused("original itself", *lora, *file, "--overwrite", output=Path(file[-1]))
     refused("end its name in .safetensors", *lora, *file, output=tmp_path / "new")
     refused("name it in `original`", *lora, *file[:2])
@@ -262,26 +277,6 @@ def test_what_cannot_be_merged_is_refused(files, tmp_path):
     small = {name: weight.to(torch.float8_e4m3fn) for name, weight in load_file(file[-1]).items()}
     save_file(small, tmp_path / "small.safetensors")
     refused("is quantised .*float8_e4m3fn.*--format lora", *lora, *file[:3], tmp_path / "small.safetensors")
-    wide = tiny_pipelines.flux()
-    wide.save_pretrained(tmp_path / "base")
-    refused("lora", *lora, output=tmp_path / "new", base=tmp_path)
-
-
-def test_a_lora_has_the_names_of_a_quantised_file_too(files, tmp_path):
-    small = {name: weight.to(torch.float8_e4m3fn) for name, weight in load_file(files / "base.safetensors").items()}
-    save_file(small, tmp_path / "small.safetensors")
-    loras = []
-    for original in (files / "base.safetensors", tmp_path / "small.safetensors"):
-        run(
-            files,
-            tmp_path / "lora.safetensors",
-            "--adapter",
-            files / "lora",
-            "--format",
-            "lora",
-            "--original",
-            original,
-            "--overwrite",
-        )
-        loras.append(load_file(tmp_path / "lora.safetensors"))
-    assert loras[0].keys() == loras[1].keys() and all(torch.equal(loras[0][name], loras[1][name]) for name in loras[0])
+    tiny_pipelines.flux().save_pretrained(tmp_path / "base")
+    refused("match no layer of FluxTransformer2DModel", *lora, output=tmp_path / "new", base=tmp_path)
+    refused("match no layer of FluxTransformer2DModel", *lora, "--format", "lora", base=tmp_path)

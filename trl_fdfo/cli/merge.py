@@ -110,14 +110,17 @@ class Arguments:
         is_file = self.format != "pipeline"
         if is_file and output.suffix != ".safetensors":
             raise ValueError(f"output='{output}' is a file for format='{self.format}': end its name in .safetensors.")
-        if self.original is not None and output.exists() and output.samefile(self.original):
-            raise ValueError(f"output='{output}' is the original itself: take another name.")
         if not output.exists():
             return
+        for name in ("original", "model"):
+            source = getattr(self, name)
+            if source is not None and Path(source).exists() and output.samefile(source):
+                raise ValueError(f"output='{output}' is the {name} itself: take another name.")
         if not self.overwrite:
             raise ValueError(f"output='{output}' exists: take another name, or set `overwrite`.")
-        if output.is_dir() and (is_file or not (output / DiffusionPipeline.config_name).is_file()):
-            raise ValueError(f"output='{output}' is a folder that holds no pipeline: it is not overwritten.")
+        if output.is_file() != is_file or not (is_file or (output / DiffusionPipeline.config_name).is_file()):
+            kind = "file" if is_file else "folder of a pipeline"
+            raise ValueError(f"output='{output}' is no {kind}: it is not overwritten.")
 
 
 @dataclass

@@ -75,7 +75,7 @@ def low_rank_factors(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     rank = min(rank, *change.shape)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        u, s, v = torch.svd_lowrank(change, q=rank)
+        u, s, v = torch.svd_lowrank(change, q=rank, niter=1)
     a, b = s.sqrt()[:, None] * v.T, u * s.sqrt()
     if torch.dist(b @ a, change) > 1e-4 * change.norm():
         raise ValueError(f"what the adapter adds to a weight {tuple(change.shape)} has a rank above {rank}.")
