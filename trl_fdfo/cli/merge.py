@@ -9,6 +9,7 @@ as one LoRA file, for ComfyUI and WebUIs (docs/sharing.md).
         --output lora.safetensors
 """
 
+import math
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -180,13 +181,14 @@ def merge_pipeline(arguments: Arguments, adapters: list[Path], scales: list[floa
 
 
 def _stored_dtypes(model: str) -> dict[str, torch.dtype]:
-    """The dtype of the files of each component: `from_pretrained` would take float32 for all."""
+    """The dtype of the largest weight of each component: `from_pretrained` would take float32 for all."""
     folder = Path(model) if Path(model).is_dir() else Path(DiffusionPipeline.download(model))
     dtypes = {}
-    for file in sorted(folder.glob("*/*.safetensors")):
-        with safe_open(file, "pt") as stored:
-            names = list(stored.keys())
-            dtypes.setdefault(file.parent.name, stored.get_tensor(names[0]).dtype if names else torch.float32)
+    for file in folder.glob("*/*.safetensors"):
+        if file.name.count(".") == 1:  # no variant, such as model.fp16.safetensors, which is not loaded
+            with safe_open(file, "pt") as stored:
+                largest = max(stored.keys(), key=lambda name: math.prod(stored.get_slice(name).get_shape()))
+                dtypes[file.parent.name] = stored.get_tensor(largest).dtype
     return dtypes
 
 
@@ -295,8 +297,7 @@ def merge_checkpoint(arguments: Arguments, adapters: list[Path], scales: list[fl
                 exact = tensors[key].float() + change
                 new[key] = exact.to(tensors[key].dtype)
                 rounding.add(tensors[key], exact, new[key])
-            # Rounding moves a number by at most half of its dtype's relative precision.
-            tolerance = max(torch.finfo(tensor.dtype).eps for tensor in new.values())
+            tolerance = 4 * max(torch.finfo(tensor.dtype).eps for tensor in new.values())
             _check_conversion(part, original.to_diffusers(part, new), merged, tolerance)
             yield new
         report.append(str(rounding))
