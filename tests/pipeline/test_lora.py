@@ -7,6 +7,7 @@ import tiny_pipelines
 import torch
 from conftest import trained_weights
 from peft import LoraConfig, PeftModel, PromptTuningConfig
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from tiny_runs import PROMPTS
 
@@ -56,8 +57,10 @@ def test_either_format_is_continued_with_its_rank_and_alpha(make_trainer, saved,
     adapter = tmp_path / {"file": f"diffusers/{DIFFUSERS}"}.get(format, format)
     trainer = make_trainer(adapter=str(adapter), lora_r=32, beta=0.1, num_rollouts=1)
     config = trainer.model.peft_config["default"]
-    assert (config.r, config.lora_alpha, config.lora_dropout) == (6, 12, 0.0)
-    expected = {name: p for name, p in model.named_parameters() if "lora" in name}
+    # Diffusers' file has alpha = rank: the scale of 2 is in the weights.
+    alpha, scale = (12, 1) if format == "peft" else (6, 2)
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (6, alpha, 0.0)
+    expected = {name: p * (scale if "lora_B" in name else 1) for name, p in model.named_parameters() if "lora" in name}
     start = trained_weights(trainer)
     assert start.keys() == expected.keys() and len(start) > 10
     for name, weight in start.items():
@@ -72,6 +75,26 @@ def test_either_format_is_continued_with_its_rank_and_alpha(make_trainer, saved,
     assert any(not torch.equal(weight, start[name]) for name, weight in trained_weights(trainer).items())
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_rslora": True}, {"rank_pattern": {"attn.to_v": 2}}, {"alpha_pattern": {"attn.to_v": 3}, "lora_alpha": 7}],
+)
+def test_a_program_that_knows_no_alpha_takes_the_file_at_its_full_strength(saved, tmp_path, options):
+    """ComfyUI and others take alpha = rank for a layer that has no tensor `.alpha`."""
+    model = saved(**options)
+    weights = load_file(tmp_path / "diffusers" / DIFFUSERS)
+    layers = {name: layer for name, layer in model.get_base_model().named_modules() if isinstance(layer, LoraLayer)}
+    assert len(weights) == 2 * len(layers) > 10
+    for name, layer in layers.items():
+        a, b = (weights[f"transformer.{name}.lora_{matrix}.weight"] for matrix in "AB")
+        torch.testing.assert_close(b @ a, layer.get_delta_weight("default"))
+    # And one that reads the metadata, as diffusers does.
+    pipeline = tiny_pipelines.sd3()
+    pipeline.load_lora_weights(tmp_path / "diffusers", adapter_name="default")
+    scales = {module.scaling["default"] for module in pipeline.transformer.modules() if isinstance(module, LoraLayer)}
+    assert scales == {1.0}
+
+
 def test_published_rank_32_alpha_64(make_trainer, saved, tmp_path):
     saved(r=32, lora_alpha=64, init_lora_weights="gaussian")
     config = make_trainer(adapter=str(tmp_path / "peft"), lora_r=32).model.peft_config["default"]
@@ -83,7 +106,7 @@ def test_weights_keep_the_precision_of_the_file(saved, tmp_path):
     pipeline = tiny_pipelines.sd3().to(torch.bfloat16)
     before = {name: value.clone() for name, value in pipeline.transformer.state_dict().items()}
     _, weights = read_adapter(pipeline, str(tmp_path / "diffusers"))
-    expected = dict(model.named_parameters())
+    expected = {name: p * (2 if "lora_B" in name else 1) for name, p in model.named_parameters()}
     for name, weight in weights.items():
         assert torch.equal(weight, expected[name.replace(".weight", ".default.weight")]), name
     # And nothing of it stays in the pipeline.
@@ -168,7 +191,7 @@ def test_adapter_needs_peft():
 
 
 def test_resumed_run_must_have_begun_from_the_same_adapter(make_trainer, saved, tmp_path):
-    model = saved()
+    model = saved(lora_alpha=6)
     options = {"lora_r": 32, "save_strategy": "epoch", "num_rollouts": 2}
     whole = make_trainer(adapter=str(tmp_path / "peft"), **options)
     whole.train()

@@ -12,6 +12,7 @@ from huggingface_hub import parse_hf_uri, snapshot_download
 from huggingface_hub.constants import ENDPOINT
 from huggingface_hub.errors import HTTPError
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
+from peft.tuners.lora import LoraLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -195,13 +196,20 @@ def save_diffusers_lora(
     Write `pytorch_lora_weights.safetensors`, which `pipeline.load_lora_weights(output_dir)` opens; a pipeline with several
     transformers gets a [`diffusers_file`] for each that has an adapter.
 
-    The rank and alpha go along as metadata: without them `load_lora_weights` takes alpha = rank. If the pipeline has no
-    LoRA loader of its own, or the adapter is no LoRA, nothing is written: PEFT's file remains the only one.
+    The scale of each layer, alpha / rank, is multiplied into its B, and the metadata say alpha = rank: ComfyUI and others do
+    not read them, and take that. If the pipeline has no LoRA loader of its own, or the adapter is no LoRA, nothing is
+    written: PEFT's file remains the only one.
     """
     if not has_diffusers_format(pipeline, model):
         return
     weights = get_peft_model_state_dict(model, state_dict=state_dict, save_embedding_layers=False)
+    scales = {name: layer.scaling["default"] for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    weights = {
+        name: value * scales[_layer(name)] if ".lora_B" in name or ".lora_embedding_B" in name else value
+        for name, value in weights.items()
+    }
     metadata = model.peft_config["default"].to_dict()
+    metadata |= {"lora_alpha": metadata["r"], "alpha_pattern": metadata["rank_pattern"], "use_rslora": False}
     transformers = trained_modules(pipeline)
     for name in transformers:
         prefix = _PEFT_PREFIX if len(transformers) == 1 else f"{_PEFT_PREFIX}{name}."
