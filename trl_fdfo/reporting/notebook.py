@@ -71,7 +71,7 @@ class NotebookProgress(NotebookProgressCallback):
 
 
 class RolloutBar:
-    """A bar below the table, for as long as its context lasts."""
+    """A bar below the table, for as long as its context lasts, with the methods of tqdm's that a rollout calls."""
 
     def __init__(self, tracker: NotebookTrainingTracker, rollout: int, images: int):
         self._tracker, self._done = tracker, 0
@@ -88,6 +88,10 @@ class RolloutBar:
         """Count `images` more."""
         self._done += images
         self._bar.update(self._done, force_update=True)
+
+    def set_postfix_str(self, text: str) -> None:
+        """Show a text behind the count."""
+        self._bar.update(self._done, force_update=True, comment=text)
 
 
 def show(title: str, image: Image.Image) -> None:
