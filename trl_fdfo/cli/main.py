@@ -15,6 +15,7 @@ COMMANDS = {
     "plan": (".plan", "print what a run would do, and its memory and hours, without weights or a GPU"),
     "generate": (".generate", "make a page of images: a base model beside adapters"),
     "evaluate": (".evaluate", "make a table of rewards and diversity: a base model and adapters"),
+    "merge": (".merge", "put adapters into a pipeline, a checkpoint for ComfyUI, or one LoRA"),
     "recipes": (".recipes", "list the packaged recipes, show one or copy one"),
     "vote": ("..preference.cli", "serve the page where people vote on images; votes as a data set"),
     "serve": (".serve", "serve rewards to training processes on other machines"),
