@@ -20,6 +20,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 README = PAGES[0].read_text(encoding="utf-8")
 # Programs of others, which are not started here.
 OTHERS = ("docker", "git", "hf", "pip", "python -m sglang.launch_server", "sbatch", "srun", "vllm", "torchrun", "cd")
+PROGRAMS = tuple(f"{each.split()[0]} " for each in ("make", "trl-fdfo", "python", "accelerate", *OTHERS))
 SCRIPTS = {"examples/train_sd3.py": "train", "examples/generate.py": "generate", "examples/evaluate.py": "evaluate"}
 
 
@@ -90,15 +91,8 @@ def commands() -> list:
     for page in PAGES:
         text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL).replace("\\\n", " ")
         for line in re.findall(r"^ {4}(\S.*)$", text, flags=re.MULTILINE):
-            words = shlex.split(line, comments=True)
-            if words and words[0] in (
-                "make",
-                "trl-fdfo",
-                "python",
-                "accelerate",
-                *(each.split()[0] for each in OTHERS),
-            ):
-                found.append(pytest.param(words, id=f"{page.stem}-{len(found)}"))
+            if line.startswith(PROGRAMS):
+                found.append(pytest.param(shlex.split(line, comments=True), id=f"{page.stem}-{len(found)}"))
     return found
 
 
@@ -111,17 +105,13 @@ def test_a_command_exists_with_its_options(words, monkeypatch, capsys):
     if words[0] == "make":
         assert all(re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE) for target in words[1:2])
         return
-    if words[0] == "accelerate":
-        script = next(word for word in words if word in SCRIPTS)
-        words = ["trl-fdfo", SCRIPTS[script], *words[words.index(script) + 1 :]]
-    if words[0] == "python":
-        if words[1].startswith("benchmarks/"):
-            benchmark = (ROOT / words[1]).read_text(encoding="utf-8")
-            assert all(f'"{word}"' in benchmark for word in words[2:] if word.startswith("--")), words
-            return
-        module = {"-m": {"trl_fdfo.serve": "serve", "trl_fdfo.preference": "vote", "trl_fdfo": None}}
-        assert words[1] in SCRIPTS or words[2] in module["-m"], words
-        words = ["trl-fdfo", SCRIPTS[words[1]], *words[2:]] if words[1] in SCRIPTS else ["trl-fdfo", *words[3:]]
+    if words[1].startswith("benchmarks/"):
+        benchmark = (ROOT / words[1]).read_text(encoding="utf-8")
+        assert all(f'"{word}"' in benchmark for word in words[2:] if word.startswith("--")), words
+        return
+    if words[0] != "trl-fdfo":  # accelerate launch -m trl_fdfo ..., python examples/train_sd3.py ...
+        place = next(place for place, word in enumerate(words) if word in SCRIPTS or word == "trl_fdfo")
+        words = ["trl-fdfo", *([SCRIPTS[words[place]]] if words[place] in SCRIPTS else []), *words[place + 1 :]]
     command, *arguments = words[1:]
     assert command in COMMANDS, command
     if command in ("train", "plan", "demo", "generate", "evaluate"):

@@ -2,10 +2,10 @@
 Adapters merged into their base model: as a pipeline of diffusers, as a checkpoint in the layout of the model's authors, or
 as one LoRA file, for ComfyUI and WebUIs (docs/sharing.md).
 
-    python -m trl_fdfo.cli.merge --model stabilityai/stable-diffusion-3.5-medium --adapter out --output merged
-    python -m trl_fdfo.cli.merge --model stabilityai/stable-diffusion-3.5-medium --adapter out --format checkpoint \
+    trl-fdfo merge --model stabilityai/stable-diffusion-3.5-medium --adapter out --output merged
+    trl-fdfo merge --model stabilityai/stable-diffusion-3.5-medium --adapter out --format checkpoint \
         --original sd3.5_medium.safetensors --output merged.safetensors
-    python -m trl_fdfo.cli.merge --model stabilityai/stable-diffusion-3.5-medium --adapter out --format lora \
+    trl-fdfo merge --model stabilityai/stable-diffusion-3.5-medium --adapter out --format lora \
         --output lora.safetensors
 """
 
