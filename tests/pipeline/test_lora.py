@@ -77,7 +77,12 @@ def test_either_format_is_continued_with_its_rank_and_alpha(make_trainer, saved,
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"use_rslora": True}, {"rank_pattern": {"attn.to_v": 2}}, {"alpha_pattern": {"attn.to_v": 3}, "lora_alpha": 7}],
+    [
+        {},
+        {"use_rslora": True},
+        {"rank_pattern": {"attn.to_v": 2}},
+        {"alpha_pattern": {"attn.to_v": 3}, "lora_alpha": 7},
+    ],
 )
 def test_a_program_that_knows_no_alpha_takes_the_file_at_its_full_strength(saved, tmp_path, options):
     """ComfyUI and others take alpha = rank for a layer that has no tensor `.alpha`."""
