@@ -32,7 +32,7 @@ ALGORITHMS = ("fdfo", "flow_grpo")
 # The other files that may name an algorithm: tables of names.
 TABLES = ("__init__", "algorithm", "comparison", "diversity", "pipeline_flow", "cli.algorithms")
 CLASS_OF_ALGORITHM = r"(FDFO|FlowGRPO|Churn|SDE)[A-Z]"
-NAME_OF_ALGORITHM = r"\b(FDFO|Flow-GRPO|fdfo|flow_grpo)\b"
+NAME_OF_ALGORITHM = r"\b(FDFO|Flow-GRPO|(?<!trl-)fdfo|flow_grpo)\b"  # trl-fdfo is the command
 
 
 def module_name(path: Path) -> str:

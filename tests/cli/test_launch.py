@@ -88,5 +88,5 @@ def test_a_run_in_two_processes(tmp_path):
     command += ["--accelerate_config", "ddp", "--num_processes", "2", "--main_process_port", "0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.count("Trained in") == 1 and "2 processes" in done.stdout + done.stderr
+    assert done.stdout.count("Trained in") == 1 and "2 process(es)" in done.stdout + done.stderr
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()

@@ -1,6 +1,7 @@
 """The command `trl-fdfo`: its commands, what is imported for a mistake, and how errors are told."""
 
 import importlib
+import json
 import re
 import subprocess
 import sys
@@ -17,16 +18,9 @@ ROOT = Path(__file__).parents[2]
 HEAVY = ("accelerate", "datasets", "diffusers", "pandas", "peft", "torch", "transformers")
 
 
-def run(*args: str, cwd: Path = ROOT, script: str = "from trl_fdfo.cli.main import main; main()"):
-    """The command in a process of its own, and which of the packages that take seconds it imported."""
-    script = f"""
-import atexit, sys
-atexit.register(lambda: print("imported:", *(name for name in {HEAVY} if name in sys.modules)))
-{script}
-"""
-    done = subprocess.run([sys.executable, "-c", script, *args], capture_output=True, text=True, timeout=250, cwd=cwd)
-    printed, _, imported = done.stdout.rpartition("imported:")
-    return done.returncode, printed, done.stderr, imported.split()
+def run(script: str) -> subprocess.CompletedProcess:
+    """A program in a process of its own."""
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=250, cwd=ROOT)
 
 
 def test_help_is_a_line_per_command(capsys):
@@ -55,38 +49,61 @@ def test_the_package_has_the_command_and_its_files():
         assert (Path(trl_fdfo.__file__).parent / name).is_file()
 
 
-@pytest.mark.parametrize(
-    ("args", "code", "message"),
-    [
-        ("--help", 0, None),
-        ("recipes", 0, None),
-        ("train --help", 0, None),
-        ("train --help-all", 0, None),
-        ("train --config shapes --num_rolouts 3", 2, "has no option num_rolouts. Did you mean `num_rollouts`?"),
-        ("train --config shapes --num_rollouts ten", 2, "invalid int value: 'ten'"),
-        ("train --config shapes --num_rollouts 0", 2, "num_rollouts=0 must be at least 1"),
-        ("train --config shapes --prompts_per_rollout 7", 2, "cannot be split evenly over 1 process"),
-        ("train --config shapes --num_processes 5", 2, "cannot be split evenly over 5 process"),
-        ("train --config shape", 2, "no such file. The packaged recipes: combined,"),
-        ("train --config shapes --accelerate_config zero9", 2, "is neither a file nor one of ddp, "),
-        ("train --config shapes --reward pickscor", 2, "reward 'pickscor' is neither one of pickscore"),
-        ("train --config shapes --dataset_name none.txt", 2, "dataset_name='none.txt': there is no such file"),
-        ("plan --config shapes --gpu z80", 2, "invalid choice: 'z80' (choose from 'rtx4090'"),
-        ("plan --config shapes --num_processes 5", 2, "cannot be split evenly over 5 process"),
-        ("demo --churn 0", 2, "churn=0 leaves the images of a prompt identical"),
-        ("generate --models shapes", 2, "has no option models. Did you mean `model`?"),
-        ("evaluate --model shapes --batch_size 0", 2, "batch_size=0 must be at least 1"),
-        ("tain", 2, "has no command 'tain': it has demo, train"),
-    ],
-)
-def test_help_and_mistakes_wait_for_no_import(args, code, message):
-    """In the process of its user: nothing that takes seconds is imported."""
-    found, printed, told, imported = run(*args.split())
+# What is typed, the exit code and what an error says.
+QUICK = [
+    ("--help", 0, None),
+    ("recipes", 0, None),
+    ("train --help", 0, None),
+    ("train --help-all", 0, None),
+    ("train --config shapes --num_rolouts 3", 2, "has no option num_rolouts. Did you mean `num_rollouts`"),
+    ("train --config shapes --num_rollouts ten", 2, "invalid int value: 'ten'"),
+    ("train --config shapes --num_rollouts 0", 2, "num_rollouts=0 must be at least 1"),
+    ("train --config shapes --prompts_per_rollout 7", 2, "cannot be split evenly over 1 process"),
+    ("train --config shapes --num_processes 5", 2, "cannot be split evenly over 5 process"),
+    ("train --config shape", 2, "no such file. The packaged recipes: combined,"),
+    ("train --config shapes --accelerate_config zero9", 2, "is neither a file nor one of ddp, "),
+    ("train --config shapes --reward pickscor", 2, "reward 'pickscor' is neither one of pickscore"),
+    ("train --config shapes --dataset_name none.txt", 2, "dataset_name='none.txt': there is no such file"),
+    ("plan --config shapes --gpu z80", 2, "invalid choice: 'z80' (choose from 'rtx4090'"),
+    ("plan --config shapes --num_processes 5", 2, "cannot be split evenly over 5 process"),
+    ("demo --churn 0", 2, "churn=0 leaves the images of a prompt identical"),
+    ("generate --models shapes", 2, "has no option models. Did you mean `model`?"),
+    ("evaluate --model shapes --batch_size 0", 2, "batch_size=0 must be at least 1"),
+    ("tain", 2, "has no command 'tain': it has demo, train"),
+]
+ALL_OF_THEM = f"""
+import contextlib, io, json, sys
+from trl_fdfo.cli.main import main
+for args in json.loads(sys.stdin.read()):
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main(args.split())
+        except SystemExit as ended:
+            code = ended.code
+    imported = [name for name in {HEAVY} if name in sys.modules]
+    print(json.dumps([code, out.getvalue(), err.getvalue(), imported]))
+"""
+
+
+@pytest.fixture(scope="module")
+def told():
+    """Of each of `QUICK` the exit code, what is printed, and which packages that take seconds have been imported."""
+    typed = json.dumps([args for args, *_ in QUICK])
+    command = [sys.executable, "-c", ALL_OF_THEM]
+    done = subprocess.run(command, input=typed, capture_output=True, text=True, timeout=250, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return dict(zip([args for args, *_ in QUICK], map(json.loads, done.stdout.splitlines())))
+
+
+@pytest.mark.parametrize(("args", "code", "message"), QUICK, ids=[args for args, *_ in QUICK])
+def test_help_and_mistakes_wait_for_no_import(told, args, code, message):
+    found, out, err, imported = told[args]
     assert (found, imported) == (code, [])
     if message is None:
-        assert printed and not told
+        assert out and not err
     else:
-        assert message in told and len(told.splitlines()) <= 2 and not printed
+        assert message in err and len(err.splitlines()) <= 2 and not out
 
 
 RAISING = """
@@ -101,10 +118,8 @@ main(["generate"])
 
 
 def test_a_bug_shows_its_traceback():
-    code, _, told, _ = run(script=RAISING.format("return {}['absent']"))
-    assert code == 1 and "Traceback" in told and "KeyError: 'absent'" in told
-    code, _, told, _ = run(script=RAISING.format("int('ten')"))
-    assert code == 1 and "Traceback" in told
+    done = run(RAISING.format("int('ten')"))
+    assert done.returncode == 1 and "Traceback" in done.stderr and "invalid literal for int()" in done.stderr
 
 
 def test_an_error_of_the_user_shows_it_on_request(monkeypatch, capsys):
@@ -122,6 +137,7 @@ def test_an_error_of_the_user_shows_it_on_request(monkeypatch, capsys):
             main(args)
 
 
+@pytest.mark.slow
 def test_one_process_of_several_tells_an_error():
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launcher, "-m", "trl_fdfo", "train", "--config", "shapes", "--num_rollouts", "0"]

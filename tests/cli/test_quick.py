@@ -116,10 +116,13 @@ def test_a_stand_in_decides_nothing():
 
 def test_a_module_that_stand_ins_do_not_suffice_for_is_imported(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "needs_torch.py").write_text("import torch\n\nassert isinstance(torch.nn.Module, type)\nfound = 3\n")
+    (tmp_path / "needs").mkdir()
+    (tmp_path / "needs" / "__init__.py").write_text(
+        "import torch\n\nassert isinstance(torch.nn.Module, type)\nfound = 3\n"
+    )
     with pytest.raises(AssertionError):
-        quick.load("needs_torch")
-    assert quick.load_or_import("needs_torch").found == 3
+        quick.load("needs")
+    assert quick.load_or_import("needs").found == 3
 
 
 def test_rewards_are_the_packaged_ones():

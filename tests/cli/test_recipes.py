@@ -48,7 +48,7 @@ def test_a_file_beside_a_recipe_is_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given = ["--config", "shapes_vote", "--report_to", "none"]
     _, config = parse((RunArguments, FDFOConfig), given)
-    assert len(load_prompts(config.dataset_name)) > 10
+    assert len(load_prompts(config.dataset_name)) == 6
     # One in the working directory comes first, and what is no file stays as it is.
     Path("circles.txt").write_text("a red circle on a white background\n")
     _, config = parse((RunArguments, FDFOConfig), given)

@@ -238,7 +238,9 @@ class RunArguments:
 
     _argument_group_name = "What trains, on what, and what is reported"
 
-    algorithm: str = field(default="fdfo", metadata={"help": "What trains.", "choices": list(ALGORITHMS)})
+    algorithm: str = field(
+        default=next(iter(ALGORITHMS)), metadata={"help": "What trains.", "choices": list(ALGORITHMS)}
+    )
     model: str = field(
         default="stabilityai/stable-diffusion-3.5-medium",
         metadata={"help": "Hub id or path of the pipeline, or `shapes` for the packaged tiny one."},

@@ -48,8 +48,11 @@ def main(args: list[str] | None = None) -> None:
         if DEBUG in os.environ or not is_of_the_user(error):
             raise
         kind = "error" if type(error) in (ValueError, FileNotFoundError) else type(error).__name__
-        message = f"trl-fdfo {name}: {kind}: {error}\n(trl-fdfo --debug {name} ... shows where)"
-        _exit(message, 2 if isinstance(error, (ValueError, OSError)) else 1)
+        message = str(error) if str(error).startswith("trl-fdfo ") else f"trl-fdfo {name}: {kind}: {error}"
+        _exit(
+            f"{message}\n(trl-fdfo --debug {name} ... shows where)",
+            2 if isinstance(error, (ValueError, OSError)) else 1,
+        )
 
 
 def _exit(message: str, code: int) -> None:
