@@ -207,7 +207,7 @@ def test_two_machines_run_the_command_of_the_docs(tmp_path, warm_python):
     command = command.replace("trl-fdfo", f"{warm_python.path} -m trl_fdfo")
     port = free_port()
     command = command.replace("8 * SLURM_NNODES", "SLURM_NNODES").replace("29500", str(port))
-    script = shlex.join(small_run(tmp_path / "run", use_cpu=True))
+    options = shlex.join(small_run(tmp_path / "run", use_cpu=True)[2:])
     environment = {**os.environ, **warm_python.environment, "SLURM_NNODES": "2", "MAIN": "localhost"}
     logs = [tmp_path / f"machine_{number}.log" for number in range(2)]
     machines = []
@@ -215,7 +215,7 @@ def test_two_machines_run_the_command_of_the_docs(tmp_path, warm_python):
         with log.open("w") as file:
             machine = {**environment, "SLURM_NODEID": str(number)}
             machines.append(
-                subprocess.Popen(["bash", "-c", command + script], env=machine, cwd=ROOT, stdout=file, stderr=file)
+                subprocess.Popen(["bash", "-c", command + options], env=machine, cwd=ROOT, stdout=file, stderr=file)
             )
         # Here the second one could take the port before the first one does.
         while number == 0 and machines[0].poll() is None and not listens(port):

@@ -107,7 +107,10 @@ class Parser(TrlParser):
         flags = [arg.partition("=")[0] for arg in args or () if arg.startswith("--") and " " not in arg]
         unknown = [flag for flag in flags if flag != "--" and flag not in self._option_string_actions]
         self._refuse_unknown([flag[2:].replace("-", "_") for flag in unknown])
-        return super().parse_known_args(args, namespace)
+        found, rest = super().parse_known_args(args, namespace)
+        if rest and not self.partial:
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        return found, rest
 
     def error(self, message: str) -> NoReturn:
         """As argparse does, without all options."""
