@@ -1,6 +1,8 @@
 """GenEval and counting: what they say of known objects, and the detector, a tiny random Mask2Former."""
 
+import functools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -40,7 +42,11 @@ def segmenter() -> Segmenter:
             id2label=dict(enumerate(LABELS)),
         )
     )
-    return vary(model)
+    vary(model)
+    # A trained model is sure of most of its queries.
+    nn.init.constant_(model.class_predictor.bias[-1], -20)
+    model.class_predictor.weight.data *= 4
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +114,7 @@ class KnownCount(Perfect, ObjectCount):
 
 @pytest.fixture(scope="module")
 def geneval(folders):
+    @functools.cache
     def make(**options):
         reward = KnownGenEval(**folders, device="cpu", batch_size=2, **options)
         reward.clip = Painted()
@@ -284,6 +291,33 @@ def test_counting(folders):
 
 class Small(ObjectCount):
     image_size = SIZE
+
+
+class Large(ObjectCount):
+    image_size = {"shortest_edge": 384, "longest_edge": 384}
+
+
+def test_objects_are_those_of_transformers(folders):
+    """At 384 pixels, where its own post-processing works at the size of the image."""
+    reward = Large(folders["detector"], device="cpu")
+    image = Image.fromarray(np.random.default_rng(0).integers(256, size=(384, 384, 3), dtype=np.uint8))
+    inputs = reward.image_processor([image], return_tensors="pt")
+    with torch.no_grad():
+        classes, masks = reward.model(**inputs)
+        (objects,) = reward.detect([image], [0.2])
+    outputs = SimpleNamespace(class_queries_logits=classes, masks_queries_logits=masks)
+    (expected,) = reward.image_processor.post_process_instance_segmentation(
+        outputs, threshold=0.2, target_sizes=[(384, 384)], return_binary_maps=True
+    )
+    assert len(expected["segments_info"]) > 2
+    for info, mask in zip(expected["segments_info"], expected["segmentation"]):
+        (found,) = [o for o in objects[info["label_id"]] if o.score == pytest.approx(info["score"], abs=2e-6)]
+        assert torch.equal(found.mask, mask.bool())
+        rows, columns = mask.nonzero(as_tuple=True)
+        assert found.box == (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+    assert sum(map(len, objects.values())) == len(expected["segments_info"])
+    for each in objects.values():
+        assert [o.score for o in each] == sorted((o.score for o in each), reverse=True)
 
 
 class Fixed(nn.Module):
