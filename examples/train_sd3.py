@@ -9,7 +9,8 @@ Post-train Stable Diffusion 3 (or any diffusers flow-matching pipeline) with FDF
 
     python examples/train_sd3.py --config examples/recipes/combined.yaml --plan --gpu h100  # what it would take: no weights
 
-With `--algorithm flow_grpo` it is Flow-GRPO that trains, the baseline, with the options of `FlowGRPOConfig`.
+With `--algorithm flow_grpo` it is Flow-GRPO that trains, the baseline, with the options of `FlowGRPOConfig`; `diffusion_nft` and
+`awm` are DiffusionNFT and Advantage Weighted Matching.
 
 Every option of the recipe can be overridden on the command line; `--help` lists them and the rewards. To watch prompts and
 rewards that it is not trained on: `--num_eval_prompts 64 --eval_strategy steps --eval_reward clip --eval_diversity clip`.
