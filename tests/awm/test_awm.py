@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 from conftest import logged
-from forward_runs import make_forward  # noqa: F401
+from forward_runs import Gaussian, make_forward  # noqa: F401
 
 from trl_fdfo import AWMTrainer
-from trl_fdfo.algorithm import awm_loss
+from trl_fdfo.algorithm import awm_loss, group_advantages
 
 
 EXACT = {"rtol": 0, "atol": 1e-10}
@@ -58,6 +58,13 @@ def test_before_the_first_step_it_is_weighted_flow_matching():
     assert torch.equal(ratio, torch.ones(3, dtype=torch.float64))
     (gradient,) = torch.autograd.grad(loss.sum(), velocity)
     torch.testing.assert_close(gradient, advantage[:, None] * 2 * (old - target) / 5, **EXACT)
+
+
+def test_a_flow_moves_to_where_the_reward_is():
+    def loss(velocity, old, target, t, rewards):
+        return awm_loss(velocity, old, target, group_advantages(rewards).flatten(), epsilon=0.1).loss
+
+    assert Gaussian().train(loss, rollouts=120) == pytest.approx(1, abs=0.15)
 
 
 def test_equal_rewards_give_no_update(make_forward):  # noqa: F811

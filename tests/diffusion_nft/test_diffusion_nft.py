@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from conftest import logged
-from forward_runs import make_forward  # noqa: F401
+from forward_runs import Gaussian, make_forward  # noqa: F401
 from transformers import TrainerCallback
 
 from trl_fdfo import DiffusionNFTTrainer
@@ -82,6 +82,13 @@ def test_optimality_is_the_clipped_deviation():
     r = optimality(rewards, 2.0 - 1e-4)
     torch.testing.assert_close(r, torch.tensor([[0.0, 0.25, 0.5, 1.0], [0.5] * 4], dtype=torch.float64), **EXACT)
     assert torch.equal(optimality(rewards[1:], 0.0), torch.full((1, 4), 0.5, dtype=torch.float64))
+
+
+def test_a_flow_moves_to_where_the_reward_is():
+    def loss(velocity, old, target, t, rewards):
+        return nft_loss(velocity, old, target, t, optimality(rewards, rewards.std()).flatten(), beta=1.0)
+
+    assert Gaussian().train(loss) == pytest.approx(1, abs=0.15)
 
 
 def test_rewards_are_compared_on_the_scale_of_the_rollout(make_forward):  # noqa: F811

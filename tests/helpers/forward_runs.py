@@ -1,7 +1,8 @@
-"""Runs of a second of the algorithms of the forward process, for the tests of each."""
+"""Runs of a second of the algorithms of the forward process, and a flow in one dimension, for the tests of each."""
 
 import pytest
 import tiny_pipelines
+import torch
 from datasets import Dataset
 from tiny_runs import PROMPTS, redness
 
@@ -39,3 +40,32 @@ def make_forward(tmp_path):
         return Trainer(config, pipeline if pipeline is not None else tiny_pipelines.sd3(), reward_fn, prompts)
 
     return make
+
+
+class Gaussian:
+    """
+    The flow of x_0 ~ N(mean, std^2), of which the mean is learned: v(x_t, t) = (x_t - E[x_0 | x_t]) / t.
+    """
+
+    std = 0.5
+
+    def velocity(self, mean: torch.Tensor, x_t: torch.Tensor, t: float) -> torch.Tensor:
+        gain = (1 - t) * self.std**2 / ((1 - t) ** 2 * self.std**2 + t**2)
+        return (x_t - mean - gain * (x_t - (1 - t) * mean)) / t
+
+    def train(self, loss, rollouts: int = 40, images: int = 256) -> float:
+        """The mean after training toward samples near 1; `loss(velocity, old, target, t, rewards)` is one per sample."""
+        generator = torch.Generator().manual_seed(0)
+        mean = torch.zeros((), dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.SGD([mean], lr=0.1)
+        for _ in range(rollouts):
+            old = mean.detach().clone()
+            x_0, noise = torch.randn(2, images, 1, generator=generator, dtype=torch.float64)
+            x_0 = old + self.std * x_0
+            for t in (0.9, 0.5):
+                x_t, target = (1 - t) * x_0 + t * noise, noise - x_0
+                new, before = (self.velocity(each, x_t, t) for each in (mean, old))
+                optimizer.zero_grad()
+                loss(new, before, target, t, -((x_0 - 1) ** 2).T).mean().backward()
+                optimizer.step()
+        return mean.item()

@@ -146,15 +146,6 @@ def test_what_cannot_be_noised_is_refused(make_forward, trainer_class):  # noqa:
 
 
 @EACH
-def test_training_raises_the_reward(make_forward, trainer_class):  # noqa: F811
-    trainer = make_forward(trainer_class, num_rollouts=8, learning_rate=3e-3, prompts_per_rollout=12)
-    trainer.train()
-    assert logged(trainer, "replay_error") == [0.0] * 8
-    rewards = logged(trainer, "reward")
-    assert sum(rewards[-3:]) > sum(rewards[:3])
-
-
-@EACH
 @pytest.mark.parametrize(
     "options",
     [
