@@ -21,18 +21,19 @@ FLOORS = [
     ["evaluation"],
     ["planning"],
     ["training"],
-    ["fdfo", "flow_grpo"],
+    ["fdfo", "flow_grpo", "diffusion_nft", "awm"],
     ["algorithm", "comparison", "diversity", "pipeline_flow"],  # tables of public names
     ["shapes"],
     ["cli"],
     ["serve", "__main__"],
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-ALGORITHMS = ("fdfo", "flow_grpo")
+ALGORITHMS = ("fdfo", "flow_grpo", "diffusion_nft", "awm")
 # The other files that may name an algorithm: tables of names.
 TABLES = ("__init__", "algorithm", "comparison", "diversity", "pipeline_flow", "cli.algorithms")
-CLASS_OF_ALGORITHM = r"(FDFO|FlowGRPO|Churn|SDE)[A-Z]"
-NAME_OF_ALGORITHM = r"\b(FDFO|Flow-GRPO|(?<!trl-)fdfo|flow_grpo)\b"  # trl-fdfo is the command
+CLASS_OF_ALGORITHM = r"(FDFO|FlowGRPO|DiffusionNFT|AWM|Churn|SDE)[A-Z]"
+# trl-fdfo is the command
+NAME_OF_ALGORITHM = r"\b(FDFO|Flow-GRPO|DiffusionNFT|AWM|(?<!trl-)fdfo|flow_grpo|diffusion_nft|awm)\b"
 
 
 def module_name(path: Path) -> str:

@@ -7,17 +7,34 @@ from .noise import silence
 
 __version__ = "0.1.0"
 
-__all__ = ["FDFOConfig", "FDFOTrainer", "FlowGRPOConfig", "FlowGRPOTrainer"]
+__all__ = [
+    "AWMConfig",
+    "AWMTrainer",
+    "DiffusionNFTConfig",
+    "DiffusionNFTTrainer",
+    "FDFOConfig",
+    "FDFOTrainer",
+    "FlowGRPOConfig",
+    "FlowGRPOTrainer",
+]
 
 silence()
 
 if TYPE_CHECKING:
+    from .awm.config import AWMConfig
+    from .awm.trainer import AWMTrainer
+    from .diffusion_nft.config import DiffusionNFTConfig
+    from .diffusion_nft.trainer import DiffusionNFTTrainer
     from .fdfo.config import FDFOConfig
     from .fdfo.trainer import FDFOTrainer
     from .flow_grpo.config import FlowGRPOConfig
     from .flow_grpo.trainer import FlowGRPOTrainer
 
 _MODULES = {
+    "AWMConfig": "awm.config",
+    "AWMTrainer": "awm.trainer",
+    "DiffusionNFTConfig": "diffusion_nft.config",
+    "DiffusionNFTTrainer": "diffusion_nft.trainer",
     "FDFOConfig": "fdfo.config",
     "FDFOTrainer": "fdfo.trainer",
     "FlowGRPOConfig": "flow_grpo.config",

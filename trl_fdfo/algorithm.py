@@ -1,19 +1,22 @@
 """
-The mathematics as pure tensor functions: the four steps of Finite Difference Flow Optimization, and of its baseline.
+The mathematics as pure tensor functions: the four steps of Finite Difference Flow Optimization, and the other algorithms.
 
-Public names alone; they are defined in `fdfo` and `flow_grpo`.
+Public names alone; they are defined in the folders of the algorithms.
 """
 
+from .awm.loss import awm_loss
+from .diffusion_nft.loss import nft_loss, optimality
 from .fdfo.churn import churn_start, churn_step, constant_churn, interval_churn, prior_churn
 from .fdfo.finite_difference import FiniteDifference, finite_difference, reward_gradient
 from .fdfo.loss import surrogate_loss
-from .flow_grpo.sde import clipped_loss, gaussian_kl, group_advantages, log_prob, sde_distribution, sde_step
-from .training.surrogate import SurrogateLoss
+from .flow_grpo.sde import clipped_loss, gaussian_kl, log_prob, sde_distribution, sde_step
+from .training.surrogate import SurrogateLoss, group_advantages
 
 
 __all__ = [
     "FiniteDifference",
     "SurrogateLoss",
+    "awm_loss",
     "churn_start",
     "churn_step",
     "clipped_loss",
@@ -23,6 +26,8 @@ __all__ = [
     "group_advantages",
     "interval_churn",
     "log_prob",
+    "nft_loss",
+    "optimality",
     "prior_churn",
     "reward_gradient",
     "sde_distribution",

@@ -9,7 +9,7 @@ import numpy as np
 
 
 # Last numbers of a seed: what is drawn with it. The orders of the prompts and of the noise levels have shorter seeds.
-INITIAL_NOISE, SAMPLER_NOISE, CHURN, EVALUATION, NOISY_STEPS = range(5)
+INITIAL_NOISE, SAMPLER_NOISE, CHURN, EVALUATION, NOISY_STEPS, FORWARD_NOISE = range(6)
 
 # Seed of the first image that is shown or scored beside a run. The seeds of rollouts are hashes of 64 bits: these are used
 # nowhere else.

@@ -24,8 +24,9 @@ import torch.distributed as dist
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from trl_fdfo import FDFOConfig, FDFOTrainer
+from trl_fdfo import DiffusionNFTTrainer, FDFOTrainer
 from trl_fdfo.saving.sharded_weights import trained_parameters, whole_values
+from trl_fdfo.training.trainer import RolloutTrainer
 
 
 # The several processes sample larger batches than the single one, and read prompt embeddings from the disk.
@@ -38,7 +39,17 @@ def brightness(images):
     return images.mean(dim=(1, 2, 3))
 
 
-def build(output_dir: str, make_pipeline=tiny_pipelines.sd3, reward=tiny_runs.redness, **options) -> FDFOTrainer:
+# Of an algorithm that noises endpoints; its policy that samples follows the trained one slowly.
+FORWARD = {"trainer_class": DiffusionNFTTrainer, "old_policy_decay_rate": 0.3, "eval_strategy": "no"}
+
+
+def build(
+    output_dir: str,
+    make_pipeline=tiny_pipelines.sd3,
+    reward=tiny_runs.redness,
+    trainer_class=FDFOTrainer,
+    **options,
+) -> RolloutTrainer:
     """A trainer whose global settings and batch size per process do not depend on the number of processes."""
     defaults = {
         "output_dir": output_dir,
@@ -53,7 +64,8 @@ def build(output_dir: str, make_pipeline=tiny_pipelines.sd3, reward=tiny_runs.re
         "height": 16,
         "width": 16,
         "pipeline_kwargs": {"max_sequence_length": 8},
-        "churn": 0.2,
+        "num_generations": 2,
+        **({"churn": 0.2} if trainer_class is FDFOTrainer else {}),
         # As large as the adapter's gradients, so that a wrong batch changes the step.
         "adam_epsilon": 1e-4,
         "learning_rate": 1e-2,
@@ -69,8 +81,8 @@ def build(output_dir: str, make_pipeline=tiny_pipelines.sd3, reward=tiny_runs.re
         "ddp_backend": "gloo" if "WORLD_SIZE" in os.environ else None,
         "disable_tqdm": True,
     }
-    return FDFOTrainer(
-        FDFOConfig(**{**defaults, **options}),
+    return trainer_class(
+        trainer_class.config_class(**{**defaults, **options}),
         make_pipeline(),
         reward,
         train_dataset=Dataset.from_dict({"prompt": tiny_runs.PROMPTS}),
@@ -79,13 +91,13 @@ def build(output_dir: str, make_pipeline=tiny_pipelines.sd3, reward=tiny_runs.re
     )
 
 
-def run(output_dir: str, checkpoint: str | None = None, **options) -> tuple[FDFOTrainer, dict]:
+def run(output_dir: str, checkpoint: str | None = None, **options) -> tuple[RolloutTrainer, dict]:
     """Build and train: the trainer and its results."""
     trainer = build(output_dir, **options)
     return trainer, finished(trainer, checkpoint)
 
 
-def finished(trainer: FDFOTrainer, checkpoint: str | None = None) -> dict:
+def finished(trainer: RolloutTrainer, checkpoint: str | None = None) -> dict:
     """Train, evaluate, save and generate: the results."""
     trainer.train(resume_from_checkpoint=checkpoint)
     assert trainer._rehearsal is None  # freed by each process
@@ -186,6 +198,7 @@ def main(folder: Path) -> None:
     _, results["two"] = run(str(folder / "two"), **SAMPLING)
     options = {**SAMPLING, **NO_EVALUATIONS}
     _, results["more"] = run(str(folder / "more"), str(folder / "one" / "checkpoint-4"), **options)
+    _, results["forward"] = run(str(folder / "forward"), **SAMPLING, **FORWARD)
     results["traffic"] = measure_traffic(folder)
     results["slow reward"] = wait_for_a_slow_reward(folder)
     if importlib.util.find_spec("torchao"):

@@ -4,7 +4,7 @@ from trl_fdfo.training.buffer import RolloutBuffer, ScoredBatch, trained_levels
 
 
 def batch(levels):
-    return ScoredBatch(sampled=None, targets=(), levels=levels)
+    return ScoredBatch(sampled=None, targets=(), levels=levels, number=0)
 
 
 @pytest.mark.parametrize(

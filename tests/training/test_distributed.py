@@ -61,6 +61,11 @@ def test_two_processes_with_quantized_weights_end_in_the_weights_of_one(runs, tm
     distributed_run.assert_same(results["quantized"], one)
 
 
+def test_two_processes_noise_the_endpoints_of_one(runs, tmp_path):
+    _, one = distributed_run.run(str(tmp_path / "one"), **distributed_run.FORWARD)
+    distributed_run.assert_same(runs[2]["forward"], one)
+
+
 def test_gradients_and_metrics_alone_pass_between_processes(runs):
     result = runs[2]["traffic"]
     gradients = [size for name, size in result["collectives"] if (name, size) == ("gloo:all_reduce", result["trained"])]

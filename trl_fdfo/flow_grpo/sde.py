@@ -27,10 +27,6 @@ from torch import Tensor
 from ..training.surrogate import SurrogateLoss
 
 
-# Keeps the advantages finite (and zero) where all images of a prompt have one reward.
-STD_EPS = 1e-4
-
-
 class Gaussian(NamedTuple):
     """
     Attributes:
@@ -85,20 +81,6 @@ def log_prob(x_s: Tensor, distribution: Gaussian) -> Tensor:
 def gaussian_kl(distribution: Gaussian, other: Gaussian) -> Tensor:
     """KL divergence of two Gaussians of one standard deviation, the mean over the elements: shape [N]."""
     return ((distribution.mean - other.mean) / distribution.std).square().flatten(1).mean(dim=-1) / 2
-
-
-def group_advantages(rewards: Tensor) -> Tensor:
-    """
-    Rewards of the images of each prompt, normalised to mean 0 and standard deviation 1 (the sample's own, over G).
-
-    Args:
-        rewards (`Tensor`): Shape [P, G], G >= 2.
-
-    Returns:
-        `Tensor`: A, shape [P, G]; 0 where all rewards of a prompt are the same.
-    """
-    deviation = rewards - rewards.mean(dim=1, keepdim=True)
-    return deviation / (rewards.std(dim=1, correction=0, keepdim=True) + STD_EPS)
 
 
 def clipped_loss(x_s: Tensor, new: Gaussian, old: Gaussian, advantage: Tensor, epsilon: float) -> SurrogateLoss:

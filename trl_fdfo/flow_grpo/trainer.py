@@ -13,11 +13,11 @@ from ..pipeline.records import RolloutBatch
 from ..saving.model_card import Paper
 from ..seeds import INITIAL_NOISE, NOISY_STEPS, derive_seed
 from ..training.buffer import ScoredBatch, trained_levels
-from ..training.surrogate import SurrogateLoss, in_float32
+from ..training.surrogate import SurrogateLoss, group_advantages, in_float32
 from ..training.trainer import RolloutTrainer
 from .config import FlowGRPOConfig
 from .scheduler import SDEScheduler
-from .sde import Gaussian, clipped_loss, gaussian_kl, group_advantages, sde_distribution
+from .sde import Gaussian, clipped_loss, gaussian_kl, sde_distribution
 
 
 class FlowGRPOTrainer(RolloutTrainer):

@@ -526,6 +526,7 @@ class PipelineFlow:
             remembered=remembered,
             outputs=outputs,
             generator_states=prepared_states if has_drawn else (),
+            is_kept=scheduler.is_kept,
         )
 
     def split(self, batch: RolloutBatch, levels: Sequence[Sequence[int]]) -> list[RolloutBatch]:
@@ -544,11 +545,11 @@ class PipelineFlow:
 
     def velocity(self, batch: RolloutBatch, level: int) -> Tensor:
         """
-        Velocity of the model as it is now at the samples recorded before step `level`, with gradients if enabled.
+        Velocity of the model as it is now at the samples before step `level`, with gradients if enabled.
 
         Args:
             batch ([`RolloutBatch`]): A batch that `rollout` returned.
-            level (`int`): A step that was recorded there.
+            level (`int`): A step whose samples are in `batch.x_t`: those that were recorded, or any others of this level.
 
         Returns:
             `Tensor`: Velocity v(x_t, t), guidance included, the shape of `batch.x_t[level]`.
@@ -571,6 +572,11 @@ class PipelineFlow:
         raise ReplayError(
             f"{type(self.pipeline).__name__} did not call `scheduler.step` in the replay of step {level}."
         )
+
+    @property
+    def takes_any_samples(self) -> bool:
+        """False if the first step is that of the recorded samples alone: the pipeline takes its latents apart before it."""
+        return self._scheduler.calls_per_step is None
 
     def decode(self, batch: RolloutBatch, endpoints: Tensor) -> Tensor | Media:
         """

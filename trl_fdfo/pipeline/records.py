@@ -93,6 +93,8 @@ class RolloutBatch:
             draws from the generators after that, such as noise for an image in each step; none otherwise.
         parts (`Sequence[RolloutBatch]`): If each sample had a call of its own: what the replay of each needs, without its
             tuples. The four fields above are then those of the first.
+        is_kept (`Tensor`, *optional*): True for each element of the latents that the sampler leaves as it is, such as a
+            condition, shape [N, ...]. None if it denoises all.
     """
 
     images: Tensor | Media
@@ -108,6 +110,7 @@ class RolloutBatch:
     outputs: list
     generator_states: Sequence[Tensor] = ()
     parts: Sequence["RolloutBatch"] = ()
+    is_kept: Tensor | None = None
 
     @classmethod
     def of_samples(cls, parts: Sequence["RolloutBatch"], branches: int) -> "RolloutBatch":
@@ -118,11 +121,12 @@ class RolloutBatch:
             }
             for name in ("x_t", "velocities", "x_s")
         }
-        nothing = {"images": None, "endpoints": None, "x_t": {}, "velocities": {}, "x_s": {}}
+        nothing = {"images": None, "endpoints": None, "x_t": {}, "velocities": {}, "x_s": {}, "is_kept": None}
         return replace(
             parts[0],
             images=concatenate([part.images for part in parts]),
             endpoints=torch.cat([part.endpoints for part in parts]).flatten(0, 1).unflatten(0, (-1, branches)),
+            is_kept=None if parts[0].is_kept is None else torch.cat([part.is_kept for part in parts]),
             parts=[replace(part, **nothing) for part in parts],
             **together,
         )
@@ -131,8 +135,9 @@ class RolloutBatch:
         """A batch of `count` prompts from the place `first` on, with the recorded `levels` alone and without images."""
         prompts, branches = self.endpoints.shape[:2]
         samples = range(first * branches, (first + count) * branches)
+        of_samples = slice(samples.start, samples.stop)
+        is_kept = None if self.is_kept is None else self.is_kept[of_samples].clone()
         if self.parts:
-            of_samples = slice(samples.start, samples.stop)
             pick = lambda recorded: {
                 level: recorded[level][of_samples].clone() for level in levels if level in recorded
             }
@@ -144,6 +149,7 @@ class RolloutBatch:
                 velocities=pick(self.velocities),
                 x_s=pick(self.x_s),
                 parts=self.parts[of_samples],
+                is_kept=is_kept,
             )
         part = partial(take, samples=samples, total=prompts * branches)
         encoded = part(repeated(self.remembered["encode_prompt"]), axes.encoded)
@@ -169,6 +175,7 @@ class RolloutBatch:
             },
             outputs=[part(output, axes.outputs[0]) for output in self.outputs],
             generator_states=[self.generator_states[n] for n in samples] if self.generator_states else (),
+            is_kept=is_kept,
         )
 
     def on_host(self) -> "RolloutBatch":
@@ -180,6 +187,7 @@ class RolloutBatch:
             x_s=host_copy(self.x_s),
             remembered=host_copy(self.remembered),
             outputs=host_copy(self.outputs),
+            is_kept=host_copy(self.is_kept),
             parts=[part.on_host() for part in self.parts],
         )
 

@@ -373,6 +373,8 @@ class RolloutScheduler(StandIn):
 
     # Also record x_s, for losses that need its likelihood. Both x_t and x_s are then recorded in float32.
     records_arrivals = False
+    # Refuse a pipeline that changes its latents between two steps.
+    insists_on_whole_steps = False
 
     def record(self, noise_amounts: Tensor, generators: list[torch.Generator], levels: Collection[int]) -> None:
         """
@@ -390,6 +392,7 @@ class RolloutScheduler(StandIn):
         self.velocities: dict[int, Tensor] = {}
         self.x_s: dict[int, Tensor] = {}
         self.endpoints: Tensor | None = None  # latents after the latest step, [N, ...]
+        self.is_kept: Tensor | None = None  # what the latest step has left as it was, [N, ...]; None if nothing
         self._parts: list[tuple[Tensor, ...]] = []  # of the streams that have taken the step that is being taken
 
     def draw(self, noise: Tensor) -> Tensor:
@@ -406,24 +409,36 @@ class RolloutScheduler(StandIn):
         x_s = self.advance(x_t, velocity, step)
         if stream.is_denoised is not None:
             x_s = x_s.where(stream.is_denoised, x_t)
-        if self.records_arrivals and step in self.levels:
+        if (self.records_arrivals or self.insists_on_whole_steps) and step in self.levels:
             if exact.shape != x_t.shape or not torch.equal(exact, x_t):
                 raise ValueError(
                     "The pipeline changes its latents between two steps of the scheduler (such as inpainting, which "
-                    "puts the known pixels back), and this algorithm needs the likelihood of a whole step. Train "
-                    "this pipeline with an algorithm that does not, such as the finite difference."
+                    "puts the known pixels back), and this algorithm needs whole steps. Train this pipeline with an "
+                    "algorithm that does not, such as the finite difference."
                 )
+        if self.records_arrivals:
             handed_out = exact
         # The replay hands out the same once more, and the pipeline then does with it what it did.
         self._parts.append((handed_out, velocity, x_s))
         if stream is self.moving_streams[-1]:
             handed_out, velocities, self.endpoints = map(join, zip(*self._parts))
+            self.is_kept = self._kept([part[0] for part in self._parts])
             self._parts = []
             if step in self.levels:
                 self.x_t[step], self.velocities[step] = handed_out, velocities
                 if self.records_arrivals:
                     self.x_s[step] = self.endpoints
         return x_s
+
+    def _kept(self, latents: Sequence[Tensor]) -> Tensor | None:
+        """What the streams keep, of the latents of each."""
+        masks = [stream.is_denoised for stream in self.moving_streams]
+        if all(mask is None for mask in masks):
+            return None
+        everything = torch.ones((), dtype=torch.bool, device=latents[0].device)
+        return join(
+            [~(everything if mask is None else mask).expand_as(x) for mask, x in zip(masks, latents, strict=True)]
+        )
 
     def _draw(self, x: Tensor, level: int) -> Tensor:
         """Draw fp32 noise of the shape of `x` for a level; a sample whose amount is 0 draws none."""

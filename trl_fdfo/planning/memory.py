@@ -97,8 +97,11 @@ class Part:
         return cls(name, size, size, note)
 
 
-def model_parts(model: nn.Module, args: TrainingArguments, engine: Engine) -> list[Part]:
-    """The weights of the model, their gradients, the state of the optimizer and the average of the weights."""
+def model_parts(model: nn.Module, args: TrainingArguments, engine: Engine, has_old_policy: bool = False) -> list[Part]:
+    """
+    The weights of the model, their gradients, the state of the optimizer, the average of the weights, and the policy that
+    samples, if it has weights of its own.
+    """
 
     def processes(shared: str) -> int:
         return args.world_size if shared in engine.shards else 1
@@ -132,6 +135,9 @@ def model_parts(model: nn.Module, args: TrainingArguments, engine: Engine) -> li
     ]
     if args.ema_decay is not None:
         parts.append(Part.constant("average of weights", nbytes(trained)))
+    if has_old_policy:
+        # While they are in the place of the trained weights, these are copied too.
+        parts.append(Part.constant("policy that samples", 4 * numbers + nbytes(trained)))
     return parts
 
 
@@ -171,7 +177,7 @@ def encoding_bytes(pipeline: DiffusionPipeline, args: TrainingArguments, parts: 
     size = nbytes([tensor for part in encoders.values() for tensor in (*part.parameters(), *part.buffers())])
     absent = ["gradients", "trajectories", "activations"]
     if args.cache_prompt_embeds:  # before the run, and the transformer waits in host memory
-        absent += ["transformer, frozen", "trained weights", "optimizer", "average of weights"]
+        absent += ["transformer, frozen", "trained weights", "optimizer", "average of weights", "policy that samples"]
     return size + sum(part.training for part in parts if part.name not in absent)
 
 
@@ -195,25 +201,29 @@ def trajectory_bytes(
     args: TrainingArguments,
     scheduler_class: type[RolloutScheduler],
     latents_per_target: int,
+    noises_endpoints: bool = False,
 ) -> int:
     """
     Bytes that a process records of one rollout. A batch keeps at each of K levels the noisy latents, the velocity and, if
     the scheduler records arrivals, the next latents; the velocity and, with arrivals, the latents are float32. It also
     keeps for each sample's targets a float32 number and `latents_per_target` float32 tensors of the latents' shape, and
-    what the pipeline has encoded and prepared.
+    what the pipeline has encoded and prepared. An algorithm that noises the endpoints keeps these, in float32, in the place
+    of all levels.
     """
     # A batch is copied when it moves to the host or is cut from a larger one. Otherwise a view keeps its whole storage.
     copied = args.offload_trajectories or args.per_device_sampling_batch_size > args.per_device_prompt_batch_size
     size = nbytes if copied else _storage_nbytes
     latents = 2 * 4 * rehearsal.latents.numel() if scheduler_class.records_arrivals else size([rehearsal.latents])
-    level = latents + size([rehearsal.velocity])
+    tuples = args.num_trained_levels * (latents + size([rehearsal.velocity]))
+    if noises_endpoints:
+        tuples = 4 * rehearsal.latents.numel()
     samples = len(rehearsal.latents)
     targets = 4 * samples + latents_per_target * 4 * rehearsal.latents.numel()
     encoded = once_per_prompt(rehearsal.encoded, min(args.num_generations, samples), samples)
     values = [encoded, rehearsal.encoded_images, rehearsal.generated, rehearsal.prepared]
     remembered = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
     calls = args.per_device_train_batch_size // samples  # of a batch: several if a call makes one sample
-    return args.num_rollout_batches * calls * (args.num_trained_levels * level + targets + size(remembered))
+    return args.num_rollout_batches * calls * (tuples + targets + size(remembered))
 
 
 def kept_output_bytes(rehearsal: Rehearsal, args: TrainingArguments) -> int:

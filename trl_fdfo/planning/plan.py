@@ -66,6 +66,8 @@ class RunPlan:
         eval_prompts (`int`): Prompts of an evaluation.
         algorithm (`str`): Name of the algorithm.
         latents_per_target (`int`): Float32 tensors of the latents' shape in the targets of a sample, beside one number.
+        noises_endpoints (`bool`): The algorithm learns from endpoints that are noised afresh: a rollout keeps no tuples, and the
+            policy that samples, which has weights of its own, gives a velocity for each micro-batch.
         gpu (`str`, *optional*): A card of [`CARDS`], whose seconds are estimated.
     """
 
@@ -81,6 +83,7 @@ class RunPlan:
         *,
         algorithm: str,
         latents_per_target: int,
+        noises_endpoints: bool = False,
         gpu: str | None = None,
     ):
         self.args = args
@@ -92,8 +95,13 @@ class RunPlan:
         self.engine = engine
         self.gpu = gpu
         self.shared_prefix = flow.shared_prefix
-        self.trajectory_bytes = trajectory_bytes(rehearsal, args, flow.scheduler_class, latents_per_target)
-        self.batch_bytes = self.trajectory_bytes // (args.num_rollout_batches * args.num_trained_levels)
+        self.noises_endpoints = noises_endpoints
+        kept = (rehearsal, args, flow.scheduler_class, latents_per_target)
+        self.trajectory_bytes = trajectory_bytes(*kept, noises_endpoints)
+        # What keeping the tuples of all trained levels would take besides.
+        self.saved_bytes = trajectory_bytes(*kept) - self.trajectory_bytes
+        levels = 1 if noises_endpoints else args.num_trained_levels
+        self.batch_bytes = self.trajectory_bytes // (args.num_rollout_batches * levels)
         if flow.keeps_outputs:
             self.trajectory_bytes += kept_output_bytes(rehearsal, args)
         self.failure: Exception | None = None  # the error of a cost that could not be counted and is 0
@@ -166,12 +174,17 @@ class RunPlan:
             f"{args.images_per_eval_prompt} images: {share:.1%} more to sample"
         )
 
+    @property
+    def _calls_beside_training(self) -> int:
+        """Calls without gradients for each micro-batch: of the base model, and of the policy that samples."""
+        return bool(self.args.beta) + self.noises_endpoints
+
     def _compute_line(self) -> str:
         args = self.args
-        sampling = args.num_rollout_batches * args.num_inference_steps * self.sampling.flops
-        base_model = self.sampling.flops if args.beta else 0
+        calls = args.num_rollout_batches * (args.num_inference_steps + self.noises_endpoints)
+        sampling = calls * self.sampling.flops
         micro_batches = args.num_rollout_batches * args.num_trained_levels * args.num_iterations
-        training = micro_batches * (self.training.flops + base_model)
+        training = micro_batches * (self.training.flops + self._calls_beside_training * self.sampling.flops)
         at_most = "at most " if self.shared_prefix else ""
         return (
             f"  compute per rollout   {at_most}{_flops(sampling)} to sample, {_flops(training)} to train, on each "
@@ -314,10 +327,10 @@ class RunPlan:
             card.seconds(cost, self._dtype, bool(args.tf32), args.torch_compile)
             for cost in (self.sampling, self.training)
         )
-        update += call if args.beta else 0  # the model without its adapter
+        update += self._calls_beside_training * call
         batches = args.num_rollout_batches
         parts: dict[str, float | None] = {
-            "sampling": batches * args.num_inference_steps * call,
+            "sampling": batches * (args.num_inference_steps + self.noises_endpoints) * call,
             "decoding": batches * card.seconds(self.decoding, torch.float32, tf32=True),
         }
         images = batches * args.per_device_train_batch_size
@@ -329,14 +342,19 @@ class RunPlan:
         """The parts of the memory on one device; `options` replace options of the run."""
         args = self._args_with(options)
         on_host = args.offload_trajectories
+        notes = [f"of which {size_text(self.trajectory_bytes)} in host memory"] if on_host else []
+        if self.noises_endpoints and self.saved_bytes > 0:
+            notes.append(
+                f"endpoints alone: the tuples of all trained steps would be {size_text(self.saved_bytes)} more"
+            )
         trajectories = Part(
             "trajectories",
             0 if on_host else self.trajectory_bytes,
             self.batch_bytes if on_host else self.trajectory_bytes,
-            f"of which {size_text(self.trajectory_bytes)} in host memory" if on_host else "",
+            ", ".join(notes),
         )
         parts = [
-            *model_parts(self.model, args, self.engine),
+            *model_parts(self.model, args, self.engine, self.noises_endpoints),
             trajectories,
             *component_parts(self.pipeline, args),
             *reward_parts(self.rewards),

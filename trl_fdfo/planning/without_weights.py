@@ -130,6 +130,7 @@ def plan_without_weights(
     latents_per_target: int,
     shared_prefix: bool = False,
     eval_prompts: int = 0,
+    noises_endpoints: bool = False,
 ) -> RunPlan:
     """
     The plan of a run, for which only configs and tokenizers are loaded.
@@ -144,6 +145,7 @@ def plan_without_weights(
         latents_per_target (`int`): As in [`RunPlan`].
         shared_prefix (`bool`): As in [`PipelineFlow`].
         eval_prompts (`int`): Number of the prompts to evaluate on.
+        noises_endpoints (`bool`): As in [`RunPlan`].
 
     Raises:
         OSError: The configs cannot be found.
@@ -192,6 +194,7 @@ def plan_without_weights(
         eval_prompts=eval_prompts,
         algorithm=algorithm,
         latents_per_target=latents_per_target,
+        noises_endpoints=noises_endpoints,
         gpu=config.gpu,
     )
 

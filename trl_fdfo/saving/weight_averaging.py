@@ -1,7 +1,7 @@
-"""The average of the trained weights over rollouts."""
+"""Averages of the trained weights over rollouts: of the result, and of the policy that samples."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -41,6 +41,10 @@ class WeightAveraging(TrainerCallback):
             # Diffusers averages what has gradients, and copies all else.
             self.average.step([value.requires_grad_() for value in whole_values(self.parameters)])
 
+    def start(self) -> None:
+        """Make the weights as they are the average."""
+        self.average = EMAModel(whole_values(self.parameters), decay=self.average.decay)
+
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """The model with the averaged weights in the place of the trained ones. May be nested."""
@@ -69,9 +73,41 @@ class WeightAveraging(TrainerCallback):
         """Read what `save` wrote after `updates` rollouts; without it, the average starts from the weights as they are."""
         if not Path(folder, self.FILE_NAME).is_file():
             logger.warning(f"{folder} has no {self.FILE_NAME}: the average over rollouts starts from its weights.")
-            self.average = EMAModel(whole_values(self.parameters), decay=self.average.decay)
+            self.start()
             return
         tensors = load_file(Path(folder, self.FILE_NAME))
         for i, parameter in enumerate(self.average.shadow_params):
             parameter.copy_(tensors[str(i)])
         self.average.optimization_step = updates
+
+
+class OldPolicy(WeightAveraging):
+    """
+    The weights that sample the rollouts, in float32: after rollout i they become eta_i old + (1 - eta_i) trained.
+
+    Args:
+        model (`torch.nn.Module`): As in [`WeightAveraging`].
+        decay (`Callable[[int], float]`): eta_i in [0, 1) after i >= 1 rollouts; 0 puts the trained weights in their place.
+    """
+
+    FILE_NAME = "old_policy.safetensors"
+
+    def __init__(self, model: torch.nn.Module, decay: Callable[[int], float]):
+        super().__init__(model, 0.0)
+        self.decay = decay
+        self.start()
+
+    def start(self) -> None:
+        super().start()
+        self.average.shadow_params = [value.float() for value in self.average.shadow_params]
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:  # a run before may have ended inside a rollout
+            self.start()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        rollouts, inside = divmod(state.global_step, args.steps_per_rollout)
+        if not inside:
+            for old, trained in zip(self.average.shadow_params, whole_values(self.parameters)):
+                old.lerp_(trained.to(old), 1 - self.decay(rollouts))
+            self.average.optimization_step = rollouts

@@ -25,6 +25,8 @@ class Algorithm:
         scheduler_class (`type[RolloutScheduler]`): Its sampler.
         hyperparameters (`tuple[str, ...]`): Its own options on a model card.
         latents_per_target (`int`): Float32 tensors of the latents' shape that `targets` keeps of each sample.
+        noises_endpoints (`bool`): It learns from endpoints that are noised afresh ([`ForwardProcessTrainer`]): a rollout keeps
+            these alone, and no tuples of its steps.
         base_distance_name (`str`): Metric of the distance that `beta` weighs.
         args ([`RolloutConfig`]): Options of the run.
         sigmas (`Tensor`): Noise levels t_0 > ... > t_T = 0 of the sampler, shape [T + 1], on the CPU.
@@ -38,6 +40,7 @@ class Algorithm:
     scheduler_class: type[RolloutScheduler]
     hyperparameters: tuple[str, ...] = ()
     latents_per_target = 0
+    noises_endpoints = False
     base_distance_name = "base_distance"
     args: RolloutConfig
     sigmas: Tensor
@@ -67,6 +70,14 @@ class Algorithm:
         """The K noise levels that a rollout batch, by its global number, is trained on, in the order of training."""
         raise NotImplementedError
 
+    def see_rewards(self, rewards: Tensor) -> None:
+        """
+        Told of all rewards of a rollout, before the targets of its batches are asked for.
+
+        Args:
+            rewards (`Tensor`): Total rewards of this process, shape [P, G], NaN where none applies.
+        """
+
     def targets(self, sampled: RolloutBatch, rewards: Tensor, rows: list[int]) -> tuple[Tensor, ...]:
         """
         What the loss learns from a batch, tensors with N samples in front.
@@ -79,7 +90,10 @@ class Algorithm:
         raise NotImplementedError
 
     def loss(self, velocity: Tensor, old_velocity: Tensor, batch: ScoredBatch, level: int) -> SurrogateLoss:
-        """Loss and ratio of each sample, shape [N], from its velocity now and in the rollout, in float32."""
+        """
+        Loss and ratio of each sample, shape [N], from its velocity now and in the rollout, in float32. The ratio is None in
+        an algorithm that has none.
+        """
         raise NotImplementedError
 
     def base_distance(self, velocity: Tensor, base_velocity: Tensor, batch: ScoredBatch, level: int) -> Tensor:

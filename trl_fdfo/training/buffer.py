@@ -23,14 +23,16 @@ class ScoredBatch:
     A rollout batch with the targets that its rewards give: everything that an update needs.
 
     Attributes:
-        sampled ([`RolloutBatch`]): The recorded tuples (x_t, v_old).
+        sampled ([`RolloutBatch`]): The recorded tuples (x_t, v_old), or, of an algorithm that noises them, the endpoints.
         targets (`tuple[Tensor, ...]`): What the loss learns from the rewards, each tensor with N samples in front.
         levels (`list[int]`): The K trained levels, in the order in which they are dealt.
+        number (`int`): Its global number in the rollout.
     """
 
     sampled: RolloutBatch
     targets: tuple[Tensor, ...]
     levels: list[int]
+    number: int
 
     def on_device(self, device: torch.device, level: int) -> "ScoredBatch":
         """The batch with everything that the loss needs at one level on the device, without copying what is there."""

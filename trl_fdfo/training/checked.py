@@ -36,6 +36,7 @@ def check_class(algorithm: type[Algorithm]) -> None:
         "scheduler_class": (lambda value: is_class(value, RolloutScheduler), "a subclass of `RolloutScheduler`"),
         "base_distance_name": (is_name, "the name of a metric"),
         "latents_per_target": (lambda value: isinstance(value, int) and value >= 0, "an int >= 0"),
+        "noises_endpoints": (lambda value: isinstance(value, bool), "a bool"),
         "hyperparameters": (lambda value: isinstance(value, tuple), "a tuple of names of options"),
     }
     for name, (is_right, should) in attributes.items():
@@ -132,11 +133,12 @@ def targets(trainer: Algorithm, sampled: RolloutBatch, rewards: Tensor, rows: li
 
 def loss(
     trainer: Algorithm, velocity: Tensor, old_velocity: Tensor, batch: ScoredBatch, level: int
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Loss and ratio of each sample, [N]."""
     returned, samples = trainer.loss(velocity, old_velocity, batch, level), len(velocity)
     is_pair = isinstance(returned, tuple) and len(returned) == 2
-    if not is_pair or not all(_is_float(values) and values.shape == (samples,) for values in returned):
+    given = returned[:1] if is_pair and returned[1] is None else returned
+    if not is_pair or not all(_is_float(values) and values.shape == (samples,) for values in given):
         should = f"it must return a `SurrogateLoss`, the loss and the ratio of each sample, of shape [N] = [{samples}]"
         _refuse(trainer, "loss", returned, should)
     if velocity.requires_grad and not returned[0].requires_grad:

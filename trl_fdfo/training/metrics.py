@@ -50,6 +50,7 @@ class RolloutMetrics:
         self._watchdogs = watchdogs
         self._images_per_rollout = images_per_rollout
         self._micro_batches_per_step = micro_batches_per_step
+        self._micro_batches = 0  # since the last log
         self.values: dict[str, list[Tensor]] = defaultdict(list)
         self.seconds: dict[str, float] = defaultdict(float)
         self.seconds_of_run: dict[str, float] = defaultdict(float)
@@ -58,6 +59,7 @@ class RolloutMetrics:
         """Before a run: the one before may have ended between two logs."""
         for kept in (self.values, self.seconds, self.seconds_of_run):
             kept.clear()
+        self._micro_batches = 0
 
     def add(self, **values: Tensor) -> None:
         for name, value in values.items():
@@ -117,15 +119,19 @@ class RolloutMetrics:
         self.add(branch_rms=values[0], branch_distance=values[1])
         self._watchdogs.check_branches(values[1].item(), shared_noise, dtype)
 
-    def add_ratio(self, ratio: Tensor, epsilon: float, is_first_step: bool) -> None:
+    def add_update(self, ratio: Tensor | None, epsilon: float, is_first_step: bool) -> None:
         """
-        How far the updates have moved the model.
+        A micro-batch, and how far the updates have moved the model.
 
         Args:
-            ratio (`Tensor`): Ratio of each sample of a micro-batch, [N], without gradients.
+            ratio (`Tensor`, *optional*): Ratio of each sample of a micro-batch, [N]; None if the algorithm has none.
             epsilon (`float`): Half the width of the trust region.
             is_first_step (`bool`): No optimizer step has been made on the rollout.
         """
+        self._micro_batches += 1
+        if ratio is None:
+            return
+        ratio = ratio.detach()
         error = (ratio - 1).abs()
         self.add(ratio=ratio.mean(), ratio_error=error.mean(), clip_ratio=(error > epsilon).float().mean())
         if is_first_step:
@@ -143,8 +149,8 @@ class RolloutMetrics:
             self._watchdogs.check_first_ratio(metrics["first_ratio_error"])
         if "ratio" in metrics:
             self._watchdogs.check_ratio(metrics["ratio_error"])
-            updates = len(self.values["ratio"]) / self._micro_batches_per_step
-            metrics["step_time"] = self.seconds["train"] / updates
+        if self._micro_batches:
+            metrics["step_time"] = self.seconds["train"] * self._micro_batches_per_step / self._micro_batches
         if REWARD in metrics:
             rollouts = len(self.values[REWARD])
             metrics |= {f"{name}_time": self.seconds[name] / rollouts for name in ("rollout", "reward", "train")}
@@ -154,6 +160,7 @@ class RolloutMetrics:
                 metrics["peak_memory"] = self._peak_memory(device)
         self.values.clear()
         self.seconds.clear()
+        self._micro_batches = 0
         return metrics
 
     def _peak_memory(self, device: torch.device) -> float:

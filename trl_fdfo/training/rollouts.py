@@ -43,7 +43,8 @@ def sample_rollout(trainer: Trainer, rollout: int) -> RolloutBuffer:
     numbers = range(first_batch, first_batch + args.num_rollout_batches)
     images = len(numbers) * args.per_device_prompt_batch_size * args.num_generations
     with rollout_bar(trainer, rollout, images) as bar:
-        batches, pending = _sample_all(trainer, rollout, numbers, bar)
+        with trainer.sampling_weights():
+            batches, pending = _sample_all(trainer, rollout, numbers, bar)
         with metrics.timed("reward"):
             metrics.add_waiting(wait_for_rewards(trainer, pending, bar))
     trainer.end_if_interrupted()
@@ -55,12 +56,18 @@ def sample_rollout(trainer: Trainer, rollout: int) -> RolloutBuffer:
     trainer.pictures.log_rollout(trainer.state, rewards, trainer.reward_functions)
     metrics.add_rewards(rollout, rewards)
     metrics.add_branches([batch.sampled.endpoints for batch in batches], trainer.shared_noise(rollout))
+    trainer.see_rewards(trainer.reward_functions.total(rewards))
     scored = []
-    for batch, values in zip(batches, rewards.split(args.per_device_prompt_batch_size)):
-        total = trainer.reward_functions.total(values).to(batch.sampled.endpoints.device)
-        targets = checked.targets(trainer, batch.sampled, total, batch.rows)
+    for number, batch, values in zip(numbers, batches, rewards.split(args.per_device_prompt_batch_size)):
+        sampled = batch.sampled
+        total = trainer.reward_functions.total(values).to(sampled.endpoints.device)
+        targets = checked.targets(trainer, sampled, total, batch.rows)
         targets = host_copy(targets) if args.offload_trajectories else targets
-        scored.append(ScoredBatch(replace(batch.sampled, endpoints=None), targets, batch.levels))
+        if not trainer.noises_endpoints:
+            sampled = replace(sampled, endpoints=None, is_kept=None)
+        elif args.offload_trajectories:
+            sampled = replace(sampled, endpoints=host_copy(sampled.endpoints))
+        scored.append(ScoredBatch(sampled, targets, batch.levels, number))
     return RolloutBuffer(rollout, first_batch, scored, args.optimizer_steps_per_rollout)
 
 
@@ -150,6 +157,8 @@ def _sample_some(
     branches, size = args.num_generations, args.per_device_prompt_batch_size
     numbers = _places(trainer, batches)
     levels = [checked.trained_levels(trainer, rollout, batch) for batch in batches]
+    # Where nothing is learned from the steps, one of each batch checks the replay.
+    recorded = [one[:1] for one in levels] if trainer.noises_endpoints else levels
     sampled_columns = args.pipeline_columns or ()
     needed = needed_columns(
         trainer.train_dataset, [trainer.reward_functions], [args.dataset_prompt_column, *sampled_columns]
@@ -168,7 +177,7 @@ def _sample_some(
             checked.noise_amounts(trainer, rollout, numbers),
             checked.initial_seeds(trainer, rollout, numbers),
             noise_seeds,
-            levels={level for one in levels for level in one},
+            levels={level for one in recorded for level in one},
             columns={name: columns[name] for name in sampled_columns},
             encoded=encoded,
         )
@@ -185,8 +194,18 @@ def _sample_some(
             sampled.images, repeated[args.dataset_prompt_column], trainer.state, repeated, branches
         )
     trainer.pictures.keep(trainer.state, sampled.images, prompts)
-    parts = flow.split(replace(sampled, images=None), levels)
+    parts = flow.split(replace(sampled, images=None), recorded)
+    if trainer.noises_endpoints:
+        parts = [_checked_and_forgotten(trainer, part) for part in parts]
     if args.offload_trajectories:
         parts = [part.on_host() for part in parts]
     batch_rows = [rows[batch * size : (batch + 1) * size] for batch in batches]
     return [SampledBatch(*batch) for batch in zip(parts, levels, batch_rows)], pending
+
+
+def _checked_and_forgotten(trainer: Trainer, batch: RolloutBatch) -> RolloutBatch:
+    """The batch without its recorded tuples, after the replay of each is compared with it."""
+    for level, recorded in batch.velocities.items():
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            trainer.compare_replay(trainer.flow.velocity(batch, level), recorded, level)
+    return replace(batch, x_t={}, velocities={})

@@ -1,4 +1,4 @@
-"""The differences of rewards that an algorithm's loss takes, and its return value."""
+"""The differences of rewards that an algorithm's loss takes, and its return value. Dimensions: P prompts, G images of each."""
 
 from typing import NamedTuple
 
@@ -8,15 +8,19 @@ from torch import Tensor
 from .watchdogs import WatchdogError
 
 
+# Keeps the advantages finite (and zero) where all images of a prompt have one reward.
+STD_EPS = 1e-4
+
+
 class SurrogateLoss(NamedTuple):
     """
     Attributes:
         loss (`Tensor`): L of each sample, the shape of the rewards.
-        ratio (`Tensor`): rho of each sample, the shape of the rewards.
+        ratio (`Tensor`, *optional*): rho of each sample, the shape of the rewards; None if the algorithm has no ratio.
     """
 
     loss: Tensor
-    ratio: Tensor
+    ratio: Tensor | None
 
 
 def in_float32(difference: Tensor) -> Tensor:
@@ -32,3 +36,17 @@ def in_float32(difference: Tensor) -> Tensor:
             "by a constant, which changes nothing but its scale."
         )
     return difference.float()
+
+
+def group_advantages(rewards: Tensor) -> Tensor:
+    """
+    Rewards of the images of each prompt, normalised to mean 0 and standard deviation 1 (the sample's own, over G).
+
+    Args:
+        rewards (`Tensor`): Shape [P, G], G >= 2.
+
+    Returns:
+        `Tensor`: A, shape [P, G]; 0 where all rewards of a prompt are the same.
+    """
+    deviation = rewards - rewards.mean(dim=1, keepdim=True)
+    return deviation / (rewards.std(dim=1, correction=0, keepdim=True) + STD_EPS)

@@ -55,7 +55,7 @@ from ..saving.weight_averaging import WeightAveraging
 from ..seeds import EVALUATION, derive_seed
 from . import checked, publishing
 from .algorithm import Algorithm
-from .buffer import MicroBatch, RolloutBuffer
+from .buffer import MicroBatch, RolloutBuffer, ScoredBatch
 from .config import RolloutConfig
 from .engines import adapt_to_trainer, leave_out_autocast, prepare_for_engine
 from .metrics import RolloutMetrics
@@ -239,8 +239,15 @@ class RolloutTrainer(Algorithm, Trainer):
             return self.args.replay_tolerance
         return tolerance_above(floor, default_tolerance(self.pipeline, self.args.mixed_precision_dtype))
 
+    def _add_average(self, average: WeightAveraging) -> WeightAveraging:
+        """Keep an average of the trained weights, which checkpoints have too."""
+        self._averages.append(average)
+        self.add_callback(average)
+        return average
+
     def _add_collaborators(self) -> None:
         args = self.args
+        self._averages: list[WeightAveraging] = []
         self._watchdogs = Watchdogs(args.epsilon)
         self.metrics = RolloutMetrics(
             self.accelerator,
@@ -268,8 +275,7 @@ class RolloutTrainer(Algorithm, Trainer):
             self.add_callback(self.progress)
         self.averaging = None
         if args.ema_decay is not None:
-            self.averaging = WeightAveraging(self.model, args.ema_decay)
-            self.add_callback(self.averaging)
+            self.averaging = self._add_average(WeightAveraging(self.model, args.ema_decay))
         self._alarms = Alarms(
             control_drop=args.alarm_control_drop,
             diversity_drop=args.alarm_diversity_drop,
@@ -327,6 +333,7 @@ class RolloutTrainer(Algorithm, Trainer):
             cls.latents_per_target,
             cls.shares_prefix(config),
             evaluated,
+            cls.noises_endpoints,
         )
 
     def run_plan(self) -> RunPlan:
@@ -346,6 +353,7 @@ class RolloutTrainer(Algorithm, Trainer):
                 len(self.eval_dataset) if self.eval_dataset is not None else 0,
                 algorithm=self.algorithm,
                 latents_per_target=self.latents_per_target,
+                noises_endpoints=self.noises_endpoints,
             )
             self._rehearsal = None  # frees its memory
         return self._plan
@@ -421,15 +429,13 @@ class RolloutTrainer(Algorithm, Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         args = self.args
-        batch, level = inputs.batch, inputs.level
         self.flow.model = model
+        batch, level = self.with_tuple(inputs), inputs.level
         velocity = self.flow.velocity(batch.sampled, level)
         batch = batch.on_device(velocity.device, level)
         old_velocity = batch.sampled.velocities[level]
-        if inputs.step == 0:
-            error = replay_error(velocity, old_velocity)
-            self._replay_errors.append((error, level))
-            self.metrics.add(replay_error=error)
+        if inputs.step == 0 and not self.noises_endpoints:
+            self.compare_replay(velocity, old_velocity, level)
         loss, ratio = checked.loss(self, velocity.float(), old_velocity.float(), batch, level)
         if args.beta:
             with torch.no_grad(), self.accelerator.unwrap_model(model).disable_adapter():
@@ -437,12 +443,22 @@ class RolloutTrainer(Algorithm, Trainer):
             distance = checked.base_distance(self, velocity.float(), base_velocity.float(), batch, level)
             loss = loss + args.beta * distance
             self.metrics.add(**{self.base_distance_name: distance.detach().mean()})
-        self.metrics.add_ratio(ratio.detach(), args.epsilon, is_first_step=inputs.step == 0)
+        self.metrics.add_update(ratio, args.epsilon, is_first_step=inputs.step == 0)
         loss = loss.mean()
         self._watchdogs.watch_loss(loss, velocity, level)
         if self.accelerator.sync_gradients:
             self._check_before_optimizer_step()
         return (loss, velocity) if return_outputs else loss
+
+    def with_tuple(self, inputs: MicroBatch) -> ScoredBatch:
+        """The batch of a micro-batch with the tuple (x_t, v_old) of its level: here the one that was recorded."""
+        return inputs.batch
+
+    def compare_replay(self, velocity: Tensor, recorded: Tensor, level: int) -> None:
+        """Note how far a replayed velocity is from the recorded one; the next optimizer step is refused if it is too far."""
+        error = replay_error(velocity, recorded)
+        self._replay_errors.append((error, level))
+        self.metrics.add(replay_error=error)
 
     def _check_before_optimizer_step(self) -> None:
         """The host waits here for the device, once for all micro-batches of the step."""
@@ -475,6 +491,10 @@ class RolloutTrainer(Algorithm, Trainer):
     def _roll_out(self, rollout: int) -> RolloutBuffer:
         """Sample the images of this process, score them, and derive from the rewards what is to be learned."""
         return sample_rollout(self, rollout)
+
+    def sampling_weights(self) -> contextlib.AbstractContextManager:
+        """The model with the weights that sample the rollouts: the trained ones, as they are."""
+        return contextlib.nullcontext()
 
     def _on_run_begin(self) -> None:
         for functions in filter(None, (self.reward_functions, self.control_functions)):
@@ -746,8 +766,8 @@ class RolloutTrainer(Algorithm, Trainer):
                 "steps, whose data is gone. Resume with the optimizer_steps_per_rollout and num_iterations of that run, "
                 "or from a checkpoint at the end of a rollout."
             )
-        if self.averaging is not None:
-            self.averaging.load(checkpoint, updates=rollouts)
+        for average in self._averages:
+            average.load(checkpoint, updates=rollouts)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         check_stored_weights(self.model, resume_from_checkpoint)
@@ -761,8 +781,9 @@ class RolloutTrainer(Algorithm, Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.averaging is not None and self.args.should_save:
-            self.averaging.save(output_dir)
+        if self.args.should_save:
+            for average in self._averages:
+                average.save(output_dir)
 
     # The result -------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,83 @@
+"""Advantage Weighted Matching: its loss against loops over elements, its limits and its clip."""
+
+import math
+
+import pytest
+import torch
+from conftest import logged
+from forward_runs import Gaussian, make_forward  # noqa: F401
+
+from trl_fdfo import AWMTrainer
+from trl_fdfo.algorithm import awm_loss, group_advantages
+
+
+EXACT = {"rtol": 0, "atol": 1e-10}
+
+
+def tensors(count: int, *shape: int, seed: int = 0) -> list[torch.Tensor]:
+    return list(torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
+
+
+def loop(velocity, old, target, advantage, epsilon):
+    """The clipped loss element by element, with its gradient."""
+    losses, ratios, gradients = [], [], torch.zeros_like(velocity)
+    for n, a in enumerate(advantage.tolist()):
+        v, v_old, v_data = (x[n].flatten().tolist() for x in (velocity, old, target))
+        count = len(v)
+        error, old_error = (sum((x - y) ** 2 for x, y in zip(values, v_data)) / count for values in (v, v_old))
+        ratio = math.exp(old_error - error)
+        clipped = min(max(ratio, 1 - epsilon), 1 + epsilon)
+        losses.append(-min(a * ratio, a * clipped))
+        ratios.append(ratio)
+        if a * ratio <= a * clipped:
+            slope = [a * ratio * 2 * (x - y) / count for x, y in zip(v, v_data)]
+            gradients[n] = torch.tensor(slope, dtype=velocity.dtype).view_as(velocity[n])
+    return torch.tensor(losses, dtype=velocity.dtype), torch.tensor(ratios, dtype=velocity.dtype), gradients
+
+
+@pytest.mark.parametrize("epsilon", [0.01, 1.0])
+def test_loss_and_gradient_are_those_of_the_equation(epsilon):
+    old, target, change = tensors(3, 6, 2, 3)
+    velocity = (old + 0.05 * change).requires_grad_()
+    advantage = torch.tensor([1.0, -1.0, 0.5, -2.0, 0.0, 3.0], dtype=torch.float64)
+    loss, ratio = awm_loss(velocity, old, target, advantage, epsilon)
+    (gradient,) = torch.autograd.grad(loss.sum(), velocity)
+    expected = loop(velocity.detach(), old, target, advantage, epsilon)
+    for found, value in zip((loss, ratio, gradient), expected):
+        torch.testing.assert_close(found, value, **EXACT)
+    is_clipped = ~gradient.flatten(1).any(dim=1)
+    assert is_clipped[4] and is_clipped.sum() == (1 if epsilon == 1 else is_clipped.sum())
+    assert epsilon == 1 or 1 < is_clipped.sum() < 6, "some ratios are to reach the clip"
+
+
+def test_before_the_first_step_it_is_weighted_flow_matching():
+    old, target = tensors(2, 3, 5)
+    velocity = old.clone().requires_grad_()
+    advantage = torch.tensor([1.0, -2.0, 0.0], dtype=torch.float64)
+    loss, ratio = awm_loss(velocity, old, target, advantage, 0.01)
+    assert torch.equal(ratio, torch.ones(3, dtype=torch.float64))
+    (gradient,) = torch.autograd.grad(loss.sum(), velocity)
+    torch.testing.assert_close(gradient, advantage[:, None] * 2 * (old - target) / 5, **EXACT)
+
+
+def test_a_flow_moves_to_where_the_reward_is():
+    def loss(velocity, old, target, t, rewards):
+        return awm_loss(velocity, old, target, group_advantages(rewards).flatten(), epsilon=0.1).loss
+
+    assert Gaussian().train(loss, rollouts=120) == pytest.approx(1, abs=0.15)
+
+
+def test_equal_rewards_give_no_update(make_forward):  # noqa: F811
+    one_reward = lambda images, prompts: torch.ones(len(images))
+    trainer = make_forward(AWMTrainer, reward_fn=one_reward, num_rollouts=1, weight_decay=0.0)
+    before = [weight.detach().clone() for weight in trainer.old_policy.parameters]
+    trainer.train()
+    assert all(torch.equal(weight, old) for weight, old in zip(trainer.old_policy.parameters, before))
+
+
+def test_the_ratio_is_one_before_the_first_step_of_each_rollout(make_forward):  # noqa: F811
+    trainer = make_forward(AWMTrainer, num_rollouts=3, learning_rate=1e-2)
+    trainer.train()
+    # The policy that samples is the trained one as the rollout began.
+    assert logged(trainer, "first_ratio_error") == [0.0] * 3
+    assert min(logged(trainer, "ratio_error")) > 0

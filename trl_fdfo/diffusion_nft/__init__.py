@@ -1,0 +1,1 @@
+"""DiffusionNFT (arXiv 2509.16117)."""

@@ -1,0 +1,65 @@
+"""Options of DiffusionNFT."""
+
+from dataclasses import dataclass
+
+from ..training.config import RolloutConfig, option, with_help
+
+
+@dataclass
+@with_help
+class DiffusionNFTConfig(RolloutConfig):
+    r"""
+    Configuration of [`DiffusionNFTTrainer`] (DiffusionNFT, arXiv 2509.16117): the options of [`RolloutConfig`] and the ones
+    below, some of which only have another default. `epsilon` is none of them: the old policy, which follows slowly, is what
+    keeps updates small.
+
+    Parameters:
+        nft_beta (`float`, defaults to `1.0`):
+            Strength beta > 0 with which the implicit positive and negative policies mix the trained one with the old: the
+            smaller, the farther a rollout moves the policy. The paper takes 1 or, to be sooner, 0.1.
+        old_policy_decay (`float`, defaults to `0.5`):
+            Largest share of itself that the policy which samples keeps after a rollout, in [0, 1). 0 samples with the
+            trained weights.
+        old_policy_decay_rate (`float`, defaults to `0.001`):
+            How much that share, which starts at 0, grows with each rollout, >= 0.
+        num_generations (`int`, defaults to `24`):
+            Images G per prompt, from different noise, whose rewards are compared.
+        num_inference_steps (`int`, defaults to `10`):
+            Steps T of the sampler. Endpoints are noised to their levels.
+        prompts_per_rollout (`int`, defaults to `48`):
+            Prompts of each rollout, over all processes.
+        per_device_prompt_batch_size (`int`, defaults to `1`):
+            Prompts that each process samples, and trains on, at a time.
+        learning_rate (`float`, defaults to `3e-4`):
+            Initial learning rate of AdamW.
+    """
+
+    nft_beta: float = option(1.0)
+    old_policy_decay: float = option(0.5)
+    old_policy_decay_rate: float = option(0.001)
+
+    # Defaults of RolloutConfig that differ here
+    num_inference_steps: int = option(10)
+    num_generations: int = option(24)
+    prompts_per_rollout: int = option(48)
+    per_device_prompt_batch_size: int = option(1)
+    learning_rate: float = option(3e-4)
+
+    def _check(self) -> None:
+        super()._check()
+        if not self.nft_beta > 0:
+            raise ValueError(f"nft_beta={self.nft_beta} must be > 0: with 0 the loss does not depend on the weights.")
+        if not 0 <= self.old_policy_decay < 1:
+            raise ValueError(
+                f"old_policy_decay={self.old_policy_decay} must be in [0, 1): with 1 the policy that samples never follows."
+            )
+        if not self.old_policy_decay_rate >= 0:
+            raise ValueError(
+                f"old_policy_decay_rate={self.old_policy_decay_rate} must be >= 0: the decay grows from 0 to "
+                "old_policy_decay."
+            )
+        if self.epsilon != RolloutConfig.epsilon:
+            raise ValueError(
+                f"epsilon={self.epsilon} has nothing to clip, as DiffusionNFT has no ratio: leave it out. What keeps its "
+                "updates small is a larger nft_beta or old_policy_decay, or a lower learning_rate."
+            )
