@@ -102,7 +102,7 @@ def algorithms_named(source: str) -> set[str]:
             name = node.id if isinstance(node, ast.Name) else node.attr
             found |= {name} if re.match(CLASS_OF_ALGORITHM, name) else set()
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value not in docstrings:
-            found |= {match.group() for match in re.finditer(NAME_OF_ALGORITHM, node.value.replace("trl-fdfo", ""))}
+            found |= {match.group() for match in re.finditer(NAME_OF_ALGORITHM, node.value)}
     return found
 
 

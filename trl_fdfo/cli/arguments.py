@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NoReturn
 
 from trl import TrlParser
@@ -38,6 +39,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return action.help if action.default is None else super()._get_help_string(action)
 
 
+MERGE_FORMATS = ("pipeline", "checkpoint", "lora")
+MERGE_DTYPES = ("float32", "bfloat16", "float16")
 CONFIG = (
     "A YAML file of options, or the name of one that `trl-fdfo recipes` lists. Options beside it replace those in it."
 )
@@ -233,6 +236,93 @@ class EvaluationArguments(InferenceArguments):
     )
     grid_prompts: int = field(default=8, metadata={"help": "Prompts in grid.png."})
     output: str = field(default="evaluation", metadata={"help": "Folder to write."})
+
+
+@dataclass
+class MergeArguments:
+    """Options of a merge of adapters."""
+
+    model: str = field(metadata={"help": "Hub id or path of the pipeline, or `shapes` for the packaged tiny one."})
+    adapter: list[str] = field(
+        metadata={
+            "help": "Folder or .safetensors file of an adapter, or its place on the Hub. Repeat for several, which are merged "
+            "one after the other.",
+            "action": RepeatableFlag,
+        },
+    )
+    output: str = field(metadata={"help": "Folder of the pipeline, or .safetensors file, to write."})
+    format: str = field(
+        default="pipeline",
+        metadata={
+            "help": "`pipeline`: all of it, for `DiffusionPipeline.from_pretrained`. `checkpoint`: the file `original` with "
+            "the adapters in it. `lora`: the adapters as one LoRA of scale 1, with the names of `original`, or with "
+            "diffusers' names if that is not given.",
+            "choices": MERGE_FORMATS,
+        },
+    )
+    original: str | None = field(
+        default=None,
+        metadata={"help": "The model's .safetensors file in the layout of its authors, as ComfyUI loads it."},
+    )
+    component: str | None = field(
+        default=None,
+        metadata={"help": "The transformer that a file is of, if the pipeline has several. Default: `transformer`."},
+    )
+    scale: list[float] = field(
+        default_factory=lambda: [1.0],
+        metadata={"help": "How much of the adapters is merged: one number, or one for each.", "action": RepeatableFlag},
+    )
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Dtype of the weights: that of the model's files by default, float32 for a LoRA.",
+            "choices": MERGE_DTYPES,
+        },
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Replace an output that exists."})
+
+    def __post_init__(self):
+        for name in ("adapter", "scale"):
+            value = getattr(self, name)
+            setattr(self, name, value if isinstance(value, list) else [value])  # a YAML file may have it so
+        if not self.adapter:
+            raise ValueError("adapter=[] leaves nothing to merge: name at least one.")
+        if len(self.scale) not in (1, len(self.adapter)):
+            raise ValueError(
+                f"scale={self.scale} must be one number, or one for each of the {len(self.adapter)} adapters."
+            )
+        if self.format == "checkpoint" and self.original is None:
+            raise ValueError(
+                "format='checkpoint' changes a copy of the model's own file: name it in `original`, such as the one that "
+                "ComfyUI loads."
+            )
+        if self.format == "pipeline" and self.original is not None:
+            raise ValueError(
+                f"original='{self.original}' is not read for format='pipeline'. Set format='checkpoint' for that file with "
+                "the adapters in it, or 'lora' for a LoRA with its names."
+            )
+        if self.format == "checkpoint" and self.dtype is not None:
+            raise ValueError(
+                f"dtype={self.dtype} was given, and a checkpoint keeps the dtype of its original: leave it out."
+            )
+        self._check_output()
+
+    def _check_output(self) -> None:
+        output = Path(self.output)
+        is_file = self.format != "pipeline"
+        if is_file and output.suffix != ".safetensors":
+            raise ValueError(f"output='{output}' is a file for format='{self.format}': end its name in .safetensors.")
+        if not output.exists():
+            return
+        for name in ("original", "model"):
+            source = getattr(self, name)
+            if source is not None and Path(source).exists() and output.samefile(source):
+                raise ValueError(f"output='{output}' is the {name} itself: take another name.")
+        if not self.overwrite:
+            raise ValueError(f"output='{output}' exists: take another name, or set `overwrite`.")
+        if output.is_file() != is_file or not (is_file or (output / "model_index.json").is_file()):
+            kind = "file" if is_file else "folder of a pipeline"
+            raise ValueError(f"output='{output}' is no {kind}: it is not overwritten.")
 
 
 @dataclass

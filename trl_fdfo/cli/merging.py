@@ -22,7 +22,7 @@ from ..pipeline.options import is_quantized
 from ..pipeline.original_layout import OriginalFile, Part
 from ..pipeline.trained import TRAINED, restore_point, trained_modules
 from ..planning.without_weights import load_without_weights
-from .merge import Arguments
+from .arguments import MergeArguments
 from .models import find_adapters
 
 
@@ -48,7 +48,7 @@ class Rounding:
         return f"Rounding changes what the adapters add by {share:.2%} (rms).{advice}"
 
 
-def merge(arguments: Arguments) -> None:
+def merge(arguments: MergeArguments) -> None:
     """
     Raises:
         ValueError: The adapters are for another model, or change nothing; or files do not fit each other.
@@ -64,7 +64,7 @@ def merge(arguments: Arguments) -> None:
     write(arguments, adapters, scales, output)
 
 
-def merge_pipeline(arguments: Arguments, adapters: list[Path], scales: list[float], output: Path) -> None:
+def merge_pipeline(arguments: MergeArguments, adapters: list[Path], scales: list[float], output: Path) -> None:
     """
     Write the pipeline with the adapters in its weights.
 
@@ -118,7 +118,7 @@ def _merge_into(pipeline: DiffusionPipeline, path: Path, scale: float, rounding:
 class _Layers:
     """The adapted layers of one transformer of a pipeline without weights, for each adapter."""
 
-    def __init__(self, arguments: Arguments, adapters: list[Path], scales: list[float]):
+    def __init__(self, arguments: MergeArguments, adapters: list[Path], scales: list[float]):
         self.name = arguments.component
         self.transformer = self._component(load_without_weights(arguments.model, torch.float32))
         self._merges = [(self._read(arguments, path), scale) for path, scale in zip(adapters, scales)]
@@ -142,7 +142,7 @@ class _Layers:
             )
         return transformers[self.name]
 
-    def _read(self, arguments: Arguments, path: Path) -> dict[str, AdaptedLayer]:
+    def _read(self, arguments: MergeArguments, path: Path) -> dict[str, AdaptedLayer]:
         pipeline = load_without_weights(arguments.model, torch.float32)
         give_empty_weights(pipeline)
         model = add_adapter(pipeline, *read_adapter(pipeline, str(path)))
@@ -183,7 +183,7 @@ class _Layers:
         return self.merge(empty)
 
 
-def merge_checkpoint(arguments: Arguments, adapters: list[Path], scales: list[float], output: Path) -> None:
+def merge_checkpoint(arguments: MergeArguments, adapters: list[Path], scales: list[float], output: Path) -> None:
     """
     Write a copy of the original file with the adapters in its weights.
 
@@ -227,7 +227,7 @@ def _check_conversion(part: Part, weights: dict[str, Tensor], expected: dict[str
             )
 
 
-def merge_lora(arguments: Arguments, adapters: list[Path], scales: list[float], output: Path) -> None:
+def merge_lora(arguments: MergeArguments, adapters: list[Path], scales: list[float], output: Path) -> None:
     """
     Write one LoRA of scale 1 that adds what the adapters add, so that a program needs to know no alpha.
 
