@@ -422,7 +422,7 @@ class RolloutScheduler(StandIn):
         self._parts.append((handed_out, velocity, x_s))
         if stream is self.moving_streams[-1]:
             handed_out, velocities, self.endpoints = map(join, zip(*self._parts))
-            self.is_kept = self._kept([part[0] for part in self._parts])
+            self.is_kept = self._kept([x_s for *_, x_s in self._parts])
             self._parts = []
             if step in self.levels:
                 self.x_t[step], self.velocities[step] = handed_out, velocities
