@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import trl_fdfo
 from trl_fdfo.cli.main import COMMANDS, main
 
 
@@ -50,12 +51,9 @@ def test_a_snippet_runs_or_is_marked(code, why, tmp_path, monkeypatch):
     ours = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module.startswith("trl_fdfo")]
     exec(compile(ast.Module(ours, type_ignores=[]), "snippet", "exec"), namespace)
     for node in ast.walk(tree):
-        if (
-            isinstance(node, ast.Call)
-            and isinstance(node.func, ast.Name)
-            and node.func.id in ("FDFOConfig", "FlowGRPOConfig")
-        ):
-            exec("from trl_fdfo import FDFOConfig, FlowGRPOConfig", namespace)
+        name = getattr(node.func, "id", "") if isinstance(node, ast.Call) else ""
+        if name.endswith("Config") and name in trl_fdfo.__all__:
+            namespace[name] = getattr(trl_fdfo, name)
             node.keywords.append(ast.keyword("use_cpu", ast.Constant(True)))
             exec(ast.unparse(node), namespace)
 
