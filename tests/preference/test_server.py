@@ -177,6 +177,8 @@ def test_what_is_no_json_is_refused(running):
     status, _, said = ask(running, "/images/..%2f..%2fvotes.sqlite.png")
     assert status == 404
     assert ask(running, "/images/nothing.png")[0] == 404
+    names = {"rater": "\u0645\u06cc\u200c\u0646\u0627 \U0001f468\u200d\U0001f469\u200d\U0001f467"}
+    assert ask(running, "/api/undo", names)[0] == 200
     for query in ("count", "but_not"):
         assert ask(running, f"/api/next?rater=ann&{query}={'9' * 5000}")[2] == {"pairs": []}
 

@@ -314,7 +314,10 @@ async def _body(request: Request) -> dict[str, Any]:
 
 def _text(body: Any, name: str, limit: int) -> str:
     value = body.get(name)
-    if not isinstance(value, str) or not 0 < len(value.strip()) <= limit or not value.isprintable():
+    # Joiners, without which some names and emoji cannot be written, are not printable by themselves.
+    if not (
+        isinstance(value, str) and 0 < len(value.strip()) <= limit and re.sub("[\u200c\u200d]", "", value).isprintable()
+    ):
         raise Refused(422, f"{name!r} must be 1 to {limit} printable characters, and is {str(value)[:80]!r}.")
     return value.strip()
 

@@ -86,7 +86,7 @@ class Store:
 
     def __init__(self, path: str | Path, clock: Callable[[], float] = time.time):
         self._lock, self._clock, self._random = threading.RLock(), clock, random.Random()
-        self._path = Path(path)
+        self._path = Path(path).absolute()
         try:
             self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
             self._db.row_factory = sqlite3.Row

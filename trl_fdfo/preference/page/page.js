@@ -209,7 +209,7 @@ function showNumbers() {
   const others = raters.filter((one) => one.is_there && one.name !== rater).map((one) => one.name);
   element("status").textContent = run === null ? "No trainer has asked yet." : [
     `rollout ${rollout}${state.rollouts ? ` of ${state.rollouts}` : ""}: ${done} of ${pairs} pairs`,
-    me ? `you: ${me.votes} votes, ${me.per_minute} in the last minute` : "",
+    me ? `you: ${me.votes} ${me.votes === 1 ? "vote" : "votes"}, ${me.per_minute} in the last minute` : "",
     others.length ? `here too: ${others.join(", ")}` : "",
     numbers.trainer_is_there ? "" : "the trainer is not there",
   ].filter(Boolean).join("  ·  ");
