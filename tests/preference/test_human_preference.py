@@ -1,9 +1,12 @@
 """People as a reward, who are programs here: the whole way from a trainer over HTTP to the page's interface and back."""
 
 import asyncio
+import contextlib
 import io
+import json
 import threading
 import time
+from types import SimpleNamespace
 
 import kill_votes
 import pytest
@@ -16,6 +19,7 @@ from transformers import TrainerState
 
 from trl_fdfo.media import to_pil
 from trl_fdfo.preference.cli import main
+from trl_fdfo.preference.server import MAX_BODY, MAX_IMAGE, MAX_PAIRS
 from trl_fdfo.preference.store import LEASE
 from trl_fdfo.rewards import JPEGCompressibility, load_reward
 from trl_fdfo.rewards.human_preference import HumanPreference, HumanPreferenceError, human
@@ -157,12 +161,77 @@ def test_a_second_reward_stands_in(voting):
     assert scores[0::2] == [0.5 if first else -0.5 for first in darker]
 
 
+def test_a_vote_can_be_taken_back_until_the_last_one_is_there(start_server):
+    running = start_server()
+    reward = human(running.url)
+    images, rater, scores = images_of(4), ScriptedRater(running.url), []
+    thread = threading.Thread(target=lambda: scores.append(score(reward, images, ["a", "a", "b", "b"])))
+    thread.start()
+
+    def vote_for(pair, index):
+        """For the image of this index of its prompt, whichever place it is in."""
+        place = {"a": 0, "b": 2}[pair["prompt"]] + index
+        left = Image.open(io.BytesIO(rater.ask(f"images/{pair['left']}.png")))
+        choice = "left" if left.tobytes() == to_pil(images)[place].tobytes() else "right"
+        rater.ask("api/votes", {"rater": "ann", "pair": pair["id"], "choice": choice, "left": pair["left"]})
+
+    while len(pairs := json.loads(rater.ask("api/next?rater=ann&count=2"))["pairs"]) < 2:
+        time.sleep(0.02)
+    vote_for(pairs[0], 0)
+    while reward.waiting() != 1:  # the trainer has this vote
+        time.sleep(0.01)
+    again = json.loads(rater.ask("api/undo", {"rater": "ann"}))["pair"]
+    assert again["id"] == pairs[0]["id"]
+    vote_for(pairs[1], 0)
+    while reward.waiting() != 1:  # it has the second, and asks for the first again
+        time.sleep(0.01)
+    vote_for(again, 1)
+    thread.join(20)
+    by_prompt = dict(
+        zip("ab", scores[0].view(2, 2).tolist() if hasattr(scores[0], "view") else [scores[0][:2], scores[0][2:]])
+    )
+    assert by_prompt[pairs[0]["prompt"]] == [-0.5, 0.5] and by_prompt[pairs[1]["prompt"]] == [0.5, -0.5]
+
+
+class Recorded(HumanPreference):
+    """Keeps its requests instead of sending them; each pair has a vote."""
+
+    async def _connect(self):
+        self._client = SimpleNamespace(session=contextlib.nullcontext)
+        self.sent = []
+
+    async def _post(self, session, path, body):
+        self.sent.append((path, body))
+        verdict = {"a": 1, "b": 0, "tie": 0, "expired": False}
+        verdicts = dict.fromkeys(body.get("keys", ()), verdict)
+        return {"added": len(body.get("pairs", ())), "verdicts": verdicts, "idle": 0.0}
+
+
+def test_requests_stay_within_the_limits_of_the_server():
+    preference, png = Recorded(), b"x" * (11 * 2**20)
+    many = {f"key {n}": ("a", (f"{n} left", f"{n} right"), (b"l", b"r")) for n in range(1201)}
+    large = {f"large {n}": ("a", (f"L{n}", f"R{n}"), (png, png)) for n in range(3)}
+    assert len(asyncio.run(preference._ask(many | large, None))) == 1204
+    sizes, seen = [], set()
+    for path, body in preference.sent:
+        if path == "/verdicts":
+            assert 0 < len(body["keys"]) <= MAX_PAIRS
+        if path == "/pairs":
+            sizes.append(len(json.dumps(body)))
+            seen |= body["images"].keys()
+            assert all({left, right} <= seen for _, left, right in body["pairs"])
+    assert max(sizes) < MAX_BODY / 2 and len(seen) == 2 * 1204
+    # An image at the limit still fits into a request of its own.
+    assert MAX_IMAGE * 4 / 3 < MAX_BODY
+
+
 def test_two_trainers_with_one_name(voting):
     voting()
     images, prompts = images_of(2), ["a", "a"]
     first = human(voting.url)
     score(first, images, prompts)
-    voting.running.store._clock = lambda: 0.0  # the first one is at work
+    now = time.time()
+    voting.running.store._clock = lambda: now  # the first one is at work
     other = HumanPreference(voting.url)
     import trl_fdfo.rewards.human_preference as module
 
@@ -188,6 +257,7 @@ def test_bad_arguments_are_refused():
         ({"patience": 0}, "more than 0 seconds"),
         ({"stand_in": by_red}, "set patience="),
         ({"url": "http://localhost:1", "verdicts": "folder"}, "leave url out"),
+        ({"verdicts": "no folder"}, "no folder is no folder of an exported data set"),
     ):
         with pytest.raises(ValueError, match=words):
             HumanPreference(**arguments)
@@ -269,11 +339,13 @@ def test_the_trainer_starts_a_server_of_its_own(make_trainer, tmp_path):
     reward = human(database=str(tmp_path / "votes.sqlite"))
     owner = reward.compare.__self__
     trainer = make_trainer(reward_fn=reward, num_rollouts=1)
-    rater, over = [], threading.Event()
+    rater, killed, over = [], [], threading.Event()
 
     def vote():
-        while owner.url is None:
+        while owner.waiting() == 0:
             time.sleep(0.05)
+        killed.append(owner._process)
+        owner._process.kill()  # another takes its place, on the same port
         rater.append(ScriptedRater(owner.url, prefer=by_red))
         rater[0].run(over.is_set)
 
@@ -284,7 +356,8 @@ def test_the_trainer_starts_a_server_of_its_own(make_trainer, tmp_path):
     thread.join(10)
     assert rater[0].votes > 0
     process = owner._process
-    owner.__del__()
+    assert process.pid != killed[0].pid
+    owner._end_server()
     assert process.wait(10) is not None
 
 

@@ -166,6 +166,50 @@ def test_two_tabs_vote_once(running, open_page):
     assert verdict["a"] + verdict["b"] == 1 and running.store.progress()["votes"] == 1
 
 
+def test_a_vote_waits_for_a_server_that_cannot_keep_it(running, open_page):
+    run, keys, _ = add_pairs(running, 2)
+    page = open_page()
+    before = shown(page)
+    away = running.database.with_name("away")
+    running.database.rename(away)
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_function("() => element('status').textContent.includes('was deleted or replaced')")
+    assert shown(page) == before
+    away.rename(running.database)
+    page.wait_for_function(
+        "before => element('left').dataset.id + element('right').dataset.id !== before", arg="".join(before)
+    )
+    page.wait_for_function("() => element('status').textContent.startsWith('rollout 1')")
+    assert len(votes_on(running, run, keys)) == 1
+
+
+def test_any_text_is_shown_as_it_is(running, open_page):
+    run = running.store.open_run("<b>run</b>", "me", 1)
+    prompts = [
+        "<img src=x onerror=alert(1)><script>document.title = 1</script>",
+        "חתול על גג",
+        "\U0001f98a" * 300,
+        "w" * 20_000,
+    ]
+    for place, prompt in enumerate(prompts):
+        files = [as_png(Image.new("RGB", (1, 1), (place, side, 0))) for side in (0, 90)]
+        ids = list(map(image_id, files))
+        running.store.add(run, "me", 1, [Pair(prompt, *ids)], dict(zip(ids, files)))
+    page = open_page("<i>ann</i>", size=PHONE)
+    for prompt in prompts:
+        shown(page)
+        page.wait_for_function("prompt => element('prompt').textContent === prompt", arg=prompt)
+        assert overlaps(page) == ([], False)
+        if prompt is prompts[1]:
+            assert page.evaluate("getComputedStyle(element('prompt')).direction") == "rtl"
+        page.keyboard.press("ArrowUp")
+    for key in "pr":
+        page.keyboard.press(key)
+        page.wait_for_timeout(150)
+        assert overlaps(page) == ([], False)
+    assert page.locator("main b, main i, main script").count() == 0 and page.title() == "Which image is better?"
+
+
 def test_past_votes_can_be_corrected(running, open_page):
     run, keys, _ = add_pairs(running, 2)
     page = open_page()
@@ -212,6 +256,10 @@ def test_nothing_overlaps(running, open_page, size, pixels, tmp_path):
             page.keyboard.press("z")
         elif keys:
             page.keyboard.press(keys)
+        sides = page.evaluate(
+            "['left', 'right'].map(e => { const b = element(e).getBoundingClientRect(); return b.width - b.height; })"
+        )
+        assert keys in ("p", "r") or max(map(abs, sides)) < 1, "squares are squares"
     if size == SCREEN and pixels == 512:
         width = page.evaluate("element('left').getBoundingClientRect().width")
         assert width == 512, "its true size"

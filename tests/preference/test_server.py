@@ -5,8 +5,12 @@ import http.client
 import io
 import json
 import re
+import signal
+import subprocess
+import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -14,6 +18,7 @@ from PIL import Image
 from trl_fdfo.preference import server as module
 from trl_fdfo.preference.cli import main
 from trl_fdfo.preference.pairs import image_id, pair_key
+from trl_fdfo.rewards.human_preference import HumanPreference
 
 
 def png(color, size=8):
@@ -106,7 +111,13 @@ def test_page_asks_no_other_host(running):
         ("pairs", pairs_body(images=(b"GIF89a", RED)), 422, "not a PNG file"),
         ("pairs", pairs_body(images=(png("red", 9000), RED)), 413, "81,000,000 pixels"),
         ("pairs", pairs_body(owner="you"), 409, "Another trainer has opened this run"),
+        ("pairs", pairs_body(images=(RED[:-20], BLUE)), 422, "not a PNG file, or not a whole one"),
+        ("pairs", pairs_body(prompt="half a character \ud83d"), 422, "no valid Unicode"),
         ("pairs", pairs_body(rollout="one"), 422, "'rollout' must be a number from 0"),
+        ("pairs", pairs_body(rollout=1.5), 422, "'rollout' must be a whole number, and is 1.5"),
+        ("verdicts", {"owner": "me", "keys": ["\ud83d"]}, 422, "'keys' must be text"),
+        ("state", {"owner": "me", "state": {"rollouts": float("nan")}}, 422, "'state' is not valid JSON"),
+        ("state", {"owner": "me", "state": {"\ud83d": 1}}, 422, "'state' is not valid JSON"),
         ("verdicts", {"owner": "me", "keys": ["'; DROP TABLE pairs"]}, 404, "There is no pair"),
         ("verdicts", {"owner": "me", "keys": [], "wait": 1e9}, 422, "'wait' must be a number from 0 to 30"),
         ("state", {"owner": "me", "state": []}, 422, "'state' must be an object"),
@@ -145,6 +156,9 @@ def test_bad_input_of_a_trainer_is_refused_in_words(running, run, path, body, st
             "'votes_per_pair' must be a number from 1",
         ),
         ("/api/raters", {"rater": "nobody", "excluded": True}, 404, "no rater 'nobody'"),
+        ("/api/undo", {"rater": "ann", "run": {"a": 1}}, 422, "'run' must be 1 to 80 printable"),
+        (f"/api/runs/{'9' * 5000}/verdicts", {"owner": "me", "keys": []}, 404, "is not the number of a run"),
+        ("/api/runs/7/verdicts", {"owner": "me", "keys": []}, 404, "another file than the one that the trainer began"),
         ("/api/nothing", {}, 404, "POST /api/nothing: Not Found"),
     ],
 )
@@ -163,18 +177,40 @@ def test_what_is_no_json_is_refused(running):
     status, _, said = ask(running, "/images/..%2f..%2fvotes.sqlite.png")
     assert status == 404
     assert ask(running, "/images/nothing.png")[0] == 404
+    names = {"rater": "\u0645\u06cc\u200c\u0646\u0627 \U0001f468\u200d\U0001f469\u200d\U0001f467"}
+    assert ask(running, "/api/undo", names)[0] == 200
+    for query in ("count", "but_not"):
+        assert ask(running, f"/api/next?rater=ann&{query}={'9' * 5000}")[2] == {"pairs": []}
 
 
 def test_oversized_requests_end_before_they_are_read(running, run):
     status, _, said = ask(
         running, f"/api/runs/{run}/pairs", raw=b"{}", headers={"content-length": str(module.MAX_BODY + 1)}
     )
-    assert status == 413 and "more than 64 MiB" in said["error"]
+    assert status == 413 and "more than 128 MiB" in said["error"]
+
+
+def test_a_vote_that_cannot_be_kept_is_refused_in_words(running, run):
+    """A full disk passes: the page and the trainer send again what is answered by 503."""
+    ask(running, f"/api/runs/{run}/pairs", pairs_body())
+    [pair] = ask(running, "/api/next?rater=ann")[2]["pairs"]
+    body = {"rater": "ann", "pair": pair["id"], "choice": "left", "left": pair["left"]}
+    [pages] = running.store._one("PRAGMA page_count")
+    running.store._db.execute(f"PRAGMA max_page_count = {pages}")
+    for number in range(200):  # votes of others fill the pages that there are
+        status, _, said = ask(running, "/api/votes", body | {"rater": f"rater {number:070}"})
+        if status != 200:
+            break
+    assert (
+        status == 503 and "The file of the votes cannot be read or written (database or disk is full)" in said["error"]
+    )
+    running.store._db.execute("PRAGMA max_page_count = 100000")
+    assert ask(running, "/api/votes", body)[2] == {"stored": True}
 
 
 def test_other_hosts_and_pages_are_refused(running):
     status, _, said = ask(running, "/", headers={"host": "evil.example:80"})
-    assert status == 400 and "names the host 'evil.example'" in said["error"]
+    assert status == 400 and "names the host 'evil.example': open http://localhost" in said["error"]
     body = {"rater": "ann"}
     status, _, said = ask(running, "/api/undo", body, headers={"origin": "http://evil.example"})
     assert status == 403 and "may not vote here" in said["error"]
@@ -199,8 +235,35 @@ def test_token(start_server, capfd):
     assert "secret-of-the-link" not in "".join(capfd.readouterr())
 
 
+@pytest.mark.parametrize("token", ["", "a+b/c=&d;e"])
+def test_beyond_loopback_there_is_a_token(tmp_path, token):
+    """Also where it is empty, as a variable that is not set; and the link lets in as soon as it is printed."""
+    command = [sys.executable, "-m", "trl_fdfo.preference", "--host", "0.0.0.0", "--port", "0", "--token", token]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, cwd=tmp_path, text=True) as process:
+        try:
+            port, path = re.fullmatch(r"Vote at http://[^/]+:(\d+)(/.*)\n", process.stdout.readline()).groups()
+            there = SimpleNamespace(port=int(port))
+            assert ask(there, "/")[0] == ask(there, "/?token=")[0] == 401
+            status, headers, _ = ask(there, path)
+            assert status == 303
+            assert ask(there, "/", headers={"cookie": headers["set-cookie"].split(";")[0]})[0] == 200
+            sent = HumanPreference(f"http://127.0.0.1:{port}{path}")._token
+            assert sent == (token or sent) and len(sent) > 8
+            assert ask(there, "/", headers={"authorization": f"Bearer {sent}"})[0] == 200
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) == 0 and "Traceback" not in process.stderr.read()
+        finally:
+            process.kill()
+
+
 def test_command_says_what_is_wrong(tmp_path, capsys, running):
+    (tmp_path / "text").write_text("no votes")
     for arguments, words in (
+        (["--database", str(tmp_path / "text")], "cannot be opened as a file of votes"),
+        (["--port", "99999", "--database", str(tmp_path / "v.sqlite")], "cannot be listened on"),
+        (["--port", str(running.port), "--database", str(tmp_path / "v.sqlite"), "serve"], "cannot be listened on"),
+        (["--token", "a b", "--database", str(tmp_path / "v.sqlite")], "no header can carry it"),
         (["export", str(tmp_path / "none.sqlite"), str(tmp_path / "out")], "There is no file"),
         (["import", str(tmp_path / "none"), str(tmp_path / "out")], "no folder of an exported data set"),
         (["--port", str(running.port), "--database", str(tmp_path / "v.sqlite")], "cannot be listened on"),

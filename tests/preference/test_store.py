@@ -1,5 +1,6 @@
 """The file of pairs and votes, without a server."""
 
+import os
 import random
 
 import pytest
@@ -166,6 +167,43 @@ def test_two_runs_of_one_name_are_refused(store, clock):
             ask(run, "me", keys)
     with pytest.raises(Refused, match="no run 77"):
         store.verdicts(77, "me", keys)
+
+
+def test_a_clock_that_is_set_back_changes_nothing(store, clock):
+    run, _ = add(store, 3)
+    for _ in range(2):
+        clock.now -= 86_400
+        [last] = store.next_pairs("ann")
+        vote_for_a(store, "ann", last)
+    assert store.past("ann")[0]["id"] == last["id"]
+    clock.now += 5
+    assert store.idle_seconds(run) == 5 and store.progress()["raters"][0]["is_there"]
+    assert store.undo("ann")["id"] == last["id"]
+    assert store.open_run("run", "you", 1) == run  # its trainer was seen a day or two from now, and is not there
+
+
+def test_a_file_that_is_deleted_is_said(store, tmp_path):
+    run, keys = add(store, 1)
+    [pair] = store.next_pairs("ann")
+    path = tmp_path / "votes.sqlite"
+    os.rename(path, tmp_path / "away")
+    for copy in (False, True):
+        if copy:
+            path.write_bytes(b"")
+        with pytest.raises(
+            Refused, match="votes.sqlite, was deleted or replaced .* move it back, or end the server"
+        ) as refused:
+            vote_for_a(store, "ann", pair)
+        assert refused.value.status == 503
+    os.rename(tmp_path / "away", path)
+    assert vote_for_a(store, "ann", pair) and store.verdicts(run, "me", keys)
+
+
+def test_what_is_no_file_of_votes_is_said(tmp_path):
+    (tmp_path / "other").write_text("no database at all")
+    for path in (tmp_path / "other", tmp_path / "no folder" / "votes.sqlite"):
+        with pytest.raises(ValueError, match="cannot be opened as a file of votes .*give the path"):
+            Store(path)
 
 
 def test_expired_pairs_are_not_asked_for(store):

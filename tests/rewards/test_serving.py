@@ -371,6 +371,16 @@ def test_a_client_that_leaves_is_not_scored():
     assert gate.calls == [4, 4, 4]
 
 
+def test_a_server_ends_though_a_reward_hangs():
+    gate = Gate()
+    with serving(gate) as url:
+        with pytest.raises(HTTPRewardError, match="no answer within 0.2 s"):
+            score(remote(url, timeout=0.2, max_retries=0))
+        start = time.monotonic()
+    assert gate.entered.is_set() and time.monotonic() - start < 10
+    gate.open.set()
+
+
 def test_a_body_is_bounded_before_it_is_received():
     with serving(brightness, max_megabytes=0.02) as url:
         status, _, answer = send(url, "/score/brightness", request_body())
@@ -474,6 +484,13 @@ ONE = bytes(12)
         ("brightness", b"\x89PNG\n\x00", 400, "The body begins with b'.x89PNG"),
         ("brightness", b"[" * 100_000 + b"\n", 400, "must begin with a line of JSON"),
         ("brightness", body({"prompt": ["a"]}), 400, "has 'prompt'; it may have tensors, prompts, num_generations"),
+        ("brightness", body({"\ud83d": 1}), 400, "has '.'; it may have tensors"),
+        (
+            "brightness",
+            body({"tensors": tensors((10**4000, 3, 10**4000, 10**4000))}, ONE),
+            422,
+            r"shape=\[10000.*; it must be \[N, 3, H, W\]",
+        ),
         ("brightness", body({}), 400, "tensors=None must be a list of at least one"),
         ("brightness", body({"tensors": [1]}), 400, "tensors has 1, which must be of the form"),
         (
@@ -661,6 +678,17 @@ def test_a_redirect_is_named():
     with Faulty() as other, Faulty((302, "", {"Location": f"{other.url}/login"})) as server:
         with pytest.raises(HTTPRewardError, match=rf"HTTP 200 of {other.url}/login, to which it redirects: "):
             score(remote(server.url))
+
+
+def test_a_list_of_arguments_may_repeat_itself_and_must_hold_names():
+    with Faulty() as server:
+        server.listing = (
+            '{"rewards": [{"name": "mean", "needs": ["images", "images"], "takes": ["label", "images", "label"]}]}'
+        )
+        assert [*remote(server.url).__signature__.parameters] == ["images", "label", "prompts"]
+        server.listing = '{"rewards": [{"name": "mean", "needs": ["images"], "takes": ["class"]}]}'
+        with pytest.raises(HTTPRewardError, match='no list of rewards in HTTP 200: .*"class"'):
+            remote(server.url, max_retries=0)
 
 
 def test_no_server_and_no_list_of_rewards():

@@ -1,5 +1,6 @@
 """Votes as a data set of preferences, and back."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +74,41 @@ def read_votes(folder: str | Path) -> Dataset:
     missing = [name for name in ("prompt", "chosen", "rejected") if name not in getattr(votes, "column_names", ())]
     if missing:
         raise ValueError(f"The data set in {folder} has no column {missing[0]!r}: it is not of exported votes.")
-    for name in ("chosen", "rejected"):
-        votes = votes.cast_column(name, Image(decode=False))
+    try:
+        for name in ("chosen", "rejected"):
+            votes = votes.cast_column(name, Image(decode=False))
+    except Exception as error:
+        raise ValueError(f"The column {name!r} of {folder} does not hold images: {error}") from None
     return votes
+
+
+def voted_pairs(votes: Dataset) -> Iterator[tuple[str, bytes, bytes, float, int]]:
+    """
+    Of each pair of an exported data set: the prompt, the PNG files of the chosen and the rejected image, the preference for the
+    first, and the number of votes.
+
+    Raises:
+        ValueError: A file is no PNG, as those are that people saw, or a preference is none.
+    """
+    for row in votes:
+        files = []
+        for name in ("chosen", "rejected"):
+            image = row[name] or {}
+            file = image.get("bytes") or (Path(image["path"]).read_bytes() if image.get("path") else b"")
+            if not file.startswith(b"\x89PNG"):
+                raise ValueError(
+                    f"The {name} image of the prompt {row['prompt']!r} is no PNG file, so it is not of exported votes: a pair is "
+                    "known by the bytes that people saw."
+                )
+            files.append(file)
+        preference, number = (row.get(name) for name in ("preference", "votes"))
+        preference, number = 1.0 if preference is None else preference, 1 if number is None else number
+        if not 0 <= preference <= 1 or number < 1:
+            raise ValueError(
+                f"The pair of the prompt {row['prompt']!r} has preference={preference} and votes={number}: the mean for `chosen` "
+                "is in [0, 1], of at least 1 vote."
+            )
+        yield row["prompt"], *files, float(preference), int(number)
 
 
 def import_votes(folder: str | Path, database: str | Path, run: str | None = None) -> int:
@@ -86,31 +119,22 @@ def import_votes(folder: str | Path, database: str | Path, run: str | None = Non
         `int`: Number of pairs.
 
     Raises:
-        ValueError: The folder has no such data set, or a preference is not a mean of that many votes.
+        ValueError: The folder has no such data set, or a preference is not a mean of that many votes. Then nothing is added.
     """
-    votes, store, added = read_votes(folder), Store(database), 0
+    votes, owner = read_votes(folder), f"import of {folder}"
+    for prompt, _, _, preference, number in voted_pairs(votes):
+        if abs(round(preference * number) - preference * number) > 1e-6:
+            raise ValueError(f"preference={preference} of {prompt!r} is not a mean of {number} votes.")
+    store = Store(database)
     try:
-        for row in votes:
-            name, number, preference = (
-                run or row.get("run") or "import",
-                row.get("votes") or 1,
-                row.get("preference", 1.0),
-            )
-            wins = round(preference * number)
-            if abs(wins - preference * number) > 1e-6:
-                raise ValueError(f"preference={preference} of {row['prompt']!r} is not a mean of {number} votes.")
-            chosen, rejected = row["chosen"]["bytes"], row["rejected"]["bytes"]
+        for row, (prompt, chosen, rejected, preference, number) in zip(votes, voted_pairs(votes)):
             ids = image_id(chosen), image_id(rejected)
-            owner = f"import of {folder}"
-            opened = store.open_run(name, owner, number)
-            store.add(
-                opened, owner, row.get("rollout") or 0, [Pair(row["prompt"], *ids)], dict(zip(ids, (chosen, rejected)))
-            )
-            pair = store.find(opened, row["prompt"], *ids)
+            opened = store.open_run(run or row.get("run") or "import", owner, number)
+            store.add(opened, owner, row.get("rollout") or 0, [Pair(prompt, *ids)], dict(zip(ids, (chosen, rejected))))
+            pair = store.find(opened, prompt, *ids)
             for vote in range(number):
                 rater = IMPORTED if number == 1 else f"{IMPORTED} {vote + 1}"
-                store.vote(rater, pair, "left" if vote < wins else "tie", ids[0])
-            added += 1
+                store.vote(rater, pair, "left" if vote < round(preference * number) else "tie", ids[0])
     finally:
         store.close()
-    return added
+    return len(votes)

@@ -17,6 +17,7 @@ import hmac
 import io
 import json
 import re
+import sqlite3
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,10 @@ from .store import Pair, Refused, Store
 PAGE = Path(__file__).with_name("page")
 COOKIE = "trl_fdfo_token"
 # Bytes of a request, bytes and pixels of an image, characters of a prompt and of a name, pairs of a request.
-MAX_BODY, MAX_IMAGE, MAX_PIXELS, MAX_PROMPT, MAX_NAME, MAX_PAIRS = 64 * 2**20, 32 * 2**20, 64 * 2**20, 20_000, 80, 500
+MAX_BODY, MAX_IMAGE, MAX_PIXELS, MAX_PROMPT, MAX_NAME, MAX_PAIRS = 128 * 2**20, 90 * 2**20, 64 * 2**20, 20_000, 80, 500
 # Seconds that a trainer may wait for verdicts in one request.
 MAX_WAIT = 30.0
+_ID = re.compile(r"[0-9]{1,18}")  # of a row in SQLite
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 _HEADERS = {
     "content-security-policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'self'; form-action 'self'; base-uri 'none'",
@@ -57,7 +59,7 @@ def create_app(store: Store, token: str | None = None) -> Starlette:
         token (`str`, *optional*): What requests must carry. None: the server is on the loopback interface.
     """
     server = _Server(store)
-    trainer, run = "/api/runs", "/api/runs/{run:int}"
+    trainer, run = "/api/runs", "/api/runs/{run:str}"
     routes = [
         Route("/", _file("index.html", "text/html")),
         Route("/page.js", _file("page.js", "text/javascript")),
@@ -77,9 +79,14 @@ def create_app(store: Store, token: str | None = None) -> Starlette:
     ]
     app = Starlette(
         routes=routes,
-        exception_handlers={Refused: _refused, HTTPException: _refused, Exception: _failed},
+        exception_handlers={
+            Refused: _refused,
+            HTTPException: _refused,
+            sqlite3.OperationalError: _not_kept,
+            Exception: _failed,
+        },
     )
-    app.add_middleware(_Gate, token=token)
+    app.add_middleware(_Gate, token=token or None)
     return app
 
 
@@ -93,12 +100,12 @@ class _Server:
     async def open_run(self, request: Request) -> Response:
         body = await _body(request)
         name, owner = _text(body, "name", MAX_NAME), _text(body, "owner", 200)
-        votes = _number(body, "votes_per_pair", 1, 100)
+        votes = _whole(body, "votes_per_pair", 1, 100)
         return JSONResponse({"run": await run_in_threadpool(self.store.open_run, name, owner, votes)})
 
     async def add(self, request: Request) -> Response:
-        run, body = request.path_params["run"], await _body(request)
-        owner, rollout = _text(body, "owner", 200), _number(body, "rollout", 0, 10**9)
+        run, body = _run(request), await _body(request)
+        owner, rollout = _text(body, "owner", 200), _whole(body, "rollout", 0, 10**9)
         pairs = [self._pair(each) for each in _list(body, "pairs")]
         files = body.get("images", {})
         if not isinstance(files, dict):
@@ -113,13 +120,15 @@ class _Server:
             raise Refused(422, f"A pair must be [prompt, image id, image id], and one is {str(each)[:80]}.")
         if len(each[0]) > MAX_PROMPT:
             raise Refused(413, f"A prompt has {len(each[0]):,} characters, more than {MAX_PROMPT:,}.")
+        if not all(_is_unicode(part) for part in each):
+            raise Refused(422, f"A prompt, or the id of an image, is no valid Unicode: {str(each)[:80]!r}.")
         if each[1] == each[2]:
             raise Refused(422, "Both images of a pair are the same: there is nothing to choose.")
         return Pair(*each)
 
     async def verdicts(self, request: Request) -> Response:
-        run, body = request.path_params["run"], await _body(request)
-        owner, keys = _text(body, "owner", 200), [str(key) for key in _list(body, "keys")]
+        run, body = _run(request), await _body(request)
+        owner, keys = _text(body, "owner", 200), _keys(body)
         wait = _number(body, "wait", 0, MAX_WAIT, default=0)
         loop = asyncio.get_running_loop()
         end = loop.time() + wait
@@ -135,25 +144,28 @@ class _Server:
         return JSONResponse({"verdicts": found, "idle": idle})
 
     async def expire(self, request: Request) -> Response:
-        body = await _body(request)
-        keys = [str(key) for key in _list(body, "keys")]
-        await run_in_threadpool(self.store.expire, request.path_params["run"], _text(body, "owner", 200), keys)
+        run, body = _run(request), await _body(request)
+        await run_in_threadpool(self.store.expire, run, _text(body, "owner", 200), _keys(body))
         return JSONResponse({})
 
     async def set_state(self, request: Request) -> Response:
-        body = await _body(request)
+        run, body = _run(request), await _body(request)
         state = body.get("state")
-        if not isinstance(state, dict) or len(json.dumps(state)) > 2**20:
+        try:  # what the page could not be sent is refused here
+            size = len(json.dumps(state, allow_nan=False, ensure_ascii=False).encode())
+        except ValueError as error:
+            raise Refused(422, f"'state' is not valid JSON in UTF-8: {error}.") from None
+        if not isinstance(state, dict) or size > 2**20:
             raise Refused(422, "'state' must be an object of at most 1 MiB.")
-        await run_in_threadpool(self.store.set_state, request.path_params["run"], _text(body, "owner", 200), state)
+        await run_in_threadpool(self.store.set_state, run, _text(body, "owner", 200), state)
         return JSONResponse({})
 
     # Raters -----------------------------------------------------------------------------------------------------------
 
     async def next_pairs(self, request: Request) -> Response:
         query = request.query_params
-        but_not = [int(number) for number in query.get("but_not", "").split(",") if number.isdecimal()][:100]
-        count = min(10, int(query["count"])) if query.get("count", "").isdecimal() else 1
+        but_not = [int(number) for number in query.get("but_not", "").split(",") if _ID.fullmatch(number)][:100]
+        count = min(10, int(query["count"])) if _ID.fullmatch(query.get("count", "")) else 1
         pairs = await run_in_threadpool(self.store.next_pairs, _rater(query), count, but_not, query.get("run") or None)
         return JSONResponse({"pairs": pairs})
 
@@ -162,7 +174,7 @@ class _Server:
         stored = await run_in_threadpool(
             self.store.vote,
             _rater(body),
-            _number(body, "pair", 0, 2**62),
+            _whole(body, "pair", 0, 2**62),
             _text(body, "choice", 20),
             _text(body, "left", 64),
             body.get("repeated") is True,
@@ -173,7 +185,8 @@ class _Server:
 
     async def undo(self, request: Request) -> Response:
         body = await _body(request)
-        return JSONResponse({"pair": await run_in_threadpool(self.store.undo, _rater(body), body.get("run") or None)})
+        run = _text(body, "run", MAX_NAME) if body.get("run") else None
+        return JSONResponse({"pair": await run_in_threadpool(self.store.undo, _rater(body), run)})
 
     async def past(self, request: Request) -> Response:
         query = request.query_params
@@ -250,7 +263,9 @@ class _Gate:
             if host not in _LOOPBACK:
                 return _error(
                     400,
-                    f"This server is for its own machine, as localhost, and the request names the host {host[:80]!r}.",
+                    f"This server is for its own machine, as localhost, and the request names the host {host[:80]!r}: open "
+                    "http://localhost and its port (through a tunnel from another machine, ssh -L), or start it with --host "
+                    "0.0.0.0, which asks for a token.",
                 )
         else:
             given = request.query_params.get("token") if request.url.path == "/" else None
@@ -299,7 +314,10 @@ async def _body(request: Request) -> dict[str, Any]:
 
 def _text(body: Any, name: str, limit: int) -> str:
     value = body.get(name)
-    if not isinstance(value, str) or not 0 < len(value.strip()) <= limit or not value.isprintable():
+    # Joiners, without which some names and emoji cannot be written, are not printable by themselves.
+    if not (
+        isinstance(value, str) and 0 < len(value.strip()) <= limit and re.sub("[\u200c\u200d]", "", value).isprintable()
+    ):
         raise Refused(422, f"{name!r} must be 1 to {limit} printable characters, and is {str(value)[:80]!r}.")
     return value.strip()
 
@@ -313,6 +331,37 @@ def _number(body: dict[str, Any], name: str, low: float, high: float, default: f
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
         raise Refused(422, f"{name!r} must be a number from {low:g} to {high:g}, and is {str(value)[:80]!r}.")
     return value
+
+
+def _whole(body: dict[str, Any], name: str, low: int, high: int) -> int:
+    value = _number(body, name, low, high)
+    if not isinstance(value, int):
+        raise Refused(422, f"{name!r} must be a whole number, and is {value}.")
+    return value
+
+
+def _run(request: Request) -> int:
+    number = request.path_params["run"]
+    if not _ID.fullmatch(number):
+        raise Refused(404, f"{number[:80]!r} is not the number of a run.")
+    return int(number)
+
+
+def _keys(body: dict[str, Any]) -> list[str]:
+    keys = _list(body, "keys")
+    for key in keys:
+        if not (isinstance(key, str) and _is_unicode(key)):
+            raise Refused(422, f"'keys' must be text, and one is {str(key)[:80]!r}.")
+    return keys
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be sent and kept in UTF-8: JSON may have halves of a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _list(body: dict[str, Any], name: str) -> list:
@@ -334,8 +383,9 @@ def _checked_png(id: str, text: Any) -> bytes:
     try:
         with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
             pixels = image.width * image.height
+            image.verify()  # of a file that was cut off a browser would show a part, or nothing
     except Exception:  # whatever a forged file makes of the decoder
-        raise Refused(422, f"The image {id[:12]} is not a PNG file.") from None
+        raise Refused(422, f"The image {id[:12]} is not a PNG file, or not a whole one.") from None
     if pixels > MAX_PIXELS:
         raise Refused(413, f"The image {id[:12]} has {pixels:,} pixels, more than {MAX_PIXELS:,}.")
     return png
@@ -349,6 +399,14 @@ async def _refused(request: Request, error: Refused | HTTPException) -> Response
     if isinstance(error, HTTPException):
         return _error(error.status_code, f"{request.method} {request.url.path}: {error.detail}.")
     return _error(error.status, str(error))
+
+
+async def _not_kept(request: Request, error: sqlite3.OperationalError) -> Response:
+    return _error(
+        503,
+        f"The file of the votes cannot be read or written ({error}): look after its disk and its permissions. Nothing of this "
+        "request is kept; send it again.",
+    )
 
 
 async def _failed(request: Request, error: Exception) -> Response:

@@ -2,11 +2,12 @@
 The pairs, images and votes of a preference server, in a SQLite file.
 
 A vote is on disk (WAL, synchronous=FULL) when a method returns. Of the two images of a pair, `a` is the one with the smaller
-id. A vote's value is 1 for `a`, -1 for `b` and 0 for neither.
+id. A vote's value is 1 for `a`, -1 for `b` and 0 for neither. Votes are in the order of their rowid: a clock may be set back.
 """
 
 import contextlib
 import json
+import os
 import random
 import sqlite3
 import threading
@@ -44,7 +45,7 @@ CREATE TABLE IF NOT EXISTS votes (
 CREATE TABLE IF NOT EXISTS shown (
     pair INTEGER NOT NULL REFERENCES pairs, rater TEXT NOT NULL REFERENCES raters, a_is_left INTEGER NOT NULL,
     PRIMARY KEY (pair, rater));
-CREATE INDEX IF NOT EXISTS votes_by_rater ON votes (rater, time);
+CREATE INDEX IF NOT EXISTS votes_of_rater ON votes (rater);
 CREATE VIEW IF NOT EXISTS counted AS
     SELECT votes.* FROM votes JOIN raters ON raters.name = votes.rater WHERE NOT repeated AND NOT excluded;
 """
@@ -78,15 +79,26 @@ class Store:
     Args:
         path (`str` or `Path`): The SQLite file; it is made if there is none.
         clock (`Callable`): Seconds since the epoch.
+
+    Raises:
+        ValueError: The file cannot be opened or written, or is of something else.
     """
 
     def __init__(self, path: str | Path, clock: Callable[[], float] = time.time):
         self._lock, self._clock, self._random = threading.RLock(), clock, random.Random()
-        self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-        self._db.row_factory = sqlite3.Row
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-            self._db.execute(f"PRAGMA {pragma}")
-        self._db.executescript(_TABLES)
+        self._path = Path(path).absolute()
+        try:
+            self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+            self._db.row_factory = sqlite3.Row
+            for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+                self._db.execute(f"PRAGMA {pragma}")
+            self._db.executescript(_TABLES)
+        except sqlite3.Error as error:
+            raise ValueError(
+                f"{path} cannot be opened as a file of votes ({error}): give the path of such a file, or of a new one, in a "
+                "folder that can be written to."
+            ) from None
+        self._file = self._path.stat()
 
     def close(self) -> None:
         with self._lock:
@@ -108,7 +120,7 @@ class Store:
                 return self._db.execute(
                     "INSERT INTO runs (name, owner, seen, votes_per_pair) VALUES (?, ?, ?, ?)", values
                 ).lastrowid
-            if run["owner"] != owner and self._clock() - run["seen"] < LEASE:
+            if run["owner"] != owner and self._since(run["seen"]) < LEASE:
                 raise Refused(
                     409,
                     f"Another trainer is at work on the run {name!r} of this server, and two would share its verdicts: give "
@@ -173,9 +185,10 @@ class Store:
         """Seconds since somebody has voted in a run."""
         with self._lock:
             last = self._one(
-                "SELECT MAX(time) AS time FROM votes JOIN pairs ON pairs.id = votes.pair WHERE run = ?", run
+                "SELECT time FROM votes JOIN pairs ON pairs.id = votes.pair WHERE run = ? ORDER BY votes.rowid DESC LIMIT 1",
+                run,
             )
-            return self._clock() - (last["time"] or 0)
+            return self._since(last["time"] if last else 0)
 
     def expire(self, run: int, owner: str, keys: Iterable[str]) -> None:
         """Ask nobody for the named pairs any more, unless they have their verdict: the trainer goes on without them."""
@@ -217,7 +230,7 @@ class Store:
         """A pair on which the rater voted a while ago, with the images in each other's place."""
         rows = self._db.execute(
             f"SELECT pairs.* FROM ({_TALLIED} GROUP BY pairs.id) AS pairs JOIN votes ON votes.pair = pairs.id AND rater = ? "
-            "AND NOT repeated WHERE (? IS NULL OR run_name = ?) ORDER BY time DESC LIMIT 100 OFFSET ?",
+            "AND NOT repeated WHERE (? IS NULL OR run_name = ?) ORDER BY votes.rowid DESC LIMIT 100 OFFSET ?",
             (rater, run, run, REPEATED_AFTER),
         ).fetchall()
         known = {
@@ -271,8 +284,8 @@ class Store:
         """Take a rater's last vote back, and show its pair as it was shown; None if there is none."""
         with self._transaction():
             row = self._one(
-                f"SELECT pairs.*, repeated, time FROM ({_TALLIED} GROUP BY pairs.id) AS pairs JOIN votes ON votes.pair = pairs.id "
-                "WHERE rater = ? AND (? IS NULL OR run_name = ?) ORDER BY time DESC LIMIT 1",
+                f"SELECT pairs.*, repeated FROM ({_TALLIED} GROUP BY pairs.id) AS pairs JOIN votes ON votes.pair = pairs.id "
+                "WHERE rater = ? AND (? IS NULL OR run_name = ?) ORDER BY votes.rowid DESC LIMIT 1",
                 *(rater, run, run),
             )
             if row is None:
@@ -288,7 +301,7 @@ class Store:
             rows = self._db.execute(
                 f"SELECT pairs.*, value, both_bad FROM ({_TALLIED} GROUP BY pairs.id) AS pairs JOIN votes ON "
                 "votes.pair = pairs.id WHERE rater = ? AND NOT repeated AND (? IS NULL OR run_name = ?) "
-                "ORDER BY time DESC LIMIT ?",
+                "ORDER BY votes.rowid DESC LIMIT ?",
                 (rater, run, run, count),
             ).fetchall()
             shown = []
@@ -325,11 +338,10 @@ class Store:
 
     def progress(self, run: str | None = None) -> dict[str, Any]:
         """The runs; of one, or of the one whose trainer was last seen, its newest rollout and all; and the raters."""
-        now = self._clock()
         with self._transaction():
             runs = self._db.execute("SELECT * FROM runs ORDER BY seen DESC").fetchall()
             row = next((row for row in runs if run in (None, row["name"])), None)
-            raters = [self._rater(rater, now) for rater in self._db.execute("SELECT * FROM raters ORDER BY name")]
+            raters = [self._rater(rater) for rater in self._db.execute("SELECT * FROM raters ORDER BY name")]
             shown: dict[str, Any] = {"runs": [row["name"] for row in runs], "raters": raters, "run": None}
             if row is None:
                 return shown
@@ -348,7 +360,7 @@ class Store:
                 "all_done": done(pairs),
                 "expired": sum(pair["expired"] for pair in pairs),
                 "votes": sum(pair["votes"] for pair in pairs),
-                "trainer_is_there": now - row["seen"] < LEASE,
+                "trainer_is_there": self._since(row["seen"]) < LEASE,
                 "state": json.loads(row["state"]),
                 "latest": [
                     {name: pair[name] for name in ("prompt", "a", "b", "for_a", "for_b", "votes")}
@@ -357,12 +369,13 @@ class Store:
                 "agreement": self._agreement(row["id"]),
             }
 
-    def _rater(self, rater: sqlite3.Row, now: float) -> dict[str, Any]:
+    def _rater(self, rater: sqlite3.Row) -> dict[str, Any]:
         name = rater["name"]
         votes = self._one(
-            "SELECT COUNT(*) AS number, MAX(time) AS last, SUM(time > ?) AS lately FROM votes WHERE rater = ?",
-            *(now - 60, name),
+            "SELECT COUNT(*) AS number, SUM(ABS(? - time) < 60) AS lately FROM votes WHERE rater = ?",
+            *(self._clock(), name),
         )
+        last = self._one("SELECT time FROM votes WHERE rater = ? ORDER BY rowid DESC LIMIT 1", name)
         twice = self._one(
             "SELECT COUNT(*) AS number, SUM(once.value = again.value) AS same FROM votes AS once JOIN votes AS again "
             "ON again.pair = once.pair AND again.rater = once.rater WHERE once.rater = ? AND NOT once.repeated "
@@ -374,7 +387,7 @@ class Store:
             "excluded": bool(rater["excluded"]),
             "votes": votes["number"],
             "per_minute": votes["lately"] or 0,
-            "is_there": votes["last"] is not None and now - votes["last"] < PRESENT,
+            "is_there": last is not None and self._since(last["time"]) < PRESENT,
             "repeated": twice["number"],
             "same": twice["same"] or 0,
         }
@@ -413,13 +426,34 @@ class Store:
     def _check_owner(self, run: int, owner: str) -> None:
         row = self._one("SELECT owner FROM runs WHERE id = ?", run)
         if row is None:
-            raise Refused(404, f"There is no run {run}: open it first.")
+            raise Refused(
+                404,
+                f"The server's file has no run {run}: it is another file than the one that the trainer began with. Start the server "
+                "on that file (--database), or the trainer again.",
+            )
         if row["owner"] != owner:
             raise Refused(
                 409,
                 "Another trainer has opened this run since: two runs of one name. Give one of them another, run='...'.",
             )
         self._db.execute("UPDATE runs SET seen = ? WHERE id = ?", (self._clock(), run))
+
+    def _since(self, time: float) -> float:
+        """Seconds since then. A time to come is of a clock that was set back, and counts as far away as well."""
+        return abs(self._clock() - time)
+
+    def _check_file(self) -> None:
+        """SQLite goes on with a file that is deleted, and all that it writes is lost when it ends."""
+        try:
+            same = os.path.samestat(self._path.stat(), self._file)
+        except OSError:
+            same = False
+        if not same:
+            raise Refused(
+                503,
+                f"The file of the votes, {self._path}, was deleted or replaced while the server was at work, so nothing more is "
+                "kept: move it back, or end the server and start it again.",
+            )
 
     def _meet(self, rater: str) -> None:
         self._db.execute("INSERT OR IGNORE INTO raters (name) VALUES (?)", (rater,))
@@ -430,6 +464,7 @@ class Store:
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
         with self._lock:
+            self._check_file()
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield

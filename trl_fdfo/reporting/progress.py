@@ -54,7 +54,11 @@ class RolloutProgressCallback(ProgressCallback):
 
 def show_waiting(bar: tqdm, waiting: Mapping[str, float]) -> None:
     """Show in the bar of a rollout for how many answers each reward waits."""
-    bar.set_postfix_str(", ".join(f"{name} waits for {number:.0f}" for name, number in waiting.items() if number))
+    shown = ", ".join(f"{name} waits for {number:.0f}" for name, number in waiting.items() if number)
+    if shown != (
+        getattr(bar, "postfix", None) or ""
+    ):  # it is asked many times a second, and each showing is a line of a log
+        bar.set_postfix_str(shown)
 
 
 class FirstRolloutReport(TrainerCallback):

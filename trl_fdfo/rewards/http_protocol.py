@@ -221,7 +221,7 @@ class ScoreRequest:
                     f"The {name} have type={_shown(tensor['type'])}; it must be one of {', '.join(TYPES)}.", 400
                 )
             axes = SHAPES[name].split(",")
-            positive = isinstance(shape, list) and all(type(length) is int and length > 0 for length in shape)
+            positive = isinstance(shape, list) and all(type(length) is int and 0 < length < 2**48 for length in shape)
             if not positive or len(shape) != len(axes) or (name != "audio" and shape[-3] != 3):
                 raise BadRequest(f"The {name} have shape={_shown(shape)}; it must be {SHAPES[name]}.")
             if tensor["type"] == "uint8" and name == "audio":

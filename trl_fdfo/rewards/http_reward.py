@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import keyword
 import math
 import os
 from collections.abc import Callable
@@ -90,12 +91,12 @@ class HTTPReward(RetryingClient):
         self.pairwise = bool(served.get("pairwise", False))
         self.served = str(served.get("settings", ""))
         self._as_bytes = served.get("image_type") == "pil"
-        needs, takes = served["needs"], served.get("takes", [])
         # Prompts name the request in an error of the server, also of a reward that does not take them.
-        takes = [*takes, *(["prompts"] if "prompts" not in [*needs, *takes] else [])]
-        keyword = inspect.Parameter.KEYWORD_ONLY
-        parameters = [inspect.Parameter(each, keyword) for each in needs]
-        parameters += [inspect.Parameter(each, keyword, default=None) for each in takes]
+        needs = list(dict.fromkeys(served["needs"]))
+        takes = [name for name in dict.fromkeys([*served.get("takes", []), "prompts"]) if name not in needs]
+        kind = inspect.Parameter.KEYWORD_ONLY
+        parameters = [inspect.Parameter(each, kind) for each in needs]
+        parameters += [inspect.Parameter(each, kind, default=None) for each in takes]
         if served.get("takes_all"):
             parameters.append(inspect.Parameter("columns", inspect.Parameter.VAR_KEYWORD))
         self._whole_prompts = self.pairwise or "num_generations" in [*needs, *takes] or bool(served.get("takes_all"))
@@ -191,7 +192,9 @@ def _descriptions(answer: Answer) -> list[dict[str, Any]]:
 
 
 def _are_names(values: Any) -> bool:
-    return isinstance(values, list) and all(isinstance(value, str) and value.isidentifier() for value in values)
+    return isinstance(values, list) and all(
+        isinstance(value, str) and value.isidentifier() and not keyword.iskeyword(value) for value in values
+    )
 
 
 class HTTPRewardError(ServerError):

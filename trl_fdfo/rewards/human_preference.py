@@ -8,11 +8,12 @@ import os
 import secrets
 import subprocess
 import sys
+import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import torch
@@ -28,10 +29,13 @@ from .reward_functions import RewardFunctions
 
 logger = logging.getLogger(__name__)
 
-# Seconds: of a request that waits for votes; between two tries; until a server that never answered is given up; between logs.
-_WAIT, _AGAIN, _FIRST_ANSWER, _LOG_EVERY = 10.0, 1.0, 30.0, 60.0
-# Pairs of a request: their images stay far below the server's limit.
-_AT_A_TIME = 8
+# Seconds: of a request that waits for votes, less than after which the server takes the trainer for ended; between two tries;
+# until a server that never answered is given up; between logs.
+_WAIT, _AGAIN, _FIRST_ANSWER, _LOG_EVERY = 8.0, 1.0, 30.0, 60.0
+# Of a request: pairs, bytes of their images (or one that is larger), and pairs that are waited for. The server has limits.
+_PAIRS, _BYTES, _KEYS = 8, 24 * 2**20, 500
+
+_starting = threading.Lock()  # several requests may find that a server has ended
 
 
 class HumanPreferenceError(ServerError):
@@ -90,6 +94,10 @@ class HumanPreference:
             raise ValueError("stand_in of HumanPreference counts after `patience`: set patience=..., in seconds.")
         if verdicts is not None and url is not None:
             raise ValueError("verdicts=... of HumanPreference replays votes without a server: leave url out.")
+        if verdicts is not None:
+            from ..preference.exports import read_votes
+
+            read_votes(verdicts)  # says before a run that the folder has none
         if url is not None and (urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc):
             raise ValueError(f"url={url!r} of HumanPreference must be an address such as http://localhost:8300.")
         if url is None and verdicts is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -98,8 +106,9 @@ class HumanPreference:
                 "by `trl-fdfo vote`, and give its address, url='http://localhost:8300'."
             )
         parts = urlsplit(url or "")
-        if token is None and parts.query.startswith("token="):
-            token = parts.query.removeprefix("token=")
+        if token is None:
+            # A + of the link stands for itself.
+            token = parse_qs(parts.query.replace("+", "%2B")).get("token", [None])[0]
         self.url = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}" if url else None
         self.run, self.votes_per_pair, self.scale = run, votes_per_pair, scale
         self.patience, self.stand_in, self.verdicts, self.database = patience, stand_in, verdicts, database
@@ -184,15 +193,7 @@ class HumanPreference:
         async with self._client.session() as session:
             rollout = _rollout(trainer_state)
             await self._post(session, "/state", {"state": _state(trainer_state, rollout)})
-            items, known = list(pairs.items()), 0
-            for start in range(0, len(items), _AT_A_TIME):
-                some = items[start : start + _AT_A_TIME]
-                body = {
-                    "rollout": rollout,
-                    "pairs": [[prompt, *ids] for _, (prompt, ids, _) in some],
-                    "images": {id: _text(png) for _, (_, ids, files) in some for id, png in zip(ids, files)},
-                }
-                known += len(some) - (await self._post(session, "/pairs", body))["added"]
+            known = await self._send(session, rollout, list(pairs.values()))
             if known and not self._knows_pairs:
                 self._knows_pairs = True
                 logger.warning(
@@ -205,18 +206,38 @@ class HumanPreference:
             self._open |= pairs.keys()
             found: dict[str, dict] = {}
             since = time.monotonic()
-            while len(found) < len(pairs):
-                left = [key for key in pairs if key not in found]
-                said = await self._post(
-                    session, "/verdicts", {"keys": left, "wait": min(_WAIT, self.patience or _WAIT)}
-                )
-                found |= said["verdicts"]
-                self._open -= said["verdicts"].keys()
+            while True:
+                left, wait = [key for key in pairs if key not in found], min(_WAIT, self.patience or _WAIT)
+                asked = [left[:_KEYS]]
+                if (
+                    not left
+                ):  # votes may be taken back or corrected until all are there: then all are asked for once more
+                    found, wait, asked = {}, 0.0, _parts(list(pairs), _KEYS)
+                for keys in asked:
+                    said = await self._post(session, "/verdicts", {"keys": keys, "wait": wait})
+                    found |= said["verdicts"]
+                self._open = (self._open | pairs.keys()) - found.keys()
+                if not left and len(found) == len(pairs):
+                    return found
                 self._say_what_is_open()
                 waited = min(said["idle"], time.monotonic() - since)
                 if self.patience is not None and waited > self.patience:
-                    await self._post(session, "/expire", {"keys": [key for key in pairs if key not in found]})
-            return found
+                    for keys in _parts([key for key in pairs if key not in found], _KEYS):
+                        await self._post(session, "/expire", {"keys": keys})
+
+    async def _send(self, session: Any, rollout: int, pairs: list[tuple]) -> int:
+        """Send pairs and their images; the number of pairs that the server had before."""
+        known = 0
+        for some in _parts(pairs, _PAIRS):
+            images: dict[str, bytes] = {}
+            for id, png in {id: png for _, ids, files in some for id, png in zip(ids, files)}.items():
+                if images and sum(map(len, images.values())) + len(png) > _BYTES:
+                    await self._post(session, "/pairs", _pairs_body(rollout, [], images))
+                    images = {}
+                images[id] = png
+            said = await self._post(session, "/pairs", _pairs_body(rollout, some, images))
+            known += len(some) - said["added"]
+        return known
 
     async def _connect(self) -> None:
         """Find the server and open the run, once per process."""
@@ -268,6 +289,8 @@ class HumanPreference:
                 now = time.monotonic()
                 if error.status is not None or (not self._answered and now - begin > _FIRST_ANSWER):
                     raise
+                if await asyncio.to_thread(self._revived):
+                    continue
                 if now - logged > _LOG_EVERY / 4:
                     logged = now
                     logger.warning("The run waits for the preference server: %s", error)
@@ -283,17 +306,24 @@ class HumanPreference:
             logger.warning("The run waits for votes on %d pairs: %s/", len(self._open), self.url)
 
     def _start_server(self) -> None:
-        command = [sys.executable, "-m", "trl_fdfo.preference", "--port", "0", "--database", self.database]
+        """Start a server on a free port, or again on the port that the page knows."""
+        port = urlsplit(self.url).port if self.url else 0
+        command = [sys.executable, "-m", "trl_fdfo.preference", "--port", str(port), "--database", self.database]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self._end_server = weakref.finalize(self, self._process.terminate)  # at the latest when this process ends
         line = self._process.stdout.readline().strip()
         if not line.startswith("Vote at "):
             raise HumanPreferenceError(f"The server did not start: {line or 'see its errors above'}.")
         self.url = line.removeprefix("Vote at ").rstrip("/")
 
-    def __del__(self) -> None:
-        process = getattr(self, "_process", None)
-        if process is not None:
-            process.terminate()
+    def _revived(self) -> bool:
+        """Whether the server that this process started had failed, and another has taken its place."""
+        with _starting:
+            if self._process is None or self._process.poll() in (None, 0):  # 0: Ctrl-C, which ends this process too
+                return False
+            logger.warning("The server of the votes ended (exit code %d): another starts.", self._process.returncode)
+            self._start_server()
+            return True
 
     # Without people -----------------------------------------------------------------------------------------------------
 
@@ -305,7 +335,8 @@ class HumanPreference:
         if key not in self._exported:
             raise ValueError(
                 f"The votes in {self.verdicts} have none on a pair of the prompt {prompt!r}: they are of another run, pipeline, "
-                "seed or machine. A run replays only with all that it was made with."
+                "seed or machine, the run went on without this pair (patience), or votes were corrected after it had learnt from "
+                "them. A run replays only with all that it was made with."
             )
         return self._exported[key] * (1 if one < other else -1)
 
@@ -376,8 +407,14 @@ def _state(trainer_state: TrainerState | None, rollout: int) -> dict[str, Any]:
     return {"rollouts": trainer_state.num_train_epochs, "rollout": rollout, "curves": shown}
 
 
-def _text(png: bytes) -> str:
-    return base64.b64encode(png).decode()
+def _pairs_body(rollout: int, pairs: list[tuple], images: dict[str, bytes]) -> dict[str, Any]:
+    files = {id: base64.b64encode(png).decode() for id, png in images.items()}
+    return {"rollout": rollout, "pairs": [[prompt, *ids] for prompt, ids, _ in pairs], "images": files}
+
+
+def _parts(values: list, size: int) -> list[list]:
+    """The values in lists of at most `size`."""
+    return [values[start : start + size] for start in range(0, len(values), size)]
 
 
 def _tensor(image: Any) -> torch.Tensor:
@@ -389,11 +426,10 @@ def _tensor(image: Any) -> torch.Tensor:
 
 def _exported(folder: str) -> dict[str, float]:
     """The preference for `a` of each exported pair, by its key."""
-    from ..preference.exports import read_votes
+    from ..preference.exports import read_votes, voted_pairs
 
     preferences = {}
-    for row in read_votes(Path(folder)):
-        chosen, rejected = (image_id(row[name]["bytes"]) for name in ("chosen", "rejected"))
-        sign = 1 if chosen < rejected else -1
-        preferences[pair_key(row["prompt"], chosen, rejected)] = sign * float(row.get("preference", 1.0))
+    for prompt, *files, preference, _ in voted_pairs(read_votes(folder)):
+        chosen, rejected = map(image_id, files)
+        preferences[pair_key(prompt, chosen, rejected)] = preference if chosen < rejected else -preference
     return preferences

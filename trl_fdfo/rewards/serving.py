@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import hmac
 import ipaddress
+import json
 import logging
 import math
 import multiprocessing
@@ -19,9 +20,10 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -47,6 +49,7 @@ except ImportError as error:
 logger = logging.getLogger(__name__)
 
 STALLED = 30.0  # seconds without a byte after which the body of a request is given up
+_LAST = 30  # seconds that a server which is told to end leaves to the requests that it has
 
 
 @dataclass
@@ -228,6 +231,31 @@ def _visible(device: str | None) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
+class _Thread:
+    """A thread that calls one function after the other. The process ends without it: a reward may hang for good."""
+
+    def __init__(self):
+        self._calls = SimpleQueue()
+        threading.Thread(target=self._work, daemon=True).start()
+
+    async def run(self, function: Callable, *arguments: Any) -> Any:
+        future = Future()
+        self._calls.put((future, function, arguments))
+        return await asyncio.wrap_future(future)
+
+    def close(self) -> None:
+        self._calls.put(None)
+
+    def _work(self) -> None:
+        while (call := self._calls.get()) is not None:
+            future, function, arguments = call
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function(*arguments))
+                except BaseException as error:
+                    future.set_exception(error)
+
+
 @dataclass(eq=False)
 class _Place:
     """A request's place in a queue, which it has from its headers until it is scored."""
@@ -273,7 +301,7 @@ class _Queue:
 
     async def work(self, worker: Any) -> None:
         """Let a worker score what arrives, for good."""
-        with ThreadPoolExecutor(1) as thread:  # a reward need not be safe for threads
+        with contextlib.closing(_Thread()) as thread:  # a reward need not be safe for threads
             while True:
                 while not (batch := self._take()):
                     self._arrival.clear()
@@ -281,7 +309,7 @@ class _Queue:
                 start = time.monotonic()
                 requests = [place.request for place in batch]
                 try:
-                    outcomes = await asyncio.get_running_loop().run_in_executor(thread, worker.score, requests)
+                    outcomes = await thread.run(worker.score, requests)
                 except Exception as error:  # no request waits for a worker that is gone
                     logger.exception("A worker failed.")
                     outcomes = [Failure(500, f"{type(error).__name__}: {error}")] * len(requests)
@@ -289,7 +317,7 @@ class _Queue:
                 for place, outcome in zip(batch, outcomes):
                     if not place.outcome.done():  # the client may have left
                         place.outcome.set_result(outcome)
-                await asyncio.get_running_loop().run_in_executor(thread, worker.revive)
+                await thread.run(worker.revive)
 
     def _take(self) -> list[_Place]:
         """The requests at the head of the queue that are of one kind, up to `max_batch_size` samples or one request."""
@@ -486,7 +514,8 @@ def _check_fits(request: ScoreRequest, description: dict[str, Any]) -> None:
 
 
 async def _refused(request: Request, refusal: _Refusal) -> Response:
-    return JSONResponse({"error": str(refusal)}, refusal.status, refusal.headers)
+    # In ASCII: an error may quote what UTF-8 does not have, such as half of a character.
+    return Response(json.dumps({"error": str(refusal)}), refusal.status, refusal.headers, "application/json")
 
 
 def check_host(host: str, token: str) -> None:
@@ -526,4 +555,4 @@ def serve(
     for each in server.descriptions:
         takes = ", ".join([*each["needs"], *(f"{name} (optional)" for name in each["takes"])])
         print(f"{each['name']}: {takes}", flush=True)
-    uvicorn.run(server.app, host=host, port=port, access_log=False)
+    uvicorn.run(server.app, host=host, port=port, access_log=False, timeout_graceful_shutdown=_LAST)

@@ -15,6 +15,7 @@ let busy = false;        // a vote is on its way
 let view = "vote";       // or "past", "run", "who"
 let loading = null;
 let numbers = null;      // what the server last said of the run
+let silent = false;      // the server does not answer, or cannot keep votes
 
 function make(tag, properties = {}, ...children) {
   const made = Object.assign(document.createElement(tag), properties);
@@ -28,23 +29,29 @@ async function ask(path, body) {
   };
   const answer = await fetch(path, options);
   const said = await answer.json();
-  if (!answer.ok) throw Object.assign(new Error(said.error), { refused: true });
+  if (!answer.ok) throw Object.assign(new Error(said.error), { said: true, refused: answer.status < 500 });
   return said;
 }
 
-// Asks again until the server answers: a vote is lost neither to a network nor to a server that starts anew.
+// Asks again until the server answers: a vote is lost neither to a network, nor to a server that starts anew or cannot write.
 async function insist(path, body) {
   for (let attempt = 0; ; attempt++) {
     try {
       const said = await ask(path, body);
-      if (attempt) trouble("");
+      if (attempt) answers();
       return said;
     } catch (error) {
       if (error.refused) throw error;
-      trouble("The server does not answer. Trying again ...");
+      silent = true;
+      trouble(error.said ? `${error.message} Trying again ...` : "The server does not answer. Trying again ...");
       await new Promise((resolve) => setTimeout(resolve, 1000));
     }
   }
+}
+
+function answers() {
+  silent = false;
+  trouble("");
 }
 
 function trouble(text) {
@@ -58,7 +65,7 @@ const query = (fields) => new URLSearchParams({ rater, run: element("runs").valu
 async function loaded(pair) {
   pair.images = await Promise.all([pair.left, pair.right].map(async (id) => {
     const image = make("img", { src: url(id) });
-    await image.decode();
+    await image.decode().catch(() => { throw new Error(`The browser cannot show an image of "${pair.prompt.slice(0, 80)}". Trying again ...`); });
     return image;
   }));
   return pair;
@@ -71,7 +78,10 @@ function fill() {
       const but_not = queue.filter((pair) => !pair.repeated).map((pair) => pair.id).join(",");
       const { pairs } = await insist("api/next?" + query({ count: AHEAD - queue.length, but_not }));
       const fresh = pairs.filter((pair) => !queue.some((known) => known.id === pair.id && known.repeated === pair.repeated));
-      queue.push(...await Promise.all(fresh.map(loaded)));
+      const tried = await Promise.allSettled(fresh.map(loaded));
+      queue.push(...tried.filter((one) => one.status === "fulfilled").map((one) => one.value));
+      const failed = tried.find((one) => one.status === "rejected");
+      if (failed) trouble(failed.reason.message); else if (fresh.length) answers();
     } catch (error) {
       trouble(error.message);
     } finally {
@@ -97,10 +107,9 @@ function show() {
     shown.dataset.id = pair[side];
     shown.src = image.src;
     // Tiny images are shown larger, by a whole number.
-    const factor = Math.max(1, Math.floor(192 / image.naturalWidth));
-    shown.width = factor * image.naturalWidth;
-    shown.height = factor * image.naturalHeight;
+    const factor = Math.floor(192 / Math.max(image.naturalWidth, image.naturalHeight));
     shown.classList.toggle("small", factor > 1);
+    if (factor > 1) shown.width = factor * image.naturalWidth; else shown.removeAttribute("width");
     shown.alt = `${side} image for: ${pair.prompt}`;
   });
 }
@@ -143,6 +152,11 @@ async function undo() {
   }
 }
 
+// Shows on the page what the server refuses.
+function tell(act) {
+  return act().catch((error) => trouble(error.message));
+}
+
 async function showPast() {
   const { pairs } = await insist("api/past?" + query({}));
   const rows = pairs.map((pair) => {
@@ -152,11 +166,11 @@ async function showPast() {
     for (const choice of ["left", "right", "tie", "both_bad"]) {
       choose.append(make("option", { value: choice, textContent: choice.replace("_", " "), selected: choice === pair.choice }));
     }
-    choose.addEventListener("change", async () => {
+    choose.addEventListener("change", () => tell(async () => {
       await insist("api/votes", { rater, pair: pair.id, choice: choose.value, left: pair.left, change: true });
       images.forEach((image, place) => image.classList.toggle("chosen", choose.value === ["left", "right"][place]));
-    });
-    row.append(...images, make("p", { textContent: pair.prompt }), choose);
+    }));
+    row.append(...images, make("p", { textContent: pair.prompt, dir: "auto" }), choose);
     return row;
   });
   element("votes").replaceChildren(...rows);
@@ -195,7 +209,7 @@ function showNumbers() {
   const others = raters.filter((one) => one.is_there && one.name !== rater).map((one) => one.name);
   element("status").textContent = run === null ? "No trainer has asked yet." : [
     `rollout ${rollout}${state.rollouts ? ` of ${state.rollouts}` : ""}: ${done} of ${pairs} pairs`,
-    me ? `you: ${me.votes} votes, ${me.per_minute} in the last minute` : "",
+    me ? `you: ${me.votes} ${me.votes === 1 ? "vote" : "votes"}, ${me.per_minute} in the last minute` : "",
     others.length ? `here too: ${others.join(", ")}` : "",
     numbers.trainer_is_there ? "" : "the trainer is not there",
   ].filter(Boolean).join("  ·  ");
@@ -209,12 +223,12 @@ function showNumbers() {
   element("run-name").textContent = run === null ? "No run yet" : `Run ${run}`;
   const { all_pairs = 0, all_done = 0, votes = 0, expired = 0, agreement = {} } = numbers;
   element("numbers").textContent = `${all_done} of ${all_pairs} pairs have a verdict, by ${votes} votes; ${expired} went on without one. ` +
-    `Two raters agree on ${percent(agreement.same, agreement.compared)} common pairs.`;
+    (agreement.compared ? `Two raters agree on ${percent(agreement.same, agreement.compared)} common pairs.` : "No pair has the votes of two raters.");
   const curves = Object.entries(state.curves || {}).filter(([, points]) => points.length > 1);
   element("curves").replaceChildren(...curves.map(([name, points]) => curve(name, points)));
   element("raters").tBodies[0].replaceChildren(...raters.map((one) => {
     const out = make("input", { type: "checkbox", checked: one.excluded, ariaLabel: `Leave ${one.name} out` });
-    out.addEventListener("change", () => insist("api/raters", { rater: one.name, excluded: out.checked }).then(refresh));
+    out.addEventListener("change", () => tell(() => insist("api/raters", { rater: one.name, excluded: out.checked }).then(refresh)));
     const cells = [one.name, one.votes, one.per_minute, percent(one.same, one.repeated)].map((text) => make("td", { textContent: text }));
     return make("tr", {}, ...cells, make("td", {}, out));
   }));
@@ -224,15 +238,14 @@ function showNumbers() {
     element("sheet").replaceChildren(...(numbers.latest || []).map((pair) => make("figure", {},
       make("img", { src: url(pair.a), alt: "", className: pair.for_a > pair.for_b ? "chosen" : "" }),
       make("img", { src: url(pair.b), alt: "", className: pair.for_b > pair.for_a ? "chosen" : "" }),
-      make("figcaption", { textContent: pair.prompt }))));
+      make("figcaption", { textContent: pair.prompt, dir: "auto" }))));
   }
 }
 
 async function refresh() {
   try {
     numbers = await ask("api/progress?" + new URLSearchParams({ run: element("runs").value }));
-    if (element("status").textContent.startsWith("The server does not answer") && !busy) element("status").classList.remove("trouble");
-    showNumbers();
+    if (silent && !busy) answers(); else showNumbers();
   } catch (error) {
     if (error.refused) trouble(error.message);
   }
@@ -247,7 +260,7 @@ function act(action) {
   if (action === "past" || action === "run") {
     view = view === action ? "vote" : action;
     show();
-    if (view === "past") showPast();
+    if (view === "past") tell(showPast);
     if (view === "run") refresh();
   }
   if (action === "who") {
