@@ -187,10 +187,8 @@ def test_a_vote_can_be_taken_back_until_the_last_one_is_there(start_server):
         time.sleep(0.01)
     vote_for(again, 1)
     thread.join(20)
-    by_prompt = dict(
-        zip("ab", scores[0].view(2, 2).tolist() if hasattr(scores[0], "view") else [scores[0][:2], scores[0][2:]])
-    )
-    assert by_prompt[pairs[0]["prompt"]] == [-0.5, 0.5] and by_prompt[pairs[1]["prompt"]] == [0.5, -0.5]
+    rewards = {"a": scores[0][:2], "b": scores[0][2:]}
+    assert rewards[pairs[0]["prompt"]] == [-0.5, 0.5] and rewards[pairs[1]["prompt"]] == [0.5, -0.5]
 
 
 class Recorded(HumanPreference):

@@ -55,9 +55,8 @@ class RolloutProgressCallback(ProgressCallback):
 def show_waiting(bar: tqdm, waiting: Mapping[str, float]) -> None:
     """Show in the bar of a rollout for how many answers each reward waits."""
     shown = ", ".join(f"{name} waits for {number:.0f}" for name, number in waiting.items() if number)
-    if shown != (
-        getattr(bar, "postfix", None) or ""
-    ):  # it is asked many times a second, and each showing is a line of a log
+    # It is asked many times a second, and each showing is a line of a log. A bar that is not shown has no `postfix`.
+    if shown != (getattr(bar, "postfix", None) or ""):
         bar.set_postfix_str(shown)
 
 
