@@ -61,8 +61,31 @@ QUICK = [
     ("train --config shapes --prompts_per_rollout 7", 2, "cannot be split evenly over 1 process"),
     ("train --config shapes --num_processes 5", 2, "cannot be split evenly over 5 process"),
     ("train --config shape", 2, "no such file. The packaged recipes: combined,"),
+    ("train --config shaeps", 2, "Did you mean `shapes`?"),
+    ("train --config trl_fdfo/recipes/circles.txt", 2, "circles.txt has a str, and a recipe has lines `option: value`"),
+    ("train --config shapes --gpu h100", 2, "There is no `gpu`: it is an option of `trl-fdfo plan`"),
+    ("train --config shapes --algorithm awm", 2, "There is no `churn`: it is an option of --algorithm fdfo"),
+    ("train --config shapes --model ./nowhere", 2, "model='./nowhere': there is no such folder"),
+    ("train --config shapes --model README.md", 2, "model='README.md' is a file and has no model_index.json"),
+    ("generate --model docs --prompts a", 2, "model='docs' is a folder without model_index.json"),
+    ("merge --model a/b/c --adapter a --output b", 2, "model='a/b/c': there is no such folder"),
+    (
+        "train --config shapes --output_dir README.md",
+        2,
+        "output_dir='README.md' is a file, and the run writes a folder",
+    ),
+    ("train --config shapes --output_dir README.md/out", 2, "README.md', which is a file"),
+    ("train --config shapes --resume_from_checkpoint nowhere", 2, "resume_from_checkpoint='nowhere': there is no such"),
+    ("train --config shapes --reward_weights 1 2", 2, "reward_weights has 2 values for 1 reward function(s)"),
+    ("train --config shapes --reward nowhere:reward", 2, "reward 'nowhere:reward': there is no module 'nowhere'"),
+    ("train --config shapes --reward trl_fdfo.shapes:rewrad", 2, "has no 'rewrad'. Did you mean 'reward'?"),
+    ("train --config shapes --reward examples/custom_reward.py:f", 2, "folder or .py: examples.custom_reward:f."),
+    ("train --config shapes --metrics trl_fdfo.shapes:metric", 2, "metrics 'trl_fdfo.shapes:metric': module"),
+    ("plan --config shapes --reward nowhere:reward --plan_processes 0", 2, "plan_processes=0 must be at least 1"),
+    ("serve trl_fdfo.shapes:rewrad", 2, "has no 'rewrad'. Did you mean 'reward'?"),
+    ("evaluate --model shapes --reward trl_fdfo.shapes:rewrad", 2, "has no 'rewrad'. Did you mean 'reward'?"),
     ("train --config shapes --accelerate_config zero9", 2, "is neither a file nor one of ddp, "),
-    ("train --config shapes --reward pickscor", 2, "reward 'pickscor' is neither one of pickscore"),
+    ("train --config shapes --reward pickscor", 2, "Did you mean `pickscore`?"),
     ("train --config shapes --dataset_name none.txt", 2, "dataset_name='none.txt': there is no such file"),
     ("plan --config shapes --gpu z80", 2, "invalid choice: 'z80' (choose from 'rtx4090'"),
     ("plan --config shapes --num_processes 5", 2, "cannot be split evenly over 5 process"),
@@ -120,6 +143,18 @@ main(["generate"])
 def test_a_bug_shows_its_traceback():
     done = run(RAISING.format("int('ten')"))
     assert done.returncode == 1 and "Traceback" in done.stderr and "invalid literal for int()" in done.stderr
+
+
+def test_a_reward_that_raises_is_told_by_its_own_lines(tmp_path, monkeypatch, capsys):
+    (tmp_path / "raising.py").write_text("def reward(images, prompts):\n    return {}['missing']\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    args = "evaluate --model shapes --reward raising:reward --diversity pixels --images_per_prompt 2 --prompts".split()
+    with pytest.raises(SystemExit) as ended:
+        main([*args, "a red circle on a white background", "--output", str(tmp_path / "out")])
+    told = capsys.readouterr().err
+    assert ended.value.code == 1 and "Traceback" not in told
+    assert "trl-fdfo evaluate: KeyError: 'missing'\nRaised by the reward 'reward' on a batch of 2 images" in told
+    assert told.splitlines()[-2] == f"  {tmp_path / 'raising.py'}, line 2, in reward: return {{}}['missing']"
 
 
 def test_an_error_of_the_user_shows_it_on_request(monkeypatch, capsys):

@@ -127,6 +127,7 @@ def test_a_module_that_stand_ins_do_not_suffice_for_is_imported(tmp_path, monkey
 
 def test_rewards_are_the_packaged_ones():
     assert quick.load("trl_fdfo.rewards.by_name").REWARDS.keys() == REWARDS.keys()
-    quick.check_rewards(["pickscore", "pickscore(offload=True)", "my_module:reward"])
+    quick.check_rewards(["pickscore", "pickscore(offload=True)", "trl_fdfo.shapes:reward"])
+    quick.check_rewards(["my_module:reward"], has_modules=False)
     with pytest.raises(ValueError, match="unexpected keyword argument 'offloads'"):
         quick.check_rewards(["pickscore(offloads=True)"])

@@ -1,4 +1,6 @@
 import argparse
+import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from trl_fdfo.cli import train
 from trl_fdfo.cli.arguments import Parser, RepeatableFlag, RunArguments
 from trl_fdfo.cli.quick import reward_table
 from trl_fdfo.rewards import VLMServer
-from trl_fdfo.rewards.by_name import REWARDS, load_reward, reward_without_weights
+from trl_fdfo.rewards.by_name import REWARDS, check_object, load_reward, reward_without_weights
 
 
 @pytest.fixture
@@ -55,6 +57,51 @@ def test_names_options_and_paths(my_rewards):
 def test_bad_specs_say_what_there_is(my_rewards, spec, message):
     with pytest.raises(ValueError, match=message):
         load_reward(spec)
+
+
+def test_what_a_module_raises_is_told_with_its_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dividing.py").write_text("\n1 / 0\n")
+    (tmp_path / "needing.py").write_text("import json, library_that_is_not_there\n")
+    with pytest.raises(
+        ValueError, match=r"'dividing' cannot be imported: .*dividing.py, line 2, ZeroDivisionError: div"
+    ):
+        load_reward("dividing:reward")
+    with pytest.raises(
+        ValueError, match=r"'needing' cannot be imported: .*line 1, ModuleNotFoundError: No module named"
+    ):
+        load_reward("needing:reward")
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "message"),
+    [
+        ("def reward(images): ...", "reward", None),
+        ("from json import loads as reward", "reward", None),
+        ("reward = other = len", "other", None),
+        ("from json import *", "reward", None),  # which may have it
+        ("def __getattr__(name): ...", "reward", None),
+        ("raise SystemExit  # nothing is run", "reward", "module 'mine' has no 'reward'"),
+        ("def redness(images): ...", "rednes", "has no 'rednes'. Did you mean 'redness'?"),
+        ("\ndef reward(:", "reward", "module 'mine' is no Python: .*mine.py, line 2: invalid syntax"),
+    ],
+)
+def test_a_module_is_looked_into_without_an_import(tmp_path, monkeypatch, source, name, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "mine.py").write_text(source)
+    with nullcontext() if message is None else pytest.raises(ValueError, match=message):
+        check_object(f"mine:{name}", "reward")
+    assert "mine" not in sys.modules
+
+
+def test_a_module_is_found_without_an_import(my_rewards):
+    check_object("trl_fdfo.shapes:reward", "reward")
+    check_object("xml.etree.ElementTree:parse", "reward")
+    with pytest.raises(
+        ValueError, match=r"no module 'my_rewards.py' on .*Name it without a folder or .py: my_rewards:a"
+    ):
+        check_object("my_rewards.py:a", "reward")
 
 
 def test_flag_is_repeatable_and_replaces_the_default():

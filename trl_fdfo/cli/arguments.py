@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -55,6 +55,7 @@ class Parser(TrlParser):
         classes (`type` or `Sequence[type]`): Dataclasses.
         partial (`bool`): Pass over options of other dataclasses.
         elsewhere (`Collection[str]`): Options that a YAML file may have for something else. They are put into `passed_over`.
+        owners (`Callable`): Called for an unknown option: others that exist, and of what they are options.
         **kwargs: Arguments of [`~trl.TrlParser`].
     """
 
@@ -63,13 +64,14 @@ class Parser(TrlParser):
         classes: type | Sequence[type],
         partial: bool = False,
         elsewhere: Collection[str] = (),
+        owners: Callable[[], Mapping[str, str]] = dict,
         usage: str = "%(prog)s [--config RECIPE] [--OPTION VALUE ...]",
         **kwargs: Any,
     ):
         super().__init__(classes, allow_abbrev=False, formatter_class=HelpFormatter, usage=usage, **kwargs)
         # Read before all others, by TRL's parser.
         self.add_argument("--config", metavar="RECIPE", default=argparse.SUPPRESS, help=CONFIG)
-        self.partial, self.elsewhere = partial, elsewhere
+        self.partial, self.elsewhere, self.owners = partial, elsewhere, owners
         self.passed_over: dict[str, Any] = {}
         for action in self._actions:  # the other spelling of a switch that is on
             if action.option_strings and action.option_strings[0].startswith("--no_") and action.nargs == 0:
@@ -84,7 +86,7 @@ class Parser(TrlParser):
             if place == len(args):
                 self.error("argument --config: expected a recipe or a YAML file")
             self.recipe = recipes.find(args[place])
-            recipes.check(self.recipe)
+            recipes.read(self.recipe)
             args[place] = str(self.recipe)
         return super().parse_args_and_config(args, **kwargs)
 
@@ -126,7 +128,7 @@ class Parser(TrlParser):
         configs = [each for each in self.dataclass_types if hasattr(each, "renamed_options")]
         owner = " with ".join([self.prog, *(each.__name__.removeprefix("Planned") for each in configs)])
         renamed = {name: new for each in configs for name, new in each.renamed_options.items()}
-        error = None if self.partial else unknown_options(owner, given, self._names(), renamed)
+        error = None if self.partial else unknown_options(owner, given, self._names(), renamed, self.owners)
         if error:
             raise ValueError(error)
 
@@ -155,6 +157,26 @@ def _flat(options: dict[str, Any], names: set[str]) -> dict[str, Any]:
         inner = value if isinstance(value, dict) and name not in names else None
         flat |= {f"{name}.{key}": one for key, one in inner.items()} if inner else {name: value}
     return flat
+
+
+def check_model(model: str) -> None:
+    """
+    Refuse what can be neither a Hub id nor a pipeline's folder; whether the Hub has an id is told there.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        ValueError: It is a file, or a folder of something else.
+    """
+    path, index = Path(model), "model_index.json"
+    if model == "shapes" or (path / index).is_file():
+        return
+    if path.exists():
+        found = "is a folder without" if path.is_dir() else "is a file and has no"
+        raise ValueError(
+            f"model='{model}' {found} {index}: name a folder that diffusers' `save_pretrained` wrote, or a Hub id."
+        )
+    if path.is_absolute() or model.startswith(".") or model.count("/") > 1:
+        raise FileNotFoundError(f"model='{model}': there is no such folder, and a Hub id is owner/name.")
 
 
 @dataclass
@@ -198,6 +220,7 @@ class InferenceArguments:
         for name, value in vars(self).items():
             if isinstance(value, str) and self.__dataclass_fields__[name].type in (list[str], list[str] | None):
                 setattr(self, name, [value])  # a YAML file may have it so
+        check_model(self.model)
         if self.num_inference_steps is not None and self.num_inference_steps < 1:
             raise ValueError(f"num_inference_steps={self.num_inference_steps} must be at least 1.")
 
@@ -285,6 +308,7 @@ class MergeArguments:
         for name in ("adapter", "scale"):
             value = getattr(self, name)
             setattr(self, name, value if isinstance(value, list) else [value])  # a YAML file may have it so
+        check_model(self.model)
         if not self.adapter:
             raise ValueError("adapter=[] leaves nothing to merge: name at least one.")
         if len(self.scale) not in (1, len(self.adapter)):

@@ -1,6 +1,8 @@
 """Errors that the user can mend, and bugs."""
 
 import dis
+import traceback
+from pathlib import Path
 
 
 def is_of_the_user(error: BaseException) -> bool:
@@ -8,7 +10,22 @@ def is_of_the_user(error: BaseException) -> bool:
     Whether an error tells the user what to mend: one that this package raises, or a file, model or address that cannot be
     read. All others are bugs, of the package or of what it calls.
     """
-    return isinstance(error, OSError) or raised_by_package(error)
+    return isinstance(error, OSError) or raised_by_package(error) or raised_by_reward(error)
+
+
+def raised_by_reward(error: BaseException) -> bool:
+    """Whether a reward that was called is where an error comes from. Python 3.10 has no notes, which tell it."""
+    return any(note.startswith("Raised by the reward") for note in getattr(error, "__notes__", ()))
+
+
+def details(error: BaseException) -> list[str]:
+    """The notes of an error and, of one that a reward raised, a line for each of its calls."""
+    frames = traceback.extract_tb(error.__traceback__) if raised_by_reward(error) else []
+    package = str(Path(__file__).parents[1])
+    last = max((place for place, frame in enumerate(frames) if frame.filename.startswith(package)), default=-1)
+    calls = [f"  {each.filename}, line {each.lineno}, in {each.name}: {each.line}" for each in frames[last + 1 :]]
+    middle = ["  ..."] if len(calls) > 4 else []
+    return [*getattr(error, "__notes__", ()), *calls[:3], *middle, *calls[max(3, len(calls) - 1) :]]
 
 
 def raised_by_package(error: BaseException) -> bool:

@@ -11,6 +11,7 @@ all settings and versions, and grid.png, with the images of the first prompts. P
 results as one.
 """
 
+from . import quick
 from .arguments import EvaluationArguments, parse
 
 
@@ -20,6 +21,7 @@ def main(args: list[str] | None = None) -> None:
         if getattr(arguments, name) < least:
             why = ": diversity is a distance between images of a prompt" if name == "images_per_prompt" else ""
             raise ValueError(f"{name}={getattr(arguments, name)} must be at least {least}{why}.")
+    quick.check_rewards(arguments.reward)
     from .table import evaluate  # which takes seconds
 
     evaluate(arguments)

@@ -5,7 +5,7 @@ import os
 import sys
 import time
 
-from .errors import is_of_the_user
+from .errors import details, is_of_the_user
 
 
 # Of each command its module and a line of help.
@@ -50,7 +50,7 @@ def main(args: list[str] | None = None) -> None:
         kind = "error" if type(error) in (ValueError, FileNotFoundError) else type(error).__name__
         message = str(error) if str(error).startswith("trl-fdfo ") else f"trl-fdfo {name}: {kind}: {error}"
         _exit(
-            f"{message}\n(trl-fdfo --debug {name} ... shows where)",
+            "\n".join([message, *details(error)]) + f"\n(trl-fdfo --debug {name} ... shows where)",
             2 if isinstance(error, (ValueError, OSError)) else 1,
         )
 

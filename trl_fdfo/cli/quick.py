@@ -218,14 +218,28 @@ def _as_far_as_decided(check: Callable[[], Any]) -> None:
         pass
 
 
-def check_rewards(specs: list[str]) -> None:
+def check_rewards(specs: list[str], has_modules: bool = True) -> None:
     """
+    Args:
+        specs (`list[str]`): Names of rewards.
+        has_modules (`bool`): Also look for the modules of `module:callable`.
+
     Raises:
         ValueError: A reward has a name that does not exist, or unknown options.
     """
     by_name = load_or_import(f"{PACKAGE}.rewards.by_name")
     for spec in specs:
-        by_name.check_by_name(spec, by_name.REWARDS, "reward")
+        path, _ = by_name.check_by_name(spec, by_name.REWARDS, "reward")
+        if has_modules and path not in by_name.REWARDS:
+            by_name.check_object(path, "reward")
+
+
+def check_object(path: str, kind: str) -> None:
+    """
+    Raises:
+        ValueError: There is no `module:name` of this path.
+    """
+    load_or_import(f"{PACKAGE}.rewards.by_name").check_object(path, kind)
 
 
 def reward_table() -> str:

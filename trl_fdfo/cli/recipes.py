@@ -1,6 +1,7 @@
 """Recipes: YAML files of options that come with the package. A command line names them without a path."""
 
 import argparse
+import difflib
 import shutil
 from pathlib import Path
 
@@ -29,22 +30,32 @@ def find(name: str) -> Path:
     packaged = FOLDER / f"{name}.yaml"
     if Path(name).is_file() or not packaged.is_file():
         if not Path(name).is_file():
+            near = difflib.get_close_matches(name, names(), n=1)
+            meant = f" Did you mean `{near[0]}`?" if near else ""
             raise FileNotFoundError(
-                f"--config {name}: there is no such file. The packaged recipes: {', '.join(names())}."
+                f"--config {name}: there is no such file. The packaged recipes: {', '.join(names())}.{meant}"
             )
         return Path(name)
     return packaged
 
 
-def check(path: Path) -> None:
+def read(path: Path) -> dict[str, object]:
     """
+    The options of a recipe.
+
     Raises:
-        ValueError: It is no YAML file.
+        ValueError: It is no YAML file of options.
     """
     try:
-        yaml.safe_load(path.read_text(encoding="utf-8"))
+        options = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(options, dict):
+        found = "is empty" if options is None else f"has a {type(options).__name__}"
+        raise ValueError(
+            f"--config {path} {found}, and a recipe has lines `option: value`, such as `num_rollouts: 10`."
+        )
+    return options
 
 
 def beside(path: Path, name: str, value: object) -> object:
@@ -84,7 +95,7 @@ def copy(name: str, path: str) -> Path:
     """
     recipe = find(name)
     target = Path(path) / recipe.name if Path(path).is_dir() or not Path(path).suffix else Path(path)
-    options = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    options = read(recipe)
     files = [recipe.parent / options[name] for name in FILES if isinstance(options.get(name), str)]
     targets = {recipe: target, **{file: target.parent / file.name for file in files if file.is_file()}}
     for each in targets.values():

@@ -35,12 +35,14 @@ def plan(script: RunArguments, config: RolloutConfig) -> str:
 def train(script: RunArguments, config: RolloutConfig) -> None:
     """Train, with samples of before and after beside each other."""
     metrics = load_object(script.metrics, "metrics") if script.metrics is not None else None
+    rewards = [load_reward(spec) for spec in script.reward]
+    controls = [load_reward(spec) for spec in script.eval_reward] if script.eval_reward else None
     trainer = _trainer_class(script)(
         config,
         shapes.load_pipeline() if script.model == "shapes" else script.model,
-        [load_reward(spec) for spec in script.reward],
+        rewards,
         train_dataset=_captions(script, config),
-        eval_reward_fn=[load_reward(spec) for spec in script.eval_reward] if script.eval_reward else None,
+        eval_reward_fn=controls,
     )
 
     comparison = trainer.compare(

@@ -12,7 +12,7 @@ import os
 from dataclasses import asdict, dataclass, field
 
 from .arguments import Parser
-from .quick import reward_table
+from .quick import check_rewards, reward_table
 
 
 @dataclass
@@ -45,6 +45,7 @@ def main(args: list[str] | None = None) -> None:
     parser = Parser(Arguments, prog="trl-fdfo serve", usage=usage, epilog=reward_table())
     parser.add_argument("rewards", nargs="+", metavar="REWARD", help="A reward, listed below, or module:callable.")
     arguments, rest = parser.parse_args_and_config(args)
+    check_rewards(rest.rewards)
     from ..rewards.http_reward import TOKEN
     from ..rewards.serving import serve
 

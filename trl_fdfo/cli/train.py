@@ -11,12 +11,13 @@ Writes into `output_dir` the adapter, its model card README.md with before_after
 results.json (before and after), metrics.jsonl (over time), pictures/, and checkpoints.
 """
 
+import dataclasses
 import sys
 from typing import Any
 
 from . import launch, quick
 from .algorithms import ALGORITHMS
-from .arguments import Parser, RunArguments, parse
+from .arguments import Parser, RunArguments, check_model, parse
 
 
 EPILOG = """{rewards}
@@ -38,6 +39,7 @@ def main(args: list[str] | None = None) -> None:
     options: dict[str, Any] = {
         "prog": f"trl-fdfo {'plan' if script.plan else 'train'}",
         "elsewhere": launch.options(),
+        "owners": _owners,
         "epilog": EPILOG.format(
             rewards=quick.reward_table(), prompt_sets=quick.prompt_set_table(), configs=", ".join(launch.configs())
         ),
@@ -65,10 +67,31 @@ def main(args: list[str] | None = None) -> None:
         run.train(script, config)
 
 
+def _owners() -> dict[str, str]:
+    """The options of the algorithms and of the plan, and where each belongs."""
+    configs = {name: trainer.replace("Trainer", "Config") for name, trainer in ALGORITHMS.items()}
+    classes = {f"--algorithm {name}": quick.config_class(config) for name, config in configs.items()}
+    classes["`trl-fdfo plan`"] = quick.config_class(next(iter(configs.values())), is_plan=True)
+    owners: dict[str, str] = {}
+    for owner, config in classes.items():
+        for field in dataclasses.fields(config):
+            owners.setdefault(field.name, owner)
+    return owners
+
+
 def _check(config_class: type, script: RunArguments, values: dict[str, Any], launched: list[str]) -> None:
     """Tell a mistake now, and not after the seconds that the imports of a run take."""
     processes = launch.processes(launched) if launched else None
     if processes or not launched:  # otherwise the launcher counts the GPUs, and each process checks
         quick.check(config_class, values, processes)
-    quick.check_rewards([*script.reward, *(script.eval_reward or ())])
+    check_model(script.model)
+    # A plan loads no reward, which may be on another machine.
+    quick.check_rewards([*script.reward, *(script.eval_reward or ())], has_modules=not script.plan)
+    if script.metrics is not None and not script.plan:
+        quick.check_object(script.metrics, "metrics")
+    weights = values["reward_weights"]
+    if weights is not None and len(weights) != len(script.reward):
+        raise ValueError(
+            f"reward_weights has {len(weights)} values for {len(script.reward)} reward function(s): give one each."
+        )
     quick.check_prompts(values["dataset_name"], values["dataset_prompt_column"])

@@ -1,11 +1,16 @@
 """Loads rewards by name, for YAML files and command lines. In Python, pass the objects themselves."""
 
 import ast
+import difflib
 import importlib
+import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from importlib.machinery import PathFinder
+from pathlib import Path
 from typing import Any
 
 from .aesthetic_score import AestheticScore
@@ -125,9 +130,11 @@ def check_by_name(spec: str, names: dict[str, Callable[..., Any]], kind: str) ->
     if path in names:
         _check_options(names[path], spec, options, kind)
     elif ":" not in path:
+        near = difflib.get_close_matches(path, names, n=1)
+        meant = f" Did you mean `{near[0]}`?" if near else ""
         raise ValueError(
             f"{kind} '{spec}' is neither one of {', '.join(names)}, nor of the form module:callable, such as "
-            f"my_module:my_{kind}."
+            f"my_module:my_{kind}.{meant}"
         )
     return path, options
 
@@ -141,21 +148,99 @@ def _check_options(found: Callable, spec: str, options: dict[str, Any] | None, k
 
 
 def load_object(path: str, kind: str) -> Any:
-    """Import `"module:name"` from the Python path or the working directory; a ValueError if it does not exist."""
-    module_name, separator, name = path.partition(":")
-    if not (module_name and separator and name):
+    """
+    Import `"module:name"` from the Python path or the working directory.
+
+    Raises:
+        ValueError: `path` has another form, its module cannot be imported, or has no such name.
+    """
+    module_name, name = _split(path, kind)
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # of the user's module
+        if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
+            raise _no_module(path, kind, error.name) from error
+        frames = [
+            f"{frame.filename}, line {frame.lineno}, "
+            for frame in traceback.extract_tb(error.__traceback__)[1:]
+            if "importlib" not in frame.filename
+        ]
+        text = f"{next(iter(frames), '')}{type(error).__name__}: {error}"
+        raise ValueError(f"{kind} '{path}': module '{module_name}' cannot be imported: {text}.") from error
+    if not hasattr(module, name):
+        raise _no_name(path, kind, vars(module))
+    return getattr(module, name)
+
+
+def check_object(path: str, kind: str) -> None:
+    """
+    Read the source of the module that a `"module:name"` names, without importing anything. What it does not decide, such as
+    names that the module makes as it runs, [`load_object`] tells.
+
+    Raises:
+        ValueError: There is no such module, it is no Python, or it has no such name.
+    """
+    module_name, name = _split(path, kind)
+    package, *parts = module_name.split(".")
+    try:
+        spec = importlib.util.find_spec(package)
+    except ValueError:  # a module that was made without a file, such as __main__
+        return
+    if spec is None:
+        raise _no_module(path, kind, package)
+    for number in range(len(parts)):
+        inner = ".".join([package, *parts[: number + 1]])
+        if not spec.submodule_search_locations:  # no package
+            raise _no_module(path, kind, inner)
+        spec = PathFinder.find_spec(inner, spec.submodule_search_locations)
+        if spec is None:
+            return
+    if not (spec.origin or "").endswith(".py"):
+        return
+    try:
+        tree = ast.parse(Path(spec.origin).read_bytes(), spec.origin)
+    except SyntaxError as error:
+        text = f"{spec.origin}, line {error.lineno}: {error.msg}"
+        raise ValueError(f"{kind} '{path}': module '{module_name}' is no Python: {text}.") from error
+    names = set(_bound(tree))
+    if name not in names and not names & {"*", "__getattr__", "globals", "setattr"}:
+        raise _no_name(path, kind, names)
+
+
+def _split(path: str, kind: str) -> tuple[str, str]:
+    module_name, _, name = path.partition(":")
+    if not (module_name and name):
         raise ValueError(f"{kind} '{path}' is not of the form module:callable, such as my_module:my_{kind}.")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"{kind} '{path}': there is no module '{error.name}' on the Python path or in the working directory."
-        ) from error
-    if not hasattr(module, name):
-        raise ValueError(f"{kind} '{path}': module '{module_name}' has no '{name}'.")
-    return getattr(module, name)
+    return module_name, name
+
+
+def _bound(tree: ast.AST) -> Iterator[str]:
+    """Names that a module may have, and those that tell that it may have others."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.alias):
+            yield (node.asname or node.name).split(".")[0]
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            yield node.name
+        elif isinstance(node, ast.Name):
+            yield node.id
+
+
+def _no_module(path: str, kind: str, missing: str) -> ValueError:
+    module_name, name = _split(path, kind)
+    plain = module_name.removesuffix(".py").strip("./").replace("/", ".")
+    meant = "" if plain == module_name else f" Name it without a folder or .py: {plain}:{name}."
+    return ValueError(
+        f"{kind} '{path}': there is no module '{missing}' on the Python path or in the working directory.{meant}"
+    )
+
+
+def _no_name(path: str, kind: str, names: Iterable[str]) -> ValueError:
+    module_name, name = _split(path, kind)
+    near = difflib.get_close_matches(name, names, n=1)
+    meant = f" Did you mean '{near[0]}'?" if near else ""
+    return ValueError(f"{kind} '{path}': module '{module_name}' has no '{name}'.{meant}")
 
 
 def _parse(spec: str, kind: str, example: str) -> tuple[str, dict[str, Any] | None]:

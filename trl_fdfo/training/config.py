@@ -513,6 +513,7 @@ class RolloutConfig(TrainingArguments):
             ValueError: An option has an impossible value, or two options contradict each other.
         """
         config_checks.check_output_dir(self)
+        config_checks.check_checkpoint(self)
         config_checks.check_numbers(self)
         config_checks.check_rollouts(self)
         config_checks.check_training(self)

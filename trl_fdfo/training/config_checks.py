@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from enum import EnumMeta
 from numbers import Integral
+from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
@@ -78,6 +79,20 @@ def check_output_dir(config: TrainingArguments) -> None:
         raise ValueError(
             f"output_dir={config.output_dir!r} is no folder, and checkpoints would lie between the files of the working "
             "directory: name one."
+        )
+    path = Path(config.output_dir or "").absolute()
+    file = next((each for each in (path, *path.parents) if each.is_file()), None)
+    if file is not None:
+        what = "is a file" if file == path else f"lies in '{file}', which is a file"
+        raise ValueError(f"output_dir='{config.output_dir}' {what}, and the run writes a folder: take another name.")
+
+
+def check_checkpoint(config: TrainingArguments) -> None:
+    resume = config.resume_from_checkpoint
+    if isinstance(resume, str) and resume.lower() not in ("true", "false") and not Path(resume).is_dir():
+        raise ValueError(
+            f"resume_from_checkpoint='{resume}': there is no such folder to go on from. True takes the newest good checkpoint "
+            f"in output_dir='{config.output_dir}'."
         )
 
 

@@ -5,7 +5,7 @@ made of these tables.
 
 import difflib
 import inspect
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 
@@ -311,7 +311,11 @@ def arguments_of(called: type) -> set[str]:
 
 
 def unknown_options(
-    owner: str, given: Iterable[str] | Mapping[str, object], known: Collection[str], renamed: Mapping[str, str]
+    owner: str,
+    given: Iterable[str] | Mapping[str, object],
+    known: Collection[str],
+    renamed: Mapping[str, str],
+    owners: Callable[[], Mapping[str, str]] = dict,
 ) -> str | None:
     """
     An error's text for options that do not exist; None if all of them do.
@@ -321,13 +325,18 @@ def unknown_options(
         given (`Iterable[str]` or `Mapping[str, object]`): Names of the options, or their values by name.
         known (`Collection[str]`): The options that there are.
         renamed (`Mapping[str, str]`): Options that had another name in an earlier version, and their new spelling.
+        owners (`Callable`): Called for an unknown option: others that exist, and of what they are options.
     """
 
     def elsewhere(name: str) -> Here | None:
         if name in renamed:
             return Here((renamed[name],))
         plain = name.removeprefix("config.").replace(".", "_")
-        return next((_OPTIONS[group + plain] for group in _GROUPS if group + plain in _OPTIONS), None)
+        there = next((_OPTIONS[group + plain] for group in _GROUPS if group + plain in _OPTIONS), None)
+        owner = owners().get(name.partition(".")[0])
+        if owner and not (there and set(there.names) & set(known)):
+            return _none(f"it is an option of {owner}")
+        return there
 
     return _unknown(owner, "option", given, [*known, *renamed.values()], elsewhere)
 
