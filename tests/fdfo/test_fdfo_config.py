@@ -1,3 +1,4 @@
+import inspect
 import re
 from dataclasses import dataclass, fields, replace
 
@@ -47,7 +48,9 @@ def test_every_option_is_documented_and_has_help():
 
 
 def documented(config_class):
-    return re.findall(r"^        (\w+) \(`", "".join(c.__doc__ for c in config_class.__mro__[:2]), re.MULTILINE)
+    # Python 3.13 takes the indentation out of a docstring.
+    docstrings = [inspect.cleandoc(each.__doc__) for each in config_class.__mro__[:2]]
+    return re.findall(r"^    (\w+) \(`", "\n".join(docstrings), re.MULTILINE)
 
 
 def test_the_command_line_takes_every_option():
