@@ -29,8 +29,8 @@ def parse_run(*args):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--rewards", "clip"], "with FDFOConfig has no option rewards. Did you mean `reward`"),
-        (["--lora_rank", "8"], "has no option lora_rank. Did you mean .*`lora_r`"),
+        (["--rewards", "clip"], "with FDFOConfig has no option rewards. `rewards` is `reward` here"),
+        (["--lora_rank", "8"], "has no option lora_rank. `lora_rank` is `lora_r` here"),
         (["--num_rollout", "3"], "has no option num_rollout. Did you mean `num_rollouts`"),
         (["--num-rollout=3"], "has no option num_rollout. Did you mean `num_rollouts`"),
         (["--churn-width", "0.3"], r"`churn_width` is `churn_kwargs=\{\"width\": ...\}` here"),

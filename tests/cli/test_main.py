@@ -68,6 +68,9 @@ QUICK = [
     ("train --config shapes --model ./nowhere", 2, "model='./nowhere': there is no such folder"),
     ("train --config shapes --model README.md", 2, "model='README.md' is a file and has no model_index.json"),
     ("generate --model docs --prompts a", 2, "model='docs' is a folder without model_index.json"),
+    ("generate --model shapes --prompts none.txt", 2, "prompts='none.txt': there is no such file"),
+    ("generate --model shapes --prompts a --output grid", 2, "output='grid' does not end in a format of pictures"),
+    ("evaluate --model shapes --prompts none.csv --reward clip", 2, "prompts='none.csv': there is no such file"),
     ("merge --model a/b/c --adapter a --output b", 2, "model='a/b/c': there is no such folder"),
     (
         "train --config shapes --output_dir README.md",

@@ -167,6 +167,8 @@ def check_model(model: str) -> None:
         FileNotFoundError: There is no such folder.
         ValueError: It is a file, or a folder of something else.
     """
+    if not isinstance(model, str):  # from a YAML file; the trainer says what it may be
+        return
     path, index = Path(model), "model_index.json"
     if model == "shapes" or (path / index).is_file():
         return

@@ -22,6 +22,8 @@ def main(args: list[str] | None = None) -> None:
             why = ": diversity is a distance between images of a prompt" if name == "images_per_prompt" else ""
             raise ValueError(f"{name}={getattr(arguments, name)} must be at least {least}{why}.")
     quick.check_rewards(arguments.reward)
+    if arguments.prompts and len(arguments.prompts) == 1:
+        quick.check_prompts(arguments.prompts[0], "prompt", "prompts")
     from .table import evaluate  # which takes seconds
 
     evaluate(arguments)

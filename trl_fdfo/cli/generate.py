@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .arguments import InferenceArguments, parse
-from .quick import prompt_set_table
+from .quick import check_prompts, prompt_set_table
 
 
 @dataclass
@@ -31,9 +31,17 @@ class Arguments(InferenceArguments):
 
 def main(args: list[str] | None = None) -> None:
     (arguments,) = parse(Arguments, args, prog="trl-fdfo generate", epilog=prompt_set_table())
+    from PIL import Image
+
+    output = Path(arguments.output)
+    if output.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"output='{output}' does not end in a format of pictures: take .png.")
+    if arguments.seeds < 1:
+        raise ValueError(f"seeds={arguments.seeds} must be at least 1.")
+    if len(arguments.prompts) == 1:
+        check_prompts(arguments.prompts[0], "prompt", "prompts")
     # Below, as these take seconds and a mistake in an option is told before.
     from accelerate import PartialState
-    from PIL import Image
     from tqdm.auto import tqdm
 
     from ..evaluation.evaluator import read_rows
@@ -44,11 +52,6 @@ def main(args: list[str] | None = None) -> None:
 
     columns = arguments.pipeline_columns
     dataset = read_prompts(arguments.prompts, columns)
-    output = Path(arguments.output)
-    if output.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"output='{output}' does not end in a format of pictures: take .png.")
-    if arguments.seeds < 1:
-        raise ValueError(f"seeds={arguments.seeds} must be at least 1.")
     adapters = find_adapters(arguments.adapter)
     options = call_options(arguments, adapters)
     flow = open_flow(arguments.model, options, adapters, PartialState().device)

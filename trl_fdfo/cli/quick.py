@@ -198,13 +198,18 @@ def check(config: type, values: Mapping[str, Any], processes: int | None = None)
     _as_far_as_decided(lambda: config(**given))
 
 
-def check_prompts(name: str | None, column: str) -> None:
+def check_prompts(name: str | None, column: str, option: str = "dataset_name") -> None:
     """
+    Args:
+        name (`str`, *optional*): A prompt set, Hub id or file.
+        column (`str`): Column of the prompts.
+        option (`str`): Name of the option in errors.
+
     Raises:
         FileNotFoundError: `name` is that of a file, and there is none.
         ValueError: The file is of another format.
     """
-    _as_far_as_decided(lambda: load_or_import(f"{PACKAGE}.training.prompts").load_prompts(name, column))
+    _as_far_as_decided(lambda: load_or_import(f"{PACKAGE}.training.prompts").load_prompts(name, column, option))
 
 
 def _as_far_as_decided(check: Callable[[], Any]) -> None:

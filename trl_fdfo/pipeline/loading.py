@@ -13,11 +13,25 @@ def load_pipeline(name_or_path: str | Path, **kwargs: Any) -> DiffusionPipeline:
     Args:
         name_or_path (`str` or `Path`): Hub id, or folder in diffusers' layout.
         **kwargs: Passed on.
+
+    Raises:
+        OSError: There is none of this name that can be read.
     """
     # diffusers takes a component as absent only if it is passed as None.
-    index = DiffusionPipeline.load_config(name_or_path)
+    index = load_index(name_or_path)
     absent = {name: None for name, value in index.items() if value == [None, None]}
     return DiffusionPipeline.from_pretrained(name_or_path, **{**absent, **kwargs})
+
+
+def load_index(name_or_path: str | Path) -> dict[str, Any]:
+    """The components of a pipeline and their classes, from its model_index.json. Raises as [`load_pipeline`] does."""
+    try:
+        return DiffusionPipeline.load_config(name_or_path)
+    except OSError as error:
+        raise OSError(
+            f"pipeline='{name_or_path}' cannot be loaded: {error}\nIt is a folder that diffusers' `save_pretrained` wrote, or "
+            "the Hub id of a pipeline that you may read: a gated one needs its licence accepted and `hf auth login`."
+        ) from error
 
 
 def base_model_name(pipeline: DiffusionPipeline) -> tuple[str | None, bool]:

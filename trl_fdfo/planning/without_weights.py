@@ -23,6 +23,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from ..pipeline.checks import check_trained_transformers
 from ..pipeline.flow import PipelineFlow
+from ..pipeline.loading import load_index
 from ..pipeline.lora import add_adapter, default_lora_config
 from ..pipeline.options import set_vae_options
 from ..pipeline.own_dtype import can_run_in_own_dtype, run_in_own_dtype
@@ -100,7 +101,7 @@ def load_without_weights(name_or_path: str | os.PathLike, dtype: torch.dtype) ->
         OSError: The folder does not exist, and the configs are not in the cache and cannot be downloaded.
     """
     try:
-        index = DiffusionPipeline.load_config(name_or_path)
+        index = load_index(name_or_path)
         parts: dict[str, Any] = {}
         for name, value in index.items():
             if not isinstance(value, (list, tuple)) or len(value) != 2:

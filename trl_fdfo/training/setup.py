@@ -28,7 +28,7 @@ from ..metric_names import EVAL_PREFIX, REWARD
 from ..pipeline.checks import check_call_kwargs, check_resolution, check_trainable, check_trained_transformers
 from ..pipeline.encoder_offload import EncoderOffload
 from ..pipeline.flow import PipelineFlow
-from ..pipeline.loading import load_pipeline
+from ..pipeline.loading import load_index, load_pipeline
 from ..pipeline.lora import add_adapter, continue_adapter, default_lora_config
 from ..pipeline.options import is_quantized, quantization_config, set_attention_backend, set_vae_options
 from ..pipeline.patch import carries_state
@@ -184,7 +184,7 @@ def open_pipeline(pipeline: DiffusionPipeline | str | os.PathLike, config: Rollo
     if isinstance(pipeline, (str, os.PathLike)):
         options = {"dtype": config.load_dtype}
         if config.quantization:
-            index = DiffusionPipeline.load_config(pipeline)
+            index = load_index(pipeline)
             transformers = [name for name, kind in index.items() if kind == index.get(TRAINED)]
             options["quantization_config"] = quantization_config(config.quantization, options["dtype"], transformers)
         return load_pipeline(pipeline, **options)
