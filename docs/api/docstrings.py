@@ -25,7 +25,7 @@ class HuggingFaceDocstrings(Extension):
 def as_google(text: str) -> str:
     text = re.sub(r"\[`~?([\w.]+\.)?(\w+)`\]", lambda match: f"`{match[2]}`", text)
     text = re.sub(
-        r"^( *[\w*, ]+ \()(`.+)(\):)$", lambda match: match[1] + plain_type(match[2]) + match[3], text, flags=re.M
+        r"^( *[\w*, ]+ \()(`[^)\n]+)(\):)", lambda match: match[1] + plain_type(match[2]) + match[3], text, flags=re.M
     )
     # A section of Google's begins after an empty line, and its parameters follow without one.
     text = re.sub(r"^Parameters:\n(?=\n*    > )", "", text, flags=re.M)

@@ -30,7 +30,7 @@ def start(script: Path, folder: Path, processes: int) -> subprocess.Popen:
     folder.mkdir(exist_ok=True)
     command = [sys.executable, str(script)]
     if processes > 1:
-        config = str(ROOT / "examples" / "accelerate_configs" / "ddp.yaml")
+        config = str(ROOT / "trl_fdfo" / "accelerate_configs" / "ddp.yaml")
         command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
         command += ["--num_processes", str(processes), "--main_process_port", "0", str(script)]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(sys.path)}
