@@ -12,6 +12,7 @@ from tiny_pipelines import conditioned, ltx, ltx2, skyreels_v2, wan
 from tiny_runs import PROMPTS
 from torch.utils._pytree import tree_leaves
 
+import trl_fdfo
 from trl_fdfo.cli.algorithms import ALGORITHMS
 from trl_fdfo.pipeline_flow import PipelineFlow
 from trl_fdfo.planning.without_weights import planned
@@ -19,7 +20,8 @@ from trl_fdfo.seeds import FORWARD_NOISE, derive_seed
 from trl_fdfo.training.forward_process import ODEScheduler, target_velocity
 
 
-FORWARD = {name: trainer for name, trainer in ALGORITHMS.items() if trainer.noises_endpoints}
+TRAINERS = {name: getattr(trl_fdfo, trainer) for name, trainer in ALGORITHMS.items()}
+FORWARD = {name: trainer for name, trainer in TRAINERS.items() if trainer.noises_endpoints}
 EACH = pytest.mark.parametrize("trainer_class", FORWARD.values(), ids=FORWARD)
 # What is the base class's own is tested with one.
 ONE = pytest.mark.parametrize("trainer_class", [FORWARD["diffusion_nft"]], ids=[""])

@@ -10,7 +10,7 @@ from datasets import Dataset, load_dataset
 from tiny_runs import UnplannedTrainer, redness
 
 from trl_fdfo import FDFOConfig, FDFOTrainer
-from trl_fdfo.cli.arguments import read_prompts
+from trl_fdfo.cli.models import read_prompts
 from trl_fdfo.planning.without_weights import planned
 from trl_fdfo.training.prompt_sets import (
     _COLORED,
