@@ -7,6 +7,7 @@ Ends with the first command that fails.
 """
 
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -17,7 +18,8 @@ from pathlib import Path
 
 CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
 # A minute each: fewer rollouts and images than those of the demo. Few images make a poor result.
-SMALL = "--num_rollouts 2 --num_report_prompts 2 --images_per_report_prompt 2".split()
+SMALL = "--num_rollouts 2 --num_report_prompts 2 --images_per_report_prompt 2"
+FEW = "--prompts 'a red circle' 'a blue cross' --images_per_prompt 2 --diversity pixels"
 RED = "def red(images, prompts):\n    return images[:, 0].mean(dim=(1, 2))\n"
 
 
@@ -32,42 +34,30 @@ def main() -> None:
         work.mkdir()
         (work / "my_rewards.py").write_text(RED)
 
-        def run(*command: str, says: str = "") -> None:
+        def run(command: str, says: str = "") -> None:
             start = time.perf_counter()
+            program, *arguments = shlex.split(command)
             result = subprocess.run(
-                [binaries / command[0], *command[1:]], cwd=work, env=environment, text=True, capture_output=True
+                [binaries / program, *arguments], cwd=work, env=environment, text=True, capture_output=True
             )
             if result.returncode or says not in result.stdout + result.stderr:
-                sys.exit(f"{' '.join(command)}: status {result.returncode}\n{result.stdout}{result.stderr}")
-            print(f"{time.perf_counter() - start:6.1f} s  {' '.join(command)}", flush=True)
+                sys.exit(f"{command}: status {result.returncode}\n{result.stdout}{result.stderr}")
+            print(f"{time.perf_counter() - start:6.1f} s  {command}", flush=True)
 
         venv.create(binaries.parent, with_pip=True)
-        pip = ("python", "-m", "pip", "install", "--quiet", "-c", str(CONSTRAINTS))
-        run(*pip, "torch")
-        run(*pip, f"{wheel}[examples,human]")
-        run("trl-fdfo", "--help", says="recipes")
-        run("trl-fdfo", "recipes", says="sd35_24gb")
-        run("trl-fdfo", "demo", *SMALL)
-        run("trl-fdfo", "train", "--config", "shapes", "--reward", "my_rewards:red", "--output_dir", "red", *SMALL)
-        run("trl-fdfo", "plan", "--config", "shapes", "--gpu", "h100", says="h100")
-        run(
-            "trl-fdfo", "generate", "--model", "shapes", "--adapter", "red", "--prompts", "a red circle", "--seeds", "1"
-        )
-        run(
-            "trl-fdfo",
-            "evaluate",
-            "--model",
-            "shapes",
-            "--adapter",
-            "red",
-            "--reward",
-            "my_rewards:red",
-            "--images_per_prompt",
-            "1",
-        )
-        run("trl-fdfo", "merge", "--model", "shapes", "--adapter", "red", "--output", "merged")
-        run("trl-fdfo", "vote", "--help", says="--port")
-        run("trl-fdfo", "serve", "--help", says="--port")
+        install = f"python -m pip install --quiet -c {shlex.quote(str(CONSTRAINTS))}"
+        run(f"{install} torch")
+        run(f"{install} {shlex.quote(f'{wheel}[examples,human]')}")
+        run("trl-fdfo --help", says="recipes")
+        run("trl-fdfo recipes", says="sd35_24gb")
+        run(f"trl-fdfo demo {SMALL}", says="The result is in")
+        run(f"trl-fdfo train --config shapes --reward my_rewards:red --output_dir red {SMALL}", says="The result is in")
+        run("trl-fdfo plan --config shapes", says="memory per device")
+        run("trl-fdfo generate --model shapes --adapter red --prompts 'a red circle' --seeds 1")
+        run(f"trl-fdfo evaluate --model shapes --adapter red --reward my_rewards:red {FEW}", says="standard error")
+        run("trl-fdfo merge --model shapes --adapter red --output merged")
+        run("trl-fdfo vote --help", says="--port")
+        run("trl-fdfo serve --help", says="--port")
         for file in ("red/pytorch_lora_weights.safetensors", "grid.png", "merged/model_index.json"):
             if not (work / file).is_file():
                 sys.exit(f"{file} was not written: {sorted(str(each.relative_to(work)) for each in work.rglob('*'))}")
