@@ -1,6 +1,6 @@
 # trl_fdfo on a GPU machine with NVIDIA's container toolkit:
 #   docker build -t trl_fdfo .
-#   docker run --gpus all --ipc=host -it -v "$HOME/.cache/huggingface:/root/.cache/huggingface" -v "$PWD/outputs:/work/outputs" trl_fdfo \
+#   docker run --gpus all --ipc=host -it -v "$HOME/.cache/huggingface:/root/.cache/huggingface" -v "$PWD/outputs:/runs/outputs" trl_fdfo \
 #       trl-fdfo train --config sd35_24gb
 FROM python:3.12-slim-bookworm
 
@@ -17,5 +17,5 @@ COPY . .
 RUN pip install --no-cache-dir -c constraints.txt torch \
     && pip install --no-cache-dir -c constraints.txt ".[deepspeed,examples,human,quantization]"
 
-WORKDIR /work
+WORKDIR /runs
 CMD ["trl-fdfo", "--help"]

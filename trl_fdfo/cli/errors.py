@@ -14,7 +14,7 @@ def is_of_the_user(error: BaseException) -> bool:
 
 
 def raised_by_reward(error: BaseException) -> bool:
-    """Whether a reward that was called is where an error comes from. Python 3.10 has no notes, which tell it."""
+    """Whether a reward that was called is where an error comes from, by the note that the call adds to it."""
     return any(note.startswith("Raised by the reward") for note in getattr(error, "__notes__", ()))
 
 
@@ -30,11 +30,11 @@ def details(error: BaseException) -> list[str]:
 
 def raised_by_package(error: BaseException) -> bool:
     """Whether a `raise` of this package is where an error comes from, and not an operation that failed."""
-    traceback = error.__traceback__
-    while traceback is not None and traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    if traceback is None:
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    if place is None:
         return False
-    module = traceback.tb_frame.f_globals.get("__name__", "")
-    operation = traceback.tb_frame.f_code.co_code[traceback.tb_lasti]
+    module = place.tb_frame.f_globals.get("__name__", "")
+    operation = place.tb_frame.f_code.co_code[place.tb_lasti]
     return module.split(".")[0] == __package__.split(".")[0] and dis.opname[operation] == "RAISE_VARARGS"

@@ -27,16 +27,14 @@ def find(name: str) -> Path:
     Raises:
         FileNotFoundError: There is neither.
     """
-    packaged = FOLDER / f"{name}.yaml"
-    if Path(name).is_file() or not packaged.is_file():
-        if not Path(name).is_file():
-            near = difflib.get_close_matches(name, names(), n=1)
-            meant = f" Did you mean `{near[0]}`?" if near else ""
-            raise FileNotFoundError(
-                f"--config {name}: there is no such file. The packaged recipes: {', '.join(names())}.{meant}"
-            )
-        return Path(name)
-    return packaged
+    for path in (Path(name), FOLDER / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    near = difflib.get_close_matches(name, names(), n=1)
+    meant = f" Did you mean `{near[0]}`?" if near else ""
+    raise FileNotFoundError(
+        f"--config {name}: there is no such file. The packaged recipes: {', '.join(names())}.{meant}"
+    )
 
 
 def read(path: Path) -> dict[str, object]:
