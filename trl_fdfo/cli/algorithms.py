@@ -7,3 +7,4 @@ ALGORITHMS = {
     "diffusion_nft": "DiffusionNFTTrainer",
     "awm": "AWMTrainer",
 }
+CONFIGS = {name: trainer.replace("Trainer", "Config") for name, trainer in ALGORITHMS.items()}

@@ -5,7 +5,7 @@
     trl-fdfo train --config combined --num_processes 8                   # the paper's setting, on eight GPUs
     trl-fdfo train --config pickscore --reward pickscore --reward my_module:my_reward --reward_weights 1.0 2.0
 
-With `--algorithm flow_grpo` it is Flow-GRPO that trains, the baseline, with options of its own.
+`--algorithm` takes another algorithm, such as flow_grpo, the baseline. Each has options of its own.
 
 Writes into `output_dir` the adapter, its model card README.md with before_after.png, reward_curve.png and evaluation.png,
 results.json (before and after), metrics.jsonl (over time), pictures/, and checkpoints.
@@ -16,7 +16,7 @@ import sys
 from typing import Any
 
 from . import launch, quick
-from .algorithms import ALGORITHMS
+from .algorithms import CONFIGS
 from .arguments import Parser, RunArguments, check_model, parse
 
 
@@ -44,7 +44,7 @@ def main(args: list[str] | None = None) -> None:
             rewards=quick.reward_table(), prompt_sets=quick.prompt_set_table(), configs=", ".join(launch.configs())
         ),
     }
-    config_class = quick.config_class(ALGORITHMS[script.algorithm].replace("Trainer", "Config"), script.plan)
+    config_class = quick.config_class(CONFIGS[script.algorithm], script.plan)
     parser = Parser([RunArguments, *quick.sections(config_class, show_inherited)], **options)
     args, launched = launch.split(args, launch.options(), parser)
     script, *sections = parser.parse_args_and_config(args)
@@ -69,9 +69,8 @@ def main(args: list[str] | None = None) -> None:
 
 def _owners() -> dict[str, str]:
     """The options of the algorithms and of the plan, and where each belongs."""
-    configs = {name: trainer.replace("Trainer", "Config") for name, trainer in ALGORITHMS.items()}
-    classes = {f"--algorithm {name}": quick.config_class(config) for name, config in configs.items()}
-    classes["`trl-fdfo plan`"] = quick.config_class(next(iter(configs.values())), is_plan=True)
+    classes = {f"--algorithm {name}": quick.config_class(config) for name, config in CONFIGS.items()}
+    classes["`trl-fdfo plan`"] = quick.config_class(next(iter(CONFIGS.values())), is_plan=True)
     owners: dict[str, str] = {}
     for owner, config in classes.items():
         for field in dataclasses.fields(config):
