@@ -110,8 +110,10 @@ class FDFOTrainer(RolloutTrainer):
         # A prompt to which no reward applies teaches nothing.
         difference = FiniteDifference(direction, in_float32(reward_difference.nan_to_num(nan=0.0)))
         if self.args.direction == "reward_gradient":
-            gradient = self._reward_gradient(sampled, rows) + known_gradient(difference)
-            difference = reward_gradient(endpoints, gradient)
+            gradient, known = self._reward_gradient(sampled, rows), known_gradient(difference)
+            if self.compared_rewards:
+                self.metrics.add(finite_difference_pull=known.norm() / gradient.norm().clamp(min=1e-30))
+            difference = reward_gradient(endpoints, gradient + known)
         return FiniteDifference(*(each.flatten(0, 1) for each in difference))
 
     def _reward_gradient(self, sampled: RolloutBatch, rows: list[int]) -> Tensor:
