@@ -107,7 +107,8 @@ def set_vae_options(pipeline: DiffusionPipeline, slicing: bool | None, tiling: b
 
 def set_attention_backend(pipeline: DiffusionPipeline, backend: str) -> None:
     """
-    Call `transformer.set_attention_backend`.
+    Call `transformer.set_attention_backend`, or let PyTorch choose cuDNN's kernel, where attention does not use
+    diffusers' backends.
 
     Raises:
         ValueError: The transformer's attention does not use diffusers' backends, or this one is not installed.
@@ -115,10 +116,15 @@ def set_attention_backend(pipeline: DiffusionPipeline, backend: str) -> None:
     transformer = trained_module(pipeline)
     processors = [module.processor for module in transformer.modules() if hasattr(module, "processor")]
     if not any(hasattr(processor, "_attention_backend") for processor in processors):
+        if backend == "_native_cudnn":
+            # PyTorch prefers this kernel where it can run.
+            torch.backends.cuda.enable_cudnn_sdp(True)
+            return
         names = ", ".join(sorted({type(processor).__name__ for processor in processors})) or "none at all"
         raise ValueError(
             f"attention_backend='{backend}' would do nothing: the attention processors of {type(transformer).__name__} "
-            f"({names}) call PyTorch's attention themselves, not through diffusers' choice of backends. Leave it out."
+            f"({names}) call PyTorch's attention themselves, not through diffusers' choice of backends. Leave it out, or take "
+            "'_native_cudnn'."
         )
     try:
         transformer.set_attention_backend(backend)

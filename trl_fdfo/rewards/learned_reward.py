@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..media import checked_frames, over_frames, split_frames
+from ..offload import HostCopy
 
 
 class LearnedReward:
@@ -44,6 +45,7 @@ class LearnedReward:
         self._device = device
         self.batch_size = batch_size
         self.offload = offload
+        self._host_copy = HostCopy(self.model)
         self.frames = checked_frames(frames, type(self).__name__)
 
     @property
@@ -63,7 +65,7 @@ class LearnedReward:
     @torch.no_grad()
     def in_batches(self, score: Callable[..., Tensor], *columns: Sequence) -> Tensor:
         """Call `score` on `batch_size` of the N values of each column at a time: float32 on the CPU, shape [N, ...]."""
-        self.model.to(self.device)
+        (self._host_copy if self.offload else self.model).to(self.device)
         starts = range(0, len(columns[0]), self.batch_size)
         scores = [score(*(column[start : start + self.batch_size] for column in columns)) for start in starts]
         return torch.cat(scores).float().cpu()
@@ -74,7 +76,7 @@ class LearnedReward:
 
     def on_rollout_end(self) -> None:
         if self.offload:
-            self.model.to("cpu")
+            self._host_copy.to("cpu")
 
 
 def load_pretrained(model_class: type, name_or_path: str, **kwargs: Any) -> PreTrainedModel:

@@ -10,7 +10,7 @@ from numbers import Integral
 from typing import Any
 
 import torch
-from accelerate import PartialState, cpu_offload_with_hook
+from accelerate import PartialState
 from accelerate.hooks import UserCpuOffloadHook
 from accelerate.utils import recursively_apply
 from datasets import Dataset
@@ -25,6 +25,7 @@ from transformers.utils import is_in_notebook, logging
 from ..evaluation.evaluator import read_rows, reported_metrics
 from ..media import Outputs
 from ..metric_names import EVAL_PREFIX, REWARD
+from ..offload import offload_until_called
 from ..pipeline.checks import check_call_kwargs, check_resolution, check_trainable, check_trained_transformers
 from ..pipeline.encoder_offload import EncoderOffload
 from ..pipeline.flow import PipelineFlow
@@ -267,7 +268,7 @@ def place_components(flow: PipelineFlow, config: RolloutConfig, device: torch.de
     encoders = text_encoders(flow.pipeline)
     for name, module in frozen_modules(flow.pipeline).items():
         if config.offload_components or (config.cache_prompt_embeds and name in encoders):
-            hooks[name] = cpu_offload_with_hook(module, device)[1]
+            hooks[name] = offload_until_called(module, device)
         else:
             module.to(device)
     first = called_first(flow.pipeline)
