@@ -9,8 +9,9 @@ has the real shape, 77 CLIP and 128 T5 tokens, but comes from encoders of one th
 The rows "text encoders" have encoders of the real size. The reward is free. The trainer is `FDFOTrainer`.
 
 First come checks in float32: the trainer's images are those of diffusers, the replay is exact, the saved adapter loads
-in diffusers and gives the trainer's images. Then come single calls of the models: the time that the host takes to launch
-a call, and the time of the call, beside the estimate of the plan's formula. Then come rows, first those that compare the
+in diffusers and gives the trainer's images. Then come single calls of the models, at last compiled: the time that the host
+takes to launch a call, and the time of the call, beside the estimate of the plan's formula; and PyTorch's kernels of
+attention, with their errors. Then come rows, first those that compare the
 memory with the plan. A row is one run with some options changed. Its first rollout warms up; the others are timed. A row
 that fails ends no other: "out of memory" is a result. Prints and writes to `benchmarks/results/gpu_sd35-<name of the
 GPU>.json`, after each check, call and row:
@@ -45,6 +46,8 @@ import torch._dynamo
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.utils import logging as diffusers_logging
 from peft import PeftModel, get_peft_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention as attend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel, TrainerCallback
@@ -61,6 +64,7 @@ from benchmarks.common import (
 )
 from trl_fdfo import FDFOConfig
 from trl_fdfo.pipeline.lora import default_lora_config
+from trl_fdfo.pipeline.options import repeated_blocks
 from trl_fdfo.pipeline.own_dtype import run_in_own_dtype
 from trl_fdfo.planning.cost import Precision, sampling_cost, training_cost
 from trl_fdfo.planning.time import CARDS, Card
@@ -175,13 +179,15 @@ ROWS = [
     # The paper's setting, as fast as it gets.
     Row("8 prompts", FILLED, planned=True),
     Row("8 prompts, torch_compile", COMPILED, planned=True),
-    Row("the same, cuDNN's attention", COMPILED | {"attention_backend": "_native_cudnn"}),
+    Row("8 prompts, torch_compile, cuDNN's attention", COMPILED | {"attention_backend": "_native_cudnn"}),
     # Memory, of one batch of 2 prompts.
     Row("all that saves memory", SAVING | ONE_BATCH, text_encoders=True, planned=True),
     Row("quantization nf4", ONE_BATCH | {"quantization": "nf4"}, planned=True),
     Row("quantization int8", ONE_BATCH | {"quantization": "int8"}, planned=True),
     Row("text encoders", ONE_BATCH, text_encoders=True, planned=True),
-    Row("text encoders, offload_components", ONE_BATCH | {"offload_components": True}, text_encoders=True, planned=True),
+    Row(
+        "text encoders, offload_components", ONE_BATCH | {"offload_components": True}, text_encoders=True, planned=True
+    ),
     Row("gradient checkpointing", ONE_BATCH | {"gradient_checkpointing": True}, planned=True),
     Row("offload_trajectories", ONE_BATCH | {"offload_trajectories": True}, planned=True),
     # Speed.
@@ -427,6 +433,7 @@ def measure_calls(size: Size, card: Card | None, device: torch.device) -> Iterat
     Times calls of the models without a trainer: the limit of what FDFO can reach. Yields for each the images, the seconds
     of the host alone and of the call, and the plan's estimate for a card that the plan knows.
     """
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as a trainer does
     own, meta = Precision("cuda"), torch.device("meta")
     bare = build_transformer(size, device).requires_grad_(False)
     adapted, twin = (run_as_trained(build_adapted_transformer(size, where)) for where in (device, meta))
@@ -445,16 +452,68 @@ def measure_calls(size: Size, card: Card | None, device: torch.device) -> Iterat
             "decoding": torch.no_grad()(lambda: [vae.decode(one) for one in latents.split(1)]),  # noqa: B023
         }
         for name, function in functions.items():
-            seconds = median_seconds(function, device, repeats=5, warm_up=2)
-            result = {
-                "name": name,
-                "images": images,
-                "seconds": seconds,
-                "host_seconds": host_seconds(function, device),
-            }
-            if card is not None and name in costs:
-                result["plan_seconds"] = card.seconds(costs[name], DTYPE)
-            yield result
+            plan = card.seconds(costs[name], DTYPE) if card is not None and name in costs else None
+            yield timed_call(name, images, function, device, plan)
+    for block in repeated_blocks(adapted):
+        block.compile(dynamic=False)
+    for name, cost in costs.items():
+        plan = card.seconds(cost, DTYPE, compiled=True) if card is not None else None
+        yield timed_call(f"{name}, compiled", images, functions[name], device, plan)
+
+
+def timed_call(name: str, images: int, function: Callable, device: torch.device, plan: float | None) -> dict[str, Any]:
+    seconds = median_seconds(function, device, repeats=5, warm_up=2)
+    result = {"name": name, "images": images, "seconds": seconds, "host_seconds": host_seconds(function, device)}
+    return result if plan is None else result | {"plan_seconds": plan}
+
+
+def measure_attention(size: Size, device: torch.device) -> Iterator[dict[str, Any]]:
+    """
+    Times the kernels of attention at the lengths of a joint and an image's own attention, of 16 images. Yields for each the
+    seconds of a call and of one with gradients, and the relative rms errors of the output and of the gradients, against
+    float32. cuDNN's gradients are NaN at some lengths, if all scores are far below 0: the last length is one of them.
+    """
+    heads, width = size.transformer["num_attention_heads"], size.transformer["attention_head_dim"]
+    tokens = (size.latent_shape[1] // size.transformer["patch_size"]) ** 2
+    for length in (tokens, tokens + size.clip_tokens + size.t5_tokens, tokens + 64):
+        for score in (0, -120):
+            torch.manual_seed(0)
+            query, key, value, by = (
+                torch.randn(16, heads, length, width, device=device, dtype=DTYPE) for _ in range(4)
+            )
+            if score:
+                query[..., 0], key[..., 0] = 1.0, score * width**0.5
+            tensors = [query, key, value]
+            right = attention_with_gradients(
+                SDPBackend.MATH, [tensor[:1].float() for tensor in tensors], by[:1].float()
+            )
+            for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+                try:
+                    got = attention_with_gradients(backend, [tensor[:1] for tensor in tensors], by[:1])
+                    errors = [((a - b).square().mean() / b.square().mean()).sqrt().item() for a, b in zip(got, right)]
+                    with torch.no_grad(), sdpa_kernel(backend):
+                        forward = median_seconds(lambda: attend(*tensors), device)  # noqa: B023
+                    both = median_seconds(lambda: attention_with_gradients(backend, tensors, by), device)  # noqa: B023
+                except RuntimeError as error:  # this device lacks the kernel
+                    yield {"name": backend.name, "length": length, "score": score, "error": str(error).splitlines()[0]}
+                    continue
+                yield {
+                    "name": backend.name,
+                    "length": length,
+                    "score": score,
+                    "seconds": forward,
+                    "seconds_with_gradients": both,
+                    "errors": errors,
+                }
+
+
+def attention_with_gradients(backend: SDPBackend, tensors: list[torch.Tensor], by: torch.Tensor) -> list[torch.Tensor]:
+    """The output of attention and the gradients of query, key and value, in float32."""
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    with sdpa_kernel(backend):
+        output = attend(*leaves)
+        gradients = torch.autograd.grad(output, leaves, by)
+    return [tensor.detach().float() for tensor in (output, *gradients)]
 
 
 def run_as_trained(model: PeftModel) -> PeftModel:
@@ -655,7 +714,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=2, help="timed rollouts of each row")
     parser.add_argument("--minutes", type=float, default=8.0, help="begin no row after this time")
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these rows")
-    parser.add_argument("--profile", action="store_true", help="also print the kernels of the first row, or of the first of --rows, by time")
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="also print the kernels of the first row, or of the first of --rows, by time",
+    )
     parser.add_argument("--output", type=Path, help="file of the results; default: see above")
     args = parser.parse_args(arguments)
     unknown = set(args.rows or ()) - {row.name for row in ROWS}
@@ -690,6 +753,7 @@ def main(arguments: list[str] | None = None) -> None:
         "ceiling_flops_per_second": ceiling,
         "checks": [],
         "calls": [],
+        "attention": [],
         "rows": [],
     }
 
@@ -717,6 +781,11 @@ def main(arguments: list[str] | None = None) -> None:
         )
         write()
     clean_slate(device, environment)
+    for kernel in measure_attention(size, device) if not args.rows else ():
+        results["attention"].append(kernel)
+        print(kernel, flush=True)
+        write()
+    print(f"{time.perf_counter() - begin:.0f} s so far")
     print(HEADER)
     rows = [row for row in ROWS if not args.rows or row.name in args.rows]
     for row in rows:

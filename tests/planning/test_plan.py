@@ -552,9 +552,15 @@ def test_seconds_of_a_card():
     assert card.seconds(slow, torch.bfloat16, compiled=True) == pytest.approx(COMPILED_OPERATIONS * 10**9 * LAUNCH)
 
 
-def test_seconds_of_calls_that_were_measured():
+# The machine of the H100 had a slow host, which its calls of 4 images waited for.
+@pytest.mark.parametrize(
+    ("file", "smallest", "calls_in_file"),
+    [("gpu_sd35-NVIDIA-H200.json", 4, 6), ("gpu_sd35-NVIDIA-H100-80GB-HBM3.json", 16, 3)],
+)
+def test_seconds_of_calls_that_were_measured(file, smallest, calls_in_file):
     """By the formula as it is now, of the calls that its constants are fitted to."""
-    results = json.loads((ROOT / "benchmarks" / "results" / "gpu_sd35-NVIDIA-H200.json").read_text())
+    results = json.loads((ROOT / "benchmarks" / "results" / file).read_text())
+    card = CARDS[gpu_sd35.plan_card(results["machine"])]
     twin = gpu_sd35.run_as_trained(gpu_sd35.build_adapted_transformer(gpu_sd35.MEDIUM, torch.device("meta")))
     checked = 0
     for call in results["calls"]:
@@ -563,11 +569,12 @@ def test_seconds_of_calls_that_were_measured():
         with gpu_sd35.building(torch.device("meta")):
             calls = [((), gpu_sd35.transformer_inputs(gpu_sd35.MEDIUM, call["images"]))]
         cost = (training_cost if "backward" in call["name"] else sampling_cost)(twin, calls, Precision("cuda"))
-        seconds = CARDS["h200"].seconds(cost, torch.bfloat16, compiled="compiled" in call["name"])
+        seconds = card.seconds(cost, torch.bfloat16, compiled="compiled" in call["name"])
         assert seconds == pytest.approx(call["plan_seconds"], rel=1e-3)
-        assert seconds == pytest.approx(call["seconds"], rel=0.17)
-        checked += 1
-    assert checked == 6
+        if call["images"] >= smallest:
+            assert seconds == pytest.approx(call["seconds"], rel=0.17)
+            checked += 1
+    assert checked == calls_in_file
 
 
 def test_plan_says_seconds_and_hours(make_config, folder):

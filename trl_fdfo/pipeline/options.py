@@ -148,15 +148,15 @@ def compile_blocks(accelerator: Accelerator, transformer: torch.nn.Module) -> bo
     # Each batch size has graphs of its own: kernels for any size would be slower for all, and round otherwise.
     options = {"dynamic": False, **plugin.to_kwargs()}
     plugin.backend = DynamoBackend.NO
-    for block in list(_repeated_blocks(transformer)) or [transformer]:
+    for block in list(repeated_blocks(transformer)) or [transformer]:
         block.compile(recompile_limit=_COMPILED_VERSIONS, **options)
     return True
 
 
-def _repeated_blocks(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """The members of each list of modules of one class. Lists inside a member, such as experts, are part of it."""
+def repeated_blocks(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The blocks to compile: members of each list of modules of one class. Lists inside a member, such as experts, are part of it."""
     if is_repeated_blocks(module):
         yield from module
     else:
         for child in module.children():
-            yield from _repeated_blocks(child)
+            yield from repeated_blocks(child)

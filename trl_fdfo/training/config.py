@@ -259,7 +259,8 @@ class RolloutConfig(TrainingArguments):
             Backend of attention in the transformer, a name that diffusers' `set_attention_backend` knows, such as
             `"flash"` or `"_native_cudnn"`. Diffusers then uses it wherever else in the process nothing is set. `None`
             leaves it to PyTorch, without cuDNN's kernel: its backward pass can return NaN (docs/memory.md#attention). A
-            transformer that does not ask for a backend, and `sage`, which has no gradients, are refused.
+            transformer that does not ask for a backend knows `"_native_cudnn"` alone. `sage`, which has no gradients, is
+            refused.
         torch_compile (`bool`, defaults to `False`):
             Compile the transformer's repeated blocks, not the whole. Costs the compilation, in the first rollout and the
             first update, and a velocity replayed to rounding instead of to the bit.
