@@ -232,7 +232,9 @@ def test_the_recipe_of_the_papers_metrics(trained, monkeypatch, capsys):
     assert all(list(each) == metrics for each in found["estimates"].values())
     assert all(each["num_prompts"] == 4 for each in found["estimates"]["someone/adapter"].values())
     # These, and not those that the adapter was trained with.
-    given = {name: reduced.get(name, asked[name]) for name in ("num_inference_steps", "guidance_scale", "height", "width")}
+    given = {
+        name: reduced.get(name, asked[name]) for name in ("num_inference_steps", "guidance_scale", "height", "width")
+    }
     assert found["settings"]["call_options"] == {**given, "max_sequence_length": 128}
     assert json.loads(Path("both", "generation_config.json").read_text())["num_inference_steps"] == 5
     assert "over 4 prompts, 2 images each" in capsys.readouterr().out
