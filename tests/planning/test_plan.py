@@ -387,6 +387,10 @@ def test_plan_counts_the_evaluations(make_trainer):
     line = "  evaluations           2, every 1 rollouts, of 3 prompts x 2 images: 75.0% more to sample"
     assert line in str(make_trainer(images_per_eval_prompt=2, **options).run_plan())
     assert "evaluations  " not in str(make_trainer().run_plan())
+    # Rollouts have 4 steps.
+    of_use = {"num_inference_steps": 6, "guidance_scale": 3.0}
+    line = "3 prompts x 2 images x 6 steps: 112.5% more steps to sample, with guidance_scale=3.0"
+    assert line in str(make_trainer(images_per_eval_prompt=2, eval_pipeline_kwargs=of_use, **options).run_plan())
 
 
 def test_what_the_first_rollout_took(make_trainer, capsys):

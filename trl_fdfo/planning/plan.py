@@ -169,10 +169,16 @@ class RunPlan:
         number = args.num_rollouts * args.steps_per_rollout // steps + args.eval_on_start
         images = number * self.eval_prompts * args.images_per_eval_prompt
         share = images / (args.num_rollouts * args.prompts_per_rollout * args.num_generations)
-        return (
+        line = (
             f"  evaluations           {number:g}, every {rollouts:g} rollouts, of {self.eval_prompts} prompts x "
-            f"{args.images_per_eval_prompt} images: {share:.1%} more to sample"
+            f"{args.images_per_eval_prompt} images"
         )
+        if not args.eval_pipeline_kwargs:
+            return f"{line}: {share:.1%} more to sample"
+        steps = args.eval_pipeline_kwargs.get("num_inference_steps") or args.num_inference_steps
+        others = {name: value for name, value in args.eval_pipeline_kwargs.items() if name != "num_inference_steps"}
+        note = f", with {', '.join(f'{name}={value}' for name, value in others.items())}" if others else ""
+        return f"{line} x {steps} steps: {share * steps / args.num_inference_steps:.1%} more steps to sample{note}"
 
     @property
     def _calls_beside_training(self) -> int:

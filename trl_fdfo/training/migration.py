@@ -46,7 +46,7 @@ _IS_ARGUMENT = _none("it is an argument of the trainer, not of its config")
 _SCRIPTS_MODEL = _is("model", note="the trainer takes `pipeline`, the scripts take `model`")
 _SCRIPTS_REWARD = _is("reward", note="the trainer takes `reward_fn`, the scripts take `reward`")
 _SOME_STEPS = _is("num_noisy_steps", note="an option of the algorithm that can add noise in some of the steps alone")
-_SAMPLES_LIKE_A_ROLLOUT = _none("an evaluation samples with the steps and the guidance of a rollout")
+_EVALUATED_WITH = _is("eval_pipeline_kwargs", note="a dict of them; by default those of the rollouts")
 
 # Options. The names of ConfigDicts are those with dots, such as `sample.num_steps`.
 OPTIONS_OF: dict[str, dict[str, Here]] = {
@@ -172,8 +172,8 @@ OPTIONS_OF: dict[str, dict[str, Here]] = {
         "frames": _is("pipeline_kwargs", note='{"num_frames": ...}'),
         "diffusion_loss": _none("training is on the rewards alone"),
         "fsdp_optimizer_offload": _is("fsdp_config"),
-        "sample.eval_num_steps": _SAMPLES_LIKE_A_ROLLOUT,
-        "sample.eval_guidance_scale": _SAMPLES_LIKE_A_ROLLOUT,
+        "sample.eval_num_steps": _EVALUATED_WITH,
+        "sample.eval_guidance_scale": _EVALUATED_WITH,
         "sample.train_batch_size": _is("per_device_sampling_batch_size", note=_IN_PROMPTS),
         "sample.num_image_per_prompt": _is("num_generations"),
         "sample.mini_num_image_per_prompt": _none("the images of a prompt are sampled together"),
@@ -249,7 +249,7 @@ OPTIONS_OF: dict[str, dict[str, Here]] = {
         "scheduler.dynamics_type": _none("the algorithm fixes its sampler"),
         "scheduler.num_sde_steps": _SOME_STEPS,
         "scheduler.sde_steps": _none("the window is drawn from all steps but the last"),
-        **_each("eval.resolution eval.num_inference_steps eval.guidance_scale", _SAMPLES_LIKE_A_ROLLOUT),
+        **_each("eval.resolution eval.num_inference_steps eval.guidance_scale", _EVALUATED_WITH),
         "eval.per_device_batch_size": _is("per_device_eval_batch_size", note="counted in images"),
         "eval.eval_freq": _is("eval_steps", note="counted in optimizer steps"),
         "rewards": _SCRIPTS_REWARD,

@@ -6,7 +6,6 @@ import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -337,9 +336,6 @@ def check_generate(
     for name, value in call_kwargs.items():
         check_argument_of_call("generate got", name, value)
     check_resolution(flow.pipeline, call_kwargs.get("height"), call_kwargs.get("width"))
-    steps = call_kwargs.get("num_inference_steps")
-    if steps is not None and (not isinstance(steps, Integral) or isinstance(steps, bool) or steps < 1):
-        raise ValueError(f"generate got num_inference_steps={steps!r}: it must be an int, at least 1.")
 
 
 def rehearse(
@@ -389,6 +385,13 @@ def rehearse(
             f"{type(flow.pipeline).__name__} takes {steps} steps, not num_inference_steps={config.num_inference_steps}: "
             "it or `pipeline_kwargs` sets a schedule of its own. Set the option to that."
         )
+    if config.eval_pipeline_kwargs:
+        try:
+            flow.rehearse(prompt, columns, **config.eval_pipeline_kwargs)
+        except ValueError as error:
+            raise ValueError(
+                f"eval_pipeline_kwargs={config.eval_pipeline_kwargs}, the arguments of an evaluation: {error}"
+            ) from error
     larger_batches = config.per_device_sampling_batch_size > config.per_device_prompt_batch_size
     if larger_batches or flow.shared_prefix or config.cache_prompt_embeds:
         flow.axes(columns)
