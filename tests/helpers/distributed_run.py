@@ -24,7 +24,7 @@ import torch.distributed as dist
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from trl_fdfo import DiffusionNFTTrainer, FDFOTrainer
+from trl_fdfo import DiffusionNFTTrainer, FDFOTrainer, FlowGRPOTrainer
 from trl_fdfo.saving.sharded_weights import trained_parameters, whole_values
 from trl_fdfo.training.trainer import RolloutTrainer
 
@@ -41,6 +41,16 @@ def brightness(images):
 
 # Of an algorithm that noises endpoints; its policy that samples follows the trained one slowly.
 FORWARD = {"trainer_class": DiffusionNFTTrainer, "old_policy_decay_rate": 0.3, "eval_strategy": "no"}
+
+# Of an algorithm whose targets need the rewards of all processes, and whose noisy steps move with the rollouts.
+FLOW_GRPO = {"trainer_class": FlowGRPOTrainer, "sde_type": "cps", "advantage_std": "batch", "eval_strategy": "no"}
+FLOW_GRPO |= {
+    "num_noisy_steps": 2,
+    "window_interval": 1,
+    "same_latent": True,
+    "timestep_fraction": 1.0,
+    "epsilon": 0.01,
+}
 
 
 def build(
@@ -199,6 +209,7 @@ def main(folder: Path) -> None:
     options = {**SAMPLING, **NO_EVALUATIONS}
     _, results["more"] = run(str(folder / "more"), str(folder / "one" / "checkpoint-4"), **options)
     _, results["forward"] = run(str(folder / "forward"), **SAMPLING, **FORWARD)
+    _, results["flow_grpo"] = run(str(folder / "flow_grpo"), **SAMPLING, **FLOW_GRPO)
     results["traffic"] = measure_traffic(folder)
     results["slow reward"] = wait_for_a_slow_reward(folder)
     if importlib.util.find_spec("torchao"):

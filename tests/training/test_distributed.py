@@ -66,6 +66,11 @@ def test_two_processes_noise_the_endpoints_of_one(runs, tmp_path):
     distributed_run.assert_same(runs[2]["forward"], one)
 
 
+def test_two_processes_divide_by_the_standard_deviation_of_one(runs, tmp_path):
+    _, one = distributed_run.run(str(tmp_path / "one"), **distributed_run.FLOW_GRPO)
+    distributed_run.assert_same(runs[2]["flow_grpo"], one)
+
+
 def test_gradients_and_metrics_alone_pass_between_processes(runs):
     result = runs[2]["traffic"]
     gradients = [size for name, size in result["collectives"] if (name, size) == ("gloo:all_reduce", result["trained"])]
