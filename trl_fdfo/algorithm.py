@@ -17,6 +17,7 @@ from .flow_grpo.sde import (
     log_prob,
     sde_distribution,
     sde_step,
+    without_variance,
 )
 from .training.surrogate import SurrogateLoss, group_advantages
 
@@ -43,4 +44,5 @@ __all__ = [
     "sde_distribution",
     "sde_step",
     "surrogate_loss",
+    "without_variance",
 ]

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
-from trl_fdfo.algorithm import cps_distribution, sde_distribution, sde_step
+from trl_fdfo.algorithm import cps_distribution, log_prob, sde_distribution, sde_step, without_variance
 
 
 def number(value: float) -> torch.Tensor:
@@ -29,6 +30,36 @@ def test_first_step_needs_no_other_level():
     mean, std = cps_distribution(torch.ones(1, 3), torch.full((1, 3), 0.5), torch.tensor(1.0), torch.tensor(0.9), 1 / 3)
     torch.testing.assert_close(std.squeeze(), torch.tensor(0.9 * 0.5))
     torch.testing.assert_close(mean, torch.full((1, 3), 0.1 * 0.5 + 0.9 * math.sqrt(3) / 2))
+
+
+def test_likelihood_is_the_squared_error():
+    x, v, w, x_s = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    old, new = (without_variance(cps_distribution(x, velocity, 0.5, 0.4, 0.8)) for velocity in (v, w))
+    found = log_prob(x_s, new) - log_prob(x_s, old)
+    for n in range(3):
+        change = 0.0
+        for velocity, sign in ((w, 1), (v, -1)):
+            for x_i, v_i, arrived in zip(x[n].tolist(), velocity[n].tolist(), x_s[n].tolist()):
+                kept = math.cos(0.4 * math.pi)
+                mean = 0.6 * (x_i - 0.5 * v_i) + 0.4 * kept * (x_i + 0.5 * v_i)
+                change -= sign * (arrived - mean) ** 2 / 5
+        assert found[n].item() == pytest.approx(change, rel=0, abs=1e-10)
+
+
+def test_squared_error_weighs_the_steps_evenly_and_the_gaussian_does_not():
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(10)
+    levels = scheduler.sigmas.double()[:-1]  # the last step has no noise
+    x, velocity = (
+        torch.zeros(9, 1, 1, dtype=torch.float64),
+        torch.zeros(9, 1, 1, dtype=torch.float64, requires_grad=True),
+    )
+    steps = [cps_distribution(x[n], velocity[n], *levels[n : n + 2], 0.8) for n in range(9)]
+    (slopes,) = torch.autograd.grad(sum(step.mean.sum() for step in steps), velocity)
+    counts = lambda of: [(slope / of(step).std).square().item() for slope, step in zip(slopes.flatten(), steps)]
+    gaussian, squared_error = counts(lambda step: step), counts(without_variance)
+    assert gaussian[-1] == pytest.approx(14_000, rel=0.02) and max(gaussian[:-1]) == pytest.approx(2.6, rel=0.02)
+    assert max(squared_error) < 6 * min(squared_error)
 
 
 def marginals(distribution, levels, velocity, scale=0.8) -> list[tuple[float, float]]:
@@ -73,6 +104,20 @@ def test_marginals_of_a_gaussian_flow_are_kept_as_the_noise_of_a_step_goes_to_0(
     assert fine < 0.01 and fine < 0.55 * coarse
     # With a fixed share in each step it does not: a step replaces noise that it predicts, and no prediction has all of it.
     assert error(2000, 0.8) > 0.2
+
+
+@pytest.mark.parametrize(("steps", "ode", "sde", "cps"), [(10, 0.773, 0.928, 0.524), (1000, 0.997, 1.006, 0.651)])
+def test_variance_of_the_images_that_docs_tell(steps, ode, sde, cps):
+    velocity = lambda x, t: x * (2 * t - 1) / ((1 - t) ** 2 + t**2)  # of images with mean 0 and variance 1
+    levels = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
+
+    def variance(distribution, scale):
+        last_but_one = marginals(distribution, levels[:-1], velocity, scale)[-1][1]
+        t = levels[-2]
+        return (1 - t * velocity(1.0, t)) ** 2 * last_but_one  # the last step has no noise
+
+    found = variance(sde_distribution, 0.0), variance(sde_distribution, 0.7), variance(cps_distribution, 0.8)
+    assert found == pytest.approx((ode, sde, cps), abs=5e-4)
 
 
 def test_what_a_step_loses_of_a_gaussian_flow():

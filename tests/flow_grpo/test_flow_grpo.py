@@ -236,7 +236,9 @@ def test_what_is_sampled_and_trained(make_grpo, sde_type):
         # The noise that a step was taken with has unit variance.
         noise = []
         for level in batch.levels:
-            mean, std = trainer._arrival(sampled.velocities[level].float(), batch, level)
+            distribution = sde_distribution if sde_type == "sde" else cps_distribution
+            t, s = sampled.sigmas[level : level + 2]
+            mean, std = distribution(sampled.x_t[level], sampled.velocities[level].float(), t, s, 0.7)
             noise.append((sampled.x_s[level] - mean) / std)
         noise = torch.stack(noise)
         assert abs(noise.mean()) < 0.1 and abs(noise.std() - 1) < 0.1

@@ -42,14 +42,19 @@ def brightness(images):
 # Of an algorithm that noises endpoints; its policy that samples follows the trained one slowly.
 FORWARD = {"trainer_class": DiffusionNFTTrainer, "old_policy_decay_rate": 0.3, "eval_strategy": "no"}
 
-# Of an algorithm whose targets need the rewards of all processes, and whose noisy steps move with the rollouts.
-FLOW_GRPO = {"trainer_class": FlowGRPOTrainer, "sde_type": "cps", "advantage_std": "batch", "eval_strategy": "no"}
-FLOW_GRPO |= {
+# Of an algorithm whose targets need the rewards of all processes.
+FLOW_GRPO = {
+    "trainer_class": FlowGRPOTrainer,
+    "advantage_std": "batch",
+    "sde_type": "cps",
     "num_noisy_steps": 2,
-    "window_interval": 1,
     "same_latent": True,
     "timestep_fraction": 1.0,
     "epsilon": 0.01,
+    "num_rollouts": 1,
+    "num_iterations": 1,
+    "beta": 0.0,
+    "eval_strategy": "no",
 }
 
 

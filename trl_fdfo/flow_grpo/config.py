@@ -26,7 +26,7 @@ class FlowGRPOConfig(RolloutConfig):
     Parameters:
         sde_type (`str`, defaults to `"sde"`):
             How a step adds its noise: `"sde"`, Flow-GRPO's SDE, or `"cps"`, Coefficients-Preserving Sampling (arXiv
-            2509.05952), which leaves no more noise at a level than the flow has there.
+            2509.05952), whose images keep no noise.
         noise_level (`float`, defaults to `0.7`):
             Scale a > 0 of the noise. `"sde"`: of its diffusion, sigma_t = a sqrt(t / (1 - t)). `"cps"`: in (0, 1], a step
             to level s adds the noise s sin(a pi / 2); its authors take 0.8.
@@ -34,15 +34,15 @@ class FlowGRPOConfig(RolloutConfig):
             The fast variant: only this many steps in a row, drawn anew for each rollout batch, have noise and are
             trained. The other steps follow the ODE. `None`: noise in all steps but the last.
         window_interval (`int`, *optional*):
-            The noisy steps of `num_noisy_steps` are a sliding window (MixGRPO, arXiv 2507.21802): the first steps at first,
-            one step later after each `window_interval` rollouts, and the first again after the last. `None` draws them.
+            The steps of `num_noisy_steps` are a sliding window (MixGRPO, arXiv 2507.21802): it begins at the first step, moves
+            on by one after each `window_interval` rollouts, and starts over when it has been at the end. `None` draws it.
         same_latent (`bool`, defaults to `False`):
             The images of a prompt start from the same noise, so that only the noise of the trained steps makes them differ.
         advantage_std (`str`, defaults to `"group"`):
             Standard deviation that a reward's difference from the mean of its prompt is divided by: `"group"`, of the
             rewards of its prompt, or `"batch"`, of all rewards of the rollout over all processes.
         num_generations (`int`, defaults to `24`):
-            Images G per prompt, from different noise, whose rewards are normalised together.
+            Images G per prompt, whose rewards are normalised together.
         epsilon (`float`, defaults to `1e-4`):
             Half the width of the clip of the ratio, whose logarithm is a mean over the latent elements.
         beta (`float`, defaults to `0.0`):

@@ -27,7 +27,3 @@ class CPSScheduler(SDEScheduler):
     """Coefficients-Preserving Sampling."""
 
     distribution = staticmethod(cps_distribution)
-
-
-# By the option `sde_type`.
-SCHEDULERS = {"sde": SDEScheduler, "cps": CPSScheduler}

@@ -1,19 +1,18 @@
 """
-Flow-GRPO (Liu et al. 2025, arXiv 2505.05470), the baseline: the flow's ODE as an SDE, and PPO's loss.
+Flow-GRPO (Liu et al. 2025, arXiv 2505.05470), the baseline: the flow's ODE as an SDE of the same marginals, and PPO's loss.
 
 In the convention of [`churn`] (t = 1 pure noise, v = eps - x_0), a step from t to s < t is
 
     x_s     = mu + sigma_t sqrt(t - s) n,    mu = x_t + (v + sigma_t^2 / (2 t) (x_t + (1 - t) v)) (s - t),    n ~ N(0, I)
     sigma_t = a sqrt(t / (1 - t))
 
-so that p(x_s | x_t) is a Gaussian and has a likelihood. This SDE has the marginals of the ODE. Coefficients-Preserving
-Sampling (Wang and Yu 2025, arXiv 2509.05952) replaces a part of the noise instead, as the stochastic DDIM does: with the
-image and the noise that the velocity predicts,
+so that p(x_s | x_t) is a Gaussian and has a likelihood. Coefficients-Preserving Sampling (Wang and Yu 2025, arXiv
+2509.05952) takes another step, as stochastic DDIM does, from the image and the noise that the velocity predicts:
 
     x_s   = (1 - s) x^_0 + sqrt(s^2 - sigma^2) x^_1 + sigma n
     x^_0  = x_t - t v,    x^_1 = x_t + (1 - t) v,    sigma = s sin(a pi / 2)
 
-so that the coefficients of noise, squared, add up to s^2. With A_i the advantage of image i in its group,
+so that the squared coefficients of the noises add up to s^2. With A_i the advantage of image i in its group,
 
     A_i = (R_i - mean_j R_j) / (std_j R_j + 1e-4)
     rho = p(x_s | x_t) / p_old(x_s | x_t)
@@ -24,8 +23,11 @@ group's.
 
 Two conventions of the field, which epsilon is to be read with: log p is the mean over the latent elements, not their sum
 (so that rho does not depend on the size of the image, and clips of 1e-5 to 1e-3 are usual), and sigma_t at t = 1, where it
-diverges, takes the value of the next level. One departure: code for Coefficients-Preserving Sampling often takes -(x_s - mu)^2
-for log p, which weighs each step by 2 sigma^2. Here log p is that of the Gaussian, for both.
+diverges, takes the value of the next level.
+
+For log p of Coefficients-Preserving Sampling its authors' code takes -(x_s - mu)^2, and so does this package. That is the
+Gaussian's times 2 sigma^2, and weighs the steps by their noise. The Gaussian's own is of no use where s is nearly 0: many
+schedules come to s = 0.001 before the last step, by a step that is a hundred times sigma long.
 
 Dimensions: N samples, P prompts, G images per prompt.
 """
@@ -123,6 +125,11 @@ def log_prob(x_s: Tensor, distribution: Gaussian) -> Tensor:
 def gaussian_kl(distribution: Gaussian, other: Gaussian) -> Tensor:
     """KL divergence of two Gaussians of one standard deviation, the mean over the elements: shape [N]."""
     return ((distribution.mean - other.mean) / distribution.std).square().flatten(1).mean(dim=-1) / 2
+
+
+def without_variance(distribution: Gaussian) -> Gaussian:
+    """The Gaussian of the same mean whose log p(x) is -(x - mean)^2, up to a constant: its variance is 1/2."""
+    return Gaussian(distribution.mean, torch.full_like(distribution.std, math.sqrt(0.5)))
 
 
 def batch_advantages(rewards: Tensor, std: float) -> Tensor:

@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 
 from ..pipeline.records import RolloutBatch
-from ..pipeline.schedulers import RolloutScheduler
 from ..saving.model_card import Paper
 from ..seeds import INITIAL_NOISE, NOISY_STEPS, derive_seed
 from ..training.buffer import ScoredBatch, trained_levels
 from ..training.surrogate import SurrogateLoss, group_advantages, in_float32
 from ..training.trainer import RolloutTrainer
 from .config import FlowGRPOConfig
-from .scheduler import SCHEDULERS, SDEScheduler
-from .sde import Gaussian, batch_advantages, clipped_loss, gaussian_kl
+from .scheduler import CPSScheduler, SDEScheduler
+from .sde import Gaussian, batch_advantages, clipped_loss, gaussian_kl, without_variance
 
 
 class FlowGRPOTrainer(RolloutTrainer):
@@ -50,8 +49,8 @@ class FlowGRPOTrainer(RolloutTrainer):
     _std_of_rewards: float  # of all rewards of the latest rollout
 
     @classmethod
-    def scheduler_for(cls, config: FlowGRPOConfig) -> type[RolloutScheduler]:
-        return SCHEDULERS[config.sde_type]
+    def scheduler_for(cls, config: FlowGRPOConfig) -> type[SDEScheduler]:
+        return CPSScheduler if config.sde_type == "cps" else cls.scheduler_class
 
     def initial_seeds(self, rollout: int, numbers: Sequence[int]) -> list[int]:
         seed, branches = self.args.seed, self.args.num_generations
@@ -113,10 +112,11 @@ class FlowGRPOTrainer(RolloutTrainer):
         return (in_float32(advantages.flatten().nan_to_num(nan=0.0)),)
 
     def _arrival(self, velocity: Tensor, batch: ScoredBatch, level: int) -> Gaussian:
-        """The distribution of the arrivals of a step from this level with this velocity."""
+        """The distribution of a step's arrivals from this level with this velocity, as the likelihood takes it."""
         t, s = batch.sampled.sigmas[level], batch.sampled.sigmas[level + 1]
-        x_t, distribution = batch.sampled.x_t[level].float(), SCHEDULERS[self.args.sde_type].distribution
-        return distribution(x_t, velocity, t, s, self.args.noise_level)
+        distribution = self.scheduler_for(self.args).distribution
+        arrival = distribution(batch.sampled.x_t[level].float(), velocity, t, s, self.args.noise_level)
+        return without_variance(arrival) if self.args.sde_type == "cps" else arrival
 
     def loss(self, velocity: Tensor, old_velocity: Tensor, batch: ScoredBatch, level: int) -> SurrogateLoss:
         new, old = self._arrival(velocity, batch, level), self._arrival(old_velocity, batch, level)
