@@ -42,21 +42,6 @@ def brightness(images):
 # Of an algorithm that noises endpoints; its policy that samples follows the trained one slowly.
 FORWARD = {"trainer_class": DiffusionNFTTrainer, "old_policy_decay_rate": 0.3, "eval_strategy": "no"}
 
-# Of an algorithm whose targets need the rewards of all processes.
-FLOW_GRPO = {
-    "trainer_class": FlowGRPOTrainer,
-    "advantage_std": "batch",
-    "sde_type": "cps",
-    "num_noisy_steps": 2,
-    "same_latent": True,
-    "timestep_fraction": 1.0,
-    "epsilon": 0.01,
-    "num_rollouts": 1,
-    "num_iterations": 1,
-    "beta": 0.0,
-    "eval_strategy": "no",
-}
-
 
 def build(
     output_dir: str,
@@ -188,6 +173,20 @@ def measure_traffic(folder: Path) -> dict:
     }
 
 
+def advantages(folder: Path, **options) -> torch.Tensor:
+    """Advantages of all images of a rollout by Flow-GRPO, over the standard deviation of the rewards of all processes."""
+    options |= {
+        "trainer_class": FlowGRPOTrainer,
+        "advantage_std": "batch",
+        "timestep_fraction": 1.0,
+        "num_noisy_steps": 2,
+    }
+    trainer = build(str(folder), epsilon=0.01, **options, **NO_EVALUATIONS)
+    buffer = trainer._roll_out(0)
+    batches = {batch.number: batch for step in buffer.steps for batch, _ in step}
+    return trainer.accelerator.gather(torch.cat([batches[number].targets[0] for number in sorted(batches)]))
+
+
 TIMEOUT = 5  # seconds of a collective, in `wait_for_a_slow_reward`
 
 
@@ -214,7 +213,7 @@ def main(folder: Path) -> None:
     options = {**SAMPLING, **NO_EVALUATIONS}
     _, results["more"] = run(str(folder / "more"), str(folder / "one" / "checkpoint-4"), **options)
     _, results["forward"] = run(str(folder / "forward"), **SAMPLING, **FORWARD)
-    _, results["flow_grpo"] = run(str(folder / "flow_grpo"), **SAMPLING, **FLOW_GRPO)
+    results["advantages"] = advantages(folder / "advantages", **SAMPLING)
     results["traffic"] = measure_traffic(folder)
     results["slow reward"] = wait_for_a_slow_reward(folder)
     if importlib.util.find_spec("torchao"):

@@ -18,8 +18,8 @@ so that the squared coefficients of the noises add up to s^2. With A_i the advan
     rho = p(x_s | x_t) / p_old(x_s | x_t)
     L   = -min(A rho, A clip(rho, 1 - epsilon, 1 + epsilon))
 
-or, as the authors' code has it (`global_std`), with the standard deviation of all rewards of a rollout in the place of the
-group's.
+The authors' code can also divide A_i by the standard deviation of all rewards of a rollout (`global_std`), and so can this
+package ([`batch_advantages`]).
 
 Two conventions of the field, which epsilon is to be read with: log p is the mean over the latent elements, not their sum
 (so that rho does not depend on the size of the image, and clips of 1e-5 to 1e-3 are usual), and sigma_t at t = 1, where it
