@@ -190,13 +190,20 @@ def test_trajectories_are_what_the_buffer_holds(make_trainer, build, options):
     assert plan.trajectory_bytes == recorded_bytes(trainer._buffer)
 
 
-@pytest.mark.parametrize("copied", [False, True])
-def test_trajectories_of_flow_grpo(make_config, copied):
+@pytest.mark.parametrize(
+    ("copied", "options"),
+    [(False, {}), (True, {}), (True, {"sde_type": "cps", "num_noisy_steps": 2, "window_interval": 1})],
+)
+def test_trajectories_of_flow_grpo(make_config, copied, options):
     names = ("output_dir", "num_rollouts", "prompts_per_rollout", "per_device_prompt_batch_size", "height", "width")
     names += ("num_inference_steps", "pipeline_kwargs", "optimizer_steps_per_rollout", "use_cpu", "disable_tqdm")
     config = make_config(num_rollouts=1, disable_tqdm=True)
     config = FlowGRPOConfig(
-        **{name: getattr(config, name) for name in names}, num_generations=3, offload_trajectories=copied, report_to=[]
+        **{name: getattr(config, name) for name in names},
+        num_generations=3,
+        offload_trajectories=copied,
+        report_to=[],
+        **options,
     )
     prompts = Dataset.from_dict({"prompt": PROMPTS})
     trainer = FlowGRPOTrainer(config, tiny_pipelines.sd3(), redness, train_dataset=prompts)

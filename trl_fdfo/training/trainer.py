@@ -170,7 +170,7 @@ class RolloutTrainer(Algorithm, Trainer):
         self.flow = PipelineFlow(
             pipeline,
             num_generations=config.num_generations,
-            scheduler_class=self.scheduler_class,
+            scheduler_class=self.scheduler_for(config),
             shared_prefix=self.shares_prefix(config),
             **config.call_kwargs(),
         )
@@ -328,7 +328,7 @@ class RolloutTrainer(Algorithm, Trainer):
             name_or_path,
             rewards,
             prompts,
-            cls.scheduler_class,
+            cls.scheduler_for(config),
             cls.algorithm,
             cls.latents_per_target,
             cls.shares_prefix(config),
