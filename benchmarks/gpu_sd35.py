@@ -9,8 +9,9 @@ has the real shape, 77 CLIP and 128 T5 tokens, but comes from encoders of one th
 The rows "text encoders" have encoders of the real size. The reward is free. The trainer is `FDFOTrainer`.
 
 First come checks in float32: the trainer's images are those of diffusers, the replay is exact, the saved adapter loads
-in diffusers and gives the trainer's images. Then come single calls of the models: the time that the host takes to launch
-a call, and the time of the call, beside the estimate of the plan's formula. Then come rows, first those that compare the
+in diffusers and gives the trainer's images. Then come single calls of the models, at last compiled: the time that the host
+takes to launch a call, and the time of the call, beside the estimate of the plan's formula; and PyTorch's kernels of
+attention, with their errors. Then come rows, first those that compare the
 memory with the plan. A row is one run with some options changed. Its first rollout warms up; the others are timed. A row
 that fails ends no other: "out of memory" is a result. Prints and writes to `benchmarks/results/gpu_sd35-<name of the
 GPU>.json`, after each check, call and row:
@@ -45,6 +46,8 @@ import torch._dynamo
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.utils import logging as diffusers_logging
 from peft import PeftModel, get_peft_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention as attend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel, TrainerCallback
@@ -61,6 +64,7 @@ from benchmarks.common import (
 )
 from trl_fdfo import FDFOConfig
 from trl_fdfo.pipeline.lora import default_lora_config
+from trl_fdfo.pipeline.options import repeated_blocks
 from trl_fdfo.pipeline.own_dtype import run_in_own_dtype
 from trl_fdfo.planning.cost import Precision, sampling_cost, training_cost
 from trl_fdfo.planning.time import CARDS, Card
@@ -160,41 +164,48 @@ class Row:
     planned: bool = False
 
 
-BASELINE = Row("2 prompts at a time", planned=True)
 SAVING = {
     "gradient_checkpointing": True,
     "per_device_prompt_batch_size": 1,
     "offload_components": True,
     "offload_trajectories": True,
 }
+FILLED = {"per_device_prompt_batch_size": 8}
+COMPILED = FILLED | {"torch_compile": True}
+ONE_BATCH = {"prompts_per_rollout": 2}
 # The most telling rows come first, because a run that is out of time leaves out the last. Two options are missing: the
 # attention of SD 3.5 ignores `attention_backend`, and `vae_tiling` leaves 512 pixels whole.
 ROWS = [
-    # Replay and memory.
-    BASELINE,
-    Row("8 prompts", {"per_device_prompt_batch_size": 8}, planned=True),
-    Row("8 prompts, torch_compile", {"per_device_prompt_batch_size": 8, "torch_compile": True}),
-    Row("all that saves memory", SAVING, text_encoders=True, planned=True),
-    Row("gradient checkpointing", {"gradient_checkpointing": True}, planned=True),
-    Row("quantization nf4", {"quantization": "nf4"}, planned=True),
-    Row("quantization int8", {"quantization": "int8"}, planned=True),
-    Row("text encoders", text_encoders=True, planned=True),
-    Row("offload_trajectories", {"offload_trajectories": True}, planned=True),
+    # The paper's setting, as fast as it gets.
+    Row("8 prompts", FILLED, planned=True),
+    Row("8 prompts, torch_compile", COMPILED, planned=True),
+    Row("8 prompts, torch_compile, cuDNN's attention", COMPILED | {"attention_backend": "_native_cudnn"}),
+    # Memory, of one batch of 2 prompts.
+    Row("all that saves memory", SAVING | ONE_BATCH, text_encoders=True, planned=True),
+    Row("quantization nf4", ONE_BATCH | {"quantization": "nf4"}, planned=True),
+    Row("quantization int8", ONE_BATCH | {"quantization": "int8"}, planned=True),
+    Row("text encoders", ONE_BATCH, text_encoders=True, planned=True),
+    Row(
+        "text encoders, offload_components", ONE_BATCH | {"offload_components": True}, text_encoders=True, planned=True
+    ),
+    Row("gradient checkpointing", ONE_BATCH | {"gradient_checkpointing": True}, planned=True),
+    Row("offload_trajectories", ONE_BATCH | {"offload_trajectories": True}, planned=True),
     # Speed.
+    Row("2 prompts", planned=True),
+    Row("gradient checkpointing, 8 prompts", FILLED | {"gradient_checkpointing": True}),
     Row("4 prompts", {"per_device_prompt_batch_size": 4}),
     Row("1 prompt", {"per_device_prompt_batch_size": 1}),
+    Row("fp16", {"bf16": False, "fp16": True}),
+    Row("adamw_bnb_8bit", {"optim": "adamw_bnb_8bit"}),
+    Row("text encoders, cache_prompt_embeds", {"cache_prompt_embeds": True}, text_encoders=True),
     Row("torch_compile", {"torch_compile": True}),
     Row("8 prompts sampled, 2 trained", {"per_device_sampling_batch_size": 8}),
-    Row("text encoders, offload_components", {"offload_components": True}, text_encoders=True),
-    Row("text encoders, cache_prompt_embeds", {"cache_prompt_embeds": True}, text_encoders=True),
     Row("interval churn", {"churn_schedule": "interval", "churn": 1.0}),
     Row("interval churn, shared_prefix", {"churn_schedule": "interval", "churn": 1.0, "shared_prefix": True}),
-    Row("gradient checkpointing, 8 prompts", {"gradient_checkpointing": True, "per_device_prompt_batch_size": 8}),
     Row("torch_compile, gradient checkpointing", {"torch_compile": True, "gradient_checkpointing": True}),
-    Row("adamw_bnb_8bit", {"optim": "adamw_bnb_8bit"}),
-    Row("8 prompts, decoded at a time", {"vae_slicing": False, "per_device_prompt_batch_size": 8}),
+    Row("8 prompts, decoded at a time", FILLED | {"vae_slicing": False}),
     # The first row again shows how far the machine has drifted.
-    Row("2 prompts at a time, again"),
+    Row("8 prompts, again", FILLED),
 ]
 
 
@@ -422,6 +433,7 @@ def measure_calls(size: Size, card: Card | None, device: torch.device) -> Iterat
     Times calls of the models without a trainer: the limit of what FDFO can reach. Yields for each the images, the seconds
     of the host alone and of the call, and the plan's estimate for a card that the plan knows.
     """
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as a trainer does
     own, meta = Precision("cuda"), torch.device("meta")
     bare = build_transformer(size, device).requires_grad_(False)
     adapted, twin = (run_as_trained(build_adapted_transformer(size, where)) for where in (device, meta))
@@ -440,16 +452,68 @@ def measure_calls(size: Size, card: Card | None, device: torch.device) -> Iterat
             "decoding": torch.no_grad()(lambda: [vae.decode(one) for one in latents.split(1)]),  # noqa: B023
         }
         for name, function in functions.items():
-            seconds = median_seconds(function, device, repeats=5, warm_up=2)
-            result = {
-                "name": name,
-                "images": images,
-                "seconds": seconds,
-                "host_seconds": host_seconds(function, device),
-            }
-            if card is not None and name in costs:
-                result["plan_seconds"] = card.seconds(costs[name], DTYPE)
-            yield result
+            plan = card.seconds(costs[name], DTYPE) if card is not None and name in costs else None
+            yield timed_call(name, images, function, device, plan)
+    for block in repeated_blocks(adapted):
+        block.compile(dynamic=False)
+    for name, cost in costs.items():
+        plan = card.seconds(cost, DTYPE, compiled=True) if card is not None else None
+        yield timed_call(f"{name}, compiled", images, functions[name], device, plan)
+
+
+def timed_call(name: str, images: int, function: Callable, device: torch.device, plan: float | None) -> dict[str, Any]:
+    seconds = median_seconds(function, device, repeats=5, warm_up=2)
+    result = {"name": name, "images": images, "seconds": seconds, "host_seconds": host_seconds(function, device)}
+    return result if plan is None else result | {"plan_seconds": plan}
+
+
+def measure_attention(size: Size, device: torch.device) -> Iterator[dict[str, Any]]:
+    """
+    Times the kernels of attention at the lengths of a joint and an image's own attention, of 16 images. Yields for each the
+    seconds of a call and of one with gradients, and the relative rms errors of the output and of the gradients, against
+    float32. cuDNN's gradients are NaN at some lengths, if all scores are far below 0: the last length is one of them.
+    """
+    heads, width = size.transformer["num_attention_heads"], size.transformer["attention_head_dim"]
+    tokens = (size.latent_shape[1] // size.transformer["patch_size"]) ** 2
+    for length in (tokens, tokens + size.clip_tokens + size.t5_tokens, tokens + 64):
+        for score in (0, -120):
+            torch.manual_seed(0)
+            query, key, value, by = (
+                torch.randn(16, heads, length, width, device=device, dtype=DTYPE) for _ in range(4)
+            )
+            if score:
+                query[..., 0], key[..., 0] = 1.0, score * width**0.5
+            tensors = [query, key, value]
+            right = attention_with_gradients(
+                SDPBackend.MATH, [tensor[:1].float() for tensor in tensors], by[:1].float()
+            )
+            for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+                try:
+                    got = attention_with_gradients(backend, [tensor[:1] for tensor in tensors], by[:1])
+                    errors = [((a - b).square().mean() / b.square().mean()).sqrt().item() for a, b in zip(got, right)]
+                    with torch.no_grad(), sdpa_kernel(backend):
+                        forward = median_seconds(lambda: attend(*tensors), device)  # noqa: B023
+                    both = median_seconds(lambda: attention_with_gradients(backend, tensors, by), device)  # noqa: B023
+                except RuntimeError as error:  # this device lacks the kernel
+                    yield {"name": backend.name, "length": length, "score": score, "error": str(error).splitlines()[0]}
+                    continue
+                yield {
+                    "name": backend.name,
+                    "length": length,
+                    "score": score,
+                    "seconds": forward,
+                    "seconds_with_gradients": both,
+                    "errors": errors,
+                }
+
+
+def attention_with_gradients(backend: SDPBackend, tensors: list[torch.Tensor], by: torch.Tensor) -> list[torch.Tensor]:
+    """The output of attention and the gradients of query, key and value, in float32."""
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    with sdpa_kernel(backend):
+        output = attend(*leaves)
+        gradients = torch.autograd.grad(output, leaves, by)
+    return [tensor.detach().float() for tensor in (output, *gradients)]
 
 
 def run_as_trained(model: PeftModel) -> PeftModel:
@@ -567,16 +631,16 @@ def measure_or_fail(row: Row, device: torch.device, **settings: Any) -> dict[str
     return result
 
 
-def profile(size: Size, steps: int, device: torch.device) -> str:
-    """The kernels of the first row by their time, in sampling and training of one rollout."""
+def profile(row: Row, size: Size, steps: int, device: torch.device) -> str:
+    """The kernels of a row by their time, in sampling and training of one rollout."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        config = make_config(size, steps, 1, folder, device, prompts_per_rollout=2)
-        trainer = make_trainer(BASELINE, size, config, device)
+        config = make_config(size, steps, 1, folder, device, **row.options)
+        trainer = make_trainer(row, size, config, device)
         profiler = torch.profiler.profile(
-            activities=activities, schedule=torch.profiler.schedule(wait=0, warmup=1, active=1)
+            activities=activities, schedule=torch.profiler.schedule(wait=0, warmup=1, active=1, repeat=1)
         )
 
         class Step(TrainerCallback):
@@ -588,7 +652,7 @@ def profile(size: Size, steps: int, device: torch.device) -> str:
             trainer.train()
     phases, events = trainer.phases, profiler.key_averages()
     wall = phases.sampling[-1] + phases.training[-1]
-    text = f"one rollout of {wall:.2f} s with the profiler on"
+    text = f"{row.name}: one rollout of {wall:.2f} s with the profiler on"
     if device.type == "cuda":
         kernels = sum(
             event.self_device_time_total
@@ -650,7 +714,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=2, help="timed rollouts of each row")
     parser.add_argument("--minutes", type=float, default=8.0, help="begin no row after this time")
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these rows")
-    parser.add_argument("--profile", action="store_true", help="also print the kernels of the first row by time")
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="also print the kernels of the first row, or of the first of --rows, by time",
+    )
     parser.add_argument("--output", type=Path, help="file of the results; default: see above")
     args = parser.parse_args(arguments)
     unknown = set(args.rows or ()) - {row.name for row in ROWS}
@@ -685,6 +753,7 @@ def main(arguments: list[str] | None = None) -> None:
         "ceiling_flops_per_second": ceiling,
         "checks": [],
         "calls": [],
+        "attention": [],
         "rows": [],
     }
 
@@ -712,10 +781,14 @@ def main(arguments: list[str] | None = None) -> None:
         )
         write()
     clean_slate(device, environment)
+    for kernel in measure_attention(size, device) if not args.rows else ():
+        results["attention"].append(kernel)
+        print(kernel, flush=True)
+        write()
+    print(f"{time.perf_counter() - begin:.0f} s so far")
     print(HEADER)
-    for row in ROWS:
-        if args.rows and row.name not in args.rows:
-            continue
+    rows = [row for row in ROWS if not args.rows or row.name in args.rows]
+    for row in rows:
         if time.perf_counter() - begin > 60 * args.minutes:
             result = {"name": row.name, "error": f"not begun: {args.minutes:g} minutes were over"}
         else:
@@ -727,7 +800,7 @@ def main(arguments: list[str] | None = None) -> None:
         write()
     print(f"{time.perf_counter() - begin:.0f} s; written to {output}")
     if args.profile:
-        print(profile(size, args.steps, device))
+        print(profile(rows[0], size, args.steps, device))
     if not all(checked["passed"] for checked in results["checks"]):
         raise SystemExit(1)
 

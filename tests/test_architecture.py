@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "trl_fdfo"
 
 # From the bottom up. Rooms of one floor know nothing of each other.
 FLOORS = [
-    ["noise", "seeds", "media", "redaction", "metric_names", "preference"],
+    ["noise", "seeds", "media", "offload", "redaction", "metric_names", "preference"],
     ["rewards"],
     ["pipeline"],
     ["reporting"],

@@ -9,7 +9,16 @@ from .diffusion_nft.loss import nft_loss, optimality
 from .fdfo.churn import churn_start, churn_step, constant_churn, interval_churn, prior_churn
 from .fdfo.finite_difference import FiniteDifference, finite_difference, known_gradient, reward_gradient
 from .fdfo.loss import surrogate_loss
-from .flow_grpo.sde import clipped_loss, gaussian_kl, log_prob, sde_distribution, sde_step
+from .flow_grpo.sde import (
+    batch_advantages,
+    clipped_loss,
+    cps_distribution,
+    gaussian_kl,
+    log_prob,
+    sde_distribution,
+    sde_step,
+    without_variance,
+)
 from .training.surrogate import SurrogateLoss, group_advantages
 
 
@@ -17,10 +26,12 @@ __all__ = [
     "FiniteDifference",
     "SurrogateLoss",
     "awm_loss",
+    "batch_advantages",
     "churn_start",
     "churn_step",
     "clipped_loss",
     "constant_churn",
+    "cps_distribution",
     "finite_difference",
     "gaussian_kl",
     "group_advantages",
@@ -34,4 +45,5 @@ __all__ = [
     "sde_distribution",
     "sde_step",
     "surrogate_loss",
+    "without_variance",
 ]

@@ -95,7 +95,7 @@ def rows_fail_by_themselves_and_leave_nothing_behind():
 @pytest.mark.slow
 def test_rehearsal_writes_a_file_that_the_model_on_paper_reads(tmp_path, capsys):
     output = tmp_path / "folder" / "tiny.json"
-    rows = ["2 prompts at a time", "1 prompt", "text encoders, offload_components"]
+    rows = ["text encoders, offload_components", "2 prompts", "1 prompt"]
     gpu_sd35.main(["--tiny", "--rounds", "1", "--steps", "2", "--output", str(output), "--rows", *rows])
     results = json.loads(output.read_text())
     assert [row["name"] for row in results["rows"]] == rows
@@ -103,11 +103,11 @@ def test_rehearsal_writes_a_file_that_the_model_on_paper_reads(tmp_path, capsys)
     printed = capsys.readouterr().out
     assert all(name in printed for name in rows) and "tuples/s" in printed
     measured = scale.measured_batches(results)
-    assert {prompts: row["name"] for prompts, row in measured.items()} == {2: rows[0], 1: rows[1]}
+    assert {prompts: row["name"] for prompts, row in measured.items()} == {2: rows[1], 1: rows[2]}
     work = gpu_sd35.count_work(TINY)
     parts = scale.parts_from_results(scale.Cluster(), work, results, steps=2, branches=2)
-    assert parts.sample(4) == pytest.approx(4 / results["rows"][0]["images_per_second"])
-    assert parts.train(2) == pytest.approx(2 / results["rows"][1]["tuples_per_second"])
+    assert parts.sample(4) == pytest.approx(4 / results["rows"][1]["images_per_second"])
+    assert parts.train(2) == pytest.approx(2 / results["rows"][2]["tuples_per_second"])
     # The file has 2 steps, and 4 steps scale with the work.
     longer = scale.parts_from_results(scale.Cluster(), work, results, steps=4, branches=2)
     assert longer.sample(4) / parts.sample(4) == pytest.approx(work.of_image(4) / work.of_image(2))
@@ -120,12 +120,14 @@ def test_checks_come_first_and_no_row_is_begun_when_the_time_is_over(tmp_path, c
     assert all(row["error"] == "not begun: 0 minutes were over" for row in results["rows"])
     before, replayed, trained, loaded = results["checks"]
     assert before["value"] < 1e-5 and replayed["value"] == 0.0 and loaded["value"] < 1e-5 < 0.01 < trained["value"]
-    assert [(call["name"], call["images"]) for call in results["calls"]] == [
-        (name, images)
-        for images in (4, 16)
-        for name in ("forward without adapter", "forward", "forward and backward", "decoding")
-    ]
+    names = ("forward without adapter", "forward", "forward and backward", "decoding")
+    compiled = [("forward, compiled", 16), ("forward and backward, compiled", 16)]
+    calls = [(call["name"], call["images"]) for call in results["calls"]]
+    assert calls == [(name, images) for images in (4, 16) for name in names] + compiled
     assert all(call["seconds"] > 0 and call["host_seconds"] > 0 for call in results["calls"])
+    flash = [kernel for kernel in results["attention"] if kernel["name"] == "FLASH_ATTENTION"]
+    assert len(flash) == len(results["attention"]) / 2 == 6
+    assert all(max(kernel["errors"]) < 0.01 for kernel in flash if kernel["score"] == 0)
     printed = capsys.readouterr().out
     assert printed.count("passed: ") == 4 and printed.index("passed: ") < printed.index("not begun")
 

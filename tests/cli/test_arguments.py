@@ -118,7 +118,7 @@ def test_a_partial_parser_passes_over_the_rest(recipe):
     assert rest == ["--num_rollouts", "3", *GIVEN, "--noise_level", "0.5"]
 
 
-@pytest.mark.parametrize("name", recipes.names())
+@pytest.mark.parametrize("name", [name for name in recipes.names() if name != "evaluate_paper"])
 def test_every_recipe_parses(name):
     config_class = FlowGRPOConfig if "flow_grpo" in name else FDFOConfig
     script, config = parse((RunArguments, config_class), ["--config", name, *GIVEN[2:], "--bf16", "false"])

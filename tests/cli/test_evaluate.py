@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_pipelines
+import tiny_vlms
 import torch
+import yaml
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 from tiny_clip import save_clip
@@ -15,6 +17,7 @@ from tiny_pipelines import flux_kontext
 
 from trl_fdfo import shapes
 from trl_fdfo.cli import evaluate as command
+from trl_fdfo.cli import recipes
 from trl_fdfo.evaluation.diversity import load_diversity
 
 
@@ -196,6 +199,45 @@ def test_the_packaged_pipeline_on_its_captions(tmp_path):
     found = results(tmp_path / "a" / "b")
     assert found["settings"]["prompts"] == shapes.captions() and found["differences"] == {}
     assert found["estimates"]["base"]["strict"]["num_prompts"] == 54
+
+
+def test_the_recipe_of_the_papers_metrics(trained, monkeypatch, capsys):
+    """All of it, with folders here of the names on the Hub, which hold tiny stand-ins; DreamSim is a module of its signatures."""
+    shutil.copytree("model", "stabilityai/stable-diffusion-3.5-medium")
+    shutil.copytree("both", "someone/adapter")
+    for name in (
+        *("openai/clip-vit-large-patch14", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
+        *("adams-story/HPSv2-hf", "yuvalkirstain/PickScore_v1"),
+    ):
+        save_clip(name)
+    Path("Qwen/Qwen2.5-VL-7B-Instruct").mkdir(parents=True)
+    tiny_vlms.qwen2_5_vl(Path("Qwen/Qwen2.5-VL-7B-Instruct"))
+    Path("zhwang/HPDv2/benchmark").mkdir(parents=True)
+    for style in ("anime", "concept-art", "paintings", "photo"):
+        Path(f"zhwang/HPDv2/benchmark/{style}.json").write_text(json.dumps([f"one in {style}"]))
+    Path("dreamsim.py").write_text(
+        "import torch\n\n\nclass Model:\n    def embed(self, images):\n        return images.mean(dim=(2, 3))\n\n\n"
+        "def dreamsim(**options):\n    return Model(), lambda picture: torch.tensor(list(picture.getdata())).float().T."
+        "reshape(1, 3, *picture.size) / 255\n"
+    )
+    monkeypatch.syspath_prepend(".")
+    monkeypatch.setenv("TORCH_HOME", "torch")
+    # Smaller and shorter than the recipe says.
+    reduced = {"images_per_prompt": 2, "num_inference_steps": 3, "height": 16, "width": 32}
+    flags = [str(part) for name, value in reduced.items() for part in (f"--{name}", value)]
+    evaluate("--config", "evaluate_paper", "--adapter", "someone/adapter", *flags)
+    found, asked = results("outputs/evaluate_paper"), yaml.safe_load(recipes.find("evaluate_paper").read_text())
+    metrics = ["HPSv2", "CLIPScore", "CLIPHScore", "PickScore", "VLMScore_alignment", "dreamsim_distance"]
+    assert found["estimates"].keys() == {"base", "someone/adapter"}
+    assert all(list(each) == metrics for each in found["estimates"].values())
+    assert all(each["num_prompts"] == 4 for each in found["estimates"]["someone/adapter"].values())
+    # These, and not those that the adapter was trained with.
+    given = {
+        name: reduced.get(name, asked[name]) for name in ("num_inference_steps", "guidance_scale", "height", "width")
+    }
+    assert found["settings"]["call_options"] == {**given, "max_sequence_length": 128}
+    assert json.loads(Path("both", "generation_config.json").read_text())["num_inference_steps"] == 5
+    assert "over 4 prompts, 2 images each" in capsys.readouterr().out
 
 
 def test_means_by_a_column(tmp_path, monkeypatch, capsys):

@@ -86,7 +86,7 @@ def test_the_number_of_processes_counts():
         quick.check(config, options, processes=4)
 
 
-@pytest.mark.parametrize("name", recipes.names())
+@pytest.mark.parametrize("name", [name for name in recipes.names() if name != "evaluate_paper"])
 def test_recipes_have_no_mistake(name):
     config = quick.config_class("FlowGRPOConfig" if "flow_grpo" in name else "FDFOConfig")
     script, *sections = Parser([RunArguments, *quick.sections(config)]).parse_args_and_config(["--config", name])

@@ -183,6 +183,11 @@ def test_dreamsim_is_called_as_the_package_says(tmp_path, monkeypatch):
     images[0, 0, 0], images[0, 1, 1], images[1, :, 2] = 1, 1, 1
     assert diversity(images).tolist() == pytest.approx([1, 0])
     diversity(images)
+    squared = load_diversity("dreamsim(kind='dino_vitb16', distance='squared', batch_size=3, device='cpu')")
+    assert squared.__name__ == "dreamsim_squared_distance" and squared(images).tolist() == pytest.approx([2, 0])
+    with pytest.raises(ValueError, match="distance='rms' of DreamSimFeatures is not one of cosine, squared"):
+        load_diversity("dreamsim(distance='rms')")
+    calls.pop()
     assert calls == [(True, "cpu", str(tmp_path / "hub" / "dreamsim" / "dino_vitb16"), "dino_vitb16")]
 
 

@@ -337,6 +337,84 @@ def test_other_held_out_prompts_are_another_run(make_trainer):
     assert resumed.state.global_step == 4
 
 
+# Other steps, guidance and size than those of the rollouts --------------------------------------------------------------
+
+OF_USE = {"num_inference_steps": 6, "guidance_scale": 3.0, "height": 32, "width": 32}
+
+
+def test_images_are_evaluated_as_they_are_used(make_trainer, tmp_path):
+    seen = {}
+
+    def keep(images, prompts, trainer_state):
+        seen.setdefault(trainer_state.global_step, []).extend(images.cpu())
+        return redness(images, prompts)
+
+    options = {"eval_dataset": EVALUATED, "num_rollouts": 1}
+    trainer = make_trainer(reward_fn=keep, eval_pipeline_kwargs=json.dumps(OF_USE), **options)
+    trainer.train()
+    assert {image.shape[-1] for image in seen[0]} == {16}, "rollouts are of the option's size"
+    metrics = trainer.evaluate()
+    by_hand = []
+    for number, prompt in enumerate(PROMPTS[:5]):
+        seed = derive_seed(trainer.args.seed, number, 0, EVALUATION)
+        arguments = {**trainer.flow.call_kwargs, **OF_USE, "generator": torch.Generator().manual_seed(seed)}
+        by_hand += trainer.pipeline(prompt, output_type="pt", **arguments).images
+    torch.testing.assert_close(torch.stack(seen[2]), torch.stack(by_hand), rtol=0, atol=1e-5)
+    assert metrics["eval_reward"] == pytest.approx(redness(torch.stack(by_hand), None).mean().item(), abs=1e-5)
+    # Given arguments come before those of the option.
+    assert trainer.generate(["a cat"], [0]).shape[-2:] == (32, 32)
+    assert trainer.generate(["a cat"], [0], height=24, width=16).shape[-2:] == (24, 16)
+    # Rollouts and updates are those of a run without the option.
+    plain = make_trainer(**options)
+    plain.train()
+    weights = trained_weights(trainer)
+    assert all(torch.equal(weights[name], weight) for name, weight in trained_weights(plain).items())
+
+
+def test_a_result_says_how_it_is_used(make_trainer, tmp_path):
+    trainer = make_trainer(eval_pipeline_kwargs={**OF_USE, "guidance_scale": None})
+    trainer.comparison = trainer.compare(num_prompts=1, images_per_prompt=1)
+    trainer.comparison.complete()
+    assert trainer.comparison.images["after"].shape[-2:] == (32, 32)
+    trainer.save_model()
+    saved = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    # None leaves an argument to the pipeline.
+    assert saved == {"max_sequence_length": 8, "num_inference_steps": 6, "height": 32, "width": 32}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "trained with `num_inference_steps=4`, `guidance_scale=1.0`, `height=16`, `width=16`, `max_sequence" in card
+    used = "above, with `num_inference_steps=6`, `height=32`, `width=32`: other settings may give less."
+    assert f"`max_sequence_length=8`; its results and images are made, as {used}" in card
+    snippet = card[card.index("```python") : card.index("## Results")]
+    assert (
+        "num_inference_steps=6" in snippet
+        and "height=32" in snippet
+        and "guidance" not in snippet.partition("\n```")[0]
+    )
+
+
+def test_a_run_that_goes_on_is_evaluated_as_before_or_otherwise(make_trainer, tmp_path):
+    options = {
+        "eval_dataset": EVALUATED,
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "alarm_control_drop": None,
+    }
+    few, many = {"num_inference_steps": 2}, {"num_inference_steps": 6}
+    whole = make_trainer(eval_pipeline_kwargs=many, output_dir=str(tmp_path / "whole"), **options)
+    whole.train()
+    make_trainer(num_rollouts=1, eval_pipeline_kwargs=many, **options).train()
+    same = make_trainer(eval_pipeline_kwargs=many, **options)
+    same.train(resume_from_checkpoint=True)
+    assert logged(same, "eval_reward") == logged(whole, "eval_reward") and len(logged(same, "eval_reward")) == 2
+    # It changes nothing about the weights, so a run may go on with other arguments.
+    other = make_trainer(eval_pipeline_kwargs=few, **options)
+    other.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    first, second = logged(other, "eval_reward")
+    assert first == logged(whole, "eval_reward")[0] and second != logged(whole, "eval_reward")[1]
+    weights = trained_weights(whole)
+    assert all(torch.equal(weights[name], weight) for name, weight in trained_weights(other).items())
+
+
 # Diversity ------------------------------------------------------------------------------------------------------------
 
 
@@ -396,10 +474,12 @@ def test_the_script(tmp_path, caplog):
         "eval_reward": "trl_fdfo.shapes:strict",
         "num_report_prompts": 2,
         "images_per_report_prompt": 2,
+        "eval_pipeline_kwargs": '{"num_inference_steps": 5}',
     }
     arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
     train.main(["--config", "shapes", *arguments])
     assert (tmp_path / "out" / "evaluation.png").is_file()
     report = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {"reward", "controls/strict/mean"} <= report["after"].keys()
+    assert report["call_options"]["num_inference_steps"] == 5 and report["call_options"]["height"] == 32
     assert not warnings_of_the_package(caplog)

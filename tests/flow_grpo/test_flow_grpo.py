@@ -9,7 +9,19 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from tiny_runs import PROMPTS, redness
 
 from trl_fdfo import FDFOTrainer, FlowGRPOConfig, FlowGRPOTrainer
-from trl_fdfo.algorithm import clipped_loss, gaussian_kl, group_advantages, log_prob, sde_distribution, sde_step
+from trl_fdfo.algorithm import (
+    batch_advantages,
+    clipped_loss,
+    cps_distribution,
+    gaussian_kl,
+    group_advantages,
+    log_prob,
+    sde_distribution,
+    sde_step,
+)
+
+
+EACH_SDE = pytest.mark.parametrize("distribution", [sde_distribution, cps_distribution], ids=["sde", "cps"])
 
 
 def tensors(*shape: int, count: int, seed: int = 0) -> list[torch.Tensor]:
@@ -33,13 +45,15 @@ def test_step_equals_its_equation():
     assert torch.equal(step[1], (x + (s - t) * v)[1])
 
 
-def test_without_noise_it_is_the_euler_step_of_diffusers_to_the_bit():
+@EACH_SDE
+def test_without_noise_it_is_the_euler_step_of_diffusers_to_the_bit(distribution):
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(5)
     x, v = torch.randn(2, 2, 4, generator=torch.Generator().manual_seed(0))
     for number, timestep in enumerate(scheduler.timesteps):
         t, s = scheduler.sigmas[number : number + 2]
-        assert torch.equal(sde_step(x, v, t, s, 0.0, torch.ones_like(x)), scheduler.step(v, timestep, x)[0])
+        step = sde_step(x, v, t, s, 0.0, torch.ones_like(x), distribution)
+        assert torch.equal(step, scheduler.step(v, timestep, x)[0])
 
 
 @pytest.mark.parametrize("data_std", [1.0, 0.3])
@@ -72,12 +86,23 @@ def test_first_step_is_finite():
 # Likelihood, advantages, loss -----------------------------------------------------------------------------------------
 
 
-def test_log_prob_is_that_of_the_gaussian():
+@EACH_SDE
+def test_log_prob_is_that_of_the_gaussian(distribution):
     x, v, x_s = tensors(3, 5, count=3)
-    distribution = sde_distribution(x, v, 0.5, 0.4, 0.7)
-    mean, std = distribution.mean, distribution.std.item()
-    expected = (-((x_s - mean) ** 2) / (2 * std**2) - math.log(std) - 0.5 * math.log(2 * math.pi)).mean(dim=1)
-    torch.testing.assert_close(log_prob(x_s, distribution), expected)
+    t, s, a = 0.5, 0.4, 0.7
+    found = log_prob(x_s, distribution(x, v, t, s, a))
+    for n in range(3):
+        logs = []
+        for x_i, v_i, arrived in zip(x[n].tolist(), v[n].tolist(), x_s[n].tolist()):
+            if distribution is sde_distribution:
+                sigma = a * math.sqrt(t / (1 - t))
+                mean = x_i + (v_i + sigma**2 / (2 * t) * (x_i + (1 - t) * v_i)) * (s - t)
+                variance = sigma**2 * (t - s)
+            else:
+                variance = (s * math.sin(a * math.pi / 2)) ** 2
+                mean = (1 - s) * (x_i - t * v_i) + math.sqrt(s**2 - variance) * (x_i + (1 - t) * v_i)
+            logs.append(-((arrived - mean) ** 2) / (2 * variance) - math.log(2 * math.pi * variance) / 2)
+        assert found[n].item() == pytest.approx(sum(logs) / 5, rel=0, abs=1e-10)
 
 
 def test_kl_is_that_of_two_gaussians():
@@ -94,6 +119,13 @@ def test_advantages_have_mean_0_and_standard_deviation_1():
     std = math.sqrt(((1 - 3) ** 2 + (2 - 3) ** 2 + 0 + (6 - 3) ** 2) / 4)
     torch.testing.assert_close(advantages[0], torch.tensor([-2.0, -1.0, 0.0, 3.0]) / (std + 1e-4))
     assert torch.equal(advantages[1], torch.zeros(4))
+
+
+def test_advantages_of_a_batch_share_a_standard_deviation():
+    rewards = torch.tensor([[1.0, 2.0, 3.0, 6.0], [5.0, 5.0, 5.0, 5.0], [0.0, 0.2, 0.0, 0.2]])
+    std = math.sqrt(sum((r - 32.4 / 12) ** 2 for r in rewards.flatten().tolist()) / 12)
+    expected = torch.tensor([[-2.0, -1.0, 0.0, 3.0], [0.0] * 4, [-0.1, 0.1, -0.1, 0.1]]) / (std + 1e-4)
+    torch.testing.assert_close(batch_advantages(rewards, std), expected)
 
 
 def test_loss_clips_the_ratio():
@@ -164,6 +196,8 @@ def test_training_replays_exactly_and_raises_the_reward(make_grpo, build):
     "options",
     [
         {"num_noisy_steps": 1},
+        {"sde_type": "cps", "noise_level": 0.8, "beta": 0.1},
+        {"window_interval": 1, "num_noisy_steps": 2, "same_latent": True, "advantage_std": "batch"},
         {"beta": 0.1},
         {"offload_trajectories": True, "per_device_sampling_batch_size": 4},
         {"guidance_scale": 4.0, "timestep_fraction": 0.4},
@@ -184,8 +218,9 @@ def test_options_train_with_an_exact_replay(make_grpo, options):
     assert str(plan).startswith("Flow-GRPO on StableDiffusion3Pipeline")
 
 
-def test_what_is_sampled_and_trained(make_grpo):
-    trainer = make_grpo(num_rollouts=1)
+@pytest.mark.parametrize("sde_type", ["sde", "cps"])
+def test_what_is_sampled_and_trained(make_grpo, sde_type):
+    trainer = make_grpo(num_rollouts=1, sde_type=sde_type)
     trainer.train()
     batches = {id(batch): batch for step in trainer._buffer.steps for batch, _ in step}.values()
     assert len(batches) == 2
@@ -201,7 +236,9 @@ def test_what_is_sampled_and_trained(make_grpo):
         # The noise that a step was taken with has unit variance.
         noise = []
         for level in batch.levels:
-            mean, std = trainer._arrival(sampled.velocities[level].float(), batch, level)
+            distribution = sde_distribution if sde_type == "sde" else cps_distribution
+            t, s = sampled.sigmas[level : level + 2]
+            mean, std = distribution(sampled.x_t[level], sampled.velocities[level].float(), t, s, 0.7)
             noise.append((sampled.x_s[level] - mean) / std)
         noise = torch.stack(noise)
         assert abs(noise.mean()) < 0.1 and abs(noise.std() - 1) < 0.1
@@ -227,14 +264,55 @@ def test_fast_variant_has_noise_where_it_trains(make_grpo):
     assert logged(trainer, "replay_error") == [0.0]
 
 
+def test_window_slides_with_the_rollouts(make_grpo):
+    trainer = make_grpo(num_noisy_steps=3, num_inference_steps=8, window_interval=2)
+    # The last of the 8 steps has no noise: windows begin at the steps 0 to 4.
+    for rollout, first in enumerate([0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 0, 0]):
+        noise = trainer.noise_amounts(rollout, range(4))
+        expected = torch.zeros(4, 9)
+        expected[:, first + 1 : first + 4] = 0.7  # a step's noise is that of the level where it arrives
+        assert torch.equal(noise, expected)
+        for batch in (0, 1):
+            assert sorted(trainer.trained_levels(rollout, batch)) == [first, first + 1, first + 2]
+    assert "(3 of 8 noise levels)" in str(trainer.run_plan())
+
+
+def test_images_of_a_prompt_may_start_alike(make_grpo):
+    trainer = make_grpo(num_noisy_steps=2, window_interval=1, same_latent=True, num_rollouts=2)
+    for rollout, first in enumerate((0, 1)):
+        buffer = trainer._roll_out(rollout)
+        for batch in {id(batch): batch for step in buffer.steps for batch, _ in step}.values():
+            starts, arrivals = (x[first].unflatten(0, (2, 4)) for x in (batch.sampled.x_t, batch.sampled.x_s))
+            assert torch.equal(starts, starts[:, :1].expand_as(starts)), "the ODE keeps them alike"
+            assert not torch.equal(starts[0, 0], starts[1, 0]), "two prompts"
+            assert (arrivals[:, 1:] != arrivals[:, :1]).flatten(2).any(dim=2).all()
+
+
+def test_batch_advantages_of_a_rollout(make_grpo):
+    scored = []
+    rewards = lambda images, prompts: scored.append(redness(images, prompts)) or scored[-1]
+    trainer = make_grpo(advantage_std="batch", reward_fn=rewards)
+    buffer = trainer._roll_out(0)
+    values = torch.cat(scored).double().unflatten(0, (4, 4))
+    std = math.sqrt(((values - values.mean()) ** 2).mean())
+    for batch in {batch.number: batch for step in buffer.steps for batch, _ in step}.values():
+        own = values[2 * batch.number : 2 * batch.number + 2]
+        expected = (own - own.mean(dim=1, keepdim=True)) / (std + 1e-4)
+        torch.testing.assert_close(batch.targets[0], expected.flatten().float())
+
+
 def test_run_goes_on_to_the_bit_and_not_with_another_algorithm(make_grpo, make_trainer):
-    whole = make_grpo(num_rollouts=3)
+    options = {"sde_type": "cps", "num_noisy_steps": 2, "window_interval": 1, "advantage_std": "batch"}
+    whole = make_grpo(num_rollouts=3, **options)
     whole.train()
-    make_grpo(num_rollouts=2, save_strategy="epoch").train()
-    going_on = make_grpo(num_rollouts=3, save_strategy="epoch")
+    make_grpo(num_rollouts=2, save_strategy="epoch", **options).train()
+    going_on = make_grpo(num_rollouts=3, save_strategy="epoch", **options)
     going_on.train(resume_from_checkpoint=True)
     for name, weight in trained_weights(going_on).items():
         assert torch.equal(weight, trained_weights(whole)[name])
+    other = make_grpo(num_rollouts=4, **{**options, "window_interval": 2})
+    with pytest.raises(ValueError, match="window_interval: 1 -> 2"):
+        other.train(resume_from_checkpoint=True)
     other = make_trainer(num_rollouts=4)
     with pytest.raises(ValueError, match="algorithm: 'Flow-GRPO' -> 'FDFO'"):
         other.train(resume_from_checkpoint=True)
@@ -248,6 +326,12 @@ def test_run_goes_on_to_the_bit_and_not_with_another_algorithm(make_grpo, make_t
         ({"noise_level": "a"}, "noise_level='a' is a str"),
         ({"num_noisy_steps": 4}, r"num_noisy_steps=4 must be in \[1, 3\]"),
         ({"num_inference_steps": 1}, "num_inference_steps=1: the last step has no noise"),
+        ({"sde_type": "ode"}, "sde_type='ode' is not one of sde, cps"),
+        ({"sde_type": "cps", "noise_level": 1.1}, r"noise_level=1.1 must be in \(0, 1\] with sde_type='cps'"),
+        ({"advantage_std": "global"}, "advantage_std='global' is not one of group, batch"),
+        ({"window_interval": 5}, "window_interval=5 moves a window .* set num_noisy_steps"),
+        ({"window_interval": 0, "num_noisy_steps": 2}, "window_interval=0 must be at least 1"),
+        ({"window_interval": 5, "num_noisy_steps": 3}, "window_interval=5 cannot move a window of num_noisy_steps=3"),
         ({"trainer_class": FDFOTrainer}, "config is of FlowGRPOConfig, and FDFOTrainer takes a `FDFOConfig`"),
     ],
 )

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from trl_fdfo import DiffusionNFTTrainer, FDFOTrainer
+from trl_fdfo import DiffusionNFTTrainer, FDFOTrainer, FlowGRPOTrainer
 from trl_fdfo.saving.sharded_weights import trained_parameters, whole_values
 from trl_fdfo.training.trainer import RolloutTrainer
 
@@ -173,6 +173,20 @@ def measure_traffic(folder: Path) -> dict:
     }
 
 
+def advantages(folder: Path, **options) -> torch.Tensor:
+    """Advantages of all images of a rollout by Flow-GRPO, over the standard deviation of the rewards of all processes."""
+    options |= {
+        "trainer_class": FlowGRPOTrainer,
+        "advantage_std": "batch",
+        "timestep_fraction": 1.0,
+        "num_noisy_steps": 2,
+    }
+    trainer = build(str(folder), epsilon=0.01, **options, **NO_EVALUATIONS)
+    buffer = trainer._roll_out(0)
+    batches = {batch.number: batch for step in buffer.steps for batch, _ in step}
+    return trainer.accelerator.gather(torch.cat([batches[number].targets[0] for number in sorted(batches)]))
+
+
 TIMEOUT = 5  # seconds of a collective, in `wait_for_a_slow_reward`
 
 
@@ -199,6 +213,7 @@ def main(folder: Path) -> None:
     options = {**SAMPLING, **NO_EVALUATIONS}
     _, results["more"] = run(str(folder / "more"), str(folder / "one" / "checkpoint-4"), **options)
     _, results["forward"] = run(str(folder / "forward"), **SAMPLING, **FORWARD)
+    results["advantages"] = advantages(folder / "advantages", **SAMPLING)
     results["traffic"] = measure_traffic(folder)
     results["slow reward"] = wait_for_a_slow_reward(folder)
     if importlib.util.find_spec("torchao"):

@@ -416,6 +416,13 @@ def test_cudnn_attention_whose_backward_pass_returns_nan_is_off(make_trainer):
     assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
 
 
+def test_cudnn_attention_can_be_had_where_a_transformer_knows_no_backends(make_trainer):
+    make_trainer(attention_backend="_native_cudnn")
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    make_trainer()  # the next trainer has not asked for it
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 FLEX = pytest.param("flex", marks=pytest.mark.gpu("on a CPU PyTorch has no backward pass of flex attention"))
 
 

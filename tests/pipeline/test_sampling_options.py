@@ -144,6 +144,15 @@ def test_prompts_for_evaluation_are_cached_too(make_trainer, cache):
     assert not encoded
     plain = make_trainer(eval_dataset=prompts).evaluate()
     assert cached["eval_reward"] == pytest.approx(plain["eval_reward"], abs=1e-6)
+    # Other steps have the same embeddings; guidance needs those of the negative prompt.
+    for of_use, times in (({"num_inference_steps": 6}, 0), ({"guidance_scale": 4.0}, 2)):
+        options = {"eval_dataset": prompts, "eval_pipeline_kwargs": of_use}
+        other = make_trainer(cache_prompt_embeds=True, **options)
+        del encoded[:]
+        other.pipeline.text_encoder.register_forward_pre_hook(lambda module, args: encoded.append(args))
+        cached = other.evaluate()
+        assert len(encoded) == times
+        assert cached["eval_reward"] == pytest.approx(make_trainer(**options).evaluate()["eval_reward"], abs=1e-6)
 
 
 def test_embeddings_are_found_by_the_pipeline_and_its_arguments(make_trainer, cache):

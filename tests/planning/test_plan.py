@@ -190,13 +190,20 @@ def test_trajectories_are_what_the_buffer_holds(make_trainer, build, options):
     assert plan.trajectory_bytes == recorded_bytes(trainer._buffer)
 
 
-@pytest.mark.parametrize("copied", [False, True])
-def test_trajectories_of_flow_grpo(make_config, copied):
+@pytest.mark.parametrize(
+    ("copied", "options"),
+    [(False, {}), (True, {}), (True, {"sde_type": "cps", "num_noisy_steps": 2, "window_interval": 1})],
+)
+def test_trajectories_of_flow_grpo(make_config, copied, options):
     names = ("output_dir", "num_rollouts", "prompts_per_rollout", "per_device_prompt_batch_size", "height", "width")
     names += ("num_inference_steps", "pipeline_kwargs", "optimizer_steps_per_rollout", "use_cpu", "disable_tqdm")
     config = make_config(num_rollouts=1, disable_tqdm=True)
     config = FlowGRPOConfig(
-        **{name: getattr(config, name) for name in names}, num_generations=3, offload_trajectories=copied, report_to=[]
+        **{name: getattr(config, name) for name in names},
+        num_generations=3,
+        offload_trajectories=copied,
+        report_to=[],
+        **options,
     )
     prompts = Dataset.from_dict({"prompt": PROMPTS})
     trainer = FlowGRPOTrainer(config, tiny_pipelines.sd3(), redness, train_dataset=prompts)
@@ -387,6 +394,10 @@ def test_plan_counts_the_evaluations(make_trainer):
     line = "  evaluations           2, every 1 rollouts, of 3 prompts x 2 images: 75.0% more to sample"
     assert line in str(make_trainer(images_per_eval_prompt=2, **options).run_plan())
     assert "evaluations  " not in str(make_trainer().run_plan())
+    # Rollouts have 4 steps.
+    of_use = {"num_inference_steps": 6, "guidance_scale": 3.0}
+    line = "3 prompts x 2 images x 6 steps: 112.5% more steps to sample, with guidance_scale=3.0"
+    assert line in str(make_trainer(images_per_eval_prompt=2, eval_pipeline_kwargs=of_use, **options).run_plan())
 
 
 def test_what_the_first_rollout_took(make_trainer, capsys):
@@ -552,9 +563,15 @@ def test_seconds_of_a_card():
     assert card.seconds(slow, torch.bfloat16, compiled=True) == pytest.approx(COMPILED_OPERATIONS * 10**9 * LAUNCH)
 
 
-def test_seconds_of_calls_that_were_measured():
+# The machine of the H100 had a slow host, which its calls of 4 images waited for.
+@pytest.mark.parametrize(
+    ("file", "smallest", "calls_in_file"),
+    [("gpu_sd35-NVIDIA-H200.json", 4, 6), ("gpu_sd35-NVIDIA-H100-80GB-HBM3.json", 16, 3)],
+)
+def test_seconds_of_calls_that_were_measured(file, smallest, calls_in_file):
     """By the formula as it is now, of the calls that its constants are fitted to."""
-    results = json.loads((ROOT / "benchmarks" / "results" / "gpu_sd35-NVIDIA-H200.json").read_text())
+    results = json.loads((ROOT / "benchmarks" / "results" / file).read_text())
+    card = CARDS[gpu_sd35.plan_card(results["machine"])]
     twin = gpu_sd35.run_as_trained(gpu_sd35.build_adapted_transformer(gpu_sd35.MEDIUM, torch.device("meta")))
     checked = 0
     for call in results["calls"]:
@@ -563,11 +580,12 @@ def test_seconds_of_calls_that_were_measured():
         with gpu_sd35.building(torch.device("meta")):
             calls = [((), gpu_sd35.transformer_inputs(gpu_sd35.MEDIUM, call["images"]))]
         cost = (training_cost if "backward" in call["name"] else sampling_cost)(twin, calls, Precision("cuda"))
-        seconds = CARDS["h200"].seconds(cost, torch.bfloat16, compiled="compiled" in call["name"])
+        seconds = card.seconds(cost, torch.bfloat16, compiled="compiled" in call["name"])
         assert seconds == pytest.approx(call["plan_seconds"], rel=1e-3)
-        assert seconds == pytest.approx(call["seconds"], rel=0.17)
-        checked += 1
-    assert checked == 6
+        if call["images"] >= smallest:
+            assert seconds == pytest.approx(call["seconds"], rel=0.17)
+            checked += 1
+    assert checked == calls_in_file
 
 
 def test_plan_says_seconds_and_hours(make_config, folder):

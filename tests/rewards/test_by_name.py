@@ -139,7 +139,12 @@ def test_script_prints_the_table_and_takes_the_flags(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("spec", "parameters"),
-    [("pickscore(dtype='bfloat16', offload=True)", 986_109_441), ("hpsv2", 986_109_441), ("clip", 427_616_513)],
+    [
+        ("pickscore(dtype='bfloat16', offload=True)", 986_109_441),
+        ("hpsv2", 986_109_441),
+        ("clip", 427_616_513),
+        ("clip_h", 986_109_441),
+    ],
 )
 def test_rewards_of_a_plan_have_the_published_size(spec, parameters):
     reward = reward_without_weights(spec)

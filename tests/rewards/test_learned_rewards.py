@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from trl_fdfo.rewards.aesthetic_score import AestheticScore
-from trl_fdfo.rewards.clip_score import CLIPScore
+from trl_fdfo.rewards.clip_score import CLIPHScore, CLIPScore
 from trl_fdfo.rewards.hpsv2 import HPSv2
 from trl_fdfo.rewards.image_reward import ImageReward
 from trl_fdfo.rewards.pickscore import PickScore
@@ -184,6 +184,7 @@ def make(folders):
         classes = {
             "PickScore": (PickScore, {"model": folders["bare"], "processor": folders["processor"]}),
             "CLIPScore": (CLIPScore, clip),
+            "CLIPHScore": (CLIPHScore, clip),
             "HPSv2": (HPSv2, clip),
             "AestheticScore": (AestheticScore, {**clip, "head": folders["head"]}),
             "ImageReward": (TinyImageReward, {"model": folders["image_reward"], "processor": folders["bert"]}),
@@ -209,7 +210,9 @@ def cosines() -> torch.Tensor:
     return torch.stack(cosines)
 
 
-@pytest.mark.parametrize(("name", "scale"), [("PickScore", np.exp(4.6052)), ("CLIPScore", 100), ("HPSv2", 100)])
+@pytest.mark.parametrize(
+    ("name", "scale"), [("PickScore", np.exp(4.6052)), ("CLIPScore", 100), ("CLIPHScore", 100), ("HPSv2", 100)]
+)
 def test_cosine_of_clip(make, name, scale):
     scores = make(name)(images=IMAGES, prompts=PROMPTS)
     assert scores.dtype == torch.float32 and scores.device.type == "cpu"

@@ -360,6 +360,19 @@ TABLE = [
         "Set the option to that",
     ),
     bad(trainer(pipeline_kwargs={"clip_skip": 10}), "clip_skip", "10"),
+    bad(config(eval_pipeline_kwargs="{'a': 1"), "eval_pipeline_kwargs=\"{'a': 1\"", "is not valid JSON"),
+    bad(config(eval_pipeline_kwargs={"num_inference_steps": 0}), "eval_pipeline_kwargs has num_inference_steps=0"),
+    bad(config(eval_pipeline_kwargs={"generator": 1}), "eval_pipeline_kwargs has generator=1", "trainer sets itself"),
+    bad(
+        config(eval_pipeline_kwargs={"width": 8}, pipeline_columns=["width"], per_device_prompt_batch_size=1),
+        "eval_pipeline_kwargs has width=8, and pipeline_columns takes `width` from each row: leave one of them out",
+    ),
+    bad(
+        trainer(eval_pipeline_kwargs={"steps": 3}),
+        "eval_pipeline_kwargs={'steps': 3}, the arguments of an evaluation: StableDiffusion3Pipeline does not take steps",
+    ),
+    bad(trainer(eval_pipeline_kwargs={"height": 17}), "eval_pipeline_kwargs={'height': 17}", "17"),
+    bad(trainer(eval_pipeline_kwargs={"guidance_scale": "4"}), "eval_pipeline_kwargs={'guidance_scale': '4'}", "'str'"),
     # A callback returns the tensors that it was given.
     bad(trainer(pipeline_kwargs={"callback_on_step_end": "x"}), "callback_on_step_end", "'str' object is not callable"),
     bad(trainer(pipeline_kwargs={"callback_on_step_end": print}), "callback_on_step_end", "has no attribute 'pop'"),

@@ -24,7 +24,7 @@ def runs(tmp_path_factory, warm_python):
     )
     assert done.returncode == 0, done.stderr[-4000:]
     results = torch.load(folder / "results.pt", weights_only=True)
-    for name in results.keys() - {"traffic", "slow reward"}:
+    for name in results.keys() - {"traffic", "slow reward", "advantages"}:
         assert results[name]["processes"] == 2 and results[name]["wrapper"] == "DistributedDataParallel"
     return folder, one, results
 
@@ -64,6 +64,12 @@ def test_two_processes_with_quantized_weights_end_in_the_weights_of_one(runs, tm
 def test_two_processes_noise_the_endpoints_of_one(runs, tmp_path):
     _, one = distributed_run.run(str(tmp_path / "one"), **distributed_run.FORWARD)
     distributed_run.assert_same(runs[2]["forward"], one)
+
+
+def test_two_processes_divide_by_the_standard_deviation_of_one(runs, tmp_path):
+    one = distributed_run.advantages(tmp_path / "one")
+    assert len(one) == 16 and one.abs().max() > 0.1
+    torch.testing.assert_close(runs[2]["advantages"], one, rtol=0, atol=1e-4)
 
 
 def test_gradients_and_metrics_alone_pass_between_processes(runs):

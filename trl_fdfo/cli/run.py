@@ -7,6 +7,7 @@ from datasets import Dataset
 import trl_fdfo
 
 from .. import shapes
+from ..pipeline.adapter_files import call_options
 from ..planning.without_weights import planned
 from ..rewards.by_name import REWARDS, check_by_name, load_object, load_reward
 from ..training.config import RolloutConfig
@@ -62,7 +63,9 @@ def train(script: RunArguments, config: RolloutConfig) -> None:
     comparison.complete()
     trainer.create_model_card()
     if trainer.is_world_process_zero():
-        comparison.write(config.output_dir, train_seconds=seconds)
+        comparison.write(
+            config.output_dir, train_seconds=seconds, call_options=call_options(trainer.eval_call_kwargs())
+        )
         print(comparison.table())
         print(f"Trained in {seconds:.0f} s.")
         print(where_it_is(trainer, config.output_dir))

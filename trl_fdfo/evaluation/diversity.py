@@ -43,6 +43,15 @@ def rms_distance(a: Tensor, b: Tensor) -> Tensor:
     return (a - b).square().mean(dim=-1).sqrt()
 
 
+def squared_distance(a: Tensor, b: Tensor) -> Tensor:
+    """Squared length of the difference of vectors [..., D]: of unit vectors twice their cosine distance. Shape [...]."""
+    return (a - b).square().sum(dim=-1)
+
+
+# Distances of embeddings, by the names of options.
+DISTANCES = {"cosine": cosine_distance, "squared": squared_distance}
+
+
 def mean_pairwise_distance(features: Tensor, distance: Distance = cosine_distance) -> Tensor:
     """Mean distance over all pairs of the S images of each of P prompts, at least 2 each: [P, S, D] -> [P]."""
     first, second = torch.combinations(torch.arange(features.shape[1])).unbind(dim=1)
@@ -171,21 +180,32 @@ class DreamSimFeatures:
     Args:
         kind (`str`): The package's `dreamsim_type`: "ensemble", its default and best, or a single model, such as
             "dino_vitb16", which takes about a third of the time.
+        distance (`str`): "cosine", DreamSim's own distance; or "squared", the squared distance of the embeddings, about twice
+            as large, which is named "dreamsim_squared_distance" in tables.
         device, batch_size: As in [`~trl_fdfo.rewards.learned_reward.LearnedReward`].
 
     Raises:
         ImportError: The package `dreamsim` is not installed.
-        ValueError: `batch_size` is less than 1.
+        ValueError: `distance` is another, or `batch_size` is less than 1.
     """
 
-    __name__ = "dreamsim"
-
-    def __init__(self, kind: str = "ensemble", *, device: str | torch.device | None = None, batch_size: int = 16):
+    def __init__(
+        self,
+        kind: str = "ensemble",
+        distance: str = "cosine",
+        *,
+        device: str | torch.device | None = None,
+        batch_size: int = 16,
+    ):
+        if distance not in DISTANCES:
+            raise ValueError(f"distance={distance!r} of DreamSimFeatures is not one of {', '.join(DISTANCES)}.")
         if importlib.util.find_spec("dreamsim") is None:
             raise ImportError('DreamSim needs the package dreamsim: pip install "trl_fdfo[dreamsim]".')
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} of DreamSimFeatures must be at least 1.")
         self.kind, self.batch_size, self._device = kind, batch_size, device
+        self.distance = DISTANCES[distance]
+        self.__name__ = "dreamsim" if distance == "cosine" else f"dreamsim_{distance}"
 
     def __call__(self, images: Tensor) -> Tensor:
         """Embed images [N, 3, H, W] in [0, 1]: shape [N, width], float32 on the CPU."""

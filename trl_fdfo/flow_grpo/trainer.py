@@ -16,8 +16,8 @@ from ..training.buffer import ScoredBatch, trained_levels
 from ..training.surrogate import SurrogateLoss, group_advantages, in_float32
 from ..training.trainer import RolloutTrainer
 from .config import FlowGRPOConfig
-from .scheduler import SDEScheduler
-from .sde import Gaussian, clipped_loss, gaussian_kl, sde_distribution
+from .scheduler import CPSScheduler, SDEScheduler
+from .sde import Gaussian, batch_advantages, clipped_loss, gaussian_kl, without_variance
 
 
 class FlowGRPOTrainer(RolloutTrainer):
@@ -44,12 +44,18 @@ class FlowGRPOTrainer(RolloutTrainer):
     )
     config_class = FlowGRPOConfig
     scheduler_class = SDEScheduler
-    hyperparameters = ("noise_level", "num_noisy_steps")
+    hyperparameters = ("sde_type", "noise_level", "num_noisy_steps", "window_interval", "same_latent", "advantage_std")
     base_distance_name = "kl"
+    _std_of_rewards: float  # of all rewards of the latest rollout
+
+    @classmethod
+    def scheduler_for(cls, config: FlowGRPOConfig) -> type[SDEScheduler]:
+        return CPSScheduler if config.sde_type == "cps" else cls.scheduler_class
 
     def initial_seeds(self, rollout: int, numbers: Sequence[int]) -> list[int]:
         seed, branches = self.args.seed, self.args.num_generations
-        return [derive_seed(seed, rollout, n * branches + a, INITIAL_NOISE) for n in numbers for a in range(branches)]
+        starts = 1 if self.args.same_latent else branches
+        return [derive_seed(seed, rollout, n * branches + a, INITIAL_NOISE) for n in numbers for a in range(starts)]
 
     def noise_amounts(self, rollout: int, numbers: Sequence[int]) -> Tensor:
         scales = torch.zeros(len(numbers), self.args.num_inference_steps + 1)
@@ -59,7 +65,10 @@ class FlowGRPOTrainer(RolloutTrainer):
         return scales
 
     def _noisy_steps(self, rollout: int, batch: int) -> range:
-        """All steps but the last, which makes no noise that could be trained away, or a few in a row, drawn per batch."""
+        """
+        All steps but the last, which makes no noise that could be trained away; or a few in a row, drawn per batch or moved
+        on with the rollouts.
+        """
         args = self.args
         steps = args.num_inference_steps - 1
         if args.num_noisy_steps is None:
@@ -71,6 +80,8 @@ class FlowGRPOTrainer(RolloutTrainer):
                 f"num_noisy_steps={args.num_noisy_steps} in a row do not fit into the steps of the trained transformer, "
                 f"{self.trainable_levels}: lower it, or train all transformers."
             )
+        if args.window_interval is not None:
+            return windows[rollout // args.window_interval % len(windows)]
         rng = np.random.default_rng([args.seed, rollout, batch, NOISY_STEPS])
         return windows[int(rng.integers(len(windows)))]
 
@@ -87,13 +98,25 @@ class FlowGRPOTrainer(RolloutTrainer):
         )
         return [steps[level] for level in levels]
 
+    def see_rewards(self, rewards: Tensor) -> None:
+        if self.args.advantage_std == "batch":
+            rewards = self.accelerator.gather(rewards.to(self.args.device))
+            known = rewards[rewards.isfinite()]
+            self._std_of_rewards = known.std(correction=0).item() if len(known) else 0.0
+
     def targets(self, sampled: RolloutBatch, rewards: Tensor, rows: list[int]) -> tuple[Tensor]:
-        return (in_float32(group_advantages(rewards).flatten().nan_to_num(nan=0.0)),)
+        if self.args.advantage_std == "batch":
+            advantages = batch_advantages(rewards, self._std_of_rewards)
+        else:
+            advantages = group_advantages(rewards)
+        return (in_float32(advantages.flatten().nan_to_num(nan=0.0)),)
 
     def _arrival(self, velocity: Tensor, batch: ScoredBatch, level: int) -> Gaussian:
-        """The distribution of the arrivals of a step from this level with this velocity."""
+        """The distribution of a step's arrivals from this level with this velocity, as the likelihood takes it."""
         t, s = batch.sampled.sigmas[level], batch.sampled.sigmas[level + 1]
-        return sde_distribution(batch.sampled.x_t[level].float(), velocity, t, s, self.args.noise_level)
+        distribution = self.scheduler_for(self.args).distribution
+        arrival = distribution(batch.sampled.x_t[level].float(), velocity, t, s, self.args.noise_level)
+        return without_variance(arrival) if self.args.sde_type == "cps" else arrival
 
     def loss(self, velocity: Tensor, old_velocity: Tensor, batch: ScoredBatch, level: int) -> SurrogateLoss:
         new, old = self._arrival(velocity, batch, level), self._arrival(old_velocity, batch, level)

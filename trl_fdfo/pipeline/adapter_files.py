@@ -232,11 +232,15 @@ def diffusers_file(transformer: str) -> str:
     return DIFFUSERS_FILE if transformer == TRAINED else f"pytorch_lora_weights_{transformer}.safetensors"
 
 
+def call_options(call_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the pipeline's call without those that JSON cannot hold, such as tensors."""
+    kinds = (str, int, float, bool, list, dict, type(None))
+    return {name: value for name, value in call_kwargs.items() if isinstance(value, kinds)}
+
+
 def save_call_options(call_kwargs: dict[str, Any], output_dir: str | Path) -> None:
     """
-    Write generation_config.json: the arguments of the pipeline's call that an adapter was trained with, for its users.
-    Arguments that JSON cannot hold, such as tensors, are left out.
+    Write generation_config.json: the arguments of the pipeline's call that an adapter is to be sampled with, for its users.
+    Arguments that JSON cannot hold are left out.
     """
-    kinds = (str, int, float, bool, list, dict, type(None))
-    options = {name: value for name, value in call_kwargs.items() if isinstance(value, kinds)}
-    Path(output_dir, CALL_OPTIONS).write_text(json.dumps(options, indent=2, default=str) + "\n")
+    Path(output_dir, CALL_OPTIONS).write_text(json.dumps(call_options(call_kwargs), indent=2, default=str) + "\n")

@@ -81,6 +81,10 @@ from .schedulers import (
 from .trained import TRAINED, Transformers, trained_module, trained_modules
 
 
+# Arguments of a call that embeddings of its prompts do not depend on.
+_AFTER_ENCODING = {"num_inference_steps", "sigmas", "timesteps"}
+
+
 def _knowing_calls_per_step(method: Callable) -> Callable:
     """A method that calls the pipeline calls it again where its scheduler had to count the calls of a step first."""
 
@@ -173,7 +177,11 @@ class PipelineFlow:
     @_knowing_calls_per_step
     @torch.no_grad()
     def rehearse(
-        self, prompts: Sequence[str], columns: dict[str, Sequence] | None = None, samples_per_prompt: int = 1
+        self,
+        prompts: Sequence[str],
+        columns: dict[str, Sequence] | None = None,
+        samples_per_prompt: int = 1,
+        **call_kwargs: Any,
     ) -> Rehearsal:
         """
         Call the pipeline once, from the prompts to the decoded images, with only the first step of the transformer
@@ -184,10 +192,15 @@ class PipelineFlow:
             prompts (`Sequence[str]`): P prompts.
             columns (`dict[str, Sequence]`, *optional*): As in `rollout`.
             samples_per_prompt (`int`): N = P x samples_per_prompt.
+            **call_kwargs: Arguments of the pipeline's call in the place of those given at construction.
 
         Raises:
             ValueError: The pipeline cannot be called with these arguments.
         """
+        if call_kwargs:
+            check_call_kwargs(self.pipeline, call_kwargs)
+            check_resolution(self.pipeline, call_kwargs.get("height"), call_kwargs.get("width"))
+            return self._called_with(call_kwargs).rehearse(prompts, columns, samples_per_prompt)
         return self._calling.find(self._rehearse, prompts, columns, samples_per_prompt)
 
     def _rehearse(
@@ -413,11 +426,13 @@ class PipelineFlow:
         Returns:
             `list`: For the argument `encoded`. None where a later call has nothing to encode, or may as well do it itself.
         """
+        if call_kwargs:
+            return self._called_with(call_kwargs).encode_ahead(prompts, samples_per_prompt, columns)
         if self._calling.takes_one_prompt and len(prompts) > 1 or self._calling.makes_one:
             return None
-        if self.encoders is None or (not call_kwargs and self._knows(prompts)):
+        if self.encoders is None or self._knows(prompts):
             return None
-        encoded = self.encode(prompts, samples_per_prompt, columns, **call_kwargs)
+        encoded = self.encode(prompts, samples_per_prompt, columns)
         # An evaluation names a prompt once for each of its images.
         equal = math.gcd(*(len(list(run)) for _, run in itertools.groupby(prompts)))
         return host_copy(once_per_prompt(encoded, equal * samples_per_prompt, len(prompts) * samples_per_prompt))
@@ -638,11 +653,20 @@ class PipelineFlow:
             arguments = self._calling.arguments(self.call_kwargs, prompts, _generators(seeds), columns)
             return self._calling.samples(self.pipeline(**arguments), len(prompts))
 
+    def arguments_with(self, call_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """
+        The arguments of the pipeline's call with some in the place of those given at construction. None as the value of one
+        leaves it to the pipeline.
+        """
+        unset = {name for name, value in call_kwargs.items() if value is None}
+        return {name: value for name, value in {**self.call_kwargs, **call_kwargs}.items() if name not in unset}
+
     def _called_with(self, call_kwargs: dict[str, Any]) -> "PipelineFlow":
         """This flow with other arguments of the call, which may change the embeddings and the number of parts of a video."""
         other = copy.copy(self)
-        other.call_kwargs = {**self.call_kwargs, **call_kwargs}
-        other.prompt_embeddings = {}
+        other.call_kwargs = self.arguments_with(call_kwargs)
+        if call_kwargs.keys() - _AFTER_ENCODING:
+            other.prompt_embeddings = {}
         other._scheduler = copy.copy(self._scheduler)
         other._scheduler.calls_per_step = None
         return other

@@ -107,7 +107,8 @@ def set_vae_options(pipeline: DiffusionPipeline, slicing: bool | None, tiling: b
 
 def set_attention_backend(pipeline: DiffusionPipeline, backend: str) -> None:
     """
-    Call `transformer.set_attention_backend`.
+    Call `transformer.set_attention_backend`, or let PyTorch choose cuDNN's kernel, where attention does not use
+    diffusers' backends.
 
     Raises:
         ValueError: The transformer's attention does not use diffusers' backends, or this one is not installed.
@@ -115,10 +116,15 @@ def set_attention_backend(pipeline: DiffusionPipeline, backend: str) -> None:
     transformer = trained_module(pipeline)
     processors = [module.processor for module in transformer.modules() if hasattr(module, "processor")]
     if not any(hasattr(processor, "_attention_backend") for processor in processors):
+        if backend == "_native_cudnn":
+            # PyTorch prefers this kernel where it can run.
+            torch.backends.cuda.enable_cudnn_sdp(True)
+            return
         names = ", ".join(sorted({type(processor).__name__ for processor in processors})) or "none at all"
         raise ValueError(
             f"attention_backend='{backend}' would do nothing: the attention processors of {type(transformer).__name__} "
-            f"({names}) call PyTorch's attention themselves, not through diffusers' choice of backends. Leave it out."
+            f"({names}) call PyTorch's attention themselves, not through diffusers' choice of backends. Leave it out, or take "
+            "'_native_cudnn'."
         )
     try:
         transformer.set_attention_backend(backend)
@@ -142,15 +148,15 @@ def compile_blocks(accelerator: Accelerator, transformer: torch.nn.Module) -> bo
     # Each batch size has graphs of its own: kernels for any size would be slower for all, and round otherwise.
     options = {"dynamic": False, **plugin.to_kwargs()}
     plugin.backend = DynamoBackend.NO
-    for block in list(_repeated_blocks(transformer)) or [transformer]:
+    for block in list(repeated_blocks(transformer)) or [transformer]:
         block.compile(recompile_limit=_COMPILED_VERSIONS, **options)
     return True
 
 
-def _repeated_blocks(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """The members of each list of modules of one class. Lists inside a member, such as experts, are part of it."""
+def repeated_blocks(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The blocks to compile: members of each list of modules of one class. Lists inside a member, such as experts, are part of it."""
     if is_repeated_blocks(module):
         yield from module
     else:
         for child in module.children():
-            yield from _repeated_blocks(child)
+            yield from repeated_blocks(child)

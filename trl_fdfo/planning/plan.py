@@ -169,10 +169,16 @@ class RunPlan:
         number = args.num_rollouts * args.steps_per_rollout // steps + args.eval_on_start
         images = number * self.eval_prompts * args.images_per_eval_prompt
         share = images / (args.num_rollouts * args.prompts_per_rollout * args.num_generations)
-        return (
+        line = (
             f"  evaluations           {number:g}, every {rollouts:g} rollouts, of {self.eval_prompts} prompts x "
-            f"{args.images_per_eval_prompt} images: {share:.1%} more to sample"
+            f"{args.images_per_eval_prompt} images"
         )
+        if not args.eval_pipeline_kwargs:
+            return f"{line}: {share:.1%} more to sample"
+        steps = args.eval_pipeline_kwargs.get("num_inference_steps") or args.num_inference_steps
+        others = {name: value for name, value in args.eval_pipeline_kwargs.items() if name != "num_inference_steps"}
+        note = f", with {', '.join(f'{name}={value}' for name, value in others.items())}" if others else ""
+        return f"{line} x {steps} steps: {share * steps / args.num_inference_steps:.1%} more steps to sample{note}"
 
     @property
     def _calls_beside_training(self) -> int:
@@ -270,7 +276,7 @@ class RunPlan:
         estimate. None if the run has a batch of that size already, or if no batch is large enough.
         """
         args, card = self.args, CARDS[self.gpu]
-        busy = card.busy_seconds(self.training, self._dtype, bool(args.tf32), args.torch_compile)
+        busy = card.busy_seconds(self.training, self._dtype, self._tf32, args.torch_compile)
         host = host_seconds(self.training, args.torch_compile)
         if busy >= host:
             return None
@@ -285,6 +291,12 @@ class RunPlan:
     def _dtype(self) -> torch.dtype:
         """In which the transformer multiplies."""
         return self.engine.autocast or next(self.model.parameters()).dtype
+
+    @property
+    def _tf32(self) -> bool:
+        """Whether float32 products run in TF32 on a GPU: TrainingArguments turns it on with `torch_compile`."""
+        args = self.args
+        return args.torch_compile and not args.fp16 if args.tf32 is None else args.tf32
 
     def in_short(self) -> str:
         """Memory and time on the card, in a line."""
@@ -324,8 +336,7 @@ class RunPlan:
         vars(args).update(options)
         levels = max(1, round(args.timestep_fraction * args._num_trainable_levels()))
         call, update = (
-            card.seconds(cost, self._dtype, bool(args.tf32), args.torch_compile)
-            for cost in (self.sampling, self.training)
+            card.seconds(cost, self._dtype, self._tf32, args.torch_compile) for cost in (self.sampling, self.training)
         )
         update += self._calls_beside_training * call
         batches = args.num_rollout_batches
@@ -335,7 +346,7 @@ class RunPlan:
         }
         images = batches * args.per_device_train_batch_size
         for name, cost in self.reward_costs.items():
-            parts[f"reward {name}"] = images * card.seconds(*cost) if cost is not None else None
+            parts[f"reward {name}"] = images * card.seconds(*cost, tf32=self._tf32) if cost is not None else None
         return parts | {"training": batches * levels * args.num_iterations * update}
 
     def parts(self, **options: bool) -> list[Part]:

@@ -5,8 +5,8 @@ Seconds of counted operations on a card. An estimate, by one formula: a call tak
 
 seconds. Matrix products, convolutions and attention (FLOPs) run at a fraction of the card's peak; all other operations
 move bytes (traffic) at a fraction of its bandwidth; and the host, which launches operations ahead of the card, may be the
-slower one. [`Cost`] has the three counts. The constants are fitted to calls of a transformer of 2.2 billion weights on an H200
-(docs/memory_plan.md has them beside the formula).
+slower one. [`Cost`] has the three counts. The constants are fitted to calls of a transformer of 2.2 billion weights on an H100
+and an H200 (docs/memory_plan.md has them beside the formula).
 """
 
 from dataclasses import dataclass
@@ -16,15 +16,16 @@ import torch
 from .cost import Cost
 
 
-# The H200 multiplied large matrices at 0.76 of its peak; the products and the attention of a transformer are smaller.
+# Both multiplied large matrices at 0.76 of their peak; the products and the attention of a transformer are smaller.
 UTILISATION = 0.5
 # Share of the bandwidth. Eager norms and modulations broadcast and reduce, and their kernels use less than half of it.
-THROUGHPUT = 0.4
-# Seconds of the host per operation: of a virtual machine with 16 cores, Python and LoRA layers included. Others are faster.
+THROUGHPUT = 0.45
+# Seconds of the host per operation: of a virtual machine with 16 cores, Python and LoRA layers included. Of two such machines
+# one took 20 to 23 us, and the other 30 to 40.
 LAUNCH = 23e-6
-# Shares that remain where `torch_compile` fuses operations. Of a joint transformer's traffic, Inductor's kernels keep 0.35 in
-# sampling and 0.43 in training by PyTorch's count (benchmarks/results/traffic.txt); of the host's time, 0.6 by measurement.
-COMPILED_TRAFFIC, COMPILED_OPERATIONS = 0.4, 0.6
+# Shares of the seconds that remain where `torch_compile` fuses operations. Inductor's kernels move 0.35 of a joint
+# transformer's traffic in sampling and 0.43 in training by PyTorch's count (benchmarks/results/traffic.txt), and faster.
+COMPILED_TRAFFIC, COMPILED_OPERATIONS = 0.3, 0.6
 
 
 @dataclass(frozen=True)

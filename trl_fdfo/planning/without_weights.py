@@ -178,6 +178,8 @@ def plan_without_weights(
     columns = {name: [row[name]] for name in config.pipeline_columns or ()}
     with running_without_weights(pipeline):
         rehearsal = flow.rehearse(batch, columns, config.num_generations)
+        if config.eval_pipeline_kwargs:
+            flow.rehearse(batch[:1], columns, **config.eval_pipeline_kwargs)
     autocast = config.mixed_precision_dtype
     if can_run_in_own_dtype(model, autocast):
         run_in_own_dtype(model)

@@ -36,7 +36,7 @@ apply to that image.
 from .aesthetic_score import AestheticScore
 from .by_name import load_reward
 from .clap_score import CLAPScore
-from .clip_score import CLIPScore
+from .clip_score import CLIPHScore, CLIPScore
 from .edit_judge import EditJudge, vlm_edit
 from .geneval import GenEval
 from .hpsv2 import HPSv2
@@ -58,6 +58,7 @@ from .vlm_server import VLMServer
 __all__ = [
     "AestheticScore",
     "CLAPScore",
+    "CLIPHScore",
     "CLIPScore",
     "EditJudge",
     "GenEval",

@@ -15,7 +15,7 @@ from typing import Any
 
 from .aesthetic_score import AestheticScore
 from .clap_score import CLAPScore
-from .clip_score import CLIPScore
+from .clip_score import CLIPHScore, CLIPScore
 from .edit_judge import vlm_edit
 from .geneval import GenEval
 from .hpsv2 import HPSv2
@@ -48,6 +48,7 @@ REWARDS = {
     "hpsv3": HPSv3,
     "image_reward": ImageReward,
     "clip": CLIPScore,
+    "clip_h": CLIPHScore,
     "clap": CLAPScore,
     "aesthetic": AestheticScore,
     "vlm": VLMScore,

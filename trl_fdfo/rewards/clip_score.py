@@ -1,6 +1,6 @@
-"""CLIPScore (arXiv 2104.08718): the agreement of an image with its prompt, by OpenAI's CLIP."""
+"""CLIPScore (arXiv 2104.08718): the agreement of an image with its prompt, by OpenAI's CLIP-L or LAION's CLIP-H."""
 
-from .clip import CLIPReward
+from .clip import CLIP_H, CLIPReward
 
 
 class CLIPScore(CLIPReward):
@@ -13,3 +13,15 @@ class CLIPScore(CLIPReward):
 
     The arguments are those of [`CLIPReward`].
     """
+
+
+class CLIPHScore(CLIPScore):
+    """
+    CLIPScore by LAION's CLIP ViT-H/14, agreement with the prompt: about 20 to 45, higher is better.
+
+    This is the CLIP that PickScore and HPSv2 were trained from, and the CLIP-H of papers. Its numbers are larger than those of
+    CLIP ViT-L/14, and not comparable with them. The arguments are those of [`CLIPReward`].
+    """
+
+    default_model = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    architecture = CLIP_H

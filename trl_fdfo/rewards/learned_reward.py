@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from ..media import checked_frames, over_frames, split_frames
+from ..offload import HostCopy
 
 
 class LearnedReward:
@@ -47,6 +48,7 @@ class LearnedReward:
         self._device = device
         self.batch_size = batch_size
         self.offload = offload
+        self._host_copy = HostCopy(self.model)
         self.frames = checked_frames(frames, type(self).__name__)
 
     @property
@@ -71,7 +73,7 @@ class LearnedReward:
         Call `score` on `batch_size` of the N values of each column at a time: float32 on the CPU, shape [N, ...]. It has
         gradients if values of the first column do.
         """
-        self.model.to(self.device)
+        (self._host_copy if self.offload else self.model).to(self.device)
         starts = range(0, len(columns[0]), self.batch_size)
         batches = [[column[start : start + self.batch_size] for column in columns] for start in starts]
         if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in columns[0]):
@@ -88,7 +90,7 @@ class LearnedReward:
 
     def on_rollout_end(self) -> None:
         if self.offload:
-            self.model.to("cpu")
+            self._host_copy.to("cpu")
 
 
 def load_pretrained(model_class: type, name_or_path: str, **kwargs: Any) -> PreTrainedModel:

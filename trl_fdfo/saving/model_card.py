@@ -79,7 +79,7 @@ class PipelineRecord:
 
     class_name: str
     dtype: torch.dtype  # of the trained module's weights
-    call_kwargs: Mapping[str, Any]  # arguments of its call in training; the card shows the literals
+    call_kwargs: Mapping[str, Any]  # arguments of its call in use; the card shows the literals
     columns: Sequence[str] = ()  # dataset columns that were passed to its call, such as images to edit
     outputs: Outputs = Outputs()
     absent: Sequence[str] = ()  # components that the base model may have, such as a large text encoder, and it lacks
@@ -88,6 +88,7 @@ class PipelineRecord:
     packaged: str | None = None  # path of that folder within this package, if it is there
     transformers: Sequence[str] = (TRAINED,)  # names of all its transformers
     adapted: Sequence[str] = (TRAINED,)  # its transformers that have an adapter, if one is trained
+    trained_with: Mapping[str, Any] | None = None  # arguments of its call in training; None: `call_kwargs`
 
     @classmethod
     def of(
@@ -96,6 +97,7 @@ class PipelineRecord:
         call_kwargs: Mapping[str, Any],
         columns: Sequence[str] = (),
         outputs: Outputs | None = None,
+        trained_with: Mapping[str, Any] | None = None,
     ) -> "PipelineRecord":
         origin, is_on_hub = base_model_name(pipeline)
         optional = pipeline._optional_components
@@ -112,6 +114,7 @@ class PipelineRecord:
             packaged=packaged_folder(pipeline),
             transformers=tuple(transformers),
             adapted=[name for name, module in transformers.items() if has_adapter(module)] or (TRAINED,),
+            trained_with=trained_with,
         )
 
 
@@ -189,6 +192,8 @@ def write_model_card(record: CardRecord, folder: str | Path) -> None:
     hyperparameters = {name: value for name, value in training.hyperparameters.items() if value is not None}
     packages = [(name, version(name)) for name in _FRAMEWORKS]
     snippet, reward_names = usage_snippet(record), [name for name, _ in training.rewards]
+    used_with = _literals(pipeline.call_kwargs)
+    trained_with = used_with if pipeline.trained_with is None else _literals(pipeline.trained_with)
     card = ModelCard.from_template(
         _metadata(record, widget),
         template_path=str(record.template or PACKAGED_TEMPLATE),
@@ -201,7 +206,8 @@ def write_model_card(record: CardRecord, folder: str | Path) -> None:
         snippet=snippet,
         base_folder=None if pipeline.packaged or record.base_model or record.adapter is None else pipeline.folder,
         fence=_fence(snippet, *reward_names),
-        sampling=list(_literals(pipeline.call_kwargs).items()),
+        sampling=list(trained_with.items()),
+        used_with=[item for item in used_with.items() if item not in trained_with.items()],
         rewards=[(name, f"{weight:g}") for name, weight in training.rewards],
         prompts=f"{training.num_prompts:,} prompts from {source}",
         rollouts=f"{training.rollouts:,}",
@@ -245,7 +251,7 @@ def loading_lines(record: CardRecord, place: str) -> list[str]:
 
 
 def usage_snippet(record: CardRecord) -> str:
-    """Return Python code that loads the result from `record.repo_id` and makes an image or a video as in training."""
+    """Return Python code that loads the result from `record.repo_id` and makes an image or a video as in evaluations."""
     pipeline, name = record.pipeline, _class_name(record.pipeline)
     base = record.base_model or pipeline.hub_id or pipeline.folder or "path/to/the/pipeline"
     loaded = f'"{record.repo_id if record.adapter is None else base}"'

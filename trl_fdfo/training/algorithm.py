@@ -48,6 +48,11 @@ class Algorithm:
     trainable_levels: list[int]
 
     @classmethod
+    def scheduler_for(cls, config: RolloutConfig) -> type[RolloutScheduler]:
+        """The sampler of a run with these options."""
+        return cls.scheduler_class
+
+    @classmethod
     def shares_prefix(cls, config: RolloutConfig) -> bool:
         """True if the branches of a prompt are sampled as one for as long as their noise leaves them identical."""
         return False

@@ -207,6 +207,11 @@ class RolloutConfig(TrainingArguments):
         images_per_eval_prompt (`int`, *optional*):
             Images S of each prompt in an evaluation, whose time grows with them. `None` takes 4 if `eval_diversity` is
             set, otherwise 1.
+        eval_pipeline_kwargs (`dict`, *optional*):
+            Arguments of the pipeline's call wherever the result is used, in the place of those of the rollouts:
+            `{"num_inference_steps": 40}` for rollouts of fewer steps, also `guidance_scale`, `height` and `width`. They hold
+            for evaluations, `generate`, the samples before and after training, `generation_config.json` and the model card.
+            They are passed to the call as they are; `None` as the value of one leaves it to the pipeline.
         eval_diversity (`str`, *optional*):
             Measure the mean distance of the images of a prompt in an evaluation: `"clip"` or `"dreamsim"` (in the
             embeddings of these models, loaded before the run), `"pixels"` (no weights, for tiny images), or a
@@ -259,7 +264,8 @@ class RolloutConfig(TrainingArguments):
             Backend of attention in the transformer, a name that diffusers' `set_attention_backend` knows, such as
             `"flash"` or `"_native_cudnn"`. Diffusers then uses it wherever else in the process nothing is set. `None`
             leaves it to PyTorch, without cuDNN's kernel: its backward pass can return NaN (docs/memory.md#attention). A
-            transformer that does not ask for a backend, and `sage`, which has no gradients, are refused.
+            transformer that does not ask for a backend knows `"_native_cudnn"` alone. `sage`, which has no gradients, is
+            refused.
         torch_compile (`bool`, defaults to `False`):
             Compile the transformer's repeated blocks, not the whole. Costs the compilation, in the first rollout and the
             first update, and a velocity replayed to rounding instead of to the bit.
@@ -340,7 +346,7 @@ class RolloutConfig(TrainingArguments):
         ValueError: An option has an impossible value, or two options contradict each other.
     """
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "pipeline_kwargs"]
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "pipeline_kwargs", "eval_pipeline_kwargs"]
 
     # Options that had another name in an earlier version, and their new spelling.
     renamed_options: ClassVar[dict[str, str]] = {}
@@ -384,6 +390,7 @@ class RolloutConfig(TrainingArguments):
     eval_dataset_name: str | None = option(None, changes_result=False)
     num_eval_prompts: int | None = option(None)
     images_per_eval_prompt: int | None = option(None, changes_result=False)
+    eval_pipeline_kwargs: dict | str | None = option(None, changes_result=False)
     eval_diversity: str | None = option(None, changes_result=False)
     alarm_control_drop: float | None = option(0.3, changes_result=False)
     alarm_diversity_drop: float | None = option(0.3, changes_result=False)
@@ -547,7 +554,9 @@ class RolloutConfig(TrainingArguments):
     def decoded_pixels(self) -> int:
         """Most pixels that a process decodes at a time, where a size that is the pipeline's own counts as 1024."""
         sampled = self.num_generations * self.per_device_sampling_batch_size
-        return max(sampled, self.per_device_eval_batch_size) * (self.height or 1024) * (self.width or 1024)
+        evaluated = self.call_kwargs() | (self.eval_pipeline_kwargs or {})
+        pixels = lambda options: (options.get("height") or 1024) * (options.get("width") or 1024)
+        return max(sampled * pixels(self.call_kwargs()), self.per_device_eval_batch_size * pixels(evaluated))
 
     def result_options(self) -> dict[str, Any]:
         """The options that the result of a run depends on, as JSON values that are the same in each process."""

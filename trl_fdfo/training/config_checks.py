@@ -103,19 +103,25 @@ def check_pipeline_kwargs(config: TrainingArguments, options_of_call: Sequence[s
             raise ValueError(f"pipeline_columns has '{name}': set the option `{name}`, one value for all prompts.")
         if name in _SET_BY_TRAINER:
             raise ValueError(f"pipeline_columns has '{name}', which the trainer sets itself.")
-    config.pipeline_kwargs = read_json_dict("pipeline_kwargs", config.pipeline_kwargs, "arguments of the call")
-    for name, value in (config.pipeline_kwargs or {}).items():
-        if not isinstance(name, str):
-            raise ValueError(f"pipeline_kwargs has {name!r} as a name: the names of its arguments are strings.")
-        if name in options_of_call:
-            raise ValueError(f"pipeline_kwargs has {name}={value!r}: set the option `{name}` instead.")
-        check_argument_of_call("pipeline_kwargs has", name, value)
-        try:
-            json.dumps(value, default=str)
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"pipeline_kwargs has {name}={value!r}, which cannot be written beside the result: {error}."
-            ) from error
+    for option in ("pipeline_kwargs", "eval_pipeline_kwargs"):
+        setattr(config, option, read_json_dict(option, getattr(config, option), "arguments of the call"))
+        for name, value in (getattr(config, option) or {}).items():
+            if not isinstance(name, str):
+                raise ValueError(f"{option} has {name!r} as a name: the names of its arguments are strings.")
+            if option == "pipeline_kwargs" and name in options_of_call:
+                raise ValueError(f"pipeline_kwargs has {name}={value!r}: set the option `{name}` instead.")
+            if option == "eval_pipeline_kwargs" and name in (config.pipeline_columns or ()):
+                raise ValueError(
+                    f"eval_pipeline_kwargs has {name}={value!r}, and pipeline_columns takes `{name}` from each row: leave "
+                    "one of them out."
+                )
+            check_argument_of_call(f"{option} has", name, value)
+            try:
+                json.dumps(value, default=str)
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{option} has {name}={value!r}, which cannot be written beside the result: {error}."
+                ) from error
 
 
 def check_argument_of_call(source: str, name: str, value: Any) -> None:
@@ -124,7 +130,7 @@ def check_argument_of_call(source: str, name: str, value: Any) -> None:
         raise ValueError(f"{source} {name}={value!r}, which the trainer sets itself.")
     if name.startswith("negative_prompt") and isinstance(value, list):
         raise ValueError(f"{source} {name}={value!r}: one string for all prompts, not a list.")
-    if name == "num_frames" and value is not None:
+    if name in ("num_frames", "num_inference_steps") and value is not None:
         if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{source} {name}={value!r}: it must be an int, at least 1.")
 

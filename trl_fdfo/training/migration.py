@@ -46,7 +46,9 @@ _IS_ARGUMENT = _none("it is an argument of the trainer, not of its config")
 _SCRIPTS_MODEL = _is("model", note="the trainer takes `pipeline`, the scripts take `model`")
 _SCRIPTS_REWARD = _is("reward", note="the trainer takes `reward_fn`, the scripts take `reward`")
 _SOME_STEPS = _is("num_noisy_steps", note="an option of the algorithm that can add noise in some of the steps alone")
-_SAMPLES_LIKE_A_ROLLOUT = _none("an evaluation samples with the steps and the guidance of a rollout")
+_EVALUATED_WITH = _is("eval_pipeline_kwargs", note="a dict of them; by default those of the rollouts")
+_WINDOW = _is("window_interval", note="the window is drawn from all steps but the last, or moves over them")
+_GLOBAL_STD = _is("advantage_std", note='true is "batch", for the algorithm that divides by a standard deviation')
 
 # Options. The names of ConfigDicts are those with dots, such as `sample.num_steps`.
 OPTIONS_OF: dict[str, dict[str, Here]] = {
@@ -172,20 +174,22 @@ OPTIONS_OF: dict[str, dict[str, Here]] = {
         "frames": _is("pipeline_kwargs", note='{"num_frames": ...}'),
         "diffusion_loss": _none("training is on the rewards alone"),
         "fsdp_optimizer_offload": _is("fsdp_config"),
-        "sample.eval_num_steps": _SAMPLES_LIKE_A_ROLLOUT,
-        "sample.eval_guidance_scale": _SAMPLES_LIKE_A_ROLLOUT,
+        "sample.eval_num_steps": _EVALUATED_WITH,
+        "sample.eval_guidance_scale": _EVALUATED_WITH,
         "sample.train_batch_size": _is("per_device_sampling_batch_size", note=_IN_PROMPTS),
         "sample.num_image_per_prompt": _is("num_generations"),
         "sample.mini_num_image_per_prompt": _none("the images of a prompt are sampled together"),
         "sample.test_batch_size": _is("per_device_eval_batch_size"),
         "sample.sample_time_per_prompt": _is("num_generations"),
-        "sample.global_std": _none("rewards are compared within a prompt"),
+        "sample.global_std": _GLOBAL_STD,
         "sample.noise_level": _is("noise_level", "churn", note="the sampler's noise, on the scale of the algorithm"),
-        "sample.same_latent": _none("the algorithm fixes whether the images of a prompt start from the same noise"),
-        "sample.sde_type": _none("the algorithm fixes its sampler"),
+        "sample.same_latent": _is(
+            "same_latent", note="an option of the algorithm whose images of a prompt can start from different noise"
+        ),
+        "sample.sde_type": _is("sde_type", note="an option of the algorithm whose sampler is an SDE"),
         "sample.sde_window_size": _SOME_STEPS,
         "sample.train_num_steps": _SOME_STEPS,
-        "sample.sde_window_range": _none("the window is drawn from all steps but the last"),
+        "sample.sde_window_range": _WINDOW,
         "sample.kl_reward": _is("beta", note="a term of the loss, not of the reward"),
         "train.clip_range_lt": _is("epsilon", note="the trust region is symmetric"),
         "train.clip_range_gt": _is("epsilon", note="the trust region is symmetric"),
@@ -231,7 +235,7 @@ OPTIONS_OF: dict[str, dict[str, Here]] = {
         "train.group_size": _is("num_generations"),
         "train.unique_sample_num_per_epoch": _is("prompts_per_rollout", note="over all processes"),
         "train.gradient_step_per_epoch": _is("optimizer_steps_per_rollout"),
-        "train.global_std": _none("rewards are compared within a prompt"),
+        "train.global_std": _GLOBAL_STD,
         "train.adam_betas": _is("adam_beta1", "adam_beta2"),
         "train.enable_gradient_checkpointing": _is("gradient_checkpointing"),
         "train.offload_samples_to_cpu": _is("offload_trajectories"),
@@ -246,10 +250,12 @@ OPTIONS_OF: dict[str, dict[str, Here]] = {
             "train.reward_optimization_overlap_poll_interval",
             _none("rewards that are `async` or have `background = True` overlap with sampling"),
         ),
-        "scheduler.dynamics_type": _none("the algorithm fixes its sampler"),
+        "scheduler.dynamics_type": _is(
+            "sde_type", note='Flow-SDE is "sde", CPS is "cps"; each other algorithm has one sampler'
+        ),
         "scheduler.num_sde_steps": _SOME_STEPS,
-        "scheduler.sde_steps": _none("the window is drawn from all steps but the last"),
-        **_each("eval.resolution eval.num_inference_steps eval.guidance_scale", _SAMPLES_LIKE_A_ROLLOUT),
+        "scheduler.sde_steps": _WINDOW,
+        **_each("eval.resolution eval.num_inference_steps eval.guidance_scale", _EVALUATED_WITH),
         "eval.per_device_batch_size": _is("per_device_eval_batch_size", note="counted in images"),
         "eval.eval_freq": _is("eval_steps", note="counted in optimizer steps"),
         "rewards": _SCRIPTS_REWARD,

@@ -170,7 +170,11 @@ def _record(
         repo_id=place,
         adapter=adapter,
         pipeline=PipelineRecord.of(
-            trainer.pipeline, trainer.flow.call_kwargs, args.pipeline_columns or (), trainer.outputs
+            trainer.pipeline,
+            trainer.eval_call_kwargs(),
+            args.pipeline_columns or (),
+            trainer.outputs,
+            trainer.flow.call_kwargs,
         ),
         training=_training_record(trainer, listed),
         samples=_sample_record(trainer),

@@ -6,11 +6,10 @@ import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
-from numbers import Integral
 from typing import Any
 
 import torch
-from accelerate import PartialState, cpu_offload_with_hook
+from accelerate import PartialState
 from accelerate.hooks import UserCpuOffloadHook
 from accelerate.utils import recursively_apply
 from datasets import Dataset
@@ -25,6 +24,7 @@ from transformers.utils import is_in_notebook, logging
 from ..evaluation.evaluator import read_rows, reported_metrics
 from ..media import Outputs
 from ..metric_names import EVAL_PREFIX, REWARD
+from ..offload import offload_until_called
 from ..pipeline.checks import check_call_kwargs, check_resolution, check_trainable, check_trained_transformers
 from ..pipeline.encoder_offload import EncoderOffload
 from ..pipeline.flow import PipelineFlow
@@ -267,7 +267,7 @@ def place_components(flow: PipelineFlow, config: RolloutConfig, device: torch.de
     encoders = text_encoders(flow.pipeline)
     for name, module in frozen_modules(flow.pipeline).items():
         if config.offload_components or (config.cache_prompt_embeds and name in encoders):
-            hooks[name] = cpu_offload_with_hook(module, device)[1]
+            hooks[name] = offload_until_called(module, device)
         else:
             module.to(device)
     first = called_first(flow.pipeline)
@@ -336,9 +336,6 @@ def check_generate(
     for name, value in call_kwargs.items():
         check_argument_of_call("generate got", name, value)
     check_resolution(flow.pipeline, call_kwargs.get("height"), call_kwargs.get("width"))
-    steps = call_kwargs.get("num_inference_steps")
-    if steps is not None and (not isinstance(steps, Integral) or isinstance(steps, bool) or steps < 1):
-        raise ValueError(f"generate got num_inference_steps={steps!r}: it must be an int, at least 1.")
 
 
 def rehearse(
@@ -388,6 +385,13 @@ def rehearse(
             f"{type(flow.pipeline).__name__} takes {steps} steps, not num_inference_steps={config.num_inference_steps}: "
             "it or `pipeline_kwargs` sets a schedule of its own. Set the option to that."
         )
+    if config.eval_pipeline_kwargs:
+        try:
+            flow.rehearse(prompt, columns, **config.eval_pipeline_kwargs)
+        except ValueError as error:
+            raise ValueError(
+                f"eval_pipeline_kwargs={config.eval_pipeline_kwargs}, the arguments of an evaluation: {error}"
+            ) from error
     larger_batches = config.per_device_sampling_batch_size > config.per_device_prompt_batch_size
     if larger_batches or flow.shared_prefix or config.cache_prompt_embeds:
         flow.axes(columns)

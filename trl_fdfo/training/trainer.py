@@ -171,7 +171,7 @@ class RolloutTrainer(Algorithm, Trainer):
         self.flow = PipelineFlow(
             pipeline,
             num_generations=config.num_generations,
-            scheduler_class=self.scheduler_class,
+            scheduler_class=self.scheduler_for(config),
             shared_prefix=self.shares_prefix(config),
             **config.call_kwargs(),
         )
@@ -329,7 +329,7 @@ class RolloutTrainer(Algorithm, Trainer):
             name_or_path,
             rewards,
             prompts,
-            cls.scheduler_class,
+            cls.scheduler_for(config),
             cls.algorithm,
             cls.latents_per_target,
             cls.shares_prefix(config),
@@ -524,7 +524,8 @@ class RolloutTrainer(Algorithm, Trainer):
             seeds (`Sequence[int]`): N seeds of the initial noise.
             columns (`dict[str, Sequence]`, *optional*): Columns of the dataset, N values each; those that
                 `pipeline_columns` names are passed to the pipeline.
-            **call_kwargs: Arguments of the pipeline's call in the place of the configured ones.
+            **call_kwargs: Arguments of the pipeline's call in the place of the configured ones, those of
+                `eval_pipeline_kwargs` too.
 
         Returns:
             `Tensor`: Images on the CPU, floats in [0, 1], shape [N, 3, H, W]; videos [N, F, 3, H, W]; audio [N, C, L] of about
@@ -671,7 +672,7 @@ class RolloutTrainer(Algorithm, Trainer):
 
     def _encode_ahead(self, prompts: Sequence[str], columns: dict[str, Sequence], **call_kwargs: Any) -> list | None:
         with self.compute_loss_context_manager():
-            return self.flow.encode_ahead(prompts, columns=columns, **call_kwargs)
+            return self.flow.encode_ahead(prompts, columns=columns, **self._evaluated_with(call_kwargs))
 
     def _sample(
         self, prompts: Sequence[str], seeds: Sequence[int], columns: dict[str, Sequence], **call_kwargs: Any
@@ -679,12 +680,21 @@ class RolloutTrainer(Algorithm, Trainer):
         """Images of this process alone, on its device, in one call of the pipeline."""
         self.flow.model = self.model_wrapped
         with self.compute_loss_context_manager():
-            return self.flow.generate(prompts, seeds, columns, **call_kwargs)
+            return self.flow.generate(prompts, seeds, columns, **self._evaluated_with(call_kwargs))
+
+    def _evaluated_with(self, call_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of a call that is no rollout's, in the place of the rollouts' arguments."""
+        return {**(self.args.eval_pipeline_kwargs or {}), **call_kwargs}
+
+    def eval_call_kwargs(self) -> dict[str, Any]:
+        """Arguments of the pipeline's call where the result is used: in evaluations, and by whoever loads it."""
+        return self.flow.arguments_with(self.args.eval_pipeline_kwargs or {})
 
     def _load_diversity(self) -> None:
         args = self.args
         if args.eval_diversity is not None and self.evaluator.diversity is None:
-            size = (args.height or 512, args.width or 512)
+            call_kwargs = self.eval_call_kwargs()
+            size = (call_kwargs.get("height") or 512, call_kwargs.get("width") or 512)
             self.evaluator.diversity = load_working_diversity(args.eval_diversity, size, args.device)
 
     # Signals ----------------------------------------------------------------------------------------------------------
@@ -823,7 +833,7 @@ class RolloutTrainer(Algorithm, Trainer):
             if self.averaging is not None:
                 state_dict = self.averaging.state_dict()
             save_diffusers_lora(self.pipeline, self.model, output_dir, state_dict)
-            save_call_options(self.flow.call_kwargs, output_dir)
+            save_call_options(self.eval_call_kwargs(), output_dir)
 
     def create_model_card(self, *args: Any, **options: Any) -> None:
         """

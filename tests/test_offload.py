@@ -1,0 +1,45 @@
+"""Frozen weights that move between host memory and a device."""
+
+import torch
+from conftest import EACH_DEVICE
+from torch import nn
+
+from trl_fdfo.offload import HostCopy, offload_until_called
+
+
+def tied() -> nn.Module:
+    """Two layers with one weight, a buffer, and a weight that is not needed."""
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.BatchNorm1d(4))
+    module[1].weight = module[0].weight
+    return module.requires_grad_(False).eval()
+
+
+@EACH_DEVICE
+def test_a_module_comes_and_goes_without_a_change(device):
+    torch.manual_seed(0)
+    module, x = tied(), torch.randn(3, 4)
+    expected, before = module(x), {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    copy = HostCopy(module)
+    for _ in range(2):
+        copy.to(device)
+        assert {tensor.device.type for tensor in module.state_dict().values()} == {device}
+        assert module[1].weight is module[0].weight
+        torch.testing.assert_close(module(x.to(device)).cpu(), expected)
+        copy.to("cpu")
+        assert {tensor.device.type for tensor in module.state_dict().values()} == {"cpu"}
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    # On a GPU the same memory each time, pinned; elsewhere as if there was no copy.
+    assert all(parameter.is_pinned() == (device == "cuda") for parameter in module.parameters())
+
+
+@EACH_DEVICE
+def test_a_module_moves_when_it_is_called(device):
+    module, x = tied(), torch.ones(3, 4)
+    expected = module(x)
+    hook = offload_until_called(module, torch.device(device))
+    for _ in range(2):
+        torch.testing.assert_close(module(x).cpu(), expected)  # the input moves too
+        assert next(module.parameters()).device.type == device
+        hook.offload()
+        assert next(module.parameters()).device.type == "cpu"

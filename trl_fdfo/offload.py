@@ -1,0 +1,69 @@
+"""
+Frozen weights that move between host memory and a device, in one copy of pinned memory: from pageable memory, and back into
+it, the 11 GB of three text encoders took 7 s per rollout on an H100.
+"""
+
+import torch
+from accelerate.hooks import CpuOffload, UserCpuOffloadHook, add_hook_to_module
+from accelerate.utils import send_to_device
+from torch import nn
+
+
+class HostCopy:
+    """
+    Moves a frozen module. A GPU gets its weights from pinned memory, which holds them for good: nothing is copied back.
+
+    Args:
+        module (`nn.Module`): A module whose weights do not change. It may be on any device.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self._pinned: list[torch.Tensor] | None = None
+
+    def to(self, device: str | torch.device) -> None:
+        """Move the weights to a device, or to host memory for `"cpu"`."""
+        device = torch.device(device)
+        parameters = list(self.module.parameters())
+        # Those of quantised layers are tensors of other classes, with parts that `module.to` alone knows.
+        if all(type(parameter) is nn.Parameter for parameter in parameters):
+            if device.type == "cuda" and self._pinned is None:
+                self._pinned = [parameter.data.cpu().pin_memory() for parameter in parameters]
+            for parameter, copy in zip(parameters, self._pinned or []):
+                parameter.data = copy if device.type == "cpu" else copy.to(device, non_blocking=True)
+        self.module.to(device)  # buffers, and all that is not pinned
+
+
+class _Offload(CpuOffload):
+    """Accelerate's hook, which would copy the weights back to host memory."""
+
+    def __init__(self, module: nn.Module, device: torch.device):
+        super().__init__(device)
+        self._copy = HostCopy(module)
+
+    def init_hook(self, module: nn.Module) -> nn.Module:
+        self._copy.to("cpu")
+        return module
+
+    @torch.compiler.disable
+    def pre_forward(self, module: nn.Module, *args, **kwargs) -> tuple[tuple, dict]:
+        if next(module.parameters()).device != self.execution_device:
+            self._copy.to(self.execution_device)
+            args, kwargs = send_to_device((args, kwargs), self.execution_device)
+        return args, kwargs
+
+
+def offload_until_called(module: nn.Module, device: torch.device) -> UserCpuOffloadHook:
+    """
+    Move a frozen module to host memory now, and to the device when it is called.
+
+    Args:
+        module (`nn.Module`): The module.
+        device (`torch.device`): Where it runs.
+
+    Returns:
+        `UserCpuOffloadHook`: Its `offload()` takes the module back to host memory.
+    """
+    hook = _Offload(module, device)
+    add_hook_to_module(module, hook, append=True)
+    return UserCpuOffloadHook(module, hook)
