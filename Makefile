@@ -20,6 +20,7 @@ benchmark: $(VENV)/installed  ## the figures of README and docs
 	OMP_NUM_THREADS=$(CORES) $(VENV)/bin/python benchmarks/overhead.py
 	$(VENV)/bin/python benchmarks/replay.py
 	$(VENV)/bin/python benchmarks/branch_distance.py
+	$(VENV)/bin/python benchmarks/mixed_rewards.py
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/remote_reward.py
 	$(VENV)/bin/python benchmarks/memory.py
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/recipe_plans.py

@@ -55,6 +55,9 @@ def test_a_video_scores_the_mean_or_the_minimum_over_its_frames():
     counts, frames, prompts, labels = split_frames(["a1", ["b1", "b2", "b3"]], ["a", "b"], iter([1, None]))
     assert counts == [1, 3] and frames == ["a1", "b1", "b2", "b3"]
     assert prompts == ["a", "b", "b", "b"] and labels == [1, None, None, None]
+    images, videos = torch.rand(2, 3, 4, 4), torch.rand(2, 5, 3, 4, 4)
+    assert split_frames(images)[0] == [1, 1] and torch.equal(torch.stack(split_frames(images)[1]), images)
+    assert split_frames(videos)[0] == [5, 5] and torch.equal(torch.stack(split_frames(videos)[1]), videos.flatten(0, 1))
     assert over_frames([0.1, 1.0, 2.0, 6.0], counts) == [0.1, 3.0]
     assert over_frames([0.1, None, None, None], counts) == [0.1, None]
     scores = torch.tensor([0.1, 1.0, 2.0, 6.0])

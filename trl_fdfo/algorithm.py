@@ -7,7 +7,7 @@ Public names alone; they are defined in the folders of the algorithms.
 from .awm.loss import awm_loss
 from .diffusion_nft.loss import nft_loss, optimality
 from .fdfo.churn import churn_start, churn_step, constant_churn, interval_churn, prior_churn
-from .fdfo.finite_difference import FiniteDifference, finite_difference, reward_gradient
+from .fdfo.finite_difference import FiniteDifference, finite_difference, known_gradient, reward_gradient
 from .fdfo.loss import surrogate_loss
 from .flow_grpo.sde import (
     batch_advantages,
@@ -36,6 +36,7 @@ __all__ = [
     "gaussian_kl",
     "group_advantages",
     "interval_churn",
+    "known_gradient",
     "log_prob",
     "nft_loss",
     "optimality",

@@ -204,14 +204,15 @@ def spread_frames(sample: Tensor, most: int) -> list[Tensor]:
 
 def split_frames(images: Sequence, *columns: Iterable) -> tuple[list, ...]:
     """
-    Put the frames of N PIL images or videos in one row, for a score of single images; `over_frames` then makes one score of
-    each video. An image is a video of one frame.
+    Put the frames of N images or videos in one row, for a score of single images; `over_frames` then makes one score of each
+    video. An image is a video of one frame. They are in PIL, or tensors [3, H, W] and [F, 3, H, W].
 
     Returns:
         `tuple`: Number of frames of each sample; all frames; and each of the columns, such as the prompts, with its N
         values repeated for every frame.
     """
-    videos = [image if isinstance(image, (list, tuple)) else [image] for image in images]
+    is_video = lambda image: isinstance(image, (list, tuple)) or (isinstance(image, Tensor) and image.ndim == 4)
+    videos = [list(image) if is_video(image) else [image] for image in images]
     repeated = ([value for value, video in zip(column, videos) for _ in video] for column in columns)
     return [len(video) for video in videos], [frame for video in videos for frame in video], *repeated
 

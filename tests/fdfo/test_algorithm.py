@@ -8,6 +8,7 @@ from trl_fdfo.algorithm import (
     constant_churn,
     finite_difference,
     interval_churn,
+    known_gradient,
     prior_churn,
     reward_gradient,
     surrogate_loss,
@@ -223,6 +224,36 @@ def test_finite_differences_average_to_the_reward_gradient():
     )
     gained = distance * 16**0.5 * gradient.norm()
     torch.testing.assert_close(true.reward_difference, gained[:, None].expand(-1, 2), rtol=1e-6, atol=0)
+
+
+def test_a_finite_difference_knows_the_gradient_along_it():
+    # Of a linear reward: the part of its gradient that lies along the difference of the branches, and nothing besides.
+    generator = torch.Generator().manual_seed(0)
+    gradient = torch.randn(4, 6, generator=generator, dtype=torch.float64)
+    endpoints = torch.randn(3, 2, 4, 6, generator=generator, dtype=torch.float64)
+    known = known_gradient(finite_difference(endpoints, (endpoints * gradient).flatten(2).sum(dim=-1)))
+    delta = endpoints - endpoints.mean(dim=1, keepdim=True)
+    inner = lambda a, b: (a * b).flatten(2).sum(dim=-1)[..., None, None]
+    torch.testing.assert_close(known, delta * inner(delta, gradient) / inner(delta, delta), rtol=1e-4, atol=0)
+    torch.testing.assert_close(inner(known, delta), inner(gradient.expand_as(delta), delta), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("branches", [2, 3])
+def test_gradients_and_finite_differences_add_up(branches):
+    # The first move of the velocity, -dR d, is the sum of those that each kind of reward makes alone.
+    generator = torch.Generator().manual_seed(0)
+    endpoints = torch.randn(3, branches, 4, 6, generator=generator, dtype=torch.float64)
+    gradient = torch.randn(3, branches, 4, 6, generator=generator, dtype=torch.float64)
+    difference = finite_difference(endpoints, torch.randn(3, branches, generator=generator, dtype=torch.float64))
+    update = lambda pair: pair.direction * pair.reward_difference[..., None, None]
+    both = reward_gradient(endpoints, gradient + known_gradient(difference))
+    expected = update(reward_gradient(endpoints, gradient)) + update(difference)
+    torch.testing.assert_close(update(both), expected, rtol=1e-4, atol=1e-6)
+    alone = reward_gradient(endpoints, known_gradient(difference))
+    torch.testing.assert_close(update(alone), update(difference), rtol=1e-4, atol=1e-6)
+    # The branches are as far from their mean as before, so the trust region is as wide.
+    size = lambda pair: pair.direction.square().mean(dim=(2, 3))
+    torch.testing.assert_close(size(both), size(difference), rtol=1e-4, atol=0)
 
 
 def test_no_gradient_of_the_reward_gives_no_update():

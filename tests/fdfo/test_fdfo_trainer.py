@@ -3,10 +3,13 @@
 import pytest
 import torch
 from conftest import logged, trained_weights
+from tiny_clip import save_clip
 from tiny_runs import PROMPTS, redness
 from transformers import TrainerCallback
 
-from trl_fdfo.rewards import PairwiseJudge
+from trl_fdfo.algorithm import finite_difference, known_gradient
+from trl_fdfo.media import to_pil
+from trl_fdfo.rewards import CLIPScore, JPEGCompressibility, PairwiseJudge
 from trl_fdfo.seeds import derive_seed
 from trl_fdfo.training.prompts import rollout_rows
 from trl_fdfo.training.watchdogs import WatchdogError
@@ -266,6 +269,82 @@ def test_reward_gradient_goes_through_the_decoder(make_trainer):
         redness((decoded / 2 + 0.5).clamp(0, 1), None).sum().backward()
         assert gradient.any()
         torch.testing.assert_close(gradient, latents.grad.unflatten(0, (2, 2)))
+
+
+class Recording(CLIPScore):
+    """Keeps what it was given and what it answered."""
+
+    def __call__(self, images, prompts):
+        scores = super().__call__(images, prompts)
+        self.calls.append((images, prompts, scores.detach(), scores.requires_grad))
+        return scores
+
+    def on_rollout_end(self):
+        super().on_rollout_end()
+        self.calls.append("end")
+
+
+def test_reward_gradient_of_a_packaged_reward(make_trainer, tmp_path):
+    save_clip(tmp_path)
+    reward = Recording(str(tmp_path), device="cpu", batch_size=3, offload=True)
+    reward.calls = []
+    trainer = make_trainer(reward_fn=reward, direction="reward_gradient", num_rollouts=1)
+    before = trained_weights(trainer)
+    trainer.train()
+    assert any(not torch.equal(w, before[n]) for n, w in trained_weights(trainer).items())
+    assert logged(trainer, "replay_error") == [0.0]
+    # What is logged are the scores of PIL images, without gradients; those with gradients agree with them.
+    *calls, end = reward.calls
+    assert [requires_grad for *_, requires_grad in calls] == [False, False, True, True]
+    assert end == "end", "the model leaves for the host when its gradients are taken"
+    scores = torch.cat([scores for *_, scores, _ in calls[:2]])
+    assert logged(trainer, "reward") == [pytest.approx(scores.double().mean().item(), rel=1e-9)]
+    for (pil, prompts, scores, _), (images, same_prompts, with_gradient, _) in zip(calls[:2], calls[2:]):
+        assert prompts == same_prompts
+        assert torch.equal(scores, CLIPScore.__call__(reward, pil, prompts))
+        assert [list(one.getdata()) for one in pil] == [list(one.getdata()) for one in to_pil(images.detach())]
+        torch.testing.assert_close(with_gradient, scores, rtol=1e-5, atol=1e-4)
+
+
+def test_a_reward_without_a_gradient_adds_its_finite_difference(make_trainer, caplog):
+    compressibility = JPEGCompressibility()
+    trainer = make_trainer(
+        reward_fn=[redness, compressibility], reward_weights=[2.0, 0.5], direction="reward_gradient", num_rollouts=1
+    )
+    assert "takes the gradient of redness, and the finite difference of JPEGCompressibility" in caplog.text
+    seen, targets = [], trainer.targets
+
+    def keep(*arguments):
+        seen.append((*arguments, targets(*arguments)))
+        return seen[-1][-1]
+
+    trainer.targets = keep
+    trainer.train()
+    assert len(seen) == 2 and logged(trainer, "replay_error") == [0.0]
+    for sampled, total, _, (direction, reward_difference) in seen:
+        endpoints = sampled.endpoints.detach().requires_grad_()
+        images = trainer.flow.decode(sampled, endpoints.flatten(0, 1))
+        redness(images, None).sum().backward()
+        sizes = torch.tensor(compressibility(images=to_pil(images.detach())), dtype=torch.float64).unflatten(0, (2, 2))
+        torch.testing.assert_close(total, 0.5 * sizes)
+        difference = finite_difference(endpoints.detach(), 0.5 * sizes)
+        expected = 2 * endpoints.grad + known_gradient(difference)
+        # The update is n times the gradient of the total, for n elements of the latents.
+        update = (direction * reward_difference[:, None, None, None]).unflatten(0, (2, 2)) / direction[0].numel()
+        torch.testing.assert_close(update, expected, rtol=1e-3, atol=1e-6)
+        assert known_gradient(difference).any()
+
+
+def test_reward_gradient_of_rewards_that_have_none_is_refused_at_construction(make_trainer):
+    def plain(images):
+        return images.mean(dim=(1, 2, 3))
+
+    plain.differentiable = False
+    message = (
+        "direction='reward_gradient' needs a reward that has a gradient, and none of JPEGCompressibility, plain has one"
+    )
+    with pytest.raises(ValueError, match=message):
+        make_trainer(reward_fn=[JPEGCompressibility(), plain], direction="reward_gradient")
 
 
 @pytest.mark.parametrize(

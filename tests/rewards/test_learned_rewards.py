@@ -468,6 +468,108 @@ def test_offload_to_the_cpu(make, name, device):
             assert device == "cpu" or (torch.cuda.memory_allocated() < used) == offload
 
 
+# Gradients ------------------------------------------------------------------------------------------------------------
+
+
+def as_tensor(images: list[Image.Image]) -> torch.Tensor:
+    return torch.stack([torch.from_numpy(np.array(image)).movedim(-1, 0) / 255 for image in images])
+
+
+# Of three sizes: the same as what the models see, larger, and smaller.
+BATCHES = [[picture(n, *size) for n in range(4)] for size in ((SIZE, SIZE), (64, 40), (20, 26))]
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("images", BATCHES, ids=["same", "larger", "smaller"])
+def test_tensors_score_as_pil_images(make, name, images):
+    reward = make(name, batch_size=3)
+    expected = reward(images, PROMPTS[:4])
+    tensors = as_tensor(images)
+    for scores in (reward(tensors, PROMPTS[:4]), reward(tensors.requires_grad_(), PROMPTS[:4])):
+        torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
+        assert scores.dtype == torch.float32 and scores.device.type == "cpu"
+    assert scores.requires_grad and not expected.requires_grad
+
+
+def gradient_of(reward, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    images = images.clone().requires_grad_()
+    return torch.autograd.grad(reward(images, prompts).sum(), images)[0]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_gradient_is_what_finite_differences_measure(make, name):
+    reward = make(name, dtype="float64")
+    # Of the model: test_pixel_values.py knows the gradient of the preparation, which is left out, so that the levels to which
+    # it rounds can be made as fine as finite differences need.
+    for step in ("resize", "center_crop", "rescale", "normalize"):
+        setattr(reward.image_processor, f"do_{step}", False)
+    fine = 1e6
+    vision = reward.model["vision"] if name == "ImageReward" else reward.model.vision_model
+    vision.embeddings.patch_embedding.weight.div_(fine)
+    generator = torch.Generator().manual_seed(0)
+    images, change = torch.randn(2, 3, 3, SIZE, SIZE, generator=generator, dtype=torch.float64) * fine / 255
+    gradient = gradient_of(reward, images, PROMPTS[:3])
+    slope = (gradient * change).sum(dim=(1, 2, 3))
+    assert slope.abs().min() > 1e-3
+    change = 1e-3 * change
+    difference = (reward(images + change, PROMPTS[:3]) - reward(images - change, PROMPTS[:3])) / 2e-3
+    torch.testing.assert_close(difference.double(), slope, rtol=5e-3, atol=5e-3 * slope.abs().max().item())
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_gradients_hold_the_activations_of_a_batch_at_a_time(make, name):
+    images = as_tensor(IMAGES[:1] * 2 + [picture(3)])
+    exact = gradient_of(make(name), images, PROMPTS[:3])
+    reward = make(name, batch_size=1)
+    calls = []
+    sees = reward.model["vision"] if name == "ImageReward" else reward.model.vision_model
+    sees.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    images.requires_grad_()
+    scores = reward(images, PROMPTS[:3])
+    assert calls == [True] * 3
+    (gradient,) = torch.autograd.grad(scores.sum(), images)
+    assert len(calls) == 6, "the backward pass computes each batch again"
+    torch.testing.assert_close(gradient, exact, rtol=1e-3, atol=1e-4 * exact.abs().max().item())
+    # Frozen, the head of the aesthetic score too.
+    modules = [reward.model, *([reward.head] if name == "AestheticScore" else [])]
+    assert all(p.grad is None and not p.requires_grad for module in modules for p in module.parameters())
+    with torch.no_grad():
+        assert not reward(images, PROMPTS[:3]).requires_grad
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_gradient_of_a_reward_in_bfloat16(make, name):
+    images = as_tensor(BATCHES[1])
+    exact = gradient_of(make(name), images, PROMPTS[:4])
+    gradient = gradient_of(make(name, dtype="bfloat16"), images, PROMPTS[:4])
+    assert gradient.dtype == torch.float32
+    cosine = torch.nn.functional.cosine_similarity(gradient.flatten(1), exact.flatten(1))
+    assert cosine.min() > 0.9
+
+
+@EACH_DEVICE
+@pytest.mark.parametrize("name", ALL)
+def test_gradient_of_a_reward_on_another_device(make, name, device):
+    images = as_tensor(BATCHES[1])
+    exact = gradient_of(make(name), images, PROMPTS[:4])
+    gradient = gradient_of(make(name, device=device), images, PROMPTS[:4])
+    cosine = torch.nn.functional.cosine_similarity(gradient.flatten(1), exact.flatten(1))
+    assert gradient.device.type == "cpu" and cosine.min() > 0.99
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_gradients_of_videos_go_through_the_mean_or_the_minimum(make, name):
+    videos = as_tensor(BATCHES[2]).unflatten(0, (2, 2))
+    reward, repeated = make(name, batch_size=3), [PROMPTS[i] for i in (0, 0, 1, 1)]
+    of_frames = gradient_of(reward, videos.flatten(0, 1), repeated).unflatten(0, (2, 2))
+    scale = of_frames.abs().max().item()
+    torch.testing.assert_close(gradient_of(reward, videos, PROMPTS[:2]), of_frames / 2, rtol=1e-3, atol=1e-4 * scale)
+    worst = reward(videos.flatten(0, 1), repeated).unflatten(0, (2, 2)).argmin(dim=1)
+    of_worst = of_frames * torch.nn.functional.one_hot(worst, 2)[..., None, None, None]
+    minimum = gradient_of(make(name, frames="min"), videos, PROMPTS[:2])
+    torch.testing.assert_close(minimum, of_worst, rtol=1e-3, atol=1e-4 * scale)
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_bad_options_are_refused(make, name):
     with pytest.raises(ValueError, match="dtype='bf16' must be a floating-point type, such as 'float32' or 'bfloat16'"):

@@ -375,10 +375,64 @@ def test_audio_is_left_as_it_is():
 
 
 def test_gradients_of_images_and_audio():
-    images, audio = IMAGES.clone().requires_grad_(), AUDIO.clone().requires_grad_()
     functions = RewardFunctions([loudness, lambda images: images.mean(dim=(1, 2, 3))], [2.0, 3.0])
-    functions.with_gradients(Media(images, audio), PROMPTS, TrainerState(), {}, 2).sum().backward()
-    torch.testing.assert_close(audio.grad, 2 * 2 * AUDIO / 20)
-    torch.testing.assert_close(images.grad, torch.full_like(IMAGES, 3 / IMAGES[0].numel()))
-    with pytest.raises(ValueError, match=r"returned a list without a gradient to its audio: .* \[4\]"):
-        RewardFunctions(lambda audio: [0.0] * 4).with_gradients(AUDIO, PROMPTS, TrainerState(), {}, 2)
+    gradient = functions.gradient(Media(IMAGES, AUDIO), PROMPTS, TrainerState(), {}, 2)
+    torch.testing.assert_close(gradient.audio, 2 * 2 * AUDIO / 20)
+    torch.testing.assert_close(gradient.images, torch.full_like(IMAGES, 3 / IMAGES[0].numel()))
+    with pytest.raises(ValueError, match=r"returned a list without a gradient to its audio: .* \[4\]") as raised:
+        RewardFunctions(lambda audio: [0.0] * 4).gradient(AUDIO, PROMPTS, TrainerState(), {}, 2)
+    assert (
+        "set differentiable = False on it" in str(raised.value) and "the reward '<lambda>'" in raised.value.__notes__[0]
+    )
+
+
+def test_gradients_leave_out_the_rewards_that_have_none():
+    def mean(images):
+        return images.mean(dim=(1, 2, 3))
+
+    def declared(images):
+        raise AssertionError("not to be called")
+
+    declared.differentiable = False
+
+    async def asynchronous(images):
+        raise AssertionError("not to be called")
+
+    class Asynchronous:
+        async def __call__(self, images):
+            raise AssertionError("not to be called")
+
+    def in_background(images):
+        raise AssertionError("not to be called")
+
+    in_background.background = True
+
+    class PIL:
+        """Like the packaged ones: of PIL images, or of tensors if a gradient is asked for."""
+
+        image_type, differentiable = "pil", True
+
+        def __call__(self, images):
+            return 2 * images.sum(dim=(1, 2, 3))
+
+    without = [JPEGCompressibility(), declared, asynchronous, Asynchronous(), functools.partial(Asynchronous())]
+    without += [in_background, PairwiseJudge(lambda first, second, prompts: [0.0] * len(prompts))]
+    functions = RewardFunctions([mean, PIL(), functools.partial(mean), torch.nn.Flatten(0), *without])
+    assert functions.differentiable == ["mean", "PIL", "mean_2", "Flatten"]
+    functions = RewardFunctions([mean, PIL(), *without], [3.0, 0.5, *[1.0] * len(without)])
+    gradient = functions.gradient(IMAGES, PROMPTS, TrainerState(), {}, 2)
+    torch.testing.assert_close(gradient, torch.full_like(IMAGES, 3 / IMAGES[0].numel() + 1))
+    assert not IMAGES.requires_grad
+
+
+def test_the_total_of_some_rewards():
+    functions = RewardFunctions([lambda images: 0, JPEGCompressibility()], [2.0, 3.0])
+    rewards = torch.tensor([[[1.0, 1.0], [2.0, 2.0]], [[1.0, math.nan], [2.0, 2.0]]], dtype=torch.float64)
+    assert functions.total(rewards, ["JPEGCompressibility"])[0].tolist() == [3.0, 6.0]
+    assert functions.total(rewards, ["JPEGCompressibility"])[1].isnan().all()
+    assert (
+        functions.total(rewards, functions.names).tolist()
+        == functions.total(rewards).tolist()
+        == [[5.0, 10.0], [2.0, 4.0]]
+    )
+    assert functions.total(rewards, []).isnan().all()

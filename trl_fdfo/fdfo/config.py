@@ -52,8 +52,9 @@ class FDFOConfig(RolloutConfig):
         > Steps 3 and 4: update
 
         direction (`str`, defaults to `"finite_difference"`):
-            The direction of an update. `"reward_gradient"` takes the gradient of the reward at the image, through the
-            decoder, which needs differentiable rewards. The finite difference estimates it and needs none.
+            The direction of an update. The finite difference estimates the gradient of the reward at the image.
+            `"reward_gradient"` takes the gradient itself, through the decoder, of the rewards that have one, and the finite
+            difference of the others.
         whiten_direction (`bool`, defaults to `True`):
             Divide the difference of the images by its mean square. Without it, close images move the model less.
         beta (`float`, defaults to `0.0`):

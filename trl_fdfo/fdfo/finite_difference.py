@@ -49,6 +49,22 @@ def finite_difference(endpoints: Tensor, rewards: Tensor, whiten: bool = True) -
     return FiniteDifference(direction, rewards - rewards.mean(dim=1, keepdim=True))
 
 
+def known_gradient(difference: FiniteDifference) -> Tensor:
+    """
+    What a finite difference says of the gradient of the reward at the image: its component along the difference of the
+    branches, dR_a d_a / n for n latent elements, which has the slope dR_a along delta_a. The others are unknown, and 0 here.
+
+    Args:
+        difference ([`FiniteDifference`]): `direction`, whitened, shape [P, G, ...]; `reward_difference`, shape [P, G].
+
+    Returns:
+        `Tensor`: The shape of `direction`.
+    """
+    direction, reward_difference = difference
+    slopes = reward_difference.unflatten(1, (-1, *[1] * (direction.ndim - 2)))
+    return slopes.to(direction) * direction / direction[0, 0].numel()
+
+
 def reward_gradient(endpoints: Tensor, gradient: Tensor) -> FiniteDifference:
     """
     The exact counterpart of the finite difference, for a reward that has a gradient: each branch is compared with one that

@@ -5,8 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from transformers.utils import logging
 
 from ..pipeline.records import RolloutBatch, repeat_each
+from ..rewards.reward_functions import RewardFunctions
 from ..saving.model_card import Paper
 from ..seeds import CHURN, INITIAL_NOISE, derive_seed
 from ..training.buffer import ScoredBatch, trained_levels
@@ -15,9 +18,12 @@ from ..training.trainer import RolloutTrainer
 from ..training.watchdogs import WatchdogError
 from .churn import constant_churn, interval_churn, prior_churn
 from .config import MAX_CHURN, FDFOConfig
-from .finite_difference import FiniteDifference, finite_difference, reward_gradient
+from .finite_difference import FiniteDifference, finite_difference, known_gradient, reward_gradient
 from .loss import surrogate_loss
 from .scheduler import ChurnScheduler
+
+
+logger = logging.get_logger(__name__)
 
 
 class FDFOTrainer(RolloutTrainer):
@@ -78,26 +84,56 @@ class FDFOTrainer(RolloutTrainer):
 
     # Step 3: finite difference ----------------------------------------------------------------------------------------
 
+    @classmethod
+    def rewards_to_compare(cls, config: FDFOConfig, rewards: RewardFunctions) -> list[str]:
+        if config.direction == "finite_difference":
+            return rewards.names
+        differentiable = rewards.differentiable
+        others = [name for name in rewards.names if name not in differentiable]
+        if not differentiable:
+            raise ValueError(
+                f"direction='reward_gradient' needs a reward that has a gradient, and none of {', '.join(others)} has one: they "
+                "take PIL images, compare pairs, work in the background or say so. Leave the option out: "
+                "direction='finite_difference' needs no gradient."
+            )
+        if others:
+            logger.warning(
+                "direction='reward_gradient' takes the gradient of %s, and the finite difference of %s. The latter knows the "
+                "gradient in one direction alone, so it pulls less at the same weight (docs/rewards.md).",
+                *(", ".join(names) for names in (differentiable, others)),
+            )
+        return others
+
     def targets(self, sampled: RolloutBatch, rewards: Tensor, rows: list[int]) -> FiniteDifference:
         endpoints = sampled.endpoints.float()
-        if self.args.direction == "reward_gradient":
-            direction, reward_difference = reward_gradient(endpoints, self._reward_gradient(sampled, rows))
-        else:
-            direction, reward_difference = finite_difference(endpoints, rewards, self.args.whiten_direction)
+        direction, reward_difference = finite_difference(endpoints, rewards, self.args.whiten_direction)
         # A prompt to which no reward applies teaches nothing.
-        return FiniteDifference(direction.flatten(0, 1), in_float32(reward_difference.flatten().nan_to_num(nan=0.0)))
+        difference = FiniteDifference(direction, in_float32(reward_difference.nan_to_num(nan=0.0)))
+        if self.args.direction == "reward_gradient":
+            gradient, known = self._reward_gradient(sampled, rows), known_gradient(difference)
+            if self.compared_rewards:
+                self.metrics.add(finite_difference_pull=known.norm() / gradient.norm().clamp(min=1e-30))
+            difference = reward_gradient(endpoints, gradient + known)
+        return FiniteDifference(*(each.flatten(0, 1) for each in difference))
 
     def _reward_gradient(self, sampled: RolloutBatch, rows: list[int]) -> Tensor:
-        """dR/dx_0 through the decoder and the rewards, the shape of the endpoints, [P, G, ...]."""
+        """dR/dx_0 through the decoder and the rewards that have a gradient, the shape of the endpoints, [P, G, ...]."""
         prompts, branches = sampled.endpoints.shape[:2]
         columns = {name: repeat_each(values, branches) for name, values in self.train_dataset[rows].items()}
         with torch.enable_grad():
             endpoints = sampled.endpoints.flatten(0, 1).detach().requires_grad_()
             made = self.flow.decode(sampled, endpoints)
-            total = self.reward_functions.with_gradients(
+            at_made = self.reward_functions.gradient(
                 made, columns[self.args.dataset_prompt_column], self.state, columns, branches
             )
-            (gradient,) = torch.autograd.grad(total.sum(), endpoints)
+            pairs = [pair for pair in zip(tree_leaves(made), tree_leaves(at_made)) if pair[0].requires_grad]
+            if not pairs:
+                raise ValueError(
+                    f"direction='reward_gradient' goes through the decoder, and {type(self.pipeline).__name__} decodes without "
+                    "gradients. Set direction='finite_difference', which needs none."
+                )
+            outputs, their_gradients = zip(*pairs)
+            (gradient,) = torch.autograd.grad(outputs, endpoints, their_gradients)
         if not gradient.isfinite().all():
             raise WatchdogError(
                 "The gradient of the reward has values that are not finite, such as those of a square root at 0: mend it "

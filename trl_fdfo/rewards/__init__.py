@@ -23,6 +23,8 @@ apply to that image.
 - `image_type = "pil"`: `images` are N PIL images; videos are N lists of F PIL frames. Audio stays a tensor.
 - `background = True`: an ordinary function runs in the background too, in a thread, one call at a time.
 - `pairwise = True`: the reward compares the images of a prompt, so it has no score in an evaluation of single images.
+- `differentiable`: `True` or `False`, whether `direction="reward_gradient"` takes the gradient of the reward or its finite
+  difference. The default is `True` for an ordinary function of tensors. A reward of PIL images with `True` also takes tensors.
 - `check_rows(**columns)`: a method that is called before a run with the whole columns that its signature names, and raises a
   ValueError for a row that the reward cannot score.
 - `on_rollout_end()`: a method that is called when all images of a rollout or an evaluation are scored.

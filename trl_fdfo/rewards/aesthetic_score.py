@@ -44,7 +44,7 @@ class AestheticScore(CLIPReward):
         )
         # The head stays on the CPU: it is small, and so are the embeddings.
         weights = load_weights(head, "aesthetic-model.pth")
-        self.head = linear_layers(weights, self.model.config.projection_dim, source=head)
+        self.head = linear_layers(weights, self.model.config.projection_dim, source=head).requires_grad_(False)
 
-    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+    def score(self, images: Sequence[Image.Image] | Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
         return self.head(self.embed_images(images).cpu()).squeeze(-1)

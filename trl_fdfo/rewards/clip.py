@@ -10,6 +10,7 @@ from torch.nn.functional import normalize
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from .learned_reward import LearnedReward, load_pretrained
+from .pixel_values import pixel_values
 from .weights import torch_dtype
 
 
@@ -53,7 +54,7 @@ class CLIPReward(LearnedReward):
     A reward that embeds images, and prompts up to CLIP's 77 tokens, with a [`~transformers.CLIPModel`].
 
     Images are resized with PIL even if torchvision is installed, because the two resize differently. An image that is
-    not square is cropped to its central square.
+    not square is cropped to its central square. Tensors are prepared to the same values, with gradients.
 
     Args:
         model (`str`, *optional*): Hub id or folder of the model. Default: `default_model` of the class.
@@ -68,6 +69,7 @@ class CLIPReward(LearnedReward):
         ValueError: The tokenizer does not belong to the model.
     """
 
+    differentiable = True
     default_model = "openai/clip-vit-large-patch14"
     default_processor: str | None = None
     architecture = CLIP_L  # of the default model
@@ -128,18 +130,18 @@ class CLIPReward(LearnedReward):
             "input_ids": torch.empty(self.batch_size, text.max_position_embeddings, dtype=torch.long, device="meta"),
         }
 
-    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+    def score(self, images: Sequence[Image.Image] | Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
         """Score a batch by 100 times the cosine of the angle between each image and its prompt, float32, [batch]."""
         return 100 * self.cosine(images, prompts)
 
-    def cosine(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+    def cosine(self, images: Sequence[Image.Image] | Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
         """Cosine of the angle between each image and its prompt, float32, shape [batch]."""
         return (self.embed_images(images) * self.embed_prompts(prompts)).sum(dim=-1)
 
-    def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
+    def embed_images(self, images: Sequence[Image.Image] | Sequence[Tensor]) -> Tensor:
         """Embeddings of length 1, float32, shape [batch, width]."""
-        inputs = self.image_processor(list(images), return_tensors="pt").to(self.model.device, self.model.dtype)
-        return normalize(self.model.get_image_features(**inputs).pooler_output.float(), dim=-1)
+        pixels = pixel_values(self.image_processor, images).to(self.model.device, self.model.dtype)
+        return normalize(self.model.get_image_features(pixels).pooler_output.float(), dim=-1)
 
     def embed_prompts(self, prompts: Sequence[str]) -> Tensor:
         """Embeddings of length 1, float32, shape [batch, width]."""

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from .learned_reward import LearnedReward, load_pretrained
+from .pixel_values import pixel_values
 from .weights import linear_layers, load_weights, torch_dtype
 
 
@@ -62,6 +63,7 @@ class ImageReward(LearnedReward):
         ValueError: The weights in the checkpoint are not exactly those of ImageReward, or the tokenizer is not BERT's.
     """
 
+    differentiable = True
     # ViT-L/16 and BERT-base with cross-attention. The checkpoint lacks the number of heads and the eps.
     vision_config: ClassVar[dict[str, Any]] = {
         "hidden_size": 1024,
@@ -109,16 +111,16 @@ class ImageReward(LearnedReward):
         blip = self._load(model, torch_dtype(dtype))
         super().__init__(blip, device=device, batch_size=batch_size, offload=offload, frames=frames)
 
-    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+    def score(self, images: Sequence[Image.Image] | Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
         vision, text = self.model["vision"], self.model["text"]
-        inputs = self.image_processor(list(images), return_tensors="pt").to(vision.device, vision.dtype)
+        pixels = pixel_values(self.image_processor, images).to(vision.device, vision.dtype)
         tokens = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=MAX_LENGTH, return_tensors="pt"
         ).to(text.device)
         hidden = text(
             input_ids=tokens["input_ids"],
             attention_mask=tokens["attention_mask"],
-            encoder_hidden_states=vision(**inputs).last_hidden_state,
+            encoder_hidden_states=vision(pixels).last_hidden_state,
         ).last_hidden_state
         return (self.model["head"](hidden[:, 0].float()).squeeze(-1) - MEAN) / STD
 

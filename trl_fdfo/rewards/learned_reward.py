@@ -7,6 +7,7 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from ..media import checked_frames, over_frames, split_frames
@@ -15,7 +16,8 @@ from ..offload import HostCopy
 
 class LearnedReward:
     """
-    A reward that is a model. Subclasses load it in their constructor and implement `score`.
+    A reward that is a model. Subclasses load it in their constructor and implement `score`. One with `differentiable = True`
+    also scores images that are tensors, with gradients to them.
 
     Args:
         model (`nn.Module`): The model, on the CPU.
@@ -29,6 +31,7 @@ class LearnedReward:
     """
 
     image_type = "pil"
+    differentiable = False
 
     def __init__(
         self,
@@ -53,21 +56,32 @@ class LearnedReward:
         # PartialState is asked at the first images, when the launcher or the trainer has assigned the device.
         return torch.device(self._device) if self._device is not None else PartialState().device
 
-    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        """Score N images, or N videos as lists of frames: float32 on the CPU, shape [N]."""
+    def __call__(self, images: Sequence[Image.Image] | Tensor, prompts: Sequence[str]) -> Tensor:
+        """
+        Score N images, or N videos as lists of frames: float32 on the CPU, shape [N]. If the reward is differentiable, also
+        tensors [N, 3, H, W] or [N, F, 3, H, W] in [0, 1].
+        """
         counts, frames, prompts = split_frames(images, prompts)
         return over_frames(self.in_batches(self.score, frames, prompts), counts, self.frames)
 
-    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+    def score(self, images: Sequence[Image.Image] | Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
         """Score a batch: shape [batch], on any device."""
         raise NotImplementedError
 
-    @torch.no_grad()
     def in_batches(self, score: Callable[..., Tensor], *columns: Sequence) -> Tensor:
-        """Call `score` on `batch_size` of the N values of each column at a time: float32 on the CPU, shape [N, ...]."""
+        """
+        Call `score` on `batch_size` of the N values of each column at a time: float32 on the CPU, shape [N, ...]. It has
+        gradients if values of the first column do.
+        """
         (self._host_copy if self.offload else self.model).to(self.device)
         starts = range(0, len(columns[0]), self.batch_size)
-        scores = [score(*(column[start : start + self.batch_size] for column in columns)) for start in starts]
+        batches = [[column[start : start + self.batch_size] for column in columns] for start in starts]
+        if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in columns[0]):
+            # The backward pass computes each batch again, and so holds the activations of one at a time.
+            scores = [checkpoint(score, *batch, use_reentrant=False) for batch in batches]
+        else:
+            with torch.no_grad():
+                scores = [score(*batch) for batch in batches]
         return torch.cat(scores).float().cpu()
 
     def planned_call(self) -> dict[str, Tensor] | None:

@@ -22,5 +22,5 @@ class PickScore(CLIPReward):
     default_processor = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
     architecture = CLIP_H
 
-    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+    def score(self, images: Sequence[Image.Image] | Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
         return self.logit_scale * self.cosine(images, prompts)

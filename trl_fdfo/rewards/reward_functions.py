@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import recursively_apply
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from transformers import TrainerState
 
 from ..media import Media, Outputs, by_kind, to_pil
@@ -132,6 +134,26 @@ class RewardFunctions:
         """Names of the functions that score an image by itself: those without `pairwise = True`."""
         return [name for name, f in zip(self.names, self.functions) if not attribute_of(f, "pairwise", False)]
 
+    @property
+    def differentiable(self) -> list[str]:
+        """
+        Names of the functions that `gradient` asks. Unless its attribute `differentiable` says so, a function is one if it
+        scores tensors, each by itself, when it is called: not PIL images, pairs, `async` or in the background.
+        """
+
+        def is_plain(function: RewardFunction) -> bool:
+            call = function.func if isinstance(function, functools.partial) else function
+            call = call if inspect.isroutine(call) else type(call).__call__
+            is_other = attribute_of(function, "pairwise", False) or attribute_of(function, "background", False)
+            takes_tensors = attribute_of(function, "image_type", "pt") == "pt"
+            return takes_tensors and not is_other and not inspect.iscoroutinefunction(call)
+
+        return [
+            name
+            for name, function in zip(self.names, self.functions)
+            if attribute_of(function, "differentiable", is_plain(function))
+        ]
+
     def check_columns(
         self, columns: Sequence[str], dataset: str = "train_dataset", sampled_columns: Sequence[str] = ()
     ) -> None:
@@ -231,35 +253,47 @@ class RewardFunctions:
                 results.append(checked_rewards(name, result, prompts, of))
         return PendingRewards(results)
 
-    def with_gradients(
+    def gradient(
         self,
         made: Tensor | Media,
         prompts: Sequence[str],
         trainer_state: TrainerState,
         columns: dict[str, Sequence],
         num_generations: int,
-    ) -> Tensor:
+    ) -> Tensor | Media:
         """
-        Weighted sum of the rewards, differentiable in what was made, shape [N]. The arguments are as in `submit`.
+        The gradient of the weighted sum of the rewards in `differentiable` at what was made, of its shape. The arguments are as
+        in `submit`. One function computes at a time, and nothing of it is kept but its gradient.
 
         Raises:
             ValueError: The result of a function has no gradient.
         """
-        samples = by_kind(made)
-        arguments = self._all_arguments(samples, list(prompts), trainer_state, columns, num_generations)
-        some = next(iter(samples.values()))
-        total = torch.zeros(len(some), device=some.device)  # in the float32 of the samples
+        made = recursively_apply(lambda samples: samples.detach().requires_grad_(), made)
+        samples, prompts = by_kind(made), list(prompts)
+        of = next(iter(samples))
+        arguments = self._all_arguments(samples, prompts, trainer_state, columns, num_generations)
+        inputs = tree_leaves(made)
+        gradients = [torch.zeros_like(each) for each in inputs]
+        differentiable = self.differentiable
         for name, function, weight in zip(self.names, self.functions, self.weights.tolist()):
-            # PIL images carry no gradient, so every function receives tensors, and may refuse them.
-            result = function(**_arguments(name, function, arguments, lambda: samples["images"]))
-            if not isinstance(result, Tensor) or not result.requires_grad or result.shape != total.shape:
-                raise ValueError(
-                    f"direction='reward_gradient' needs rewards that are differentiable, and '{name}' returned a "
-                    f"{type(result).__name__} without a gradient to its {next(iter(samples))}: it must return a tensor of shape "
-                    f"[{len(some)}] that is computed from them. Set direction='finite_difference', which needs no gradient."
-                )
-            total = total + weight * result
-        return total
+            if name not in differentiable:
+                continue
+            # PIL images carry no gradient: a function of them that is differentiable takes tensors too.
+            own = _arguments(name, function, arguments, lambda: samples["images"])
+            with _blamed(name, prompts, of):
+                result = function(**own)
+                if not isinstance(result, Tensor) or not result.requires_grad or result.shape != (len(prompts),):
+                    raise ValueError(
+                        f"direction='reward_gradient' takes the gradient of '{name}', which returned a {type(result).__name__} "
+                        f"without a gradient to its {of}: it must return a tensor of shape [{len(prompts)}] that is computed from "
+                        f"them. For its finite difference beside the gradients of other rewards, set differentiable = False on it; "
+                        "direction='finite_difference' needs no gradient at all."
+                    )
+                parts = torch.autograd.grad(weight * result.sum(), inputs, allow_unused=True)
+            for gradient, part in zip(gradients, parts):
+                if part is not None:
+                    gradient += part
+        return Media(*gradients) if isinstance(made, Media) else gradients[0]
 
     def _all_arguments(
         self,
@@ -309,13 +343,16 @@ class RewardFunctions:
         methods = {name: attribute_of(f, "waiting", None) for name, f in zip(self.names, self.functions)}
         return {name: method() for name, method in methods.items() if method is not None}
 
-    def total(self, rewards: Tensor) -> Tensor:
+    def total(self, rewards: Tensor, of: Sequence[str] | None = None) -> Tensor:
         """
         Weighted sum over R functions, [P, G, R] -> [P, G], for G branches of each of P prompts. NaN: does not apply.
 
-        A function counts for a prompt only if it applies to all its branches; without such a function they are NaN.
+        A function counts for a prompt only if it applies to all its branches, and if its name is in `of` (default: all);
+        without such a function they are NaN.
         """
         applies = rewards.isfinite().all(dim=1, keepdim=True)
+        if of is not None:
+            applies = applies & torch.tensor([name in of for name in self.names], device=rewards.device)
         total = (rewards * self.weights.to(rewards)).where(applies, 0).sum(dim=-1)
         return total.where(applies.any(dim=-1), torch.nan)
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..pipeline.records import RolloutBatch
 from ..pipeline.schedulers import RolloutScheduler
+from ..rewards.reward_functions import RewardFunctions
 from ..saving.model_card import Paper
 from .buffer import ScoredBatch
 from .config import RolloutConfig
@@ -56,6 +57,16 @@ class Algorithm:
         """True if the branches of a prompt are sampled as one for as long as their noise leaves them identical."""
         return False
 
+    @classmethod
+    def rewards_to_compare(cls, config: RolloutConfig, rewards: RewardFunctions) -> list[str]:
+        """
+        Names of the rewards whose values on the images of a prompt are compared: `targets` gets the total of these.
+
+        Raises:
+            ValueError: The options ask of a reward what it does not have.
+        """
+        return rewards.names
+
     def noise_amounts(self, rollout: int, numbers: Sequence[int]) -> Tensor:
         """
         How much noise the sampler adds at each level, shape [T + 1], or at each level for each prompt, shape [P, T + 1].
@@ -89,7 +100,7 @@ class Algorithm:
 
         Args:
             sampled ([`RolloutBatch`]): The batch, with its endpoints [P, G, ...].
-            rewards (`Tensor`): Total rewards, shape [P, G], NaN where none applies.
+            rewards (`Tensor`): Total of the rewards in `rewards_to_compare`, shape [P, G], NaN where none applies.
             rows (`list[int]`): Rows of the P prompts in the training dataset.
         """
         raise NotImplementedError

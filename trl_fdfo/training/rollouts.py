@@ -51,8 +51,6 @@ def sample_rollout(trainer: Trainer, rollout: int) -> RolloutBuffer:
     trainer.save_if_interrupted()
     with metrics.timed("reward"):
         rewards = torch.cat([each.result() for each in pending]).unflatten(0, (-1, args.num_generations))
-        trainer.reward_functions.on_rollout_end()
-    trainer.offload_components()
     trainer.pictures.log_rollout(trainer.state, rewards, trainer.reward_functions)
     metrics.add_rewards(rollout, rewards)
     metrics.add_branches([batch.sampled.endpoints for batch in batches], trainer.shared_noise(rollout))
@@ -60,7 +58,7 @@ def sample_rollout(trainer: Trainer, rollout: int) -> RolloutBuffer:
     scored = []
     for number, batch, values in zip(numbers, batches, rewards.split(args.per_device_prompt_batch_size)):
         sampled = batch.sampled
-        total = trainer.reward_functions.total(values).to(sampled.endpoints.device)
+        total = trainer.reward_functions.total(values, trainer.compared_rewards).to(sampled.endpoints.device)
         targets = checked.targets(trainer, sampled, total, batch.rows)
         targets = host_copy(targets) if args.offload_trajectories else targets
         if not trainer.noises_endpoints:
@@ -68,6 +66,9 @@ def sample_rollout(trainer: Trainer, rollout: int) -> RolloutBuffer:
         elif args.offload_trajectories:
             sampled = replace(sampled, endpoints=host_copy(sampled.endpoints))
         scored.append(ScoredBatch(sampled, targets, batch.levels, number))
+    # Only now, because targets may take gradients through the decoder and the rewards.
+    trainer.reward_functions.on_rollout_end()
+    trainer.offload_components()
     return RolloutBuffer(rollout, first_batch, scored, args.optimizer_steps_per_rollout)
 
 

@@ -160,6 +160,7 @@ class RolloutTrainer(Algorithm, Trainer):
             check_template(config.model_card_template)
         check_callbacks(callbacks)
         self.reward_functions = RewardFunctions(reward_fn, config.reward_weights)
+        self.compared_rewards = self.rewards_to_compare(config, self.reward_functions)
         self.control_functions = None
         if eval_reward_fn is not None:
             self.control_functions = RewardFunctions(eval_reward_fn, argument="eval_reward_fn")
