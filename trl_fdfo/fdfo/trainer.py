@@ -78,6 +78,9 @@ class FDFOTrainer(RolloutTrainer):
 
     # Step 3: finite difference ----------------------------------------------------------------------------------------
 
+    def ties_have_no_loss(self) -> bool:
+        return self.args.direction == "finite_difference"
+
     def targets(self, sampled: RolloutBatch, rewards: Tensor, rows: list[int]) -> FiniteDifference:
         endpoints = sampled.endpoints.float()
         if self.args.direction == "reward_gradient":

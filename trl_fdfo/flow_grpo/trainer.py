@@ -48,7 +48,7 @@ class FlowGRPOTrainer(RolloutTrainer):
     base_distance_name = "kl"
 
     def initial_seeds(self, rollout: int, numbers: Sequence[int]) -> list[int]:
-        seed, branches = self.args.seed, self.args.num_generations
+        seed, branches = self.args.seed, self.args.num_candidates
         return [derive_seed(seed, rollout, n * branches + a, INITIAL_NOISE) for n in numbers for a in range(branches)]
 
     def noise_amounts(self, rollout: int, numbers: Sequence[int]) -> Tensor:
@@ -86,6 +86,9 @@ class FlowGRPOTrainer(RolloutTrainer):
             len(steps), args.num_trained_levels, args.optimizer_steps_per_rollout, args.seed, rollout, batch
         )
         return [steps[level] for level in levels]
+
+    def ties_have_no_loss(self) -> bool:
+        return True
 
     def targets(self, sampled: RolloutBatch, rewards: Tensor, rows: list[int]) -> tuple[Tensor]:
         return (in_float32(group_advantages(rewards).flatten().nan_to_num(nan=0.0)),)

@@ -192,7 +192,7 @@ def _training_record(trainer: Trainer, prompt_file: str | None) -> TrainingRecor
         num_prompts=len(trainer.train_dataset),
         first_prompt=trainer.train_dataset[args.dataset_prompt_column][0],
         rollouts=rollouts,
-        images=rollouts * args.prompts_per_rollout * args.num_generations,
+        images=rollouts * args.prompts_per_rollout * args.num_candidates,
         log_history=trainer.state.log_history,
         prompt_file=prompt_file,
     )
