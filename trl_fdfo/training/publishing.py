@@ -216,6 +216,10 @@ def _hyperparameters(trainer: Trainer) -> dict[str, Any]:
     args = trainer.args
     names = ("prompts_per_rollout", "num_generations", *trainer.hyperparameters, *_HYPERPARAMETERS)
     found = {name: getattr(args, name) for name in names}
+    if args.num_candidates > args.num_generations:
+        found["num_candidates"] = args.num_candidates
+    if args.scale_rewards != "none":
+        found["scale_rewards"] = args.scale_rewards
     if args.use_peft:
         adapter = trainer.model.peft_config["default"]
         # An adapter that is no LoRA may have neither.
