@@ -39,6 +39,23 @@ def brightness(images):
     return images.mean(dim=(1, 2, 3))
 
 
+def sparse(images, prompts):
+    """Redness of some prompts; the images of all others tie."""
+    return tiny_runs.redness(images, prompts).where(
+        torch.tensor([prompt in tiny_runs.PROMPTS[:2] for prompt in prompts]), 0
+    )
+
+
+# Rewards that often tie. With `beta` no update would be left out.
+SPARSE = {
+    "reward": sparse,
+    "num_candidates": 3,
+    "scale_rewards": "batch",
+    "per_device_prompt_batch_size": 1,
+    "beta": 0.0,
+    **NO_EVALUATIONS,
+}
+
 # Of an algorithm that noises endpoints; its policy that samples follows the trained one slowly.
 FORWARD = {"trainer_class": DiffusionNFTTrainer, "old_policy_decay_rate": 0.3, "eval_strategy": "no"}
 
@@ -115,6 +132,9 @@ def finished(trainer: RolloutTrainer, checkpoint: str | None = None) -> dict:
             if "eval_reward" in log
         ],
         "rewards": [log["reward"] for log in trainer.state.log_history if "reward" in log],
+        "left_out": [
+            log["frac_updates_left_out"] for log in trainer.state.log_history if "frac_updates_left_out" in log
+        ],
         "processes": trainer.args.world_size,
         "wrapper": type(trainer.model_wrapped).__name__,
     }
@@ -212,6 +232,7 @@ def main(folder: Path) -> None:
     _, results["two"] = run(str(folder / "two"), **SAMPLING)
     options = {**SAMPLING, **NO_EVALUATIONS}
     _, results["more"] = run(str(folder / "more"), str(folder / "one" / "checkpoint-4"), **options)
+    _, results["sparse"] = run(str(folder / "sparse"), **SPARSE)
     _, results["forward"] = run(str(folder / "forward"), **SAMPLING, **FORWARD)
     results["advantages"] = advantages(folder / "advantages", **SAMPLING)
     results["traffic"] = measure_traffic(folder)

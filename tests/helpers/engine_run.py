@@ -99,6 +99,9 @@ def main(folder: Path, bfloat16: bool) -> None:
 
 def on_cpus(folder: Path, make_pipeline: Callable) -> dict:
     results = {}
+    _, results["sparse"] = distributed_run.run(
+        str(folder / "sparse"), make_pipeline=make_pipeline, **{**ENGINE, **distributed_run.SPARSE}
+    )
     _, results["without adapter"] = distributed_run.run(
         str(folder / "without_adapter"), make_pipeline=make_pipeline, **ENGINE, **WITHOUT_ADAPTER
     )

@@ -706,10 +706,14 @@ def test_a_rollout_keeps_no_keys_and_values():
     assert all(leaf.is_meta for leaf in leaves if isinstance(leaf, torch.Tensor))
 
 
-def test_checkpointing_of_a_model_that_keeps_keys_and_values_is_refused(make_config):
-    # Its blocks, computed again, would all read those of the last one: wrong gradients after a right velocity.
+# Its blocks, computed again, would all read keys and values of the last one: wrong gradients after a right velocity. A part
+# of a batch would read those of the whole.
+@pytest.mark.parametrize(
+    "options", [{"gradient_checkpointing": True}, {"num_candidates": 3}], ids=lambda options: [*options][0]
+)
+def test_a_model_that_keeps_keys_and_values_is_refused(make_config, options):
     config = make_config(
-        gradient_checkpointing=True,
+        **options,
         per_device_prompt_batch_size=1,
         pipeline_columns=["image"],
         guidance_scale=None,

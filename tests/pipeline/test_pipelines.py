@@ -182,6 +182,29 @@ def test_a_call_is_replayed_exactly_and_taken_apart(name, call):
         assert apart_error(flow, cached) < 1e-5
 
 
+# One batch, with an image in the call, one call per sample, momentum, noise drawn in each step.
+CHOSEN = [
+    "Stable Diffusion 3",
+    "Qwen-Image-Edit",
+    "OmniGen",
+    "ACE-Step with momentum (audio)",
+    "LTX-Video with conditions",
+]
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_some_samples_of_a_batch_are_replayed(name):
+    flow, count = make_flow(name, first_call(name)), num_prompts(name)
+    flow.num_generations = 3
+    arguments = rollout_arguments(flow, name) | {"noise_seeds": range(3 * count)}
+    batch = flow.rollout(**arguments)
+    places = [0, 2, 4, 5][: 2 * count]
+    chosen = flow.choose(replace(batch, images=None), places, arguments["prompts"], arguments["columns"])
+    assert torch.equal(chosen.endpoints.flatten(0, 1), batch.endpoints.flatten(0, 1)[places])
+    assert all(torch.equal(chosen.velocities[level], batch.velocities[level][places]) for level in range(STEPS))
+    assert apart_error(flow, chosen) < 1e-5
+
+
 @pytest.mark.parametrize(("name", "call"), CALLS)
 def test_replay_in_bfloat16_is_exact(name, call):
     flow = make_flow(name, FAMILIES[name].calls[call], torch.bfloat16)

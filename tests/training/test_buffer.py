@@ -69,3 +69,40 @@ def test_steps_do_not_depend_on_the_number_of_processes(processes):
     whole = RolloutBuffer(0, 0, batches, optimizer_steps=6)
     for step in range(6):
         assert steps[step] == {(batches.index(b), level) for b, level in whole.steps[step]}
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_idle_batches_are_left_out_alike_on_all_processes(processes):
+    levels, steps = 3, 6
+    idle = [True, False, True, True, False, True, True, True]
+    batches = [batch(trained_levels(8, levels, steps, 0, 0, j)) for j in range(8)]
+    share = len(batches) // processes
+    computed, left_out = [set() for _ in range(steps)], []
+    for process in range(processes):
+        own = batches[process * share : (process + 1) * share]
+        buffer = RolloutBuffer(0, process * share, own, steps, idle)
+        micros = [buffer[i] for i in range(steps * buffer.micro_batches_per_step)]
+        # In each step first what is left out.
+        of_steps = [[micro.is_left_out for micro in micros if micro.step == step] for step in range(steps)]
+        assert all(flags == sorted(flags, reverse=True) and not flags[-1] for flags in of_steps)
+        left_out.append([sum(flags) for flags in of_steps])
+        assert buffer.fraction_left_out == pytest.approx(sum(left_out[-1]) / len(micros))
+        for micro in micros:
+            if not micro.is_left_out:
+                computed[micro.step].add((batches.index(micro.batch), micro.level))
+    assert all(counts == left_out[0] for counts in left_out)
+    whole = RolloutBuffer(0, 0, batches, steps)
+    for step in range(steps):
+        informative = {(batches.index(b), level) for b, level in whole.steps[step] if not idle[batches.index(b)]}
+        assert informative <= computed[step] <= {(batches.index(b), level) for b, level in whole.steps[step]}
+        if processes == 1:
+            assert len(computed[step]) == max(1, len(informative))
+
+
+def test_a_step_of_idle_batches_alone_computes_one():
+    batches = [batch([0, 1, 2, 3]) for _ in range(2)]
+    buffer = RolloutBuffer(0, 0, batches, 2, [True, True])
+    assert [buffer[i].is_left_out for i in range(8)] == 2 * [True, True, True, False]
+    assert [buffer[i + 8].is_left_out for i in range(8)] == 2 * [True, True, True, False]
+    assert RolloutBuffer(0, 0, batches, 2, [False, True]).fraction_left_out == 0.5
+    assert RolloutBuffer(0, 0, batches, 2).fraction_left_out == 0

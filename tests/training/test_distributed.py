@@ -72,6 +72,13 @@ def test_two_processes_divide_by_the_standard_deviation_of_one(runs, tmp_path):
     torch.testing.assert_close(runs[2]["advantages"], one, rtol=0, atol=1e-4)
 
 
+def test_two_processes_leave_out_the_same_number_of_ties_and_end_in_the_weights_of_one(runs, tmp_path):
+    _, one = distributed_run.run(str(tmp_path / "one"), **distributed_run.SPARSE)
+    two = runs[2]["sparse"]
+    distributed_run.assert_same(two, one)
+    assert all(0 < of_two <= of_one for of_two, of_one in zip(two["left_out"], one["left_out"], strict=True))
+
+
 def test_gradients_and_metrics_alone_pass_between_processes(runs):
     result = runs[2]["traffic"]
     gradients = [size for name, size in result["collectives"] if (name, size) == ("gloo:all_reduce", result["trained"])]

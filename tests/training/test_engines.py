@@ -117,6 +117,7 @@ def one_process(models, tmp_path_factory):
         "run": distributed_run.finished(trainer),
         "elements": sum(parameter.numel() for parameter in trainer.model.parameters()),
         "without adapter": without_adapter,
+        "sparse": distributed_run.run(str(folder / "sparse"), **distributed_run.SPARSE)[1],
         "scores": engine_run.scores(models),
     }
 
@@ -227,6 +228,12 @@ def test_two_machines_run_the_command_of_the_docs(tmp_path, warm_python):
             machine.kill()
     assert ends == [0, 0], "".join(log.read_text()[-4000:] for log in logs)
     check_small_run(tmp_path / "run")
+
+
+def test_two_processes_leave_out_the_same_number_of_ties(two_processes, one_process):
+    two = two_processes[2]["sparse"]
+    assert_same(two, one_process["sparse"])
+    assert all(share > 0 for share in two["left_out"]) and len(two["left_out"]) == 2
 
 
 def test_weights_are_sharded(two_processes, one_process):

@@ -32,6 +32,9 @@ class AWMTrainer(ForwardProcessTrainer):
     )
     config_class = AWMConfig
 
+    def ties_have_no_loss(self) -> bool:
+        return True
+
     def targets(self, sampled: RolloutBatch, rewards: Tensor, rows: list[int]) -> tuple[Tensor]:
         return (in_float32(group_advantages(rewards).flatten().nan_to_num(nan=0.0)),)
 

@@ -106,6 +106,12 @@ class FDFOConfig(RolloutConfig):
                 "whiten_direction=False is for the finite difference: with direction='reward_gradient' leave it out."
             )
 
+        if self.direction == "reward_gradient" and self.scale_rewards != "none":
+            raise ValueError(
+                f"scale_rewards='{self.scale_rewards}' scales the differences of rewards, and direction='reward_gradient' takes "
+                "their gradients instead: set scale_rewards='none', or direction='finite_difference'."
+            )
+
     def _fill_in_defaults(self) -> None:
         super()._fill_in_defaults()
         if self.churn is None:

@@ -104,6 +104,9 @@ class FDFOTrainer(RolloutTrainer):
             )
         return others
 
+    def ties_have_no_loss(self) -> bool:
+        return self.args.direction == "finite_difference"
+
     def targets(self, sampled: RolloutBatch, rewards: Tensor, rows: list[int]) -> FiniteDifference:
         endpoints = sampled.endpoints.float()
         direction, reward_difference = finite_difference(endpoints, rewards, self.args.whiten_direction)

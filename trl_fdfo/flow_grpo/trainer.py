@@ -53,7 +53,7 @@ class FlowGRPOTrainer(RolloutTrainer):
         return CPSScheduler if config.sde_type == "cps" else cls.scheduler_class
 
     def initial_seeds(self, rollout: int, numbers: Sequence[int]) -> list[int]:
-        seed, branches = self.args.seed, self.args.num_generations
+        seed, branches = self.args.seed, self.args.num_candidates
         starts = 1 if self.args.same_latent else branches
         return [derive_seed(seed, rollout, n * branches + a, INITIAL_NOISE) for n in numbers for a in range(starts)]
 
@@ -103,6 +103,9 @@ class FlowGRPOTrainer(RolloutTrainer):
             rewards = self.accelerator.gather(rewards.to(self.args.device))
             known = rewards[rewards.isfinite()]
             self._std_of_rewards = known.std(correction=0).item() if len(known) else 0.0
+
+    def ties_have_no_loss(self) -> bool:
+        return True
 
     def targets(self, sampled: RolloutBatch, rewards: Tensor, rows: list[int]) -> tuple[Tensor]:
         if self.args.advantage_std == "batch":

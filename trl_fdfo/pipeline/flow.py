@@ -105,7 +105,7 @@ class PipelineFlow:
 
     Args:
         pipeline (`DiffusionPipeline`): A flow-matching pipeline that passes [`check_pipeline`].
-        num_generations (`int`): Branches G per prompt, >= 2.
+        num_generations (`int`): Branches G per prompt that a rollout samples, >= 2.
         scheduler_class (`type`): The [`RolloutScheduler`] of the algorithm, which samples the rollouts.
         shared_prefix (`bool`): In a rollout, run the transformer once for the branches of a prompt as long as the noise
             leaves them identical.
@@ -291,6 +291,7 @@ class PipelineFlow:
         columns: dict[str, Sequence] | None = None,
         *,
         parts: int = 1,
+        branches: int | None = None,
         tolerance: float | None = None,
         steps: int = 2,
     ) -> tuple[float, bool]:
@@ -301,6 +302,7 @@ class PipelineFlow:
             prompts (`Sequence[str]`): P prompts.
             columns (`dict[str, Sequence]`, *optional*): As in `rollout`.
             parts (`int`): Parts of equal size that the batch is split into, of which the first is replayed.
+            branches (`int`, *optional*): Branches of each prompt that are replayed, the last ones. Default: all.
             tolerance (`float`, *optional*): As in [`check_replay`].
             steps (`int`): Steps of the call. One that has `sigmas` or `timesteps` takes those.
 
@@ -326,6 +328,10 @@ class PipelineFlow:
             noise_seeds = range(count * self.num_generations)
             batch = short.rollout(prompts, torch.zeros(steps + 1), range(count), noise_seeds, range(steps), columns)
             batch = short.split(replace(batch, images=None), [range(steps)] * parts)[0]
+            if branches is not None and branches < self.num_generations:
+                replayed, sampled = batch.endpoints.shape[:2]
+                last = [n * sampled + a for n in range(replayed) for a in range(sampled - branches, sampled)]
+                batch = short.choose(batch, last, prompts[:replayed], columns)
             for level, recorded in batch.velocities.items():
                 # Nothing goes back through this graph: it keeps no activations.
                 with torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda _: None):
@@ -337,7 +343,9 @@ class PipelineFlow:
         except (AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError) as error:
             if schedule is None and steps < own_steps:
                 # Such as a guidance for each step, or a late start that leaves none of so few.
-                return self.try_replay(prompts, columns, parts=parts, tolerance=tolerance, steps=own_steps)
+                return self.try_replay(
+                    prompts, columns, parts=parts, branches=branches, tolerance=tolerance, steps=own_steps
+                )
             raise ValueError(
                 f"A rollout of {type(self.pipeline).__name__} with {short.call_kwargs} cannot be sampled and replayed: "
                 f"{type(error).__name__}: {error}"
@@ -371,7 +379,7 @@ class PipelineFlow:
             except ValueError as error:
                 raise ValueError(
                     f"The batches of {type(self.pipeline).__name__} cannot be taken apart, which shared_prefix, "
-                    "cache_prompt_embeds and a per_device_sampling_batch_size of its own need. Leave these options "
+                    "num_candidates, cache_prompt_embeds and a per_device_sampling_batch_size of its own need. Leave these options "
                     f"out. It passes {error}"
                 ) from None
         return self._axes
@@ -557,6 +565,29 @@ class PipelineFlow:
         axes = None if batch.parts else self.axes()
         count = len(batch.endpoints) // len(levels)
         return [batch.part(number * count, count, kept, axes) for number, kept in enumerate(levels)]
+
+    def choose(
+        self,
+        batch: RolloutBatch,
+        samples: Sequence[int],
+        prompts: Sequence[str],
+        columns: dict[str, Sequence] | None = None,
+    ) -> RolloutBatch:
+        """
+        A batch of some samples of another one, equally many of each prompt. Its tensors are copies.
+
+        Args:
+            batch ([`RolloutBatch`]): Return value of `rollout` without its images, or a part of it.
+            samples (`Sequence[int]`): Their places in the batch, in [0, N), by prompt.
+            prompts (`Sequence[str]`): The P prompts of the batch.
+            columns (`dict[str, Sequence]`, *optional*): As in `rollout`.
+        """
+        axes = None if batch.parts else self.axes(columns)
+        chosen = batch.of_places(samples, len(samples) // len(prompts), list(batch.x_t), axes)
+        if batch.parts:  # each has a call of its own
+            return chosen
+        generators = [batch.call_kwargs["generator"][n] for n in samples]
+        return replace(chosen, call_kwargs=self._calling.arguments(self.call_kwargs, prompts, generators, columns))
 
     def velocity(self, batch: RolloutBatch, level: int) -> Tensor:
         """

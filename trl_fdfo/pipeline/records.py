@@ -133,30 +133,35 @@ class RolloutBatch:
 
     def part(self, first: int, count: int, levels: Sequence[int], axes: BatchAxes) -> "RolloutBatch":
         """A batch of `count` prompts from the place `first` on, with the recorded `levels` alone and without images."""
-        prompts, branches = self.endpoints.shape[:2]
-        samples = range(first * branches, (first + count) * branches)
-        of_samples = slice(samples.start, samples.stop)
-        is_kept = None if self.is_kept is None else self.is_kept[of_samples].clone()
+        branches = self.endpoints.shape[1]
+        return self.of_places(range(first * branches, (first + count) * branches), branches, levels, axes)
+
+    def of_places(
+        self, samples: Sequence[int], branches: int, levels: Sequence[int], axes: BatchAxes
+    ) -> "RolloutBatch":
+        """A batch of the samples at these places, `branches` neighbours of each prompt, otherwise as `part`."""
+        total = self.endpoints.shape[:2].numel()
+        # Copies: a view would keep the whole in memory.
+        part = partial(take, samples=samples, total=total)
+        endpoints = part(self.endpoints.flatten(0, 1), 0).unflatten(0, (-1, branches))
+        is_kept = part(self.is_kept, 0)
         if self.parts:
-            pick = lambda recorded: {
-                level: recorded[level][of_samples].clone() for level in levels if level in recorded
-            }
+            pick = lambda recorded: {level: part(recorded[level], 0) for level in levels if level in recorded}
             return replace(
                 self,
                 images=None,
-                endpoints=self.endpoints[first : first + count].clone(),
+                endpoints=endpoints,
                 x_t=pick(self.x_t),
                 velocities=pick(self.velocities),
                 x_s=pick(self.x_s),
-                parts=self.parts[of_samples],
+                parts=[self.parts[n] for n in samples],
                 is_kept=is_kept,
             )
-        part = partial(take, samples=samples, total=prompts * branches)
         encoded = part(repeated(self.remembered["encode_prompt"]), axes.encoded)
+        is_listed = lambda name, value: is_per_sample(name) and isinstance(value, list) and len(value) == total
         return RolloutBatch(
             images=None,
-            # Copies: a view would keep the whole in memory.
-            endpoints=self.endpoints[first : first + count].clone(),
+            endpoints=endpoints,
             x_t={level: part(self.x_t[level], 0) for level in levels},
             velocities={level: part(self.velocities[level], 0) for level in levels},
             x_s={level: part(self.x_s[level], 0) for level in levels if level in self.x_s},
@@ -164,7 +169,7 @@ class RolloutBatch:
             first_step=self.first_step,
             device=self.device,
             call_kwargs={
-                name: [value[n] for n in samples] if is_per_sample(name) and isinstance(value, list) else value
+                name: [value[n] for n in samples] if is_listed(name, value) else value
                 for name, value in self.call_kwargs.items()
             },
             remembered={

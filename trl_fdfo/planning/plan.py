@@ -104,6 +104,9 @@ class RunPlan:
         self.batch_bytes = self.trajectory_bytes // (args.num_rollout_batches * levels)
         if flow.keeps_outputs:
             self.trajectory_bytes += kept_output_bytes(rehearsal, args)
+        # Images that are sampled for each that is trained on.
+        self._candidates = args.num_candidates / args.num_generations
+        self._batches_per_call = args.per_device_sampling_batch_size // args.per_device_prompt_batch_size
         self.failure: Exception | None = None  # the error of a cost that could not be counted and is 0
         precision = Precision(engine.device_type, engine.autocast)
         # A pipeline that makes one sample per call was rehearsed with one.
@@ -111,16 +114,20 @@ class RunPlan:
         sampling = self._cost(sampling_cost, model, calls, precision)
         self.training = self._cost(training_cost, model, calls, precision, args.gradient_checkpointing)
         # The transformer samples and the VAE decodes batches of this many times the size of the rehearsed one.
-        times = args.per_device_sampling_batch_size // args.per_device_prompt_batch_size
-        # A VAE that decodes one image at a time does not take as many times the memory.
-        larger = lambda latents: latents.repeat(times, *[1] * (latents.ndim - 1))
+        times = self._candidates * self._batches_per_call
+
+        def larger(latents: Tensor) -> Tensor:
+            # A VAE that decodes one image at a time does not take as many times the memory.
+            whole = latents.repeat(math.ceil(times), *[1] * (latents.ndim - 1))
+            return whole[: round(len(whole) * times / math.ceil(times))]
+
         decode_calls = tree_map_only(Tensor, larger, rehearsal.decode_calls)
         decoding = Cost(0, 0)  # of a pipeline without a VAE
         if decode_calls:
             decoding = self._cost(sampling_cost, flow.pipeline.vae, decode_calls, precision, "decode")
         # Peaks of a whole call; the rest for a rehearsed batch of it.
-        self.sampling = replace(sampling, peak=times * sampling.peak, operations=sampling.operations // times)
-        counts = {name: getattr(decoding, name) // times for name in ("flops", "traffic", "operations")}
+        self.sampling = replace(sampling, peak=int(times * sampling.peak), operations=int(sampling.operations / times))
+        counts = {name: int(getattr(decoding, name) / times) for name in ("flops", "traffic", "operations")}
         self.decoding = replace(decoding, **counts)
 
     def _cost(self, function: Callable[..., Cost], *args: Any) -> Cost:
@@ -134,15 +141,16 @@ class RunPlan:
         args = self.args
         trained = sum(parameter.numel() for parameter in trained_parameters(self.model))
         total = sum(parameter.numel() for parameter in self.model.parameters())
-        images = args.prompts_per_rollout * args.num_generations
-        tuples = images * args.num_trained_levels * args.num_iterations
+        images = args.prompts_per_rollout * args.num_candidates
+        trained_images = args.prompts_per_rollout * args.num_generations
+        tuples = trained_images * args.num_trained_levels * args.num_iterations
         engine = f" by {self.engine.name}" if self.engine.name else ""
         lines = [
             f"{self.algorithm} on {type(self.pipeline).__name__}, {args.world_size} process(es){engine}, "
             f"{self.engine.device_type}",
             f"  trainable parameters  {trained:,} of {total:,} ({100 * trained / total:.2f}%)",
             f"  rollouts              {args.num_rollouts}, of {args.prompts_per_rollout} prompts x "
-            f"{args.num_generations} images x {args.num_inference_steps} steps = "
+            f"{args.num_candidates} images x {args.num_inference_steps} steps = "
             f"{images * args.num_inference_steps:,} transformer samples",
             f"  updates per rollout   {args.steps_per_rollout} optimizer steps on {tuples:,} samples "
             f"({args.num_trained_levels} of {args.num_inference_steps} noise levels)",
@@ -168,7 +176,7 @@ class RunPlan:
         # Not counted: the evaluation before the run that an alarm adds.
         number = args.num_rollouts * args.steps_per_rollout // steps + args.eval_on_start
         images = number * self.eval_prompts * args.images_per_eval_prompt
-        share = images / (args.num_rollouts * args.prompts_per_rollout * args.num_generations)
+        share = images / (args.num_rollouts * args.prompts_per_rollout * args.num_candidates)
         line = (
             f"  evaluations           {number:g}, every {rollouts:g} rollouts, of {self.eval_prompts} prompts x "
             f"{args.images_per_eval_prompt} images"
@@ -188,7 +196,7 @@ class RunPlan:
     def _compute_line(self) -> str:
         args = self.args
         calls = args.num_rollout_batches * (args.num_inference_steps + self.noises_endpoints)
-        sampling = calls * self.sampling.flops
+        sampling = int(self._candidates * calls * self.sampling.flops)
         micro_batches = args.num_rollout_batches * args.num_trained_levels * args.num_iterations
         training = micro_batches * (self.training.flops + self._calls_beside_training * self.sampling.flops)
         at_most = "at most " if self.shared_prefix else ""
@@ -340,11 +348,12 @@ class RunPlan:
         )
         update += self._calls_beside_training * call
         batches = args.num_rollout_batches
+        sampled_batches = self._candidates * batches
         parts: dict[str, float | None] = {
-            "sampling": batches * (args.num_inference_steps + self.noises_endpoints) * call,
-            "decoding": batches * card.seconds(self.decoding, torch.float32, tf32=True),
+            "sampling": sampled_batches * (args.num_inference_steps + self.noises_endpoints) * call,
+            "decoding": sampled_batches * card.seconds(self.decoding, torch.float32, tf32=True),
         }
-        images = batches * args.per_device_train_batch_size
+        images = sampled_batches * args.per_device_train_batch_size
         for name, cost in self.reward_costs.items():
             parts[f"reward {name}"] = images * card.seconds(*cost, tf32=self._tf32) if cost is not None else None
         return parts | {"training": batches * levels * args.num_iterations * update}
@@ -367,6 +376,7 @@ class RunPlan:
         parts = [
             *model_parts(self.model, args, self.engine, self.noises_endpoints),
             trajectories,
+            *self._candidate_parts(on_host),
             *component_parts(self.pipeline, args),
             *reward_parts(self.rewards),
         ]
@@ -377,6 +387,17 @@ class RunPlan:
             note = f"the {busy}; {args.per_device_train_batch_size} samples {saved} gradient checkpointing"
             parts.append(Part("activations", sampling, self.training.peak + base_model, note))
         return parts
+
+    def _candidate_parts(self, on_host: bool) -> list[Part]:
+        """What all candidates of a call take until it is scored, or those of a rollout, if rewards are scaled over all of it."""
+        args = self.args
+        if self._candidates == 1:
+            return []
+        whole = args.scale_rewards == "batch" and not on_host
+        batches = args.num_rollout_batches if whole else self._batches_per_call
+        size = round(self._candidates * self.trajectory_bytes * batches / args.num_rollout_batches)
+        waits = "until the rollout is scored" if whole else "until their call is scored"
+        return [Part("candidates", size, 0, f"{args.num_candidates} per prompt, {waits}")]
 
     def _args_with(self, options: dict[str, bool]) -> TrainingArguments:
         args = copy.copy(self.args)

@@ -160,7 +160,7 @@ def plan_without_weights(
     set_vae_options(pipeline, config.vae_slicing, config.vae_tiling, config.decoded_pixels())
     flow = PipelineFlow(
         pipeline,
-        num_generations=config.num_generations,
+        num_generations=config.num_candidates,
         scheduler_class=scheduler_class,
         shared_prefix=shared_prefix,
         **config.call_kwargs(),

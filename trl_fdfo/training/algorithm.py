@@ -94,6 +94,12 @@ class Algorithm:
             rewards (`Tensor`): Total rewards of this process, shape [P, G], NaN where none applies.
         """
 
+    def ties_have_no_loss(self) -> bool:
+        """
+        True if the loss of a prompt is exactly 0 where all its images have one reward: no update need be computed for it.
+        """
+        return False
+
     def targets(self, sampled: RolloutBatch, rewards: Tensor, rows: list[int]) -> tuple[Tensor, ...]:
         """
         What the loss learns from a batch, tensors with N samples in front.

@@ -4,9 +4,14 @@ A rollout's tuples and the order in which the optimizer steps see them.
 The unit of training is (rollout batch j, noise level k): the batch as it was sampled, at one step of the sampler. Global
 numbers decide the order, so that a result does not depend on how many processes share the batches.
 
+A batch is idle if its loss is 0, as all its prompts tie. Each optimizer step begins with the units of idle batches, and
+leaves them out: of each process as many as the process with the fewest has, so that all processes make equally many forward
+and backward passes, and at least the last unit, which the optimizer step follows. A sum of gradients loses only zeros.
+
 Dimensions: P prompts, G branches, T steps, K trained levels per batch, M optimizer steps per rollout.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -53,11 +58,13 @@ class MicroBatch:
         batch ([`ScoredBatch`]): A rollout batch.
         level (`int`): The trained noise level, in [0, T).
         step (`int`): Optimizer step of the rollout that it belongs to, in [0, M x num_iterations).
+        is_left_out (`bool`): Its loss is 0, and no process computes it.
     """
 
     batch: ScoredBatch
     level: int
     step: int
+    is_left_out: bool = False
 
 
 class RolloutBuffer:
@@ -69,9 +76,21 @@ class RolloutBuffer:
         first_batch (`int`): Global number j of the first batch.
         batches (`list[ScoredBatch]`): The process's batches, consecutive by global number, K levels each.
         optimizer_steps (`int`): M, which divides len(batches) x K.
+        idle (`Sequence[bool]`, *optional*): For the batches of all processes, by global number: True if the loss of a batch
+            is 0. None computes all.
+
+    Attributes:
+        fraction_left_out (`float`): Share of the micro-batches that are left out.
     """
 
-    def __init__(self, rollout: int, first_batch: int, batches: list[ScoredBatch], optimizer_steps: int):
+    def __init__(
+        self,
+        rollout: int,
+        first_batch: int,
+        batches: list[ScoredBatch],
+        optimizer_steps: int,
+        idle: Sequence[bool] | None = None,
+    ):
         self.rollout = rollout
         self.steps: list[list[tuple[ScoredBatch, int]]] = [[] for _ in range(optimizer_steps)]
         for j, batch in enumerate(batches, start=first_batch):
@@ -79,12 +98,29 @@ class RolloutBuffer:
                 self.steps[(j * len(batch.levels) + i) % optimizer_steps].append((batch, level))
         self.micro_batches_per_step = len(self.steps[0])
         assert all(len(step) == self.micro_batches_per_step for step in self.steps), "M must divide the units"
+        self._left_out = [0] * optimizer_steps
+        if idle is not None:
+            counts = _idle_units(idle, len(batches), len(batches[0].levels), optimizer_steps)
+            self._left_out = np.minimum(counts.min(axis=0), self.micro_batches_per_step - 1).tolist()
+            is_idle = {id(batch): idle[j] for j, batch in enumerate(batches, start=first_batch)}
+            for step in self.steps:
+                step.sort(key=lambda unit: not is_idle[id(unit[0])])
+        self.fraction_left_out = sum(self._left_out) / (optimizer_steps * self.micro_batches_per_step)
 
     def __getitem__(self, index: int) -> MicroBatch:
         """Micro-batch `index` of the rollout, counted over the passes (`num_iterations`) on it."""
         step, position = divmod(index, self.micro_batches_per_step)
         batch, level = self.steps[step % len(self.steps)][position]
-        return MicroBatch(batch, level, step)
+        return MicroBatch(batch, level, step, position < self._left_out[step % len(self.steps)])
+
+
+def _idle_units(idle: Sequence[bool], batches: int, levels: int, optimizer_steps: int) -> np.ndarray:
+    """Units of idle batches, shape [processes, M], of processes with this many `batches` each, and as many `levels` of each."""
+    counts = np.zeros((len(idle) // batches, optimizer_steps), dtype=int)
+    for j in np.flatnonzero(idle):
+        for i in range(levels):
+            counts[j // batches, (j * levels + i) % optimizer_steps] += 1
+    return counts
 
 
 def trained_levels(

@@ -76,7 +76,7 @@ def check_methods(trainer: Algorithm) -> None:
 
 
 def initial_seeds(trainer: Algorithm, rollout: int, numbers: Sequence[int]) -> list[int]:
-    prompts, samples = len(numbers), len(numbers) * trainer.args.num_generations
+    prompts, samples = len(numbers), len(numbers) * trainer.args.num_candidates
     seeds = returned = trainer.initial_seeds(rollout, numbers)
     try:
         seeds = [operator.index(seed) for seed in returned]

@@ -20,6 +20,7 @@ from transformers import TrainingArguments
 from transformers.integrations import unset_hf_deepspeed_config
 from transformers.utils import is_torch_bf16_gpu_available, logging
 
+from ..rewards.scaling import SCALES
 from ..saving.identity import identity
 from . import config_checks
 from .config_checks import nearest_multiples
@@ -142,6 +143,10 @@ class RolloutConfig(TrainingArguments):
             Prompts that each process samples, and trains on, at a time; `num_generations` times as many images.
         num_generations (`int`, defaults to `2`):
             Images G per prompt that are compared with each other, at least 2.
+        num_candidates (`int`, *optional*):
+            Images per prompt that are sampled and scored, at least `num_generations`: those that differ most in reward are
+            trained on, for two the best and the worst. For rewards that often tie. Costs the sampling of all, and the last
+            bits: the batch that is replayed is smaller than the one that was sampled. `None` takes `num_generations`.
         num_inference_steps (`int`, defaults to `40`):
             Steps T of the sampler.
         guidance_scale (`float`, *optional*, defaults to `1.0`):
@@ -157,6 +162,11 @@ class RolloutConfig(TrainingArguments):
 
         reward_weights (`list[float]`, *optional*):
             Weight of each reward function in the sum. `None` weighs each by 1.
+        scale_rewards (`str`, defaults to `"none"`):
+            Put each reward on a scale of its own before it is weighed. `"group"`: in units of its standard deviation
+            between the images of a prompt, so that every prompt counts alike, however little its images differ.
+            `"batch"`: in units of its standard deviation over all images of a rollout. `"none"`: as it is. What the algorithm
+            itself does with the sum stays.
 
         > Updates
 
@@ -361,6 +371,7 @@ class RolloutConfig(TrainingArguments):
     prompts_per_rollout: int = option(432)
     per_device_prompt_batch_size: int = option(2)
     num_generations: int = option(2)
+    num_candidates: int | None = option(None)
     num_inference_steps: int = option(40)
     guidance_scale: float | None = option(1.0)
     height: int | None = option(512)
@@ -369,6 +380,7 @@ class RolloutConfig(TrainingArguments):
 
     # Rewards
     reward_weights: list[float] | None = option(None, changes_result=False)
+    scale_rewards: str = option("none", choices=SCALES)
 
     # Updates
     optimizer_steps_per_rollout: int = option(4)
@@ -522,7 +534,7 @@ class RolloutConfig(TrainingArguments):
         config_checks.check_output_dir(self)
         config_checks.check_checkpoint(self)
         config_checks.check_numbers(self)
-        config_checks.check_rollouts(self)
+        config_checks.check_rollouts(self, SCALES)
         config_checks.check_training(self)
         config_checks.check_evaluation(self)
         config_checks.check_memory_and_speed(self, QUANTIZATIONS)
@@ -553,7 +565,7 @@ class RolloutConfig(TrainingArguments):
 
     def decoded_pixels(self) -> int:
         """Most pixels that a process decodes at a time, where a size that is the pipeline's own counts as 1024."""
-        sampled = self.num_generations * self.per_device_sampling_batch_size
+        sampled = self.num_candidates * self.per_device_sampling_batch_size
         evaluated = self.call_kwargs() | (self.eval_pipeline_kwargs or {})
         pixels = lambda options: (options.get("height") or 1024) * (options.get("width") or 1024)
         return max(sampled * pixels(self.call_kwargs()), self.per_device_eval_batch_size * pixels(evaluated))
@@ -636,6 +648,7 @@ class RolloutConfig(TrainingArguments):
             "logging_steps": self.steps_per_rollout,
             "save_steps": ten_rollouts,
             "logging_images_steps": ten_rollouts,
+            "num_candidates": self.num_generations,
             "per_device_sampling_batch_size": self.per_device_prompt_batch_size,
             "per_device_eval_batch_size": self.per_device_train_batch_size,
             "images_per_eval_prompt": 1 if self.eval_diversity is None else 4,

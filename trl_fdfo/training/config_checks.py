@@ -165,7 +165,7 @@ def check_ranges(config: TrainingArguments, ranges: dict[str, tuple[float, float
             raise ValueError(f"{name}={value} must be in [{low}, {high}].")
 
 
-def check_rollouts(config: TrainingArguments) -> None:
+def check_rollouts(config: TrainingArguments, scales: Sequence[str]) -> None:
     if config.max_steps > 0:
         raise ValueError(
             f"max_steps={config.max_steps} could end inside a rollout. Set num_rollouts: a rollout is "
@@ -176,8 +176,18 @@ def check_rollouts(config: TrainingArguments) -> None:
             f"num_generations={config.num_generations}, but the model learns from the difference between the images of a "
             "prompt: it takes at least 2."
         )
+    if config.num_candidates is not None and config.num_candidates < config.num_generations:
+        raise ValueError(
+            f"num_candidates={config.num_candidates} images of a prompt are sampled, and num_generations="
+            f"{config.num_generations} of them are to be trained on: set num_candidates to at least that, or leave it out."
+        )
     if config.reward_weights is not None and not any(config.reward_weights):
         raise ValueError(f"reward_weights={config.reward_weights} leaves nothing to learn from.")
+    if config.scale_rewards not in scales:
+        raise ValueError(
+            f"scale_rewards='{config.scale_rewards}' is not one of {', '.join(scales)}: the standard deviation that each reward "
+            "is divided by before it is weighed."
+        )
     if config.pipeline_columns and config.per_device_prompt_batch_size != 1:
         raise ValueError(
             f"pipeline_columns={config.pipeline_columns} needs per_device_prompt_batch_size=1, not "

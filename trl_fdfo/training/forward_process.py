@@ -67,7 +67,8 @@ class ForwardProcessTrainer(RolloutTrainer):
         return self.old_policy.applied()
 
     def initial_seeds(self, rollout: int, numbers: Sequence[int]) -> list[int]:
-        return [derive_seed(self.args.seed, rollout, sample, INITIAL_NOISE) for sample in self._samples(numbers)]
+        samples = self._samples(numbers, self.args.num_candidates)
+        return [derive_seed(self.args.seed, rollout, sample, INITIAL_NOISE) for sample in samples]
 
     def noise_amounts(self, rollout: int, numbers: Sequence[int]) -> Tensor:
         return torch.zeros(self.args.num_inference_steps + 1)
@@ -77,9 +78,8 @@ class ForwardProcessTrainer(RolloutTrainer):
         counts = (len(steps), args.num_trained_levels, args.optimizer_steps_per_rollout)
         return [steps[level] for level in trained_levels(*counts, args.seed, rollout, batch)]
 
-    def _samples(self, numbers: Sequence[int]) -> list[int]:
-        """Places of the samples of these prompts in the rollout, over all processes."""
-        branches = self.args.num_generations
+    def _samples(self, numbers: Sequence[int], branches: int) -> list[int]:
+        """Places of the samples of these prompts, of which each has as many, in the rollout over all processes."""
         return [number * branches + branch for number in numbers for branch in range(branches)]
 
     def with_tuple(self, inputs: MicroBatch) -> ScoredBatch:
@@ -97,7 +97,7 @@ class ForwardProcessTrainer(RolloutTrainer):
     def _noise(self, x: Tensor, inputs: MicroBatch) -> Tensor:
         args = self.args
         first = inputs.batch.number * args.per_device_prompt_batch_size
-        samples = self._samples(range(first, first + args.per_device_prompt_batch_size))
+        samples = self._samples(range(first, first + args.per_device_prompt_batch_size), args.num_generations)
         number_of_pass = inputs.step // args.optimizer_steps_per_rollout
         # Pinned, so that the host draws while the device computes.
         noise = torch.empty(x.shape, pin_memory=x.is_cuda)

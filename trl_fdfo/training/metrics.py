@@ -14,6 +14,7 @@ from transformers.utils import logging
 from ..metric_names import REWARD, deviation, part
 from ..reporting.progress import peak_memory
 from ..rewards.reward_functions import RewardFunctions
+from .surrogate import tied
 from .watchdogs import Watchdogs
 
 
@@ -72,20 +73,27 @@ class RolloutMetrics:
         for seconds in (self.seconds, self.seconds_of_run):
             seconds[name] += time.perf_counter() - start
 
-    def add_rewards(self, rollout: int, rewards: Tensor) -> None:
-        """Metrics of a rollout under GRPO's names, from this process's rewards [P, G, R]."""
-        rewards = self._accelerator.gather(rewards.to(self._accelerator.device))
+    def add_rewards(self, rollout: int, rewards: Tensor, scaled: Tensor) -> None:
+        """
+        Metrics of a rollout under GRPO's names.
+
+        Args:
+            rollout (`int`): Number of the rollout, from 0.
+            rewards (`Tensor`): Rewards of all processes as the functions returned them, shape [P, G, R].
+            scaled (`Tensor`): The same as they are weighed and trained on.
+        """
         total = self._rewards.total(rewards)
         # A reward counts for a prompt only if it applies to all its images, as in the total.
-        rewards = rewards.where(rewards.isfinite().all(dim=1, keepdim=True), torch.nan)
-        differences = (rewards.amax(dim=1) - rewards.amin(dim=1)).nan_to_num(nan=0.0, posinf=math.inf).amax(dim=0)
-        differences = differences.cpu() * self._rewards.weights.abs()
+        rewards, scaled = (
+            each.where(each.isfinite().all(dim=1, keepdim=True), torch.nan) for each in (rewards, scaled)
+        )
+        differences = (scaled.amax(dim=1) - scaled.amin(dim=1)).nan_to_num(nan=0.0, posinf=math.inf).amax(dim=0)
+        differences = differences * self._rewards.weights.abs()
         self._watchdogs.check_reward_differences(dict(zip(self._rewards.names, differences.tolist())))
-        std = total.std(dim=1)
-        # NaN, where no reward applies, teaches as little as a tie.
-        idle = ~(std > 0)
+        idle = tied(self._rewards.total(scaled))
         self.add(
-            **{REWARD: total.nanmean(), deviation(REWARD): std.nanmean()}, frac_reward_zero_std=idle.float().mean()
+            **{REWARD: total.nanmean(), deviation(REWARD): total.std(dim=1).nanmean()},
+            frac_reward_zero_std=idle.float().mean(),
         )
         self._watchdogs.check_rewards(rollout, differs=not idle.all())
         for name, values in zip(self._rewards.names, rewards.unbind(dim=-1)):
@@ -93,6 +101,11 @@ class RolloutMetrics:
                 logger.warning(f"Rollout {rollout + 1}: the reward '{name}' applied to all images of no prompt.")
             mean = part(REWARD, name)
             self.add(**{mean: values.nanmean(), deviation(mean): values.std(dim=1).nanmean()})
+
+    def add_chosen(self, rewards: Tensor) -> None:
+        """The spread of the total rewards of the candidates that are trained on: of this process, shape [P, G]."""
+        rewards = self._accelerator.gather(rewards.to(self._accelerator.device))
+        self.add(reward_std_trained=rewards.std(dim=1).nanmean())
 
     def add_waiting(self, waiting: Mapping[str, float]) -> None:
         """The most answers, over all processes, that each reward that tells them waited for when all images were sampled."""
@@ -136,6 +149,10 @@ class RolloutMetrics:
         self.add(ratio=ratio.mean(), ratio_error=error.mean(), clip_ratio=(error > epsilon).float().mean())
         if is_first_step:
             self.add(first_ratio_error=error.max())
+
+    def add_left_out(self) -> None:
+        """A micro-batch that is not computed."""
+        self._micro_batches += 1
 
     def drain(self) -> dict[str, float]:
         """Means since the last log, over all processes, and where the time went."""

@@ -87,7 +87,6 @@ OPTIONS_OF: dict[str, dict[str, Here]] = {
             _NO_TOKEN_LOSS,
         ),
         "multi_objective_aggregation": _is("reward_weights", note="rewards are summed"),
-        "scale_rewards": _none("the algorithm fixes how it compares the rewards of a prompt"),
         **_each(
             "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps",
             _none("`beta` is the distance from the model without its adapter, which stays"),

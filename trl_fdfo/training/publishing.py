@@ -196,7 +196,7 @@ def _training_record(trainer: Trainer, prompt_file: str | None) -> TrainingRecor
         num_prompts=len(trainer.train_dataset),
         first_prompt=trainer.train_dataset[args.dataset_prompt_column][0],
         rollouts=rollouts,
-        images=rollouts * args.prompts_per_rollout * args.num_generations,
+        images=rollouts * args.prompts_per_rollout * args.num_candidates,
         log_history=trainer.state.log_history,
         prompt_file=prompt_file,
     )
@@ -220,6 +220,10 @@ def _hyperparameters(trainer: Trainer) -> dict[str, Any]:
     args = trainer.args
     names = ("prompts_per_rollout", "num_generations", *trainer.hyperparameters, *_HYPERPARAMETERS)
     found = {name: getattr(args, name) for name in names}
+    if args.num_candidates > args.num_generations:
+        found["num_candidates"] = args.num_candidates
+    if args.scale_rewards != "none":
+        found["scale_rewards"] = args.scale_rewards
     if args.use_peft:
         adapter = trainer.model.peft_config["default"]
         # An adapter that is no LoRA may have neither.

@@ -393,7 +393,14 @@ def rehearse(
                 f"eval_pipeline_kwargs={config.eval_pipeline_kwargs}, the arguments of an evaluation: {error}"
             ) from error
     larger_batches = config.per_device_sampling_batch_size > config.per_device_prompt_batch_size
-    if larger_batches or flow.shared_prefix or config.cache_prompt_embeds:
+    leaves_out = config.num_candidates > config.num_generations
+    if leaves_out and carries_state(rehearsal.outputs):
+        raise ValueError(
+            f"num_candidates={config.num_candidates} trains on some images of a batch, and the transformer of this "
+            f"{type(flow.pipeline).__name__} keeps results of its first call for later ones, such as the keys and values of "
+            "an image, which are those of the whole batch: leave it out, or set num_generations to as many."
+        )
+    if larger_batches or leaves_out or flow.shared_prefix or config.cache_prompt_embeds:
         flow.axes(columns)
     if config.cache_prompt_embeds:
         disable = config.disable_tqdm or not PartialState().is_main_process
@@ -545,7 +552,9 @@ def try_replay(
     model.train()
     try:
         parts = size // config.per_device_prompt_batch_size
-        return flow.try_replay(prompt * size, columns, parts=parts, tolerance=tolerance)
+        return flow.try_replay(
+            prompt * size, columns, parts=parts, branches=config.num_generations, tolerance=tolerance
+        )
     finally:
         flow.model = model
         for part, mode in modes:

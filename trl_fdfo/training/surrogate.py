@@ -38,6 +38,20 @@ def in_float32(difference: Tensor) -> Tensor:
     return difference.float()
 
 
+def tied(rewards: Tensor) -> Tensor:
+    """
+    True for each prompt whose images all have one reward, or to which no reward applies: it teaches nothing.
+
+    Args:
+        rewards (`Tensor`): Total rewards, shape [P, G], NaN where none applies.
+
+    Returns:
+        `Tensor`: Shape [P].
+    """
+    # Not by the standard deviation, in which equal values may leave a rounding.
+    return ~(rewards.amax(dim=1) > rewards.amin(dim=1))
+
+
 def group_advantages(rewards: Tensor) -> Tensor:
     """
     Rewards of the images of each prompt, normalised to mean 0 and standard deviation 1 (the sample's own, over G).

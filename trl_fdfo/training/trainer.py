@@ -85,6 +85,10 @@ from .watchdogs import Watchdogs
 logger = logging.get_logger(__name__)
 
 
+class _LeftOut(Exception):
+    """Ends the training step of a micro-batch whose loss is 0."""
+
+
 class RolloutTrainer(Algorithm, Trainer):
     """
     Online reinforcement learning of a diffusers flow-matching pipeline. A subclass implements an
@@ -170,7 +174,7 @@ class RolloutTrainer(Algorithm, Trainer):
         self.pipeline = pipeline = open_pipeline(pipeline, config)
         self.flow = PipelineFlow(
             pipeline,
-            num_generations=config.num_generations,
+            num_generations=config.num_candidates,
             scheduler_class=self.scheduler_for(config),
             shared_prefix=self.shares_prefix(config),
             **config.call_kwargs(),
@@ -254,7 +258,7 @@ class RolloutTrainer(Algorithm, Trainer):
             self.accelerator,
             self.reward_functions,
             self._watchdogs,
-            args.prompts_per_rollout * args.num_generations,
+            args.prompts_per_rollout * args.num_candidates,
             args.gradient_accumulation_steps,
         )
         self.evaluator = Evaluator(
@@ -412,12 +416,19 @@ class RolloutTrainer(Algorithm, Trainer):
                 self.metrics.values.clear()  # otherwise `log` does
             with self.metrics.timed("rollout"):
                 self._buffer = self._roll_out(rollout)
-        return self._buffer[inputs["index"]]
+        micro_batch = self._buffer[inputs["index"]]
+        if micro_batch.is_left_out:
+            raise _LeftOut
+        return micro_batch
 
     def training_step(self, *args, **kwargs) -> Tensor:
         rollout_before = self.metrics.seconds["rollout"]
         with self.metrics.timed("train"):
-            loss = super().training_step(*args, **kwargs)
+            try:
+                loss = super().training_step(*args, **kwargs)
+            except _LeftOut:
+                self.metrics.add_left_out()
+                loss = torch.zeros((), device=self.args.device)
             self.end_if_interrupted()
         self.metrics.seconds["train"] -= self.metrics.seconds["rollout"] - rollout_before
         return loss
@@ -483,7 +494,7 @@ class RolloutTrainer(Algorithm, Trainer):
             logs.update(self.metrics.drain())
         if logs.pop("train_samples_per_second", None) is not None:  # of the end: Trainer's samples are micro-batches
             rollouts = (self.state.global_step - self._initial_global_step) / self.args.steps_per_rollout
-            images = rollouts * self.args.prompts_per_rollout * self.args.num_generations
+            images = rollouts * self.args.prompts_per_rollout * self.args.num_candidates
             logs["train_images_per_second"] = round(images / logs["train_runtime"], 3)
         super().log(logs, start_time)
 
