@@ -55,6 +55,7 @@ def sample_rollout(trainer: Trainer, rollout: int) -> RolloutBuffer:
     trainer.offload_components()
     trainer.pictures.log_rollout(trainer.state, rewards, trainer.reward_functions)
     metrics.add_rewards(rollout, rewards)
+    metrics.add_signs()
     metrics.add_branches([batch.sampled.endpoints for batch in batches], trainer.shared_noise(rollout))
     trainer.see_rewards(trainer.reward_functions.total(rewards))
     scored = []
@@ -194,6 +195,7 @@ def _sample_some(
             sampled.images, repeated[args.dataset_prompt_column], trainer.state, repeated, branches
         )
     trainer.pictures.keep(trainer.state, sampled.images, prompts)
+    trainer.metrics.see(sampled)
     parts = flow.split(replace(sampled, images=None), recorded)
     if trainer.noises_endpoints:
         parts = [_checked_and_forgotten(trainer, part) for part in parts]
