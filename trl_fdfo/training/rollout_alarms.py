@@ -57,17 +57,17 @@ class Sign(NamedTuple):
     meaning: str
 
 
-# About twice what the honest runs of benchmarks/results/alarms.md move, where that is a move at all: learning to paint what the
-# prompt says also changes images. Hacked runs there move several of these at a time, and at least one well past its bound.
+# At least half as much again as any honest run of benchmarks/results/alarms.md moves: to paint what the prompt says changes
+# images too. Hacked runs there move several of these at a time.
 SIGNS = (
-    # arXiv 2606.27771 finds 5 to 15% where images have become worse. The demo's honest runs move 12%, and the best of them too.
+    # arXiv 2606.27771 finds 5 to 15% where images have become worse, but the demo's honest runs reach 12% while they improve.
     Sign(VELOCITY, 0.2, "the updates inflate the velocity, which shows as oversaturated and oversharpened images"),
     Sign(HIGH_FREQUENCY, 0.5, "the reward likes noise, grids or oversharpened edges"),
     Sign(SATURATION, 0.6, "the reward likes loud colours"),
     Sign(SATURATION, -0.5, "the reward likes images without colour"),
     Sign(CONTRAST, 0.6, "the reward likes black and white without anything between"),
     Sign(CONTRAST, -0.4, "the reward likes images without content, of one tone"),
-    # Honest runs lose less than a tenth, so a third of all variety is much.
+    # Honest runs lose less than a tenth.
     Sign(PROMPT_DISTANCE, -0.3, "the images of all prompts become alike, as the reward does not ask for the prompt"),
 )
 
