@@ -40,4 +40,4 @@ def test_the_report_has_changes_and_alarms():
     }
     report = alarms.report(results)
     assert "0 of 1 honest runs raise an alarm, and 1 of 1 hacked ones" in report
-    assert f"| {honest.name} | 20 | 1.00 to 1.00 |" in report and "| -80% | prompt_distance after 12 |" in report
+    assert f"| {honest.name} | 20 | 1.00 to 1.00 |" in report and "| -80% | prompt_distance after 15 |" in report
