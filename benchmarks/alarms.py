@@ -97,6 +97,7 @@ def runs() -> list[Run]:
         Run("FDFO, 4 steps, beta and average of the demo", options={**short, **DEMO}),
         Run("FDFO, 4 steps, seed 2", options={**short, "seed": 2}),
         Run("FDFO, saturation, 4 steps", reward="saturation", options={**short, "num_rollouts": 15}),
+        Run("AWM, 4 steps, long", "AWM", options={**GROUPS, "learning_rate": 1.2e-3, "num_rollouts": 60}),
     ]
 
 

@@ -57,10 +57,10 @@ class Sign(NamedTuple):
     meaning: str
 
 
-# At least half as much again as any honest run of benchmarks/results/alarms.md moves: to paint what the prompt says changes
-# images too. Hacked runs there move several of these at a time.
+# Beyond what any honest run of benchmarks/results/alarms.md moves, by half as much again except for the velocity: to paint what
+# the prompt says changes images too. Hacked runs there move several of these at a time.
 SIGNS = (
-    # arXiv 2606.27771 finds 5 to 15% where images have become worse, but the demo's honest runs reach 12% while they improve.
+    # arXiv 2606.27771 finds 5 to 15% where images have become worse, but the demo's honest runs with AWM reach 17%.
     Sign(VELOCITY, 0.2, "the updates inflate the velocity, which shows as oversaturated and oversharpened images"),
     Sign(HIGH_FREQUENCY, 0.5, "the reward likes noise, grids or oversharpened edges"),
     Sign(SATURATION, 0.6, "the reward likes loud colours"),
