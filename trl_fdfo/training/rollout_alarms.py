@@ -57,7 +57,7 @@ class Sign(NamedTuple):
     meaning: str
 
 
-# Beyond what any honest run of benchmarks/results/alarms.md moves, by half as much again except for the velocity: to paint what
+# Well beyond what any honest run of benchmarks/results/alarms.md moves, except for the velocity: to paint what
 # the prompt says changes images too. Hacked runs there move several of these at a time.
 SIGNS = (
     # arXiv 2606.27771 finds 5 to 15% where images have become worse, but the demo's honest runs with AWM reach 17%.
