@@ -26,6 +26,7 @@ from transformers import TrainerCallback
 
 from trl_fdfo import DiffusionNFTTrainer, FDFOTrainer, FlowGRPOTrainer
 from trl_fdfo.saving.sharded_weights import trained_parameters, whole_values
+from trl_fdfo.training.rollout_alarms import SIGNS
 from trl_fdfo.training.trainer import RolloutTrainer
 
 
@@ -135,6 +136,7 @@ def finished(trainer: RolloutTrainer, checkpoint: str | None = None) -> dict:
         "left_out": [
             log["frac_updates_left_out"] for log in trainer.state.log_history if "frac_updates_left_out" in log
         ],
+        "signs": [log[sign.metric] for log in trainer.state.log_history if "reward" in log for sign in SIGNS],
         "processes": trainer.args.world_size,
         "wrapper": type(trainer.model_wrapped).__name__,
     }
@@ -151,6 +153,7 @@ def assert_same(found: dict, expected: dict) -> None:
     torch.testing.assert_close(found["images"], expected["images"], rtol=0, atol=1e-4)
     assert found["eval_reward"] == pytest.approx(expected["eval_reward"], abs=1e-5)
     assert found["rewards"] == pytest.approx(expected["rewards"], abs=1e-5)
+    assert found["signs"] == pytest.approx(expected["signs"], abs=1e-5)
 
 
 def finish() -> None:

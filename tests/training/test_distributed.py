@@ -85,8 +85,9 @@ def test_gradients_and_metrics_alone_pass_between_processes(runs):
     # Once per optimizer step, however many micro-batches it has.
     assert len(gradients) == result["steps"] == 8
     others = [size for name, size in result["collectives"] if (name, size) != ("gloo:all_reduce", result["trained"])]
-    # The rewards of each rollout's 8 images per process and a few dozen metrics.
-    assert 2 * 8 < sum(others) < 200
+    # The rewards of each rollout's 8 images per process, the traits of its 4 prompts and a few dozen metrics.
+    of_rollouts = 2 * (8 + 4 * 196)
+    assert of_rollouts < sum(others) < of_rollouts + 200
     # What one rollout has recorded on one process alone.
     assert result["recorded"] > 10_000
 

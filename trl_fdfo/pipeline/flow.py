@@ -550,6 +550,7 @@ class PipelineFlow:
             outputs=outputs,
             generator_states=prepared_states if has_drawn else (),
             is_kept=scheduler.is_kept,
+            velocity_rms=(scheduler.squared_velocity / scheduler.steps_done).sqrt(),
         )
 
     def split(self, batch: RolloutBatch, levels: Sequence[Sequence[int]]) -> list[RolloutBatch]:

@@ -95,6 +95,8 @@ class RolloutBatch:
             tuples. The four fields above are then those of the first.
         is_kept (`Tensor`, *optional*): True for each element of the latents that the sampler leaves as it is, such as a
             condition, shape [N, ...]. None if it denoises all.
+        velocity_rms (`Tensor`, *optional*): Root mean square of each sample's velocity over all steps, recorded or not,
+            guidance included, shape [N], float32. None in a part.
     """
 
     images: Tensor | Media
@@ -111,6 +113,7 @@ class RolloutBatch:
     generator_states: Sequence[Tensor] = ()
     parts: Sequence["RolloutBatch"] = ()
     is_kept: Tensor | None = None
+    velocity_rms: Tensor | None = None
 
     @classmethod
     def of_samples(cls, parts: Sequence["RolloutBatch"], branches: int) -> "RolloutBatch":
@@ -121,12 +124,14 @@ class RolloutBatch:
             }
             for name in ("x_t", "velocities", "x_s")
         }
-        nothing = {"images": None, "endpoints": None, "x_t": {}, "velocities": {}, "x_s": {}, "is_kept": None}
+        names = ("images", "endpoints", "is_kept", "velocity_rms")
+        nothing = {**dict.fromkeys(names), "x_t": {}, "velocities": {}, "x_s": {}}
         return replace(
             parts[0],
             images=concatenate([part.images for part in parts]),
             endpoints=torch.cat([part.endpoints for part in parts]).flatten(0, 1).unflatten(0, (-1, branches)),
             is_kept=None if parts[0].is_kept is None else torch.cat([part.is_kept for part in parts]),
+            velocity_rms=torch.cat([part.velocity_rms for part in parts]),
             parts=[replace(part, **nothing) for part in parts],
             **together,
         )
@@ -156,6 +161,7 @@ class RolloutBatch:
                 x_s=pick(self.x_s),
                 parts=[self.parts[n] for n in samples],
                 is_kept=is_kept,
+                velocity_rms=None,
             )
         encoded = part(repeated(self.remembered["encode_prompt"]), axes.encoded)
         is_listed = lambda name, value: is_per_sample(name) and isinstance(value, list) and len(value) == total

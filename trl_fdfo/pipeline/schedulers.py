@@ -392,6 +392,7 @@ class RolloutScheduler(StandIn):
         self.velocities: dict[int, Tensor] = {}
         self.x_s: dict[int, Tensor] = {}
         self.endpoints: Tensor | None = None  # latents after the latest step, [N, ...]
+        self.squared_velocity: Tensor | float = 0.0  # mean over the latent elements, summed over the steps, [N]
         self.is_kept: Tensor | None = None  # what the latest step has left as it was, [N, ...]; None if nothing
         self._parts: list[tuple[Tensor, ...]] = []  # of the streams that have taken the step that is being taken
 
@@ -424,6 +425,7 @@ class RolloutScheduler(StandIn):
             handed_out, velocities, self.endpoints = map(join, zip(*self._parts))
             self.is_kept = self._kept([x_s for *_, x_s in self._parts])
             self._parts = []
+            self.squared_velocity = self.squared_velocity + velocities.float().flatten(1).square().mean(dim=1)
             if step in self.levels:
                 self.x_t[step], self.velocities[step] = handed_out, velocities
                 if self.records_arrivals:

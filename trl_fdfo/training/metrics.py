@@ -12,8 +12,10 @@ from torch import Tensor
 from transformers.utils import logging
 
 from ..metric_names import REWARD, deviation, part
+from ..pipeline.records import RolloutBatch
 from ..reporting.progress import peak_memory
 from ..rewards.reward_functions import RewardFunctions
+from .rollout_alarms import signs, traits
 from .surrogate import tied
 from .watchdogs import Watchdogs
 
@@ -52,6 +54,7 @@ class RolloutMetrics:
         self._images_per_rollout = images_per_rollout
         self._micro_batches_per_step = micro_batches_per_step
         self._micro_batches = 0  # since the last log
+        self._traits: list[Tensor] = []  # of the rollout that is being sampled
         self.values: dict[str, list[Tensor]] = defaultdict(list)
         self.seconds: dict[str, float] = defaultdict(float)
         self.seconds_of_run: dict[str, float] = defaultdict(float)
@@ -60,6 +63,7 @@ class RolloutMetrics:
         """Before a run: the one before may have ended between two logs."""
         for kept in (self.values, self.seconds, self.seconds_of_run):
             kept.clear()
+        self._traits.clear()
         self._micro_batches = 0
 
     def add(self, **values: Tensor) -> None:
@@ -113,6 +117,16 @@ class RolloutMetrics:
         self.add(
             **{part(REWARD, name, "waiting"): torch.tensor(float(n), device=device) for name, n in waiting.items()}
         )
+
+    def see(self, sampled: RolloutBatch) -> None:
+        """Keep what `add_signs` needs of some batches with images."""
+        self._traits.append(traits(sampled))
+
+    def add_signs(self) -> None:
+        """The metrics of a rollout that [`RolloutAlarms`] watches, over all processes."""
+        mine = torch.cat(self._traits).to(self._accelerator.device)
+        self._traits.clear()
+        self.add(**signs(self._accelerator.gather(mine)))
 
     def add_branches(self, endpoints: Sequence[Tensor], shared_noise: float | None) -> None:
         """

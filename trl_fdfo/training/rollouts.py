@@ -88,6 +88,7 @@ def sample_rollout(trainer: Trainer, rollout: int) -> RolloutBuffer:
     chosen = [batch.of_chosen(values) for batch, values in zip(batches, own_totals)]
     if args.num_candidates > args.num_generations:
         metrics.add_chosen(torch.cat(chosen))
+    metrics.add_signs()
     metrics.add_branches([batch.sampled.endpoints for batch in batches], trainer.shared_noise(rollout))
     trainer.see_rewards(torch.cat(chosen))
     scored = []
@@ -262,6 +263,7 @@ def _sample_some(
             sampled.images, repeated[args.dataset_prompt_column], trainer.state, repeated, branches
         )
     trainer.pictures.keep(trainer.state, sampled.images, prompts)
+    trainer.metrics.see(sampled)
     parts = flow.split(replace(sampled, images=None), recorded)
     if trainer.noises_endpoints:
         parts = [_checked_and_forgotten(trainer, part) for part in parts]

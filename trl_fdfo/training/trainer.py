@@ -61,6 +61,7 @@ from .engines import adapt_to_trainer, leave_out_autocast, prepare_for_engine
 from .metrics import RolloutMetrics
 from .migration import arguments_of, unknown_arguments
 from .prompts import load_prompts, plain
+from .rollout_alarms import RolloutAlarms
 from .rollouts import sample_rollout
 from .setup import (
     check_callbacks,
@@ -296,6 +297,7 @@ class RolloutTrainer(Algorithm, Trainer):
             self._alarms,
             self.pictures,
             MetricsFile(),
+            RolloutAlarms(),
             FirstRolloutReport(self.metrics.seconds_of_run),
         ):
             self.add_callback(callback)
