@@ -266,7 +266,7 @@ def test_whole_trainer_and_saved_lora(name, make_config, tmp_path):
     config = make_config(
         num_rollouts=1,
         prompts_per_rollout=2,
-        num_inference_steps=2,
+        num_inference_steps=len(call["sigmas"]) if "sigmas" in call else 2,
         per_device_prompt_batch_size=num_prompts(name),
         optimizer_steps_per_rollout=1,
         learning_rate=1e-2,
