@@ -19,9 +19,9 @@ import tiny_pipelines
 import torch
 from datasets import Dataset
 from scripted_rater import ScriptedRater
-from tiny_runs import PROMPTS
+from tiny_runs import PROMPTS, UnplannedTrainer
 
-from trl_fdfo import FDFOConfig, FDFOTrainer
+from trl_fdfo import FDFOConfig
 from trl_fdfo.rewards.human_preference import human
 
 
@@ -52,7 +52,7 @@ def run_here(folder: Path, url: str, name: str = "whole", rollouts: int = 6) -> 
         disable_tqdm=True,
     )
     dataset = Dataset.from_dict({"prompt": PROMPTS})
-    trainer = FDFOTrainer(config, tiny_pipelines.sd3(), human(url, run=name), train_dataset=dataset)
+    trainer = UnplannedTrainer(config, tiny_pipelines.sd3(), human(url, run=name), train_dataset=dataset)
     trainer.train(resume_from_checkpoint=True)
     weights = {key: weight.detach() for key, weight in trainer.model.named_parameters() if weight.requires_grad}
     torch.save(weights, folder / "weights.pt")

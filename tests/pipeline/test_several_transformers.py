@@ -9,9 +9,9 @@ from conftest import trained_weights
 from datasets import Dataset
 from peft import PeftModel
 from tiny_pipelines import wan
-from tiny_runs import PROMPTS
+from tiny_runs import PROMPTS, UnplannedTrainer
 
-from trl_fdfo import FDFOTrainer, FlowGRPOConfig, FlowGRPOTrainer
+from trl_fdfo import FlowGRPOConfig, FlowGRPOTrainer
 from trl_fdfo.fdfo.churn import constant_churn
 from trl_fdfo.pipeline.patch import shadowed
 from trl_fdfo.pipeline.trained import trained_module, trained_modules
@@ -36,7 +36,7 @@ def make(make_config):
             **{"guidance_scale": CALL["guidance_scale"], "pipeline_kwargs": call, "learning_rate": 1e-2, **options}
         )
         dataset = Dataset.from_dict({"prompt": PROMPTS[:4]})
-        return FDFOTrainer(config, wan.build_two_transformers(), brightness, train_dataset=dataset)
+        return UnplannedTrainer(config, wan.build_two_transformers(), brightness, train_dataset=dataset)
 
     return make
 

@@ -81,6 +81,21 @@ def test_traffic_is_what_operations_without_flops_read_and_write():
     assert cost.operations == 4
 
 
+def test_operations_that_are_alike_are_not_taken_for_repeated_ones():
+    class Alike(nn.Module):
+        def forward(self, x):
+            numbers = x.long()
+            for _ in range(3):
+                numbers * 1, numbers * 1.0, numbers * True, numbers.t() * 1
+                assert (x.t() + 1).stride() == (1, 4) and (x + 1).stride() == (4, 1)
+                assert (numbers * 1.0).dtype == torch.float32 and (numbers * True).dtype == torch.int64
+
+    cost = sampling_cost(Alike(), [((torch.randn(4, 4),), {})], Precision("cpu"))
+    long, short = 8 * 16, 4 * 16
+    assert cost.operations == 1 + 3 * 8
+    assert cost.traffic == short + long + 3 * (4 * 2 * long + 2 * (long + short) + 2 * 2 * short)
+
+
 def test_norms_are_in_float32_under_the_autocast_of_a_gpu():
     norm, calls = nn.LayerNorm(64, elementwise_affine=False), [((torch.randn(32, 64, dtype=torch.bfloat16),), {})]
     on_cpu = sampling_cost(norm, calls, Precision("cpu", torch.bfloat16)).peak

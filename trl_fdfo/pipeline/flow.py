@@ -529,7 +529,8 @@ class PipelineFlow:
         # Branches that share a seed have their own generators from it: their initial noise is the same.
         generators = _generators(repeat_each(seeds, len(prompts) * branches // len(seeds)))
         call_kwargs = self._calling.arguments(self.call_kwargs, prompts, generators, columns)
-        with self._patched(scheduler, model, **wrappers), self._own_random_numbers(seeds[0]):
+        device = self.pipeline._execution_device  # walks through all modules
+        with self._patched(scheduler, model, device=device, **wrappers), self._own_random_numbers(seeds[0]):
             images = self._calling.samples(self.pipeline(**call_kwargs), len(generators))
         samples = len(prompts) * branches
         remembered["encode_prompt"] = once_per_prompt(remembered["encode_prompt"], branches, samples)
@@ -544,7 +545,7 @@ class PipelineFlow:
             x_s=scheduler.x_s,
             sigmas=scheduler.noise_levels.cpu(),
             first_step=scheduler.first_step,
-            device=self.pipeline._execution_device,
+            device=device,
             call_kwargs=call_kwargs,
             remembered=remembered,
             outputs=outputs,

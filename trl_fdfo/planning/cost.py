@@ -11,7 +11,7 @@ import copy
 import functools
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -175,29 +175,102 @@ def _has_data(tensor: Tensor) -> bool:
     return not (tensor.is_floating_point() or tensor.is_complex() or tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
+def _description(value: object, tensors: list[Tensor]) -> object:
+    """What the result of an operation depends on in one of its arguments, to be looked up; appends its tensors to `tensors`."""
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        if type(value) is not FakeTensor or value.constant is not None or value.is_complex():
+            return object()  # equal to no other
+        return value.shape, value.stride(), value.storage_offset(), value.dtype, value.fake_device
+    if isinstance(value, (list, tuple)):
+        return tuple([_description(item, tensors) for item in value])
+    return (type(value), value) if isinstance(value, Hashable) else object()  # 1, 1.0 and True are equal
+
+
+def _is_repeatable(func: torch._ops.OpOverload, given: Sequence[Tensor], result: object) -> bool:
+    """Tell if all that an operation returns are new fake tensors, without gaps in their memory."""
+    storages = {tensor.untyped_storage()._cdata for tensor in given}
+    for made in result if isinstance(result, tuple) else (result,):
+        if made is None:
+            continue
+        if type(made) is not FakeTensor or made.constant is not None or made.layout != torch.strided:
+            return False
+        storage, last = made.untyped_storage(), sum((size - 1) * step for size, step in zip(made.shape, made.stride()))
+        if storage._cdata in storages or storage.nbytes() != (last + 1) * made.element_size() or made.is_complex():
+            return False
+        storages.add(storage._cdata)
+    return not func._schema.is_mutable
+
+
+@dataclass(frozen=True)
+class _Operation:
+    """
+    An operation that was counted: in a model of equal blocks most are called again with tensors of the same shapes, and
+    PyTorch takes longer to find out what they return.
+
+    Attributes:
+        outputs: For each tensor that it returns its shape, strides, dtype and device; None for a result that is None.
+        is_tuple: They come in a tuple.
+        mode: What makes fake tensors.
+        flops: Its floating-point operations; None if it has no formula.
+    """
+
+    outputs: list[tuple | None]
+    is_tuple: bool
+    mode: FakeTensorMode
+    flops: int | None
+
+    @classmethod
+    def of(cls, result: FakeTensor | tuple, flops: int | None) -> "_Operation":
+        outputs = result if isinstance(result, tuple) else (result,)
+        [mode] = {output.fake_mode for output in outputs if output is not None}
+        known = [None if o is None else (o.shape, o.stride(), o.dtype, o.fake_device) for o in outputs]
+        return cls(known, isinstance(result, tuple), mode, flops)
+
+    def repeated(self) -> FakeTensor | tuple:
+        with torch._C._DisableTorchDispatch():
+            made = [None if known is None else self._made(*known) for known in self.outputs]
+        return tuple(made) if self.is_tuple else made[0]
+
+    def _made(self, shape: torch.Size, stride: tuple, dtype: torch.dtype, device: torch.device) -> FakeTensor:
+        return FakeTensor(self.mode, torch.empty_strided(shape, stride, dtype=dtype, device="meta"), device)
+
+
 class _Counter(TorchDispatchMode):
     """Counts operations, and the bytes of returned tensors while they live; `known` tensors are free."""
 
     def __init__(self, known: Iterable[Tensor]):
         super().__init__()
         self.flops = self.traffic = self.operations = self.now = self.peak = 0
+        self._repeated: dict[tuple, _Operation] = {}
         self._known = WeakIdKeyDictionary()
         for tensor in known:
             self._known[tensor.untyped_storage()] = True
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.prim.device.default:  # two of three calls
+            return args[0].fake_device
         kwargs = kwargs or {}
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        # Some models read the lengths of prompts off a mask.
-        computed = unset_fake_temporarily() if given and all(map(_has_data, given)) else contextlib.nullcontext()
-        with computed:
-            result = func(*args, **kwargs)
+        given: list[Tensor] = []
+        key = (func, _description(args, given), _description(tuple(kwargs.items()), given))
+        operation = self._repeated.get(key)
+        if operation is not None:
+            result, is_view, flops = operation.repeated(), False, operation.flops
+        else:
+            # Some models read the lengths of prompts off a mask.
+            computed = unset_fake_temporarily() if given and all(map(_has_data, given)) else contextlib.nullcontext()
+            with computed:
+                result = func(*args, **kwargs)
         returned = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        if not _is_view(func, given, returned):
+        if operation is None:
+            is_view, formula = _is_view(func, given, returned), _FLOPS.get(func._overloadpacket)
+            flops = None if is_view or formula is None else formula(*args, **kwargs, out_val=result)
+            if not is_view and _is_repeatable(func, given, result):
+                self._repeated[key] = _Operation.of(result, flops)
+        if not is_view:
             self.operations += 1
-            formula = _FLOPS.get(func._overloadpacket)
-            if formula is not None:
-                self.flops += formula(*args, **kwargs, out_val=result)
+            if flops is not None:
+                self.flops += flops
             else:
                 self.traffic += sum(_moved_bytes(tensor) for tensor in (*given, *returned))
         for tensor in returned:

@@ -455,10 +455,13 @@ class RolloutConfig(TrainingArguments):
         return super().__new__(cls)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if "_given" not in self.__dict__:  # under construction
+            object.__setattr__(self, name, value)
+            return
         options = {field.name for field in fields(self) if field.init}
         held = {*self._own_options(), *_INHERITED_RESULT_OPTIONS, "max_steps", "output_dir"}
-        is_new = "_given" in self.__dict__ and name in options and value != self.__dict__.get(name)
-        is_misspelt = "_given" in self.__dict__ and name not in options and not hasattr(self, name)
+        is_new = name in options and value != self.__dict__.get(name)
+        is_misspelt = name not in options and not hasattr(self, name)
         # Others may be new: Trainer sets `hf_deepspeed_config`, and a subclass or a user attributes of its own.
         if is_misspelt and difflib.get_close_matches(name, options, cutoff=0.8):
             error = unknown_options(type(self).__name__, {name: value}, options, self.renamed_options)

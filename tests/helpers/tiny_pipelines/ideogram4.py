@@ -16,7 +16,7 @@ CALLS = {
     "guided": {**SIZE, "guidance_scale": 7.0, "guidance_schedule": None},
     # Both transformers are called, and the unconditional one has no say.
     "plain": {**SIZE, "guidance_scale": 1.0, "guidance_schedule": None},
-    "scheduled": {**SIZE, "guidance_schedule": [7.0, 7.0, 7.0, 3.0]},
+    "scheduled": {**SIZE, "num_inference_steps": 4, "guidance_schedule": [7.0, 7.0, 7.0, 3.0]},
 }
 
 
