@@ -210,8 +210,13 @@ def train(run: Run) -> dict[str, Any]:
     return result
 
 
-def measure_costs(settings: dict[str, Run], rounds: int = 4) -> dict[str, Any]:
-    """CPU seconds of a rollout and its updates in each cell on one thread, the median of `rounds`; cells take turns."""
+def measure_costs(settings: dict[str, Run], known: dict[str, Any], rounds: int = 4) -> dict[str, Any]:
+    """
+    CPU seconds of a rollout and its updates in each cell on one thread, the median of `rounds`; cells take turns.
+
+    Cells with a `known` cost keep it. The first cell is measured again beside the new ones, whose times are scaled by its
+    own, because a busy machine is slower.
+    """
     import torch
     from transformers import PrinterCallback, TrainerCallback
 
@@ -224,20 +229,27 @@ def measure_costs(settings: dict[str, Run], rounds: int = 4) -> dict[str, Any]:
         def on_epoch_end(self, args, state, control, **kwargs):
             self.seconds = time.process_time() - self.start
 
+    first, seconds_per_rollout = next(iter(settings)), dict(known.get("seconds_per_rollout", {}))
     trainers, clock = {}, Clock()
     for name, run in settings.items():
-        trainers[name] = make_trainer(run, rollouts=1)
-        trainers[name].add_callback(clock)
-        trainers[name].pop_callback(PrinterCallback)
+        if name == first or name not in seconds_per_rollout:
+            trainers[name] = make_trainer(run, rollouts=1)
+            trainers[name].add_callback(clock)
+            trainers[name].pop_callback(PrinterCallback)
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
     for _ in range(rounds + 1):
         for name, trainer in random.sample(list(trainers.items()), len(trainers)):
             trainer.train()
             seconds[name].append(clock.seconds)
+    medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
+    scale = seconds_per_rollout.get(first, medians[first]) / medians[first]
     return {
         "machine": machine(),
-        "seconds_per_rollout": {name: round(statistics.median(values[1:]), 3) for name, values in seconds.items()},
-        "rounds": {name: [round(value, 3) for value in values[1:]] for name, values in seconds.items()},
+        "seconds_per_rollout": seconds_per_rollout | {name: round(scale * value, 3) for name, value in medians.items()},
+        "rounds": [
+            *known.get("rounds", []),
+            {name: [round(value, 3) for value in values[1:]] for name, values in seconds.items()},
+        ],
     }
 
 
@@ -602,9 +614,9 @@ def main() -> None:
         for part in (first, ablations(best(results, "FDFO", *CELLS[0])), runs):
             run_missing(part, args.workers, deadline)
         cells = {run.cell: run for run in runs}
-        measured = json.loads(COSTS.read_text())["seconds_per_rollout"] if COSTS.is_file() else {}
-        if not cells.keys() <= measured.keys():
-            COSTS.write_text(json.dumps(measure_costs(cells), indent=2) + "\n")
+        costs = json.loads(COSTS.read_text()) if COSTS.is_file() else {}
+        if not cells.keys() <= costs.get("seconds_per_rollout", {}).keys():
+            COSTS.write_text(json.dumps(measure_costs(cells, costs), indent=2) + "\n")
     text = report(load())
     REPORT.write_text(text)
     print(text)
