@@ -54,6 +54,12 @@ def test_when_a_reward_is_reached():
     assert convergence.final(result) == pytest.approx(0.7) and convergence.over_run(result) == pytest.approx(0.62)
 
 
+def test_all_runs_are_scored_on_the_same_images():
+    """Before training the reward depends on the steps of the scored images alone; coarse rollouts do not change them."""
+    before = {(max(r["run"]["steps"], convergence.TUNED_STEPS), round(r["reward"][0], 3)) for r in convergence.load()}
+    assert len(before) == len({steps for steps, _ in before})
+
+
 def test_report_of_made_up_runs(tmp_path, monkeypatch):
     seconds = {"FDFO, 10 steps, a quarter": 2.0, "Flow-GRPO, 10 steps, a quarter": 1.0, "Flow-GRPO, 10 steps, all": 3.0}
     seconds |= {"AWM, 10 steps, a quarter": 4.0, "FDFO, 5 steps, two fifths": 2.0}
