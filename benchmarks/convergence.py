@@ -497,7 +497,7 @@ def grid_tables(results: list[dict[str, Any]]) -> list[str]:
         setting = best(results, algorithm, TUNED_STEPS, fraction)
         values[setting] = f"**{values[setting]}**"
         name = ALGORITHMS[algorithm].knob
-        rates, knobs = (sorted({getattr(run, name) for run in values}) for name in ("learning_rate", "knob"))
+        rates, knobs = (sorted(set(numbers)) for numbers in zip(*ALGORITHMS[algorithm].grids[fraction]))
         rows = [
             [
                 f"learning rate {rate:g}",
@@ -543,7 +543,9 @@ def columns_of(runs: list[dict[str, Any]]) -> list[str]:
 
 def spread(values: Iterable[float]) -> str:
     values = [value for value in values if not math.isnan(value)]
-    return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})" if values else ""
+    if len(values) < 2:
+        return "".join(f"{value:.3f}" for value in values)
+    return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
 def duration(rollouts: float, cost: float) -> str:
