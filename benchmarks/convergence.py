@@ -1,21 +1,23 @@
 """
-Measures how soon FDFO and Flow-GRPO reach a reward on the packaged pipeline. Both get equally many images and are tuned
-over the same grid.
+Measures how soon FDFO, Flow-GRPO, DiffusionNFT and AWM reach a reward on the packaged pipeline. All get equally many
+images and are tuned over grids of the same size.
 
     python benchmarks/convergence.py             # the runs that results/convergence.jsonl lacks, then the report
     python benchmarks/convergence.py --report    # the report alone: results/convergence.md, docs/convergence.png
 
 All runs take some hours on two cores; a run that has a result is not repeated. They come in this order: the grid, on a
-quarter of the tuples and on all, with a seed that is used nowhere else; five seeds with each algorithm's best setting
-in three of the four cells (10 and 20 steps, a quarter and all); ablations of FDFO with three seeds; the most expensive
-cell; the cost of a rollout in each cell.
+quarter of the tuples and, for FDFO and Flow-GRPO, on all, with a seed that is used nowhere else; five seeds with each
+algorithm's best setting in the first cell (10 steps, a quarter); FDFO and Flow-GRPO in two more (10 steps on all, 20 on
+a quarter), and with rollouts of 5 steps; ablations of FDFO with three seeds; the most expensive cell; the cost of a
+rollout in each cell.
 
 On one machine a run's settings and seed decide its result to the bit, however busy the machine is. Its CPU seconds
 would not repeat, because runs share a processor. So the costs of a rollout are measured in turn in one process, and the
 CPU seconds of a run are its rollouts times that cost.
 
 Every run is scored on the same images of the pipeline's own sampler, from seeds that training does not see: 2 of each
-of the 54 captions every third rollout, and 8 of each at the end.
+of the 54 captions every third rollout, and 8 of each at the end. They have as many steps as the rollouts, but not fewer
+than 10.
 """
 
 import argparse
@@ -44,19 +46,58 @@ PICTURE = Path(__file__).parents[1] / "docs" / "convergence.png"
 ROLLOUTS, IMAGES, EVALUATE_EVERY = 30, 144, 3
 TUNING_SEED, SEEDS, ABLATION_SEEDS = 100, (1, 2, 3, 4, 5), (1, 2, 3)
 LEARNING_RATES = (3e-4, 6e-4, 1.2e-3, 2.4e-3)
-# The algorithms clip different ratios: in a step FDFO's moves by 0.05, and Flow-GRPO's, of a mean log-likelihood, by
-# 0.0003. Both grids are the same multiples of each algorithm's usual clip.
-CLIPS = {"FDFO": (0.0125, 0.05, 0.2, 0.8), "Flow-GRPO": (6.25e-5, 2.5e-4, 1e-3, 4e-3)}
-# Settings beyond the grid, on all tuples, because the best setting was at the grid's edge.
-BEYOND = {
-    "FDFO": [(3e-4, 3.2), (6e-4, 3.2), (1.2e-3, 3.2)],
-    "Flow-GRPO": [(2.4e-3, 1.6e-2), (4.8e-3, 1e-3), (4.8e-3, 4e-3), (4.8e-3, 1.6e-2)],
-}
-CELLS = [(10, 0.25), (10, 1.0), (20, 0.25), (20, 1.0)]  # steps T, fraction of the tuples
-TUNED_STEPS, FRACTIONS = 10, (0.25, 1.0)  # 10 steps are tuned; 20 steps take their settings
-TARGETS = (0.65, 0.70, 0.75, 0.80)
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """A trainer of `trl_fdfo`, its options, and the settings among which it is tuned."""
+
+    trainer: str
+    options: dict[str, Any]
+    knob: str  # the option that, beside the learning rate, decides how far a rollout moves the weights
+    grids: dict[float, list[tuple[float, float]]]  # learning rates and values of the knob, by fraction of the tuples
+
+
+def grid_of(*knobs: float) -> list[tuple[float, float]]:
+    return list(itertools.product(LEARNING_RATES, knobs))
+
 
 FDFO_CHURN = {"churn_schedule": "prior", "churn": 0.26, "churn_kwargs": {"spread": 0.0}}
+# The algorithms clip different ratios: in a step FDFO's moves by 0.05, and Flow-GRPO's, of a mean log-likelihood, by
+# 0.0003. All grids are the same multiples of each algorithm's usual value; a smaller nft_beta moves the weights farther.
+# All tuples leave out the smallest clip, which was the worst on a quarter, and have settings beyond the grid, because the
+# best one was at its edge.
+ALGORITHMS = {
+    "FDFO": Algorithm(
+        "FDFOTrainer",
+        {"num_generations": 2, **FDFO_CHURN},
+        "epsilon",
+        {
+            0.25: grid_of(0.0125, 0.05, 0.2, 0.8),
+            1.0: [*grid_of(0.05, 0.2, 0.8), (3e-4, 3.2), (6e-4, 3.2), (1.2e-3, 3.2)],
+        },
+    ),
+    "Flow-GRPO": Algorithm(
+        "FlowGRPOTrainer",
+        {"num_generations": 8},
+        "epsilon",
+        {
+            0.25: grid_of(6.25e-5, 2.5e-4, 1e-3, 4e-3),
+            1.0: [*grid_of(2.5e-4, 1e-3, 4e-3), (2.4e-3, 1.6e-2), (4.8e-3, 1e-3), (4.8e-3, 4e-3), (4.8e-3, 1.6e-2)],
+        },
+    ),
+    "DiffusionNFT": Algorithm(
+        "DiffusionNFTTrainer", {"num_generations": 8}, "nft_beta", {0.25: grid_of(4.0, 1.0, 0.25, 0.0625)}
+    ),
+    "AWM": Algorithm("AWMTrainer", {"num_generations": 8}, "epsilon", {0.25: grid_of(0.0025, 0.01, 0.04, 0.16)}),
+}
+PAIR = ("FDFO", "Flow-GRPO")  # compared in each of the cells; the other algorithms are in the first alone
+CELLS = [(10, 0.25), (10, 1.0), (20, 0.25), (20, 1.0)]  # steps T, fraction of the tuples
+COARSE = [("FDFO", 5, 0.4), ("Flow-GRPO", 5, 0.4), ("Flow-GRPO", 5, 1.0)]
+TUNED_STEPS = 10  # others take the settings of 10 steps
+FRACTIONS = {0.25: "a quarter", 0.4: "two fifths", 1.0: "all"}
+TARGETS = (0.65, 0.70, 0.75, 0.80)
+
 ABLATIONS: dict[str, dict[str, Any]] = {
     "prior churn 0.065": {"churn": 0.065},
     "prior churn 1": {"churn": 1.0},
@@ -83,36 +124,33 @@ class Run:
     steps: int
     fraction: float
     learning_rate: float
-    clip: float
+    knob: float
     seed: int
     ablation: str = ""
 
     @property
     def cell(self) -> str:
-        return f"{self.algorithm}, {self.steps} steps, {'all' if self.fraction == 1 else 'a quarter'}"
+        return f"{self.algorithm}, {self.steps} steps, {FRACTIONS[self.fraction]}"
 
 
 def make_trainer(run: Run, rollouts: int = ROLLOUTS):
     from datasets import Dataset
 
+    import trl_fdfo
     from benchmarks.common import PACKAGED
-    from trl_fdfo import FDFOConfig, FDFOTrainer, FlowGRPOConfig, FlowGRPOTrainer, shapes
+    from trl_fdfo import shapes
 
-    class FirstLevel(FDFOTrainer):
+    class FirstLevel(trl_fdfo.FDFOTrainer):
         """Trains on the first level alone, whose noise differs between the branches."""
 
         def trained_levels(self, rollout, batch):
             return [0] * self.args.num_trained_levels
 
-    options = {"num_generations": 8}
-    trainer_class, config_class = FlowGRPOTrainer, FlowGRPOConfig
-    if run.algorithm == "FDFO":
-        options = {"num_generations": 2, **FDFO_CHURN, **ABLATIONS.get(run.ablation, {})}
-        trainer_class, config_class = FDFOTrainer, FDFOConfig
-        if run.ablation == "first level alone":
-            trainer_class = FirstLevel
+    algorithm = ALGORITHMS[run.algorithm]
+    trainer_class = FirstLevel if run.ablation == "first level alone" else getattr(trl_fdfo, algorithm.trainer)
+    options = {**algorithm.options, algorithm.knob: run.knob, **ABLATIONS.get(run.ablation, {})}
     prompts = IMAGES // options["num_generations"]
-    config = config_class(
+    config = trainer_class.config_class(
         output_dir="outputs/convergence",
         num_rollouts=rollouts,
         prompts_per_rollout=prompts,
@@ -121,7 +159,6 @@ def make_trainer(run: Run, rollouts: int = ROLLOUTS):
         timestep_fraction=run.fraction,
         optimizer_steps_per_rollout=6,
         learning_rate=run.learning_rate,
-        epsilon=run.clip,
         seed=run.seed,
         **PACKAGED,
         **options,
@@ -143,7 +180,8 @@ def train(run: Run) -> dict[str, Any]:
 
     def score(images_per_caption: int) -> dict[str, float]:
         prompts = [caption for caption in shapes.captions() for _ in range(images_per_caption)]
-        images = trainer.generate(prompts, range(10**6, 10**6 + len(prompts)))
+        seeds = range(10**6, 10**6 + len(prompts))
+        images = trainer.generate(prompts, seeds, num_inference_steps=max(run.steps, TUNED_STEPS))
         metrics = shapes.metrics(images, prompts)
         metrics["reward"] = shapes.reward(images, prompts).mean().item()
         return metrics
@@ -172,8 +210,13 @@ def train(run: Run) -> dict[str, Any]:
     return result
 
 
-def measure_costs(settings: dict[str, Run], rounds: int = 4) -> dict[str, Any]:
-    """CPU seconds of a rollout and its updates in each cell on one thread, the median of `rounds`; cells take turns."""
+def measure_costs(settings: dict[str, Run], known: dict[str, Any], rounds: int = 4) -> dict[str, Any]:
+    """
+    CPU seconds of a rollout and its updates in each cell on one thread, the median of `rounds`; cells take turns.
+
+    Cells with a `known` cost keep it. The first cell is measured again beside the new ones, whose times are scaled by its
+    own, because a busy machine is slower.
+    """
     import torch
     from transformers import PrinterCallback, TrainerCallback
 
@@ -186,20 +229,27 @@ def measure_costs(settings: dict[str, Run], rounds: int = 4) -> dict[str, Any]:
         def on_epoch_end(self, args, state, control, **kwargs):
             self.seconds = time.process_time() - self.start
 
+    first, seconds_per_rollout = next(iter(settings)), dict(known.get("seconds_per_rollout", {}))
     trainers, clock = {}, Clock()
     for name, run in settings.items():
-        trainers[name] = make_trainer(run, rollouts=1)
-        trainers[name].add_callback(clock)
-        trainers[name].pop_callback(PrinterCallback)
+        if name == first or name not in seconds_per_rollout:
+            trainers[name] = make_trainer(run, rollouts=1)
+            trainers[name].add_callback(clock)
+            trainers[name].pop_callback(PrinterCallback)
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
     for _ in range(rounds + 1):
         for name, trainer in random.sample(list(trainers.items()), len(trainers)):
             trainer.train()
             seconds[name].append(clock.seconds)
+    medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
+    scale = seconds_per_rollout.get(first, medians[first]) / medians[first]
     return {
         "machine": machine(),
-        "seconds_per_rollout": {name: round(statistics.median(values[1:]), 3) for name, values in seconds.items()},
-        "rounds": {name: [round(value, 3) for value in values[1:]] for name, values in seconds.items()},
+        "seconds_per_rollout": seconds_per_rollout | {name: round(scale * value, 3) for name, value in medians.items()},
+        "rounds": [
+            *known.get("rounds", []),
+            {name: [round(value, 3) for value in values[1:]] for name, values in seconds.items()},
+        ],
     }
 
 
@@ -219,14 +269,12 @@ def machine() -> str:
 
 
 def grid() -> list[Run]:
-    runs = []
-    for fraction in FRACTIONS:
-        for algorithm, clips in CLIPS.items():
-            # All tuples leave out the smallest clip, which was the worst on a quarter.
-            clips, beyond = (clips[1:], BEYOND[algorithm]) if fraction == 1 else (clips, [])
-            settings = [*itertools.product(LEARNING_RATES, clips), *beyond]
-            runs += [Run(algorithm, TUNED_STEPS, fraction, rate, clip, TUNING_SEED) for rate, clip in settings]
-    return runs
+    return [
+        Run(name, TUNED_STEPS, fraction, *setting, TUNING_SEED)
+        for fraction in FRACTIONS
+        for name, algorithm in ALGORITHMS.items()
+        for setting in algorithm.grids.get(fraction, [])
+    ]
 
 
 def final(result: dict[str, Any]) -> float:
@@ -246,9 +294,9 @@ def tuning(results: list[dict[str, Any]], algorithm: str, fraction: float) -> li
 
 
 def best(results: list[dict[str, Any]], algorithm: str, steps: int, fraction: float) -> Run:
-    """The setting with the highest reward at the end on the grid of this fraction."""
-    run = Run(**max(tuning(results, algorithm, fraction), key=final)["run"])
-    return replace(run, steps=steps)
+    """The setting with the highest reward at the end on the grid of all tuples, or of a quarter for a part of them."""
+    run = Run(**max(tuning(results, algorithm, 1.0 if fraction == 1 else 0.25), key=final)["run"])
+    return replace(run, steps=steps, fraction=fraction)
 
 
 def soonest(results: list[dict[str, Any]]) -> Run:
@@ -257,10 +305,25 @@ def soonest(results: list[dict[str, Any]]) -> Run:
     return Run(**max(runs, key=over_run)["run"])
 
 
+def race(results: list[dict[str, Any]]) -> list[Run]:
+    """Each algorithm's best setting in the first cell."""
+    return [best(results, algorithm, *CELLS[0]) for algorithm in ALGORITHMS]
+
+
+def pairs(results: list[dict[str, Any]]) -> list[dict[str, Run]]:
+    """FDFO's and Flow-GRPO's best settings in each cell."""
+    return [{algorithm: best(results, algorithm, *cell) for algorithm in PAIR} for cell in CELLS]
+
+
+def coarse(results: list[dict[str, Any]]) -> list[Run]:
+    """The settings with rollouts of fewer steps than the images that are scored."""
+    return [best(results, *cell) for cell in COARSE]
+
+
 def comparison(results: list[dict[str, Any]]) -> list[Run]:
-    return [
-        replace(best(results, algorithm, *cell), seed=seed) for cell in CELLS for seed in SEEDS for algorithm in CLIPS
-    ]
+    groups = [race(results), *(list(pair.values()) for pair in pairs(results)), coarse(results)]
+    runs = [replace(setting, seed=seed) for group in groups for seed in SEEDS for setting in group]
+    return list(dict.fromkeys(runs))
 
 
 def ablations(setting: Run) -> list[Run]:
@@ -317,7 +380,7 @@ def of_setting(results: list[dict[str, Any]], setting: Run, seeds: Sequence[int]
 
 def report(results: list[dict[str, Any]]) -> str:
     costs = json.loads(COSTS.read_text())
-    cells = [{algorithm: best(results, algorithm, *cell) for algorithm in CLIPS} for cell in CELLS]
+    cells = pairs(results)
     # The first cell again, with FDFO tuned to be soon.
     cells.insert(1, {**cells[0], "FDFO": soonest(results)})
     # Each algorithm with its best fraction: FDFO on a quarter of the tuples, Flow-GRPO on all.
@@ -326,14 +389,16 @@ def report(results: list[dict[str, Any]]) -> str:
         for steps in sorted({steps for steps, _ in CELLS})
     ]
     cells = [cell for cell in cells if all(of_setting(results, setting) for setting in cell.values())]
+    settings = [*(setting for cell in cells for setting in cell.values()), *race(results), *coarse(results)]
+    fine = [*pairs(results)[0].values(), best(results, "Flow-GRPO", *CELLS[1])]
     return "\n".join(
         [
-            "# FDFO and Flow-GRPO on the packaged pipeline",
+            "# FDFO and other algorithms on the packaged pipeline",
             "",
-            f"{ROLLOUTS} rollouts of {IMAGES} images, of each prompt 2 for FDFO and 8 for Flow-GRPO. Medians over "
+            f"{ROLLOUTS} rollouts of {IMAGES} images, of each prompt 2 for FDFO and 8 for the others. Medians over "
             "seeds, and the range in parentheses.",
             "",
-            *end_table(results, cells, costs["seconds_per_rollout"]),
+            *end_table(results, settings, costs["seconds_per_rollout"]),
             "",
             "## How soon",
             "",
@@ -343,11 +408,25 @@ def report(results: list[dict[str, Any]]) -> str:
             "",
             *speed_table(results, cells, costs["seconds_per_rollout"]),
             "",
+            "## Four algorithms",
+            "",
+            f"Rollouts to a reward, median over seeds, and CPU seconds: {CELLS[0][0]} steps, a quarter of the tuples.",
+            "",
+            *race_table(results, race(results), costs["seconds_per_rollout"]),
+            "",
+            "## Rollouts coarser than the images",
+            "",
+            f"Rollouts of 5 steps, and all images that are scored of {TUNED_STEPS}. The settings are those of "
+            f"{TUNED_STEPS} steps.",
+            "",
+            *race_table(results, [*fine, *coarse(results)], costs["seconds_per_rollout"]),
+            "",
             "## The grid",
             "",
             f"{TUNED_STEPS} steps, seed {TUNING_SEED}: reward at the end (mean of the last two evaluations; in bold "
-            "the highest, whose setting is used elsewhere, at 20 steps too), and mean over the run, by which FDFO on a "
-            f"quarter is soonest with learning rate {soonest(results).learning_rate:g}: that setting is compared too.",
+            "the highest, whose setting is used elsewhere, at 5 and 20 steps too), and mean over the run, by which FDFO "
+            f"on a quarter is soonest with learning rate {soonest(results).learning_rate:g}: that setting is compared "
+            "too. An empty cell was not run.",
             "",
             *grid_tables(results),
             f"## Ablations of FDFO: {CELLS[0][0]} steps, a quarter of the tuples",
@@ -360,13 +439,25 @@ def report(results: list[dict[str, Any]]) -> str:
     )
 
 
-def end_table(results: list[dict[str, Any]], cells: list[dict[str, Run]], seconds: dict[str, float]) -> list[str]:
+def end_table(results: list[dict[str, Any]], settings: list[Run], seconds: dict[str, float]) -> list[str]:
     base = results[0]
     rows = [["before", *(f"{base[name][0]:.3f}" for name in ("reward", "strict", "diversity")), "", ""]]
-    for setting in dict.fromkeys(setting for cell in cells for setting in cell.values()):
-        members = of_setting(results, setting)
-        rows.append([label(setting, results), *columns_of(members), f"{seconds[setting.cell]:.2f}"])
+    for setting in dict.fromkeys(settings):
+        if members := of_setting(results, setting):
+            rows.append([label(setting, results), *columns_of(members), f"{seconds[setting.cell]:.2f}"])
     return table(["", *MEASURES, "runs", "CPU s per rollout"], rows)
+
+
+def race_table(results: list[dict[str, Any]], settings: list[Run], seconds: dict[str, float]) -> list[str]:
+    rows = []
+    for setting in settings:
+        if members := of_setting(results, setting):
+            times = [statistics.median(reached(member, target) for member in members) for target in TARGETS]
+            cost = seconds[setting.cell]
+            row = [spread(map(over_run, members)), *(duration(time, cost) for time in times)]
+            rows.append([setting.cell, *row, duration(ROLLOUTS, cost), str(len(members))])
+    header = ["", "mean reward over the run", *(f"{target:.2f}" for target in TARGETS), "whole run", "runs"]
+    return table(header, rows)
 
 
 def speed_table(results: list[dict[str, Any]], cells: list[dict[str, Run]], seconds: dict[str, float]) -> list[str]:
@@ -401,20 +492,20 @@ def speed_table(results: list[dict[str, Any]], cells: list[dict[str, Run]], seco
 
 def grid_tables(results: list[dict[str, Any]]) -> list[str]:
     lines = []
-    for fraction in FRACTIONS:
-        for algorithm in CLIPS:
-            values = {Run(**result["run"]): grid_cell(result) for result in tuning(results, algorithm, fraction)}
-            setting = best(results, algorithm, TUNED_STEPS, fraction)
-            values[setting] = f"**{values[setting]}**"
-            rates, clips = (sorted({getattr(run, name) for run in values}) for name in ("learning_rate", "clip"))
-            rows = [
-                [
-                    f"learning rate {rate:g}",
-                    *(values.get(replace(setting, learning_rate=rate, clip=clip), "") for clip in clips),
-                ]
-                for rate in rates
+    for algorithm, fraction in dict.fromkeys((run.algorithm, run.fraction) for run in grid()):
+        values = {Run(**result["run"]): grid_cell(result) for result in tuning(results, algorithm, fraction)}
+        setting = best(results, algorithm, TUNED_STEPS, fraction)
+        values[setting] = f"**{values[setting]}**"
+        name = ALGORITHMS[algorithm].knob
+        rates, knobs = (sorted(set(numbers)) for numbers in zip(*ALGORITHMS[algorithm].grids[fraction]))
+        rows = [
+            [
+                f"learning rate {rate:g}",
+                *(values.get(replace(setting, learning_rate=rate, knob=knob), "") for knob in knobs),
             ]
-            lines += [*table([setting.cell, *(f"clip {clip:g}" for clip in clips)], rows), ""]
+            for rate in rates
+        ]
+        lines += [*table([setting.cell, *(f"{name} {knob:g}" for knob in knobs)], rows), ""]
     return lines
 
 
@@ -452,7 +543,9 @@ def columns_of(runs: list[dict[str, Any]]) -> list[str]:
 
 def spread(values: Iterable[float]) -> str:
     values = [value for value in values if not math.isnan(value)]
-    return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})" if values else ""
+    if len(values) < 2:
+        return "".join(f"{value:.3f}" for value in values)
+    return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
 def duration(rollouts: float, cost: float) -> str:
@@ -479,10 +572,12 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     for column, (scale, steps) in enumerate(columns):
         curves = [
             (best(results, algorithm, steps, fraction), color, style)
-            for algorithm, color in zip(CLIPS, ("tab:blue", "tab:orange"))
-            for fraction, style in zip(FRACTIONS, ("-", "--"))
+            for algorithm, color in zip(PAIR, ("tab:blue", "tab:orange"))
+            for fraction, style in ((0.25, "-"), (1.0, "--"))
         ]
-        curves += [(soonest(results), "tab:cyan", "-")] if steps == CELLS[0][0] else []
+        if steps == CELLS[0][0]:
+            others = zip(race(results)[len(PAIR) :], ("tab:green", "tab:red"))
+            curves += [(soonest(results), "tab:cyan", "-"), *((setting, color, "-") for setting, color in others)]
         for setting, color, style in curves:
             members = [member for member in of_setting(results, setting) if "failed" not in member]
             if not members:
@@ -520,9 +615,10 @@ def main() -> None:
         # The most expensive cell comes last.
         for part in (first, ablations(best(results, "FDFO", *CELLS[0])), runs):
             run_missing(part, args.workers, deadline)
-        if not COSTS.is_file():
-            cells = {run.cell: run for run in runs}
-            COSTS.write_text(json.dumps(measure_costs(cells), indent=2) + "\n")
+        cells = {run.cell: run for run in runs}
+        costs = json.loads(COSTS.read_text()) if COSTS.is_file() else {}
+        if not cells.keys() <= costs.get("seconds_per_rollout", {}).keys():
+            COSTS.write_text(json.dumps(measure_costs(cells, costs), indent=2) + "\n")
     text = report(load())
     REPORT.write_text(text)
     print(text)

@@ -10,17 +10,20 @@ from benchmarks import convergence
 from benchmarks.convergence import Run
 
 
-FDFO, GRPO = (Run(name, 10, 0.25, 6e-4, convergence.CLIPS[name][1], 1) for name in ("FDFO", "Flow-GRPO"))
+FIRST = {name: Run(name, 10, 0.25, *algorithm.grids[0.25][0], 1) for name, algorithm in convergence.ALGORITHMS.items()}
+FDFO = FIRST["FDFO"]
 
 
 @pytest.mark.parametrize(
     "run",
     [
+        *FIRST.values(),
         *(
-            replace(run, steps=steps, fraction=fraction)
-            for run in (FDFO, GRPO)
-            for steps, fraction in convergence.CELLS
+            replace(FIRST[name], steps=steps, fraction=fraction)
+            for name in convergence.PAIR
+            for steps, fraction in convergence.CELLS[1:]
         ),
+        *(replace(FIRST[name], steps=steps, fraction=fraction) for name, steps, fraction in convergence.COARSE),
         *(replace(FDFO, ablation=name) for name in convergence.ABLATIONS),
     ],
     ids=lambda run: run.ablation or run.cell,
@@ -51,12 +54,20 @@ def test_when_a_reward_is_reached():
     assert convergence.final(result) == pytest.approx(0.7) and convergence.over_run(result) == pytest.approx(0.62)
 
 
+def test_all_runs_are_scored_on_the_same_images():
+    """Before training the reward depends on the steps of the scored images alone; coarse rollouts do not change them."""
+    before = {(max(r["run"]["steps"], convergence.TUNED_STEPS), round(r["reward"][0], 3)) for r in convergence.load()}
+    assert len(before) == len({steps for steps, _ in before})
+
+
 def test_report_of_made_up_runs(tmp_path, monkeypatch):
     seconds = {"FDFO, 10 steps, a quarter": 2.0, "Flow-GRPO, 10 steps, a quarter": 1.0, "Flow-GRPO, 10 steps, all": 3.0}
+    seconds |= {"AWM, 10 steps, a quarter": 4.0, "FDFO, 5 steps, two fifths": 2.0}
     (tmp_path / "costs.json").write_text(json.dumps({"machine": "a machine", "seconds_per_rollout": seconds}))
     monkeypatch.setattr(convergence, "COSTS", tmp_path / "costs.json")
     grid = [made(replace(run), [0.5] * 3, 0.5) for run in convergence.grid()]
     best = {"FDFO": Run("FDFO", 10, 0.25, 3e-4, 0.8, 100), "Flow-GRPO": Run("Flow-GRPO", 10, 0.25, 1.2e-3, 1e-3, 100)}
+    best["AWM"] = Run("AWM", 10, 0.25, 6e-4, 0.04, 100)
     bold = Run("Flow-GRPO", 10, 1.0, 2.4e-3, 4e-3, 100)
     results = [result for result in grid if Run(**result["run"]) not in {*best.values(), bold}]
     results += [made(run, [0.5, 0.6, 0.7], 0.7) for run in [*best.values(), bold]]
@@ -65,9 +76,12 @@ def test_report_of_made_up_runs(tmp_path, monkeypatch):
         results.append(made(replace(best["FDFO"], seed=seed), [0.5, 0.6 + seed / 500, 0.9, 0.9], 0.9))
         results.append(made(replace(best["Flow-GRPO"], seed=seed), [0.5, 0.5, 0.6, 0.6], 0.6))
         results.append(made(replace(bold, seed=seed), [0.5, 0.6, 0.8, 0.8], 0.8))
+        results.append(made(replace(best["AWM"], seed=seed), [0.5, 0.6, 0.7, 0.74], 0.7))
+    results.append(made(replace(best["FDFO"], steps=5, fraction=0.4, seed=1), [0.5, 0.8, 0.8, 0.8], 0.8))
     for name, run in best.items():
         assert convergence.best(results, name, 10, 0.25) == run
         assert convergence.best(results, name, 20, 0.25) == replace(run, steps=20)
+        assert convergence.best(results, name, 5, 0.4) == replace(run, steps=5, fraction=0.4)
     # Each fraction is tuned by itself.
     assert convergence.best(results, "Flow-GRPO", 20, 1.0) == replace(bold, steps=20)
     text = convergence.report(results)
@@ -84,6 +98,11 @@ def test_report_of_made_up_runs(tmp_path, monkeypatch):
     # Flow-GRPO on all ends at 0.8 after 30 rollouts of 3 s; FDFO on a quarter with seed 3 reaches that after
     # 3 + 3 x 0.194 / 0.294 rollouts.
     assert f"**{30 * 3 / (2 * (3 + 3 * 0.194 / 0.294)):.1f}**" in across
+    # Rollouts of 4 s and of 2 s.
+    awm = "| 0.635 (0.635 to 0.635) | 4.5 (18 s) | 6 (24 s) | never | never | 30 (120 s) | 5 |"
+    coarse = "| 0.725 | 1.5 (3 s) | 2 (4 s) | 2.5 (5 s) | 3 (6 s) | 30 (60 s) | 1 |"
+    assert f"| AWM, 10 steps, a quarter {awm}" in text and f"| FDFO, 5 steps, two fifths {coarse}" in text
+    assert "| AWM, 10 steps, a quarter | epsilon 0.0025 | epsilon 0.01 | epsilon 0.04 | epsilon 0.16 |" in text
     assert "| G = 3 |" in text and "1, 1 of them ended by a watchdog" in text
     assert "| learning rate 0.0003 | 0.500, 0.500 | 0.500, 0.500 | 0.500, 0.500 | **0.650, 0.600** |" in text
     convergence.draw(results, tmp_path / "picture.png")
