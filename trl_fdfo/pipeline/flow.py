@@ -688,9 +688,20 @@ class PipelineFlow:
         """
         The arguments of the pipeline's call with some in the place of those given at construction. None as the value of one
         leaves it to the pipeline.
+
+        Raises:
+            ValueError: They ask for another number of steps than their schedule has, which pipelines do not say.
         """
         unset = {name for name, value in call_kwargs.items() if value is None}
-        return {name: value for name, value in {**self.call_kwargs, **call_kwargs}.items() if name not in unset}
+        arguments = {name: value for name, value in {**self.call_kwargs, **call_kwargs}.items() if name not in unset}
+        steps = call_kwargs.get("num_inference_steps")
+        for name in ("sigmas", "timesteps"):
+            if steps is not None and arguments.get(name) is not None and len(arguments[name]) != steps:
+                raise ValueError(
+                    f"num_inference_steps={steps} would change nothing: `{name}`, which has {len(arguments[name])} values, sets the "
+                    f"steps. Give {name}=None beside it for the pipeline's own schedule, or {name} of {steps} values."
+                )
+        return arguments
 
     def _called_with(self, call_kwargs: dict[str, Any]) -> "PipelineFlow":
         """This flow with other arguments of the call, which may change the embeddings and the number of parts of a video."""
