@@ -39,6 +39,7 @@ from .checks import (
     check_call_kwargs,
     check_pipeline,
     check_resolution,
+    check_steps,
     warn_of_embedded_guidance,
     warn_of_other_frames,
 )
@@ -694,13 +695,7 @@ class PipelineFlow:
         """
         unset = {name for name, value in call_kwargs.items() if value is None}
         arguments = {name: value for name, value in {**self.call_kwargs, **call_kwargs}.items() if name not in unset}
-        steps = call_kwargs.get("num_inference_steps")
-        for name in ("sigmas", "timesteps"):
-            if steps is not None and arguments.get(name) is not None and len(arguments[name]) != steps:
-                raise ValueError(
-                    f"num_inference_steps={steps} would change nothing: `{name}`, which has {len(arguments[name])} values, sets the "
-                    f"steps. Give {name}=None beside it for the pipeline's own schedule, or {name} of {steps} values."
-                )
+        check_steps(arguments, call_kwargs.get("num_inference_steps"))
         return arguments
 
     def _called_with(self, call_kwargs: dict[str, Any]) -> "PipelineFlow":
