@@ -107,6 +107,8 @@ NOT_RUN = {
     "hf download": DOWNLOADS,
     "trl-fdfo train --config combined": DOWNLOADS,
     "trl-fdfo train --config sd35_24gb": DOWNLOADS,
+    "trl-fdfo train --config pickscore": DOWNLOADS,
+    "trl-fdfo train --algorithm flow_grpo --model stabilityai/stable-diffusion-3.5-medium": DOWNLOADS,
     "trl-fdfo generate --model stabilityai/stable-diffusion-3.5-medium": DOWNLOADS,
     "trl-fdfo generate --model Wan-AI/Wan2.2-TI2V-5B-Diffusers": DOWNLOADS,
     "trl-fdfo merge --model stabilityai/stable-diffusion-3.5-medium": DOWNLOADS,

@@ -22,6 +22,9 @@ def test_a_module_comes_and_goes_without_a_change(device):
     copy = HostCopy(module)
     for _ in range(2):
         copy.to(device)
+        places = [parameter.data_ptr() for parameter in module.parameters()]
+        copy.to(device)
+        assert [parameter.data_ptr() for parameter in module.parameters()] == places, "copied once more"
         assert {tensor.device.type for tensor in module.state_dict().values()} == {device}
         assert module[1].weight is module[0].weight
         torch.testing.assert_close(module(x.to(device)).cpu(), expected)

@@ -23,14 +23,15 @@ class HostCopy:
 
     def to(self, device: str | torch.device) -> None:
         """Move the weights to a device, or to host memory for `"cpu"`."""
-        device = torch.device(device)
+        device = torch.empty(0, device=device).device  # with the number of a GPU
         parameters = list(self.module.parameters())
         # Those of quantised layers are tensors of other classes, with parts that `module.to` alone knows.
         if all(type(parameter) is nn.Parameter for parameter in parameters):
             if device.type == "cuda" and self._pinned is None:
                 self._pinned = [parameter.data.cpu().pin_memory() for parameter in parameters]
             for parameter, copy in zip(parameters, self._pinned or []):
-                parameter.data = copy if device.type == "cpu" else copy.to(device, non_blocking=True)
+                if parameter.device != device:  # a reward asks for its model at each call
+                    parameter.data = copy if device.type == "cpu" else copy.to(device, non_blocking=True)
         self.module.to(device)  # buffers, and all that is not pinned
 
 

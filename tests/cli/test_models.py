@@ -1,5 +1,6 @@
 """Models on one pipeline, beyond the tests of the scripts."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from trl_fdfo.cli.arguments import InferenceArguments
 from trl_fdfo.cli.models import BASE, call_options, each_model
 from trl_fdfo.evaluation.evaluator import Evaluator
-from trl_fdfo.pipeline.adapter_files import DIFFUSERS_FILE, save_diffusers_lora
+from trl_fdfo.pipeline.adapter_files import CALL_OPTIONS, DIFFUSERS_FILE, save_diffusers_lora
 from trl_fdfo.pipeline.flow import PipelineFlow
 from trl_fdfo.pipeline.lora import add_adapter
 from trl_fdfo.pipeline.schedulers import RolloutScheduler
@@ -143,3 +144,14 @@ def test_weights_for_a_text_encoder_are_loaded_and_taken_off_too(adapter):
     assert torch.equal(images[BASE], flow.generate(["a cat"], [0]))
     assert not torch.equal(images["with"], images["without"]) and not torch.equal(images["with"], images[BASE])
     assert not any(isinstance(layer, BaseTunerLayer) for layer in flow.pipeline.text_encoder.modules())
+
+
+def test_other_steps_than_those_of_an_adapters_schedule_are_refused(tmp_path):
+    (tmp_path / CALL_OPTIONS).write_text(json.dumps({"num_inference_steps": 2, "sigmas": [1.0, 0.5]}))
+    adapters = {"p": tmp_path}
+    with pytest.raises(ValueError, match="num_inference_steps=40 would change nothing: `sigmas`, which has 2 values"):
+        call_options(arguments(num_inference_steps=40), adapters)
+    assert (
+        call_options(arguments(num_inference_steps=40, pipeline_kwargs='{"sigmas": null}'), adapters)["sigmas"] is None
+    )
+    assert call_options(arguments(), adapters)["sigmas"] == [1.0, 0.5]

@@ -361,3 +361,15 @@ def test_reward_gradient_of_rewards_that_have_none_is_refused_at_construction(ma
 def test_reward_gradient_needs_a_finite_gradient(make_trainer, reward, message):
     with pytest.raises((ValueError, WatchdogError), match=message):
         make_trainer(reward_fn=reward, direction="reward_gradient").train()
+
+
+def test_a_reward_that_cannot_have_a_gradient_is_refused_by_its_first_scores(make_trainer):
+    batches = []
+
+    def reward(images):
+        batches.append(images)
+        return images.mean(dim=(1, 2, 3)).tolist()
+
+    with pytest.raises(ValueError, match="takes the gradient of 'reward', which returned a list without a gradient"):
+        make_trainer(reward_fn=reward, direction="reward_gradient").train()
+    assert len(batches) == 1

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from trl_fdfo.rewards.scaling import scaled
+from trl_fdfo.training.surrogate import tied
 
 
 # Two prompts of two images; two rewards of other units.
@@ -47,3 +48,9 @@ def test_a_reward_counts_where_it_applies_to_all_images_of_a_prompt(scale):
     assert found[0, :, 0].isnan().all() and found[0, :, 1].isfinite().all() and found[1].isfinite().all()
     # The image that it does apply to has no part in the deviation: the others all have 5.
     assert found[1, :, 0].tolist() == ([0, 0] if scale == "group" else [5, 5])
+
+
+def test_two_rewards_that_disagree_on_a_pair_cancel_to_a_tie():
+    first = torch.rand(100, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    total = scaled(torch.stack([first, 7 - 3.3 * first], dim=-1), "group").sum(dim=-1)
+    assert tied(total).all()

@@ -29,6 +29,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from peft import LoraConfig
+from tiny_pipelines import ltx
 from tiny_runs import PROMPTS, redness
 from torch._subclasses import FakeTensor
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -370,6 +371,23 @@ TABLE = [
     bad(
         trainer(eval_pipeline_kwargs={"steps": 3}),
         "eval_pipeline_kwargs={'steps': 3}, the arguments of an evaluation: StableDiffusion3Pipeline does not take steps",
+    ),
+    bad(
+        trainer(pipeline_kwargs={"sigmas": [1.0, 0.5]}, eval_pipeline_kwargs={"num_inference_steps": 5}),
+        "eval_pipeline_kwargs={'num_inference_steps': 5}, the arguments of an evaluation: num_inference_steps=5 would change "
+        "nothing: `sigmas`, which has 2 values, sets the steps",
+        "Give sigmas=None beside it",
+    ),
+    bad(
+        trainer(
+            pipeline=ltx.build,
+            height=32,
+            width=32,
+            pipeline_kwargs={"num_frames": 9, "max_sequence_length": 16},
+            eval_pipeline_kwargs={"frame_rate": 50},
+        ),
+        "eval_pipeline_kwargs={'frame_rate': 50} makes videos of 50 frames per second",
+        "rewards are told the 25 of the rollouts",
     ),
     bad(trainer(eval_pipeline_kwargs={"height": 17}), "eval_pipeline_kwargs={'height': 17}", "17"),
     bad(trainer(eval_pipeline_kwargs={"guidance_scale": "4"}), "eval_pipeline_kwargs={'guidance_scale': '4'}", "'str'"),
@@ -842,6 +860,10 @@ TABLE = [
     bad(generate(3, [1]), "generate got prompts=3", "a list of at least one prompt"),
     bad(generate(["a"], None), "generate got seeds=None", "a list of ints, one for each prompt"),
     bad(generate(["a"], [1.5]), "generate got seeds=[1.5]", "a list of ints, one for each prompt"),
+    bad(
+        generate(["a"], [1], given={"pipeline_kwargs": {"sigmas": [1.0, 0.5]}}, num_inference_steps=5),
+        "num_inference_steps=5 would change nothing: `sigmas`, which has 2 values, sets the steps",
+    ),
     bad(generate(["a"], [-1]), "generate got seeds=[-1]", "a seed is in [0, 2^64)"),
     bad(generate(["a"], [1], ["x"]), "generate got columns=['x']", "a dict of a list for each column"),
     bad(generate(["a", "b"], [1, 2], {"x": [1]}), "generate got 1 values of the column 'x' for 2 prompts"),

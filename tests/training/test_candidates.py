@@ -96,6 +96,19 @@ def test_candidates_train_with_an_exact_replay(make_trainer, options):
         assert trained > all_of_them
 
 
+@pytest.mark.parametrize(("options", "per_call"), [({}, 0), ({"num_candidates": 3}, 1)], ids=["all", "some"])
+def test_the_rewards_of_a_call_are_summed_once_for_the_choice(make_trainer, options, per_call):
+    def sums(prompts):
+        trainer = make_trainer(per_device_prompt_batch_size=1, prompts_per_rollout=prompts, **options)
+        calls, total = [], trainer.reward_functions.total
+        trainer.reward_functions.total = lambda *arguments: calls.append(arguments) or total(*arguments)
+        rollout_of(trainer)
+        return len(calls)
+
+    # Not those of all earlier calls after each: a rollout has hundreds.
+    assert sums(5) - sums(2) == 3 * per_call
+
+
 async def later(images, prompts):
     return redness(images, prompts).tolist()
 

@@ -13,6 +13,7 @@ from .. import shapes
 from ..evaluation.evaluator import read_rows
 from ..media import Outputs
 from ..pipeline.adapter_files import CALL_OPTIONS, DIFFUSERS_FILE, OtherComponentsError, find_adapter, read_adapter
+from ..pipeline.checks import check_steps
 from ..pipeline.flow import PipelineFlow
 from ..pipeline.loading import load_pipeline
 from ..pipeline.lora import add_adapter
@@ -59,7 +60,8 @@ def call_options(arguments: InferenceArguments, adapters: dict[str, Path]) -> di
     Arguments of the pipeline's call: those that the adapters were trained with, and over them those set here.
 
     Raises:
-        ValueError: The adapters were trained with different ones, and nothing is set here; or the JSON is invalid.
+        ValueError: The adapters were trained with different ones, and nothing is set here; the JSON is invalid; or the number
+            of steps is not that of the schedule.
     """
     names = ("num_inference_steps", "guidance_scale", "height", "width")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
@@ -88,6 +90,7 @@ def call_options(arguments: InferenceArguments, adapters: dict[str, Path]) -> di
             f"{' and '.join(missing)}, and height and width if they are not the pipeline's own. For the pipeline's "
             "own settings set pipeline_kwargs='{}'. docs/sharing.md has the settings of the published adapters."
         )
+    check_steps(options | given, given.get("num_inference_steps"))
     return options | given
 
 

@@ -88,7 +88,7 @@ class FDFOTrainer(RolloutTrainer):
     def rewards_to_compare(cls, config: FDFOConfig, rewards: RewardFunctions) -> list[str]:
         if config.direction == "finite_difference":
             return rewards.names
-        differentiable = rewards.differentiable
+        rewards.gradients_of = differentiable = rewards.differentiable
         others = [name for name in rewards.names if name not in differentiable]
         if not differentiable:
             raise ValueError(

@@ -2,7 +2,8 @@
 
 import inspect
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 from accelerate.hooks import AlignDevicesHook, SequentialHook
 from diffusers import DiffusionPipeline
@@ -74,6 +75,24 @@ def check_call_kwargs(pipeline: DiffusionPipeline, call_kwargs: Iterable[str]) -
             f"{type(pipeline).__name__} does not take {', '.join(refused)} in its call. It takes: {', '.join(accepted)}. "
             "Leave out the rest: an option of the config, such as height, by None."
         )
+
+
+def check_steps(arguments: Mapping[str, Any], steps: int | None) -> None:
+    """
+    Args:
+        arguments (`Mapping[str, Any]`): Arguments of the pipeline's call.
+        steps (`int`, *optional*): Number of steps that is asked for beside them.
+
+    Raises:
+        ValueError: They have a schedule of another number of steps, which a pipeline would take without a word.
+    """
+    for name in ("sigmas", "timesteps"):
+        schedule = arguments.get(name)
+        if steps is not None and schedule is not None and len(schedule) != steps:
+            raise ValueError(
+                f"num_inference_steps={steps} would change nothing: `{name}`, which has {len(schedule)} values, sets the steps. "
+                f"Give {name}=None beside it for the pipeline's own schedule, or {name} of {steps} values."
+            )
 
 
 def warn_of_embedded_guidance(pipeline: DiffusionPipeline, guidance_scale: float | None) -> None:

@@ -39,6 +39,7 @@ from .checks import (
     check_call_kwargs,
     check_pipeline,
     check_resolution,
+    check_steps,
     warn_of_embedded_guidance,
     warn_of_other_frames,
 )
@@ -690,9 +691,14 @@ class PipelineFlow:
         """
         The arguments of the pipeline's call with some in the place of those given at construction. None as the value of one
         leaves it to the pipeline.
+
+        Raises:
+            ValueError: They ask for another number of steps than their schedule has, which pipelines do not say.
         """
         unset = {name for name, value in call_kwargs.items() if value is None}
-        return {name: value for name, value in {**self.call_kwargs, **call_kwargs}.items() if name not in unset}
+        arguments = {name: value for name, value in {**self.call_kwargs, **call_kwargs}.items() if name not in unset}
+        check_steps(arguments, call_kwargs.get("num_inference_steps"))
+        return arguments
 
     def _called_with(self, call_kwargs: dict[str, Any]) -> "PipelineFlow":
         """This flow with other arguments of the call, which may change the embeddings and the number of parts of a video."""

@@ -53,6 +53,10 @@ class RewardFunctions:
         weights (`list[float]`, *optional*): Weight of each reward in the sum. Default: 1 each.
         argument (`str`): Name of the argument `functions` in error messages.
 
+    Attributes:
+        gradients_of (`Sequence[str]`): Names of the functions that `gradient` will ask. One of tensors that returns none is
+            refused by its first scores: not after a rollout of people's votes beside it.
+
     Raises:
         ValueError: There is no reward, a reward is not callable, has an unknown `image_type` or hides its arguments, or
             the number of weights differs from the number of rewards.
@@ -96,6 +100,7 @@ class RewardFunctions:
             if attribute_of(function, "background", False)
         }
         self._rates: dict[str, float] = {}
+        self.gradients_of: Sequence[str] = ()
         self.on_run_begin()
 
     def expect(self, outputs: Outputs) -> None:
@@ -244,8 +249,12 @@ class RewardFunctions:
             if name in self._workers:
                 result = _in_thread(self._workers[name], call)
             else:
+                # Another may score PIL images by a list.
+                takes_tensors = attribute_of(function, "image_type", "pt") == "pt"
                 with _blamed(name, prompts, of):
                     result = call()
+                    if name in self.gradients_of and takes_tensors and not isinstance(result, Tensor):
+                        raise _without_gradient(name, result, of, len(prompts))
             if inspect.isawaitable(result):
                 task = _awaited(name, result, prompts, of)
                 results.append(asyncio.run_coroutine_threadsafe(task, _background_loop()))
@@ -283,12 +292,7 @@ class RewardFunctions:
             with _blamed(name, prompts, of):
                 result = function(**own)
                 if not isinstance(result, Tensor) or not result.requires_grad or result.shape != (len(prompts),):
-                    raise ValueError(
-                        f"direction='reward_gradient' takes the gradient of '{name}', which returned a {type(result).__name__} "
-                        f"without a gradient to its {of}: it must return a tensor of shape [{len(prompts)}] that is computed from "
-                        f"them. For its finite difference beside the gradients of other rewards, set differentiable = False on it; "
-                        "direction='finite_difference' needs no gradient at all."
-                    )
+                    raise _without_gradient(name, result, of, len(prompts))
                 parts = torch.autograd.grad(weight * result.sum(), inputs, allow_unused=True)
             for gradient, part in zip(gradients, parts):
                 if part is not None:
@@ -355,6 +359,14 @@ class RewardFunctions:
             applies = applies & torch.tensor([name in of for name in self.names], device=rewards.device)
         total = (rewards * self.weights.to(rewards)).where(applies, 0).sum(dim=-1)
         return total.where(applies.any(dim=-1), torch.nan)
+
+
+def _without_gradient(name: str, result: Any, of: str, count: int) -> ValueError:
+    return ValueError(
+        f"direction='reward_gradient' takes the gradient of '{name}', which returned a {type(result).__name__} without a gradient "
+        f"to its {of}: it must return a tensor of shape [{count}] that is computed from them. For its finite difference beside "
+        "the gradients of other rewards, set differentiable = False on it; direction='finite_difference' needs no gradient at all."
+    )
 
 
 class PendingRewards:

@@ -31,7 +31,8 @@ def scaled(rewards: Tensor, scale: str) -> Tensor:
         deviation, std = rewards - rewards.mean(dim=1, keepdim=True), rewards.std(dim=1, keepdim=True)
         # The rounding of a mean must not become a difference.
         is_tie = (rewards.amax(dim=1, keepdim=True) == rewards.amin(dim=1, keepdim=True)) | (std == 0)
-        return (deviation / std).masked_fill(is_tie, 0)
+        # Nor that of a quotient: the rewards of a pair are -a and a to the bit, so that two which disagree cancel.
+        return (deviation / std).round(decimals=8).masked_fill(is_tie, 0)
     return rewards / torch.stack([_spread(values[values.isfinite()]) for values in rewards.unbind(dim=-1)])
 
 

@@ -148,8 +148,8 @@ def _sample_all(
 def _choose_of_scored(trainer: Trainer, calls: list[list[SampledBatch]], pending: Sequence[PendingRewards]) -> None:
     """Drop the candidates that are not trained on from the batches of each call whose rewards are known."""
     args = trainer.args
-    if args.scale_rewards == "batch":
-        return  # which takes the rewards of the whole rollout
+    if args.num_candidates == args.num_generations or args.scale_rewards == "batch":
+        return  # "batch" takes the rewards of the whole rollout
     for number, (batches, rewards) in enumerate(zip(calls, pending)):
         if batches[0].chosen is None and rewards.done():
             values = rewards.result().unflatten(0, (len(batches), -1, args.num_candidates))

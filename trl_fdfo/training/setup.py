@@ -135,14 +135,23 @@ def check_evaluation(
 
 
 def check_outputs(
-    config: RolloutConfig, outputs: Outputs, rewards: RewardFunctions, controls: RewardFunctions | None
+    config: RolloutConfig,
+    outputs: Outputs,
+    evaluated: Outputs,
+    rewards: RewardFunctions,
+    controls: RewardFunctions | None,
 ) -> None:
     """
-    Tell the rewards what the pipeline makes.
+    Tell the rewards what the pipeline makes: in a rollout, and, of the same kind, in an evaluation.
 
     Raises:
-        ValueError: A reward, or the measure of diversity, is of something else.
+        ValueError: A reward, or the measure of diversity, is of something else; or an evaluation has another frame rate.
     """
+    if evaluated.frame_rate != outputs.frame_rate:
+        raise ValueError(
+            f"eval_pipeline_kwargs={config.eval_pipeline_kwargs} makes videos of {evaluated.frame_rate} frames per second, and "
+            f"rewards are told the {outputs.frame_rate} of the rollouts: set the rate in pipeline_kwargs, for both."
+        )
     for functions in filter(None, (rewards, controls)):
         functions.expect(outputs)
     if config.eval_diversity is not None and "images" not in outputs.kinds:
@@ -387,11 +396,18 @@ def rehearse(
         )
     if config.eval_pipeline_kwargs:
         try:
-            flow.rehearse(prompt, columns, **config.eval_pipeline_kwargs)
+            evaluated = flow.rehearse(prompt, columns, **config.eval_pipeline_kwargs)
         except ValueError as error:
             raise ValueError(
                 f"eval_pipeline_kwargs={config.eval_pipeline_kwargs}, the arguments of an evaluation: {error}"
             ) from error
+        steps = config.eval_pipeline_kwargs.get("num_inference_steps")
+        scheduled = evaluated.skipped_steps + len(evaluated.sigmas) - 1
+        if steps not in (None, scheduled):
+            raise ValueError(
+                f"eval_pipeline_kwargs has num_inference_steps={steps}, and {type(flow.pipeline).__name__} has a schedule of "
+                f"{scheduled} steps whatever it is asked for: set that, or leave it out."
+            )
     larger_batches = config.per_device_sampling_batch_size > config.per_device_prompt_batch_size
     leaves_out = config.num_candidates > config.num_generations
     if leaves_out and carries_state(rehearsal.outputs):

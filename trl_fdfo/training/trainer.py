@@ -217,7 +217,8 @@ class RolloutTrainer(Algorithm, Trainer):
             self.trainable_levels = find_trainable_levels(self._rehearsal, pipeline, self.args)
             self.outputs = Outputs.of(pipeline, self.flow.call_kwargs, self._rehearsal.images)
             self.pictures.outputs = self.outputs
-            check_outputs(self.args, self.outputs, self.reward_functions, self.control_functions)
+            evaluated = Outputs.of(pipeline, self.eval_call_kwargs(), self._rehearsal.images)
+            check_outputs(self.args, self.outputs, evaluated, self.reward_functions, self.control_functions)
             checked.check_methods(self)
             self.checkpointer = Checkpointer(
                 self.args.output_dir,
