@@ -2,7 +2,9 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -215,12 +217,10 @@ def test_the_recipe_of_the_papers_metrics(trained, monkeypatch, capsys):
     Path("zhwang/HPDv2/benchmark").mkdir(parents=True)
     for style in ("anime", "concept-art", "paintings", "photo"):
         Path(f"zhwang/HPDv2/benchmark/{style}.json").write_text(json.dumps([f"one in {style}"]))
-    Path("dreamsim.py").write_text(
-        "import torch\n\n\nclass Model:\n    def embed(self, images):\n        return images.mean(dim=(2, 3))\n\n\n"
-        "def dreamsim(**options):\n    return Model(), lambda picture: torch.tensor(list(picture.getdata())).float().T."
-        "reshape(1, 3, *picture.size) / 255\n"
-    )
-    monkeypatch.syspath_prepend(".")
+    model = SimpleNamespace(embed=lambda images: images.mean(dim=(2, 3)))
+    pixels = lambda picture: torch.tensor(list(picture.getdata())).float().T.reshape(1, 3, *picture.size) / 255
+    stand_in = SimpleNamespace(dreamsim=lambda **options: (model, pixels), __spec__=SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "dreamsim", stand_in)
     monkeypatch.setenv("TORCH_HOME", "torch")
     # Smaller and shorter than the recipe says.
     reduced = {"images_per_prompt": 2, "num_inference_steps": 3, "height": 16, "width": 32}

@@ -137,6 +137,10 @@ def run(streams: list[int], arguments: list[str], environment: dict[str, str], f
         sys.executable = environment.get("PYTHON_EXEC", sys.executable)  # for `accelerate launch` of one process
         os.chdir(folder)
         import datasets
+        import torch
+
+        # A fork has no threads. The first to compute makes the new pool, and two at a time would fail.
+        torch.set_num_threads(torch.get_num_threads())
 
         # Its cache is one of the variables that are read by the import.
         datasets.config.HF_DATASETS_CACHE = environment.get("HF_DATASETS_CACHE", datasets.config.HF_DATASETS_CACHE)

@@ -853,7 +853,7 @@ def test_construction_leaves_the_modes_of_the_layers(make_trainer):
 
 def test_a_call_that_depends_on_its_number_of_steps_is_tried_in_all_of_them():
     # A guidance for each step: two steps would be refused.
-    flow = PipelineFlow(ideogram4.build(), num_generations=2, num_inference_steps=STEPS, **ideogram4.CALLS["scheduled"])
+    flow = PipelineFlow(ideogram4.build(), num_generations=2, **ideogram4.CALLS["scheduled"])
     assert flow.try_replay(["a cat"])[0] == 0.0
     flow = make_flow(sigmas=np.linspace(1, 0.25, STEPS))
     assert flow.try_replay(["a cat"])[0] == 0.0
