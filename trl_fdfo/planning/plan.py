@@ -263,7 +263,7 @@ class RunPlan:
             f"{THROUGHPUT:g} of {card.bandwidth / 1e9:,.0f} GB/s, {1e6 * LAUNCH:g} us per operation (docs/memory_plan.md)"
         ]
         notes = {
-            f"  reward {name}": f"{1000 * card.seconds(*cost):.2g} ms per image, {str(cost[1]).removeprefix('torch.')}"
+            f"  reward {name}": f"{1000 * card.seconds(*cost, tf32=self._tf32):.2g} ms per image, {str(cost[1]).removeprefix('torch.')}"
             for name, cost in self.reward_costs.items()
             if cost is not None
         }
