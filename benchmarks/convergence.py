@@ -343,10 +343,14 @@ def run_missing(runs: list[Run], workers: int, deadline: float) -> None:
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         futures = {}
         queue: Iterator[Run] = iter(missing)
-        for run in queue:
-            futures[pool.submit(train, run)] = run
-            if len(futures) == workers:
-                break
+
+        def begin() -> None:
+            run = next(queue, None) if time.time() < deadline else None
+            if run is not None:
+                futures[pool.submit(train, run)] = run
+
+        for _ in range(workers):
+            begin()
         while futures:
             future = next(as_completed(futures))
             run = futures.pop(future)
@@ -355,9 +359,7 @@ def run_missing(runs: list[Run], workers: int, deadline: float) -> None:
             with RUNS.open("a") as file:
                 file.write(json.dumps(result) + "\n")
             print(f"{time.strftime('%H:%M:%S')} {run}: {result.get('failed') or result['reward'][-1]}", flush=True)
-            following = next(queue, None)
-            if following is not None and time.time() < deadline:
-                futures[pool.submit(train, following)] = following
+            begin()
 
 
 # The report -----------------------------------------------------------------------------------------------------------

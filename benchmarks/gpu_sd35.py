@@ -700,6 +700,17 @@ def line(row: dict[str, Any]) -> str:
     return text + (f"  ({row['left_gib']:.1f} GiB were not freed)" if row["left_gib"] > 0.1 else "")
 
 
+def attention_line(kernel: dict[str, Any]) -> str:
+    name = f"{kernel['length']:5d} tokens, scores near {kernel['score']:4d}, {kernel['name']:16}"
+    if "error" in kernel:
+        return f"{name} {kernel['error']}"
+    errors = ", ".join(f"{error:.2g}" for error in kernel["errors"])
+    return (
+        f"{name} {1e3 * kernel['seconds']:6.2f} ms, with gradients {1e3 * kernel['seconds_with_gradients']:6.2f} ms, errors "
+        f"{errors}"
+    )
+
+
 def verdict(check: dict[str, Any]) -> str:
     relation = "above" if check["above"] else "at most"
     return f"{'passed' if check['passed'] else 'FAILED'}: {check['name']}: {check['value']:.2g}, {relation} {check['limit']:g}"
@@ -783,7 +794,7 @@ def main(arguments: list[str] | None = None) -> None:
     clean_slate(device, environment)
     for kernel in measure_attention(size, device) if not args.rows else ():
         results["attention"].append(kernel)
-        print(kernel, flush=True)
+        print(attention_line(kernel), flush=True)
         write()
     print(f"{time.perf_counter() - begin:.0f} s so far")
     print(HEADER)

@@ -1,6 +1,6 @@
 """
 Frozen weights that move between host memory and a device, in one copy of pinned memory: from pageable memory, and back into
-it, the 11 GB of three text encoders took 7 s per rollout on an H100.
+it, the 11 GB of three text encoders took about 7 s per rollout on an H100.
 """
 
 import torch
@@ -25,7 +25,7 @@ class HostCopy:
         """Move the weights to a device, or to host memory for `"cpu"`."""
         device = torch.empty(0, device=device).device  # with the number of a GPU
         parameters = list(self.module.parameters())
-        # Those of quantised layers are tensors of other classes, with parts that `module.to` alone knows.
+        # A quantised layer has weights of other classes, and `module.to` alone knows all their parts.
         if all(type(parameter) is nn.Parameter for parameter in parameters):
             if device.type == "cuda" and self._pinned is None:
                 self._pinned = [parameter.data.cpu().pin_memory() for parameter in parameters]

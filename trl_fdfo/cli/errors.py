@@ -14,7 +14,7 @@ def is_of_the_user(error: BaseException) -> bool:
 
 
 def raised_by_reward(error: BaseException) -> bool:
-    """Whether a reward that was called is where an error comes from, by the note that the call adds to it."""
+    """Tell if an error comes from a reward that was called: the call adds a note to it."""
     return any(note.startswith("Raised by the reward") for note in getattr(error, "__notes__", ()))
 
 

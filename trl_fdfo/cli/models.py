@@ -60,8 +60,8 @@ def call_options(arguments: InferenceArguments, adapters: dict[str, Path]) -> di
     Arguments of the pipeline's call: those that the adapters were trained with, and over them those set here.
 
     Raises:
-        ValueError: The adapters were trained with different ones, and nothing is set here; the JSON is invalid; or the number
-            of steps is not that of the schedule.
+        ValueError: The adapters were trained with different ones, and nothing is set here; the JSON is invalid; or
+            `num_inference_steps` is not the length of `sigmas` or `timesteps`.
     """
     names = ("num_inference_steps", "guidance_scale", "height", "width")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}

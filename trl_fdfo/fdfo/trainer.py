@@ -88,7 +88,8 @@ class FDFOTrainer(RolloutTrainer):
     def rewards_to_compare(cls, config: FDFOConfig, rewards: RewardFunctions) -> list[str]:
         if config.direction == "finite_difference":
             return rewards.names
-        rewards.gradients_of = differentiable = rewards.differentiable
+        differentiable = rewards.differentiable
+        rewards.gradients_of = differentiable  # so that one without a gradient is refused by its first scores
         others = [name for name in rewards.names if name not in differentiable]
         if not differentiable:
             raise ValueError(

@@ -154,7 +154,10 @@ def compile_blocks(accelerator: Accelerator, transformer: torch.nn.Module) -> bo
 
 
 def repeated_blocks(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """The blocks to compile: members of each list of modules of one class. Lists inside a member, such as experts, are part of it."""
+    """
+    The blocks to compile: the members of each list of modules of one class. A list inside a member, such as experts, is a
+    part of it.
+    """
     if is_repeated_blocks(module):
         yield from module
     else:

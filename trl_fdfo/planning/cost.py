@@ -176,7 +176,10 @@ def _has_data(tensor: Tensor) -> bool:
 
 
 def _description(value: object, tensors: list[Tensor]) -> object:
-    """What the result of an operation depends on in one of its arguments, to be looked up; appends its tensors to `tensors`."""
+    """
+    A key of one argument of an operation: equal arguments give results of the same shapes, dtypes and devices. Appends the
+    argument's tensors to `tensors`.
+    """
     if isinstance(value, Tensor):
         tensors.append(value)
         if type(value) is not FakeTensor or value.constant is not None or value.is_complex():

@@ -263,9 +263,9 @@ class RunPlan:
             f"{THROUGHPUT:g} of {card.bandwidth / 1e9:,.0f} GB/s, {1e6 * LAUNCH:g} us per operation (docs/memory_plan.md)"
         ]
         notes = {
-            f"  reward {name}": f"{1000 * card.seconds(*cost, tf32=self._tf32):.2g} ms per image, {str(cost[1]).removeprefix('torch.')}"
-            for name, cost in self.reward_costs.items()
-            if cost is not None
+            f"  reward {name}": f"{1000 * seconds:.2g} ms per image, {str(self.reward_costs[name][1]).removeprefix('torch.')}"
+            for name, seconds in self._reward_seconds().items()
+            if seconds is not None
         }
         for name, *values in rows:
             columns_of_row = "".join(f"{value:>13}" for value in values)
@@ -302,7 +302,7 @@ class RunPlan:
 
     @property
     def _tf32(self) -> bool:
-        """Whether float32 products run in TF32 on a GPU: TrainingArguments turns it on with `torch_compile`."""
+        """True if a GPU multiplies float32 matrices in TF32, which `TrainingArguments` turns on with `torch_compile`."""
         args = self.args
         return args.torch_compile and not args.fp16 if args.tf32 is None else args.tf32
 
@@ -335,6 +335,14 @@ class RunPlan:
         """GiB that a device must have, with room for what is not counted."""
         return _needed(self.peak()) / GIB
 
+    def _reward_seconds(self) -> dict[str, float | None]:
+        """Estimated seconds of each reward per image, on the card `gpu`; None for one that is not counted."""
+        card = CARDS[self.gpu]
+        return {
+            name: None if cost is None else card.seconds(*cost, tf32=self._tf32)
+            for name, cost in self.reward_costs.items()
+        }
+
     def seconds(self, **options: Any) -> dict[str, float | None]:
         """
         Estimated seconds of a rollout and its updates by part, on the card `gpu`; None for a reward that is not counted.
@@ -354,8 +362,8 @@ class RunPlan:
             "decoding": sampled_batches * card.seconds(self.decoding, torch.float32, tf32=True),
         }
         images = sampled_batches * args.per_device_train_batch_size
-        for name, cost in self.reward_costs.items():
-            parts[f"reward {name}"] = images * card.seconds(*cost, tf32=self._tf32) if cost is not None else None
+        for name, seconds in self._reward_seconds().items():
+            parts[f"reward {name}"] = None if seconds is None else images * seconds
         return parts | {"training": batches * levels * args.num_iterations * update}
 
     def parts(self, **options: bool) -> list[Part]:

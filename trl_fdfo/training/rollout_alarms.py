@@ -36,9 +36,8 @@ PROMPT_DISTANCE = "prompt_distance"
 _COLUMNS = (VELOCITY, HIGH_FREQUENCY, SATURATION, CONTRAST)
 
 WINDOW = 5  # logs: a single rollout is too noisy, and a hack of the demo's pipeline takes ten or more
-MIN_ERRORS = (
-    4  # not 2, as an evaluation's alarms: each rollout asks anew, of several signs, and an error of 5 logs is rough
-)
+# Not 2, as an evaluation's alarms: each rollout asks anew, of several signs, and an error of 5 logs is rough.
+MIN_ERRORS = 4
 MOST_FRAMES = 4  # of a video: neighbouring frames say the same
 THUMBNAIL = 8  # pixels: layout and colours of an image, without its details
 PIXELS_AT_A_TIME = 2**22  # 50 MB in float32, however large a batch is
@@ -103,8 +102,9 @@ def image_traits(images: Tensor) -> Tensor:
 
     Returns:
         `Tensor`: `[N, 3 + 192]`: high frequency, the mean distance of a value from the mean of its block of 2 x 2 pixels, 0 to
-            0.5 (not an rms, in which few sharp edges outweigh noise everywhere); saturation, the mean difference between the largest and the smallest channel of a pixel,
-            0 to 1; contrast, the standard deviation of the mean of the channels, 0 to 0.5; a thumbnail of 8 x 8 pixels.
+            0.5 (not an rms, in which few sharp edges outweigh noise everywhere); saturation, the mean difference between the
+            largest and the smallest channel of a pixel, 0 to 1; contrast, the standard deviation of the mean of the
+            channels, 0 to 0.5; a thumbnail of 8 x 8 pixels.
     """
     images = images.float()
     means = avg_pool2d(images, 2)
