@@ -55,7 +55,8 @@ class Algorithm:
     trainer: str
     options: dict[str, Any]
     knob: str  # the option that, beside the learning rate, decides how far a rollout moves the weights
-    grids: dict[float, list[tuple[float, float]]]  # learning rates and values of the knob, by fraction of the tuples
+    # Learning rates and values of the knob, by steps and fraction of the tuples.
+    grids: dict[tuple[int, float], list[tuple[float, float]]]
 
 
 def grid_of(*knobs: float) -> list[tuple[float, float]]:
@@ -73,8 +74,8 @@ ALGORITHMS = {
         {"num_generations": 2, **FDFO_CHURN},
         "epsilon",
         {
-            0.25: grid_of(0.0125, 0.05, 0.2, 0.8),
-            1.0: [*grid_of(0.05, 0.2, 0.8), (3e-4, 3.2), (6e-4, 3.2), (1.2e-3, 3.2)],
+            (10, 0.25): grid_of(0.0125, 0.05, 0.2, 0.8),
+            (10, 1.0): [*grid_of(0.05, 0.2, 0.8), (3e-4, 3.2), (6e-4, 3.2), (1.2e-3, 3.2)],
         },
     ),
     "Flow-GRPO": Algorithm(
@@ -82,20 +83,32 @@ ALGORITHMS = {
         {"num_generations": 8},
         "epsilon",
         {
-            0.25: grid_of(6.25e-5, 2.5e-4, 1e-3, 4e-3),
-            1.0: [*grid_of(2.5e-4, 1e-3, 4e-3), (2.4e-3, 1.6e-2), (4.8e-3, 1e-3), (4.8e-3, 4e-3), (4.8e-3, 1.6e-2)],
+            (10, 0.25): grid_of(6.25e-5, 2.5e-4, 1e-3, 4e-3),
+            (10, 1.0): [*grid_of(2.5e-4, 1e-3, 4e-3), (2.4e-3, 1.6e-2), (4.8e-3, 1e-3), (4.8e-3, 4e-3), (4.8e-3, 1.6e-2)],
         },
     ),
     "DiffusionNFT": Algorithm(
-        "DiffusionNFTTrainer", {"num_generations": 8}, "nft_beta", {0.25: grid_of(4.0, 1.0, 0.25, 0.0625)}
+        "DiffusionNFTTrainer", {"num_generations": 8}, "nft_beta", {(10, 0.25): grid_of(4.0, 1.0, 0.25, 0.0625)}
     ),
-    "AWM": Algorithm("AWMTrainer", {"num_generations": 8}, "epsilon", {0.25: grid_of(0.0025, 0.01, 0.04, 0.16)}),
+    "AWM": Algorithm("AWMTrainer", {"num_generations": 8}, "epsilon", {(10, 0.25): grid_of(0.0025, 0.01, 0.04, 0.16)}),
+    "Flow-GRPO, CPS": Algorithm(
+        "FlowGRPOTrainer",
+        {"num_generations": 8, "sde_type": "cps", "noise_level": 0.8},
+        "epsilon",
+        {(10, 0.25): grid_of(6.25e-5, 2.5e-4, 1e-3, 4e-3)},
+    ),
+    "FDFO, first level": Algorithm(
+        "FDFOTrainer",
+        {"num_generations": 2, **FDFO_CHURN, "timestep_selection": "first", "lr_scheduler_type": "cosine"},
+        "epsilon",
+        {(5, 0.2): grid_of(0.05, 0.2, 0.8, 3.2)},
+    ),
 }
 PAIR = ("FDFO", "Flow-GRPO")  # compared in each of the cells; the other algorithms are in the first alone
 CELLS = [(10, 0.25), (10, 1.0), (20, 0.25), (20, 1.0)]  # steps T, fraction of the tuples
 COARSE = [("FDFO", 5, 0.4), ("Flow-GRPO", 5, 0.4), ("Flow-GRPO", 5, 1.0)]
-TUNED_STEPS = 10  # others take the settings of 10 steps
-FRACTIONS = {0.25: "a quarter", 0.4: "two fifths", 1.0: "all"}
+TUNED_STEPS = 10  # cells without a grid take the settings of 10 steps
+FRACTIONS = {0.2: "a fifth", 0.25: "a quarter", 0.4: "two fifths", 1.0: "all"}
 TARGETS = (0.65, 0.70, 0.75, 0.80)
 
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -270,10 +283,10 @@ def machine() -> str:
 
 def grid() -> list[Run]:
     return [
-        Run(name, TUNED_STEPS, fraction, *setting, TUNING_SEED)
-        for fraction in FRACTIONS
+        Run(name, *cell, *setting, TUNING_SEED)
         for name, algorithm in ALGORITHMS.items()
-        for setting in algorithm.grids.get(fraction, [])
+        for cell, settings in algorithm.grids.items()
+        for setting in settings
     ]
 
 
@@ -287,21 +300,27 @@ def over_run(result: dict[str, Any]) -> float:
     return statistics.fmean(result["reward"])
 
 
-def tuning(results: list[dict[str, Any]], algorithm: str, fraction: float) -> list[dict[str, Any]]:
-    """The grid runs of an algorithm on this fraction of the tuples."""
-    wanted = {run for run in grid() if (run.algorithm, run.fraction) == (algorithm, fraction)}
+def tuning(results: list[dict[str, Any]], algorithm: str, steps: int, fraction: float) -> list[dict[str, Any]]:
+    """The grid runs of an algorithm with these steps on this fraction of the tuples."""
+    wanted = {run for run in grid() if (run.algorithm, run.steps, run.fraction) == (algorithm, steps, fraction)}
     return [result for result in results if Run(**result["run"]) in wanted]
 
 
 def best(results: list[dict[str, Any]], algorithm: str, steps: int, fraction: float) -> Run:
-    """The setting with the highest reward at the end on the grid of all tuples, or of a quarter for a part of them."""
-    run = Run(**max(tuning(results, algorithm, 1.0 if fraction == 1 else 0.25), key=final)["run"])
+    """
+    The setting with the highest reward at the end on the grid of this cell. A cell that has none takes that of 10 steps, on
+    all tuples, or on a quarter for a part of them.
+    """
+    cell = (steps, fraction)
+    if cell not in ALGORITHMS[algorithm].grids:
+        cell = (TUNED_STEPS, 1.0 if fraction == 1 else 0.25)
+    run = Run(**max(tuning(results, algorithm, *cell), key=final)["run"])
     return replace(run, steps=steps, fraction=fraction)
 
 
 def soonest(results: list[dict[str, Any]]) -> Run:
     """FDFO's setting on a quarter of the tuples with the highest mean reward over the run."""
-    runs = [result for result in tuning(results, "FDFO", 0.25) if "failed" not in result]
+    runs = [result for result in tuning(results, "FDFO", *CELLS[0]) if "failed" not in result]
     return Run(**max(runs, key=over_run)["run"])
 
 
@@ -494,12 +513,14 @@ def speed_table(results: list[dict[str, Any]], cells: list[dict[str, Run]], seco
 
 def grid_tables(results: list[dict[str, Any]]) -> list[str]:
     lines = []
-    for algorithm, fraction in dict.fromkeys((run.algorithm, run.fraction) for run in grid()):
-        values = {Run(**result["run"]): grid_cell(result) for result in tuning(results, algorithm, fraction)}
-        setting = best(results, algorithm, TUNED_STEPS, fraction)
+    for algorithm, steps, fraction in dict.fromkeys((run.algorithm, run.steps, run.fraction) for run in grid()):
+        values = {Run(**result["run"]): grid_cell(result) for result in tuning(results, algorithm, steps, fraction)}
+        if not values:
+            continue
+        setting = best(results, algorithm, steps, fraction)
         values[setting] = f"**{values[setting]}**"
         name = ALGORITHMS[algorithm].knob
-        rates, knobs = (sorted(set(numbers)) for numbers in zip(*ALGORITHMS[algorithm].grids[fraction]))
+        rates, knobs = (sorted(set(numbers)) for numbers in zip(*ALGORITHMS[algorithm].grids[steps, fraction]))
         rows = [
             [
                 f"learning rate {rate:g}",

@@ -537,6 +537,7 @@ TABLE = [
     bad(config(num_iterations=0), "num_iterations=0", "must be at least 1"),
     bad(config(timestep_fraction=0.0), "timestep_fraction=0.0", "must be in (0, 1]", "1 trains on all levels"),
     bad(config(timestep_fraction=1.5), "timestep_fraction=1.5", "must be in (0, 1]", "1 trains on all levels"),
+    bad(config(timestep_selection="last"), "timestep_selection='last' is not one of stratified, first."),
     # The loss:
     bad(config(epsilon=0.0), "epsilon=0.0", "how far a rollout may move the ratio", "must be > 0"),
     bad(config(beta=-1.0), "beta=-1.0", "must not be negative"),

@@ -18,6 +18,7 @@ CHURN_SCHEDULES = {
 # The largest log(1 + gamma): beyond it nothing is left of the image.
 MAX_CHURN = 10
 DIRECTIONS = ("finite_difference", "reward_gradient")
+TIMESTEP_SELECTIONS = ("stratified", "first")
 
 
 @dataclass
@@ -57,6 +58,9 @@ class FDFOConfig(RolloutConfig):
             difference of the others.
         whiten_direction (`bool`, defaults to `True`):
             Divide the difference of the images by its mean square. Without it, close images move the model less.
+        timestep_selection (`str`, defaults to `"stratified"`):
+            The K noise levels of `timestep_fraction`. `"stratified"`: drawn at random for each rollout batch, one from each of
+            K equal parts of the schedule. `"first"`: the K noisiest, always.
         beta (`float`, defaults to `0.0`):
             Weight of mean((v - v_base)^2), the penalty on leaving the model without its adapter. Keeps diversity.
         epsilon (`float`, defaults to `0.03`):
@@ -77,6 +81,7 @@ class FDFOConfig(RolloutConfig):
     # Steps 3 and 4: update
     direction: str = option("finite_difference", choices=DIRECTIONS)
     whiten_direction: bool = option(True)
+    timestep_selection: str = option("stratified", choices=TIMESTEP_SELECTIONS)
 
     def _check(self) -> None:
         super()._check()
@@ -101,6 +106,10 @@ class FDFOConfig(RolloutConfig):
             )
         if self.direction not in DIRECTIONS:
             raise ValueError(f"direction='{self.direction}' is not one of {', '.join(DIRECTIONS)}.")
+        if self.timestep_selection not in TIMESTEP_SELECTIONS:
+            raise ValueError(
+                f"timestep_selection='{self.timestep_selection}' is not one of {', '.join(TIMESTEP_SELECTIONS)}."
+            )
         if self.direction == "reward_gradient" and not self.whiten_direction:
             raise ValueError(
                 "whiten_direction=False is for the finite difference: with direction='reward_gradient' leave it out."

@@ -50,7 +50,7 @@ class FDFOTrainer(RolloutTrainer):
     )
     config_class = FDFOConfig
     scheduler_class = ChurnScheduler
-    hyperparameters = ("churn_schedule", "churn")
+    hyperparameters = ("churn_schedule", "churn", "timestep_selection")
     latents_per_target = 1  # the direction
 
     # Step 1: paired rollouts ------------------------------------------------------------------------------------------
@@ -148,8 +148,9 @@ class FDFOTrainer(RolloutTrainer):
     # Step 4: update ---------------------------------------------------------------------------------------------------
 
     def trained_levels(self, rollout: int, batch: int) -> list[int]:
-        args = self.args
-        steps = self.trainable_levels
+        args, steps = self.args, self.trainable_levels
+        if args.timestep_selection == "first":
+            steps = steps[: args.num_trained_levels]
         levels = trained_levels(
             len(steps), args.num_trained_levels, args.optimizer_steps_per_rollout, args.seed, rollout, batch
         )
