@@ -57,6 +57,9 @@ SPARSE = {
     **NO_EVALUATIONS,
 }
 
+# Draws prompts by what the images of both processes have tied.
+INFORMATIVE = {"reward": sparse, "prompt_sampling": "informative", "num_rollouts": 3, **NO_EVALUATIONS}
+
 # Of an algorithm that noises endpoints; its policy that samples follows the trained one slowly.
 FORWARD = {"trainer_class": DiffusionNFTTrainer, "old_policy_decay_rate": 0.3, "eval_strategy": "no"}
 
@@ -210,6 +213,12 @@ def advantages(folder: Path, **options) -> torch.Tensor:
     return trainer.accelerator.gather(torch.cat([batches[number].targets[0] for number in sorted(batches)]))
 
 
+def informative(folder: Path) -> dict:
+    """The results of a run that draws informative prompts, and how often each prompt has tied since it did not."""
+    trainer, results = run(str(folder / "informative"), **INFORMATIVE)
+    return results | {"ties": trainer.informative_prompts.ties.tolist()}
+
+
 TIMEOUT = 5  # seconds of a collective, in `wait_for_a_slow_reward`
 
 
@@ -236,6 +245,7 @@ def main(folder: Path) -> None:
     options = {**SAMPLING, **NO_EVALUATIONS}
     _, results["more"] = run(str(folder / "more"), str(folder / "one" / "checkpoint-4"), **options)
     _, results["sparse"] = run(str(folder / "sparse"), **SPARSE)
+    results["informative"] = informative(folder)
     _, results["forward"] = run(str(folder / "forward"), **SAMPLING, **FORWARD)
     results["advantages"] = advantages(folder / "advantages", **SAMPLING)
     results["traffic"] = measure_traffic(folder)

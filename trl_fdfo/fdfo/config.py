@@ -120,6 +120,12 @@ class FDFOConfig(RolloutConfig):
                 f"scale_rewards='{self.scale_rewards}' scales the differences of rewards, and direction='reward_gradient' takes "
                 "their gradients instead: set scale_rewards='none', or direction='finite_difference'."
             )
+        if self.direction == "reward_gradient" and self.prompt_sampling != "uniform":
+            raise ValueError(
+                f"prompt_sampling='{self.prompt_sampling}' draws prompts less often whose images tie in reward, and "
+                "direction='reward_gradient' learns from these too: set prompt_sampling='uniform', or "
+                "direction='finite_difference'."
+            )
 
     def _fill_in_defaults(self) -> None:
         super()._fill_in_defaults()

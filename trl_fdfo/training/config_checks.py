@@ -165,7 +165,7 @@ def check_ranges(config: TrainingArguments, ranges: dict[str, tuple[float, float
             raise ValueError(f"{name}={value} must be in [{low}, {high}].")
 
 
-def check_rollouts(config: TrainingArguments, scales: Sequence[str]) -> None:
+def check_rollouts(config: TrainingArguments, scales: Sequence[str], samplings: Sequence[str]) -> None:
     if config.max_steps > 0:
         raise ValueError(
             f"max_steps={config.max_steps} could end inside a rollout. Set num_rollouts: a rollout is "
@@ -180,6 +180,11 @@ def check_rollouts(config: TrainingArguments, scales: Sequence[str]) -> None:
         raise ValueError(
             f"num_candidates={config.num_candidates} images of a prompt are sampled, and num_generations="
             f"{config.num_generations} of them are to be trained on: set num_candidates to at least that, or leave it out."
+        )
+    if config.prompt_sampling not in samplings:
+        raise ValueError(
+            f"prompt_sampling='{config.prompt_sampling}' is not one of {', '.join(samplings)}: whether prompts whose images tie "
+            "are drawn as often as others."
         )
     if config.reward_weights is not None and not any(config.reward_weights):
         raise ValueError(f"reward_weights={config.reward_weights} leaves nothing to learn from.")

@@ -224,6 +224,8 @@ def _hyperparameters(trainer: Trainer) -> dict[str, Any]:
         found["num_candidates"] = args.num_candidates
     if args.scale_rewards != "none":
         found["scale_rewards"] = args.scale_rewards
+    if args.prompt_sampling != "uniform":
+        found["prompt_sampling"] = args.prompt_sampling
     if args.use_peft:
         adapter = trainer.model.peft_config["default"]
         # An adapter that is no LoRA may have neither.

@@ -62,9 +62,10 @@ def sample_rollout(trainer: Trainer, rollout: int) -> RolloutBuffer:
     first_batch = args.process_index * args.num_rollout_batches
     numbers = range(first_batch, first_batch + args.num_rollout_batches)
     images = len(numbers) * args.per_device_prompt_batch_size * args.num_candidates
+    rows = _drawn_rows(trainer, rollout)
     with rollout_bar(trainer, rollout, images) as bar:
         with trainer.sampling_weights():
-            calls, pending = _sample_all(trainer, rollout, numbers, bar)
+            calls, pending = _sample_all(trainer, rollout, numbers, rows, bar)
         with metrics.timed("reward"):
             metrics.add_waiting(wait_for_rewards(trainer, pending, bar))
     trainer.end_if_interrupted()
@@ -79,6 +80,11 @@ def sample_rollout(trainer: Trainer, rollout: int) -> RolloutBuffer:
     all_scaled = scaled(all_rewards, args.scale_rewards)
     metrics.add_rewards(rollout, all_rewards, all_scaled)
     totals = trainer.reward_functions.total(all_scaled)
+    ties = tied(totals)
+    if trainer.informative_prompts is not None:
+        trainer.informative_prompts.see(ties.tolist())
+        share = float(trainer.informative_prompts.chances.mean())
+        metrics.add(frac_prompts_drawn=torch.tensor(share, device=args.device))
     own = lambda of_all: of_all.tensor_split(args.world_size)[args.process_index].split(
         args.per_device_prompt_batch_size
     )
@@ -107,7 +113,7 @@ def sample_rollout(trainer: Trainer, rollout: int) -> RolloutBuffer:
     trainer.offload_components()
     idle = None
     if trainer.ties_have_no_loss() and not args.beta:  # whose distance a tie has too
-        idle = tied(totals).unflatten(0, (-1, args.per_device_prompt_batch_size)).all(dim=1).tolist()
+        idle = ties.unflatten(0, (-1, args.per_device_prompt_batch_size)).all(dim=1).tolist()
     buffer = RolloutBuffer(rollout, first_batch, scored, args.optimizer_steps_per_rollout, idle)
     if idle is not None:
         metrics.add(frac_updates_left_out=torch.tensor(buffer.fraction_left_out, device=args.device))
@@ -119,13 +125,23 @@ def rollout_bar(trainer: Trainer, rollout: int, images: int) -> tqdm:
     return tqdm(disable=True) if trainer.progress is None else trainer.progress.rollout_bar(rollout, images)
 
 
+def _drawn_rows(trainer: Trainer, rollout: int) -> list[int]:
+    """Rows of the prompts of a rollout, over all processes."""
+    args = trainer.args
+    if trainer.informative_prompts is not None:
+        return trainer.informative_prompts.draw(args.prompts_per_rollout)
+    return rollout_rows(len(trainer.train_dataset), args.prompts_per_rollout, rollout, args.seed)
+
+
 def _sample_all(
-    trainer: Trainer, rollout: int, numbers: Sequence[int], bar: tqdm
+    trainer: Trainer, rollout: int, numbers: Sequence[int], rows: list[int], bar: tqdm
 ) -> tuple[list[list[SampledBatch]], list[PendingRewards]]:
-    """The batches of these global numbers by call, as far as a signal lets them be sampled, and their rewards."""
+    """
+    The batches of these global numbers by call, as far as a signal lets them be sampled, and their rewards; `rows` are the rows
+    of all prompts of the rollout.
+    """
     args = trainer.args
     size = args.per_device_prompt_batch_size
-    rows = rollout_rows(len(trainer.train_dataset), args.prompts_per_rollout, rollout, args.seed)
     at_a_time = args.per_device_sampling_batch_size // size
     groups = [numbers[start : start + at_a_time] for start in range(0, len(numbers), at_a_time)]
     calls: list[list[SampledBatch]] = []

@@ -86,6 +86,17 @@ def load_datasets(
     return train_dataset, eval_dataset
 
 
+def check_prompt_sampling(config: RolloutConfig, num_rows: int) -> None:
+    """Warn if the run draws no prompt twice."""
+    drawn = config.num_rollouts * config.prompts_per_rollout
+    if config.prompt_sampling == "informative" and drawn <= num_rows:
+        logger.warning(
+            f"prompt_sampling='informative' changes nothing here: the run draws {config.num_rollouts} x "
+            f"{config.prompts_per_rollout} = {drawn} of {num_rows} prompts, none of them twice. Train on fewer prompts, or for "
+            "more rollouts."
+        )
+
+
 def check_eval_dataset(
     config: RolloutConfig, dataset: Dataset, rewards: RewardFunctions, controls: RewardFunctions | None
 ) -> None:

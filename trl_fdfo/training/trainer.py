@@ -60,6 +60,7 @@ from .config import RolloutConfig
 from .engines import adapt_to_trainer, leave_out_autocast, prepare_for_engine
 from .metrics import RolloutMetrics
 from .migration import arguments_of, unknown_arguments
+from .prompt_sampling import InformativePrompts
 from .prompts import load_prompts, plain
 from .rollout_alarms import RolloutAlarms
 from .rollouts import sample_rollout
@@ -70,6 +71,7 @@ from .setup import (
     check_generate,
     check_optimizer,
     check_outputs,
+    check_prompt_sampling,
     find_trainable_levels,
     load_datasets,
     make_trainable,
@@ -119,6 +121,8 @@ class RolloutTrainer(Algorithm, Trainer):
         hub ([`~trl_fdfo.saving.hub.HubPusher`]): Pushes.
         signals ([`~trl_fdfo.saving.signals.Signals`]): SIGTERM and SIGINT.
         averaging ([`~trl_fdfo.saving.weight_averaging.WeightAveraging`], *optional*): Average of the trained weights.
+        informative_prompts ([`~trl_fdfo.training.prompt_sampling.InformativePrompts`], *optional*): Draws the prompts under
+            `prompt_sampling="informative"`.
         metrics ([`~trl_fdfo.training.metrics.RolloutMetrics`]): Metrics since the last log.
         replay_tolerance (`float`): Largest replay error that does not end the run.
         comparison ([`~trl_fdfo.evaluation.before_after.BeforeAfter`], *optional*): Images and rewards before and after
@@ -171,6 +175,7 @@ class RolloutTrainer(Algorithm, Trainer):
             self.control_functions = RewardFunctions(eval_reward_fn, argument="eval_reward_fn")
         train_dataset, eval_dataset = load_datasets(config, train_dataset, eval_dataset, self.reward_functions)
         check_evaluation(config, eval_dataset, self.reward_functions, self.control_functions)
+        check_prompt_sampling(config, len(train_dataset))
 
         self.pipeline = pipeline = open_pipeline(pipeline, config)
         self.flow = PipelineFlow(
@@ -280,6 +285,9 @@ class RolloutTrainer(Algorithm, Trainer):
         if self.pop_callback(DEFAULT_PROGRESS_CALLBACK) is not None:
             self.progress = progress_callback()
             self.add_callback(self.progress)
+        self.informative_prompts = None
+        if args.prompt_sampling == "informative":
+            self.informative_prompts = InformativePrompts(len(self.train_dataset), args.seed)
         self.averaging = None
         if args.ema_decay is not None:
             self.averaging = self._add_average(WeightAveraging(self.model, args.ema_decay))
@@ -395,6 +403,8 @@ class RolloutTrainer(Algorithm, Trainer):
         self._replay_errors.clear()
         self._watchdogs.forget_losses()
         self.metrics.forget()
+        if self.informative_prompts is not None:
+            self.informative_prompts.start()
         plan = self.run_plan()  # by each process: it frees the rehearsal
         if self.is_world_process_zero():
             print(plan)
@@ -793,6 +803,8 @@ class RolloutTrainer(Algorithm, Trainer):
             )
         for average in self._averages:
             average.load(checkpoint, updates=rollouts)
+        if self.informative_prompts is not None:
+            self.informative_prompts.load(checkpoint, position=rollouts * self.args.prompts_per_rollout)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         check_stored_weights(self.model, resume_from_checkpoint)
@@ -809,6 +821,8 @@ class RolloutTrainer(Algorithm, Trainer):
         if self.args.should_save:
             for average in self._averages:
                 average.save(output_dir)
+            if self.informative_prompts is not None:
+                self.informative_prompts.save(output_dir)
 
     # The result -------------------------------------------------------------------------------------------------------
 
