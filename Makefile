@@ -31,7 +31,7 @@ benchmark: $(VENV)/installed  ## the figures of README and docs
 	$(VENV)/bin/python benchmarks/gpu_shapes.py
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/convergence.py
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/alarms.py
-	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/prompt_sampling.py
+	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/sparse_rewards.py
 
 drift: $(VENV)/installed  ## whether small runs end in the bits that revision REV ends in
 	$(VENV)/bin/python benchmarks/drift.py --against $(or $(REV),HEAD)

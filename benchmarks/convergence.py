@@ -142,21 +142,33 @@ TUNED_STEPS = 10  # cells without a grid take the settings of 10 steps
 FRACTIONS = {0.2: "a fifth", 0.25: "a quarter", 0.4: "two fifths", 1.0: "all"}
 TARGETS = (0.65, 0.70, 0.75, 0.80)
 
-ABLATIONS: dict[str, dict[str, Any]] = {
-    "prior churn 0.065": {"churn": 0.065},
-    "prior churn 1": {"churn": 1.0},
-    "constant churn 0.026": {"churn_schedule": "constant", "churn": 0.026, "churn_kwargs": None},
-    "constant churn 0.0025": {"churn_schedule": "constant", "churn": 0.0025, "churn_kwargs": None},
-    "interval churn 0.26": {
-        "churn_schedule": "interval",
-        "churn_kwargs": {"location": 0.0, "location_std": 1.0, "width": 0.5, "spread": 0.0},
+ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "FDFO": {
+        "prior churn 0.065": {"churn": 0.065},
+        "prior churn 1": {"churn": 1.0},
+        "constant churn 0.026": {"churn_schedule": "constant", "churn": 0.026, "churn_kwargs": None},
+        "constant churn 0.0025": {"churn_schedule": "constant", "churn": 0.0025, "churn_kwargs": None},
+        "interval churn 0.26": {
+            "churn_schedule": "interval",
+            "churn_kwargs": {"location": 0.0, "location_std": 1.0, "width": 0.5, "spread": 0.0},
+        },
+        "G = 3": {"num_generations": 3},
+        "G = 4": {"num_generations": 4},
+        "beta 0.025": {"beta": 0.025},
+        "no whitening": {"whiten_direction": False},
+        "reward gradient": {"direction": "reward_gradient"},
+        "first level alone": {},  # the level of `prior`'s churn; see `FirstLevel`
     },
-    "G = 3": {"num_generations": 3},
-    "G = 4": {"num_generations": 4},
-    "beta 0.025": {"beta": 0.025},
-    "no whitening": {"whiten_direction": False},
-    "reward gradient": {"direction": "reward_gradient"},
-    "first level alone": {},  # the level of `prior`'s churn; see `FirstLevel`
+    "FDFO, fast": {
+        "rollouts of 10 steps": {"num_inference_steps": 10, "timestep_fraction": 0.1},
+        "rollouts of 4 steps": {"num_inference_steps": 4, "timestep_fraction": 0.25},
+        "rollouts of 3 steps": {"num_inference_steps": 3, "timestep_fraction": 0.33},
+        "one level of five, at random": {"timestep_selection": "stratified"},
+        "the first two levels": {"timestep_fraction": 0.4},
+        "2 of 2 images": {"num_candidates": 2},
+        "2 of 6 images": {"num_candidates": 6},
+        "a constant learning rate": {"lr_scheduler_type": "constant"},
+    },
 }
 
 
@@ -192,15 +204,19 @@ def make_trainer(run: Run, rollouts: int = ROLLOUTS):
 
     algorithm = ALGORITHMS[run.algorithm]
     trainer_class = FirstLevel if run.ablation == "first level alone" else getattr(trl_fdfo, algorithm.trainer)
-    options = {**algorithm.options, algorithm.knob: run.knob, **ABLATIONS.get(run.ablation, {})}
+    options = {
+        "num_inference_steps": run.steps,
+        "timestep_fraction": run.fraction,
+        **algorithm.options,
+        algorithm.knob: run.knob,
+        **ABLATIONS.get(run.algorithm, {}).get(run.ablation, {}),
+    }
     prompts = IMAGES // options.get("num_candidates", options["num_generations"])
     config = trainer_class.config_class(
         output_dir="outputs/convergence",
         num_rollouts=rollouts,
         prompts_per_rollout=prompts,
         per_device_prompt_batch_size=prompts // 6,
-        num_inference_steps=run.steps,
-        timestep_fraction=run.fraction,
         optimizer_steps_per_rollout=6,
         learning_rate=run.learning_rate,
         seed=run.seed,
@@ -376,8 +392,14 @@ def comparison(results: list[dict[str, Any]]) -> list[Run]:
     return list(dict.fromkeys(runs))
 
 
-def ablations(setting: Run) -> list[Run]:
-    return [replace(setting, seed=seed, ablation=name) for seed in ABLATION_SEEDS for name in ABLATIONS]
+def ablations(results: list[dict[str, Any]]) -> list[Run]:
+    settings = [best(results, *cell) for cell in RACE[:2]]
+    return [
+        replace(setting, seed=seed, ablation=name)
+        for seed in ABLATION_SEEDS
+        for setting in settings
+        for name in ABLATIONS[setting.algorithm]
+    ]
 
 
 def load() -> list[dict[str, Any]]:
@@ -446,8 +468,8 @@ def report(results: list[dict[str, Any]]) -> str:
         [
             "# FDFO and other algorithms on the packaged pipeline",
             "",
-            f"{ROLLOUTS} rollouts of {IMAGES} images, of each prompt 2 for FDFO and 8 for the others. Medians over "
-            "seeds, and the range in parentheses.",
+            f"{ROLLOUTS} rollouts of {IMAGES} images, of each prompt 2 for FDFO, 4 for FDFO, fast, and 8 for the others. "
+            "Medians over seeds, and the range in parentheses.",
             "",
             *end_table(results, settings, costs["seconds_per_rollout"]),
             "",
@@ -477,7 +499,11 @@ def report(results: list[dict[str, Any]]) -> str:
             *grid_tables(results),
             f"## Ablations of FDFO: {CELLS[0][0]} steps, a quarter of the tuples",
             "",
-            *ablation_table(results),
+            *ablation_table(results, best(results, *RACE[0])),
+            "",
+            "## Ablations of FDFO, fast",
+            "",
+            *ablation_table(results, best(results, *RACE[1])),
             "",
             f"Costs were measured on {costs['machine']}; `{RUNS.name}` has every run.",
             "",
@@ -568,12 +594,19 @@ def grid_cell(result: dict[str, Any]) -> str:
     return "ended by a watchdog" if "failed" in result else f"{final(result):.3f}, {over_run(result):.3f}"
 
 
-def ablation_table(results: list[dict[str, Any]]) -> list[str]:
-    setting = best(results, "FDFO", *CELLS[0])
+def ablation_table(results: list[dict[str, Any]], setting: Run) -> list[str]:
     groups = {"as above": of_setting(results, setting, ABLATION_SEEDS)}
-    groups |= {name: of_setting(results, replace(setting, ablation=name), ABLATION_SEEDS) for name in ABLATIONS}
-    rows = [[name, spread(map(over_run, runs)), *columns_of(runs)] for name, runs in groups.items() if runs]
-    return table(["", "mean reward over the run", *MEASURES, "runs"], rows)
+    for name in ABLATIONS[setting.algorithm]:
+        groups[name] = of_setting(results, replace(setting, ablation=name), ABLATION_SEEDS)
+    rows = []
+    for name, runs in groups.items():
+        if runs:
+            times = [statistics.median(reached(run, target) for run in runs) for target in (0.75, 0.78)]
+            rows.append(
+                [name, spread(map(over_run, runs)), *(f"{t:.3g}" if math.isfinite(t) else "never" for t in times)]
+                + columns_of(runs)
+            )
+    return table(["", "mean reward over the run", "rollouts to 0.75", "to 0.78", *MEASURES, "runs"], rows)
 
 
 # Names of the scores at the end of a run, by their titles in tables.
@@ -674,7 +707,7 @@ def main() -> None:
         runs = [*comparison(results), *(replace(soonest(results), seed=seed) for seed in SEEDS)]
         first = [run for run in runs if (run.steps, run.fraction) != CELLS[-1]]
         # The most expensive cell comes last.
-        for part in (first, ablations(best(results, "FDFO", *CELLS[0])), runs):
+        for part in (first, ablations(results), runs):
             run_missing(part, args.workers, deadline)
         cells = {run.cell: run for run in runs}
         costs = json.loads(COSTS.read_text()) if COSTS.is_file() else {}

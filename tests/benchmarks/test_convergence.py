@@ -19,6 +19,8 @@ FIRST = {
 FDFO = FIRST["FDFO"]
 
 
+FIRST_LEVEL = {"FDFO, fast", "first level alone", "2 of 2 images", "2 of 6 images", "a constant learning rate"}
+FIRST_LEVEL |= {f"rollouts of {steps} steps" for steps in (10, 4, 3)}
 CELLS = {
     *(("FDFO", 5, 0.4), *convergence.RACE),
     *((name, *cell) for name in convergence.PAIR for cell in convergence.CELLS),
@@ -29,7 +31,7 @@ CELLS = {
     "run",
     [
         *(replace(FIRST[name], steps=steps, fraction=fraction) for name, steps, fraction in sorted(CELLS)),
-        *(replace(FDFO, ablation=name) for name in convergence.ABLATIONS),
+        *(replace(FIRST[of], ablation=name) for of, names in convergence.ABLATIONS.items() for name in names),
     ],
     ids=lambda run: run.ablation or run.cell,
 )
@@ -39,7 +41,7 @@ def test_every_setting_makes_a_trainer_of_equal_size(run):
     assert args.prompts_per_rollout * args.num_candidates == convergence.IMAGES and args.steps_per_rollout == 6
     levels = trainer.trained_levels(0, 0)
     assert len(levels) == args.num_trained_levels
-    assert (set(levels) == {0}) == (run.ablation == "first level alone" or run.algorithm == "FDFO, fast")
+    assert (set(levels) == {0}) == ((run.ablation or run.algorithm) in FIRST_LEVEL)
 
 
 def made(run: Run, reward: list[float], end: float | None = None) -> dict:
