@@ -109,9 +109,10 @@ def with_models(folder: Path, models: Path) -> Path:
 def one_process(models, tmp_path_factory):
     """What a run without DeepSpeed ends with, with and without an adapter."""
     folder = tmp_path_factory.mktemp("one")
-    trainer = distributed_run.build(str(folder / "out"))
+    options = distributed_run.NO_EVALUATIONS
+    trainer = distributed_run.build(str(folder / "out"), **options)
     before = trainer.generate(tiny_runs.PROMPTS[:5], range(5))
-    _, without_adapter = distributed_run.run(str(folder / "without_adapter"), **engine_run.WITHOUT_ADAPTER)
+    _, without_adapter = distributed_run.run(str(folder / "without_adapter"), **engine_run.WITHOUT_ADAPTER, **options)
     return {
         "images before": before,
         "run": distributed_run.finished(trainer),
@@ -188,9 +189,8 @@ def check_small_run(folder: Path) -> None:
     ("engine", "processes"), [("zero3", 2), ("zero1", 1), ("zero2_offload", 1), ("zero3_offload", 1)]
 )
 def test_script_runs_with_the_config_as_it_is(engine, processes, tmp_path, warm_python):
-    """The command of the docs, of which one starts a fresh Python."""
-    python = None if engine == "zero1" else warm_python
-    launch(CONFIGS / f"{engine}.yaml", processes, *small_run(tmp_path), python=python, **ON_CPUS)
+    """The command of the docs. tests/saving/test_ctrl_c.py starts `accelerate launch` by a fresh Python."""
+    launch(CONFIGS / f"{engine}.yaml", processes, *small_run(tmp_path), python=warm_python, **ON_CPUS)
     check_small_run(tmp_path)
 
 
@@ -335,7 +335,12 @@ FLOAT32_ON_CPUS = pytest.mark.gpu("DeepSpeed and FSDP2 train in float32 on CPUs,
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "engine", ["single_gpu", "ddp", *(pytest.param(name, marks=FLOAT32_ON_CPUS) for name in ENGINES)]
+    "engine",
+    [
+        pytest.param("single_gpu", marks=pytest.mark.gpu("DDP runs there in bfloat16, and does what one process does")),
+        "ddp",
+        *(pytest.param(name, marks=FLOAT32_ON_CPUS) for name in ENGINES),
+    ],
 )
 def test_run_in_bfloat16(engine, models, tmp_path, warm_python):
     if engine.startswith("zero"):
