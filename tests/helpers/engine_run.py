@@ -37,9 +37,9 @@ ENGINE = {
     "use_cpu": False,
     "ddp_backend": "gloo" if "WORLD_SIZE" in os.environ and not GPU else None,
     **distributed_run.SAMPLING,
-    **distributed_run.NO_EVALUATIONS,
+    **distributed_run.SHORT,
 }
-WITHOUT_ADAPTER = {"use_peft": False, "beta": 0.0, "learning_rate": 1e-3, "num_rollouts": 1, "num_iterations": 1}
+WITHOUT_ADAPTER = {"use_peft": False, "beta": 0.0, "learning_rate": 1e-3, "num_rollouts": 1}
 
 
 def scores(folder: Path) -> list[float]:
@@ -91,7 +91,7 @@ def main(folder: Path, bfloat16: bool) -> None:
         results["elements"] = elements(trainer.model)
     results["scores after the run"] = scores(folder)
     trainer, results["resumed"] = distributed_run.run(
-        str(folder / "resumed"), str(folder / "out" / "checkpoint-4"), make_pipeline=make_pipeline, **options
+        str(folder / "resumed"), str(folder / "out" / "checkpoint-2"), make_pipeline=make_pipeline, **options
     )
     if not bfloat16:
         results |= on_cpus(folder, make_pipeline)

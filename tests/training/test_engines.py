@@ -109,7 +109,7 @@ def with_models(folder: Path, models: Path) -> Path:
 def one_process(models, tmp_path_factory):
     """What a run without DeepSpeed ends with, with and without an adapter."""
     folder = tmp_path_factory.mktemp("one")
-    options = distributed_run.NO_EVALUATIONS
+    options = distributed_run.SHORT
     trainer = distributed_run.build(str(folder / "out"), **options)
     before = trainer.generate(tiny_runs.PROMPTS[:5], range(5))
     _, without_adapter = distributed_run.run(str(folder / "without_adapter"), **engine_run.WITHOUT_ADAPTER, **options)
@@ -289,9 +289,9 @@ def test_saved_adapter_is_whole_in_both_formats(two_processes):
 def test_checkpoint_has_the_averaged_adapter_for_pipelines_and_the_trained_one_to_go_on_from(two_processes):
     _, folder, results = two_processes
     averaged, trained = tiny_pipelines.sd3(), tiny_pipelines.sd3()
-    averaged.load_lora_weights(folder / "out" / "checkpoint-8")
+    averaged.load_lora_weights(folder / "out" / "checkpoint-4")
     torch.testing.assert_close(generated(averaged), results["run"]["images"], rtol=0, atol=1e-5)
-    model = PeftModel.from_pretrained(trained.transformer, folder / "out" / "checkpoint-8")
+    model = PeftModel.from_pretrained(trained.transformer, folder / "out" / "checkpoint-4")
     weights = dict(model.named_parameters())
     for name, weight in results["run"]["weights"].items():
         assert torch.equal(weights[name], weight)
@@ -317,7 +317,7 @@ def test_rewards_and_text_encoders_are_not_sharded(two_processes, one_process):
 def test_a_signal_to_one_process_ends_all_after_the_same_batches(two_processes):
     _, folder, results = two_processes
     assert results["exit"] == 1  # of the process that was not told
-    assert [path.name for path in (folder / "interrupted").glob("checkpoint-*")] == ["checkpoint-4"]
+    assert [path.name for path in (folder / "interrupted").glob("checkpoint-*")] == ["checkpoint-2"]
 
 
 def test_pipeline_of_another_dtype_is_refused(two_processes):
