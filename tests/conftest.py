@@ -1,17 +1,14 @@
-# First: it sets the environment before torch and huggingface_hub are imported.
-from tiny_runs import PROMPTS, UnplannedTrainer, redness  # isort: skip
+"""
+What all tests share. Nothing here imports libraries at once: the process that starts pytest's workers would import them too, and
+all would wait for it.
+"""
 
 import contextlib
 import gc
 import socket
 
 import pytest
-import tiny_pipelines
-import torch
-from datasets import Dataset
 from warm_python import WarmPython
-
-from trl_fdfo import FDFOConfig
 
 
 # A test of what a GPU does runs on the CPU too, so that it cannot rot on machines without one.
@@ -26,7 +23,8 @@ SPREAD = "test_pipelines.py"
 
 @pytest.fixture
 def make_config(tmp_path):
-    """A config of a run of a second on a tiny pipeline; keyword arguments replace its options."""
+    """A config of a run of a second on a tiny pipeline, without sheets; keyword arguments replace its options."""
+    from trl_fdfo import FDFOConfig
 
     def make(**options):
         defaults = {
@@ -43,6 +41,7 @@ def make_config(tmp_path):
             "learning_rate": 1e-3,
             "lora_r": 4,
             "save_strategy": "no",
+            "logging_images_steps": 0,
             "report_to": [],
             "use_cpu": True,
             "disable_tqdm": True,
@@ -58,6 +57,9 @@ def make_trainer(make_config):
     A trainer of a tiny SD3, which prints no plan unless its class is `FDFOTrainer` itself; keyword arguments of the trainer
     by name, all others are options of the config.
     """
+    import tiny_pipelines
+    from datasets import Dataset
+    from tiny_runs import PROMPTS, UnplannedTrainer, redness
 
     def make(pipeline=None, reward_fn=redness, prompts=PROMPTS, trainer_class=UnplannedTrainer, **options):
         names = ("eval_dataset", "eval_reward_fn", "callbacks", "optimizers", "peft_config")
@@ -106,11 +108,17 @@ def logged(trainer, name) -> list[float]:
     return [log[name] for log in trainer.state.log_history if name in log]
 
 
-def trained_weights(trainer) -> dict[str, torch.Tensor]:
+def trained_weights(trainer) -> dict:
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
+def pytest_collectstart():
+    import tiny_runs  # noqa: F401  before any test: it sets the environment for torch and huggingface_hub
+
+
 def pytest_collection_modifyitems(items):
+    import torch
+
     for item in items:
         marker = item.get_closest_marker("gpu")
         if marker and not torch.cuda.is_available():

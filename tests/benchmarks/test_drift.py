@@ -13,12 +13,13 @@ RUNS = ["constant churn", "killed and resumed"]
 
 @pytest.mark.slow
 def test_checksums_repeat_and_show_a_change(tmp_path, warm_python):
+    unchanged = drift.train_by(drift.ROOT, RUNS, warm_python.path)
+    assert unchanged == drift.train_by(drift.ROOT, RUNS, warm_python.path)
+    assert unchanged["constant churn"] != unchanged["killed and resumed"]
+    # The changed package is imported by a fresh Python, which ends in the same bytes otherwise: test_ctrl_c.py shows it.
     tree = tmp_path / "tree"
     for folder in ("trl_fdfo", "tests/helpers"):
         shutil.copytree(drift.ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    unchanged = drift.train_by(tree, RUNS)
-    assert unchanged == drift.train_by(drift.ROOT, RUNS, warm_python.path)
-    assert unchanged["constant churn"] != unchanged["killed and resumed"]
     loss = Path(tree, "trl_fdfo", "fdfo", "loss.py")
     text = loss.read_text()
     assert "(2 * epsilon)" in text

@@ -1,7 +1,7 @@
 """Options of accelerate's launcher on the command line of a run."""
 
+import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -82,11 +82,12 @@ save_strategy: "no"
 
 
 @pytest.mark.slow
-def test_a_run_in_two_processes(tmp_path):
+def test_a_run_in_two_processes(tmp_path, warm_python):
     (tmp_path / "recipe.yaml").write_text(RECIPE)
-    command = [sys.executable, "-m", "trl_fdfo", "train", "--config", "recipe.yaml", "--output_dir", "out"]
+    command = [warm_python.path, "-m", "trl_fdfo", "train", "--config", "recipe.yaml", "--output_dir", "out"]
     command += ["--accelerate_config", "ddp", "--num_processes", "2", "--main_process_port", "0"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=tmp_path)
+    environment = {**os.environ, **warm_python.environment}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count("Trained in") == 1 and "2 process(es)" in done.stdout + done.stderr
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()

@@ -467,6 +467,8 @@ def test_the_script(tmp_path, caplog):
     options = {
         "output_dir": tmp_path / "out",
         "num_rollouts": 1,
+        "prompts_per_rollout": 12,
+        "per_device_prompt_batch_size": 4,
         "eval_strategy": "epoch",
         "num_eval_prompts": 9,
         "eval_diversity": "pixels",

@@ -34,6 +34,8 @@ from trl_fdfo.training.trainer import RolloutTrainer
 SAMPLING = {"per_device_sampling_batch_size": 4, "cache_prompt_embeds": True}
 # An evaluation inside a run takes as long as a rollout. One run shows them; all are evaluated when they have ended.
 NO_EVALUATIONS = {"eval_strategy": "no"}
+# Nor does a run show more for going over each batch twice, but those that are compared with it.
+SHORT = {"num_iterations": 1, **NO_EVALUATIONS}
 
 
 def brightness(images):
@@ -54,24 +56,27 @@ SPARSE = {
     "scale_rewards": "batch",
     "per_device_prompt_batch_size": 1,
     "beta": 0.0,
-    **NO_EVALUATIONS,
+    **SHORT,
 }
 
 # Draws prompts by what the images of both processes have tied.
 INFORMATIVE = {"reward": sparse, "prompt_sampling": "informative", "num_rollouts": 3, **NO_EVALUATIONS}
 
 # Of an algorithm that noises endpoints; its policy that samples follows the trained one slowly.
-FORWARD = {"trainer_class": DiffusionNFTTrainer, "old_policy_decay_rate": 0.3, "eval_strategy": "no"}
+FORWARD = {"trainer_class": DiffusionNFTTrainer, "old_policy_decay_rate": 0.3, **SHORT}
+# The weights of the frozen layers, in torchao's 8 bits.
+QUANTIZED = {"quantization": "int8", **SHORT}
 
 
 def build(
     output_dir: str,
     make_pipeline=tiny_pipelines.sd3,
     reward=tiny_runs.redness,
-    trainer_class=FDFOTrainer,
+    trainer_class=tiny_runs.UnplannedTrainer,
     **options,
 ) -> RolloutTrainer:
     """A trainer whose global settings and batch size per process do not depend on the number of processes."""
+    is_fdfo = issubclass(trainer_class, FDFOTrainer)
     defaults = {
         "output_dir": output_dir,
         "num_rollouts": 2,
@@ -86,7 +91,7 @@ def build(
         "width": 16,
         "pipeline_kwargs": {"max_sequence_length": 8},
         "num_generations": 2,
-        **({"churn": 0.2} if trainer_class is FDFOTrainer else {}),
+        **({"churn": 0.2} if is_fdfo else {}),
         # As large as the adapter's gradients, so that a wrong batch changes the step.
         "adam_epsilon": 1e-4,
         "learning_rate": 1e-2,
@@ -97,6 +102,7 @@ def build(
         "eval_diversity": "pixels",
         "images_per_eval_prompt": 3,
         "report_to": [],
+        "logging_images_steps": 0,
         "save_strategy": "epoch",
         "use_cpu": True,
         "ddp_backend": "gloo" if "WORLD_SIZE" in os.environ else None,
@@ -121,7 +127,8 @@ def run(output_dir: str, checkpoint: str | None = None, **options) -> tuple[Roll
 def finished(trainer: RolloutTrainer, checkpoint: str | None = None) -> dict:
     """Train, evaluate, save and generate: the results."""
     trainer.train(resume_from_checkpoint=checkpoint)
-    assert trainer._rehearsal is None  # freed by each process
+    # A plan frees it, in each process.
+    assert trainer._rehearsal is None or isinstance(trainer, tiny_runs.UnplannedTrainer)
     metrics = trainer.evaluate()
     trainer.save_model()
     trained = trained_parameters(trainer.model)
@@ -180,14 +187,15 @@ class Traffic(TrainerCallback):
         self.profile.stop()
 
     def collectives(self) -> list[tuple[str, int]]:
-        events = [event for event in self.profile.events() if event.name.startswith("gloo:")]
-        return [(event.name, sum(prod(shape) for shape in event.input_shapes)) for event in events]
+        # Of 100,000 recorded operations: `self.profile.events()` takes ten seconds to make objects of them.
+        events = [event for event in self.profile.profiler.kineto_results.events() if event.name().startswith("gloo:")]
+        return [(event.name(), sum(prod(shape) for shape in event.shapes())) for event in events]
 
 
 def measure_traffic(folder: Path) -> dict:
     """Numbers that pass between the processes in two rollouts, and numbers that one process records."""
     traffic = Traffic()
-    trainer = build(str(folder / "traffic"), save_strategy="no", **NO_EVALUATIONS)
+    trainer = build(str(folder / "traffic"), save_strategy="no", **SHORT)
     trainer.add_callback(traffic)
     trainer.train()
     tuples = [(batch.sampled, level) for step in trainer._buffer.steps for batch, level in step]
@@ -231,7 +239,7 @@ async def slow_on_one_process(images, prompts):
 
 def wait_for_a_slow_reward(folder: Path) -> list[float]:
     """Rewards of a rollout whose images are scored at once, later by one process."""
-    options = {"num_rollouts": 1, "per_device_sampling_batch_size": 4, "save_strategy": "no", **NO_EVALUATIONS}
+    options = {"num_rollouts": 1, "per_device_sampling_batch_size": 4, "save_strategy": "no", **SHORT}
     group = dist.group.WORLD
     group._get_backend(torch.device("cpu"))._set_default_timeout(timedelta(seconds=TIMEOUT))
     trainer = build(str(folder / "slow"), reward=slow_on_one_process, **options)
@@ -241,7 +249,7 @@ def wait_for_a_slow_reward(folder: Path) -> list[float]:
 
 def main(folder: Path) -> None:
     results = {}
-    _, results["two"] = run(str(folder / "two"), **SAMPLING)
+    _, results["two"] = run(str(folder / "two"), trainer_class=FDFOTrainer, **SAMPLING)
     options = {**SAMPLING, **NO_EVALUATIONS}
     _, results["more"] = run(str(folder / "more"), str(folder / "one" / "checkpoint-4"), **options)
     _, results["sparse"] = run(str(folder / "sparse"), **SPARSE)
@@ -252,8 +260,7 @@ def main(folder: Path) -> None:
     results["slow reward"] = wait_for_a_slow_reward(folder)
     if importlib.util.find_spec("torchao"):
         pipeline = lambda: str(folder / "pipeline")
-        options = {"quantization": "int8", **NO_EVALUATIONS}
-        _, results["quantized"] = run(str(folder / "quantized"), make_pipeline=pipeline, **options)
+        _, results["quantized"] = run(str(folder / "quantized"), make_pipeline=pipeline, **QUANTIZED)
     if dist.get_rank() == 0:
         torch.save(results, folder / "results.pt")
 

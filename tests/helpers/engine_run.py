@@ -26,6 +26,7 @@ from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 from torch.distributed.tensor import DTensor
 
+from trl_fdfo import FDFOTrainer
 from trl_fdfo.rewards.clip_score import CLIPScore
 from trl_fdfo.rewards.vlm_score import VLMScore
 from trl_fdfo.saving.sharded_weights import trained_parameters
@@ -36,9 +37,9 @@ ENGINE = {
     "use_cpu": False,
     "ddp_backend": "gloo" if "WORLD_SIZE" in os.environ and not GPU else None,
     **distributed_run.SAMPLING,
+    **distributed_run.SHORT,
 }
 WITHOUT_ADAPTER = {"use_peft": False, "beta": 0.0, "learning_rate": 1e-3, "num_rollouts": 1}
-WITHOUT_ADAPTER |= distributed_run.NO_EVALUATIONS
 
 
 def scores(folder: Path) -> list[float]:
@@ -73,7 +74,8 @@ def main(folder: Path, bfloat16: bool) -> None:
 
     def make_pipeline() -> StableDiffusion3Pipeline:
         # Users load models after the config, and ZeRO-3 begins for transformers with the config.
-        results["scores after the config"] = scores(folder)
+        if "scores after the config" not in results:
+            results["scores after the config"] = scores(folder)
         if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not GPU:
             # Accelerate enables FSDP on GPUs only, although FSDP runs on CPUs too.
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
@@ -82,14 +84,14 @@ def main(folder: Path, bfloat16: bool) -> None:
             folder / "pipeline", text_encoder_3=None, tokenizer_3=None, torch_dtype=dtype
         )
 
-    trainer = distributed_run.build(str(folder / "out"), make_pipeline, **options)
+    trainer = distributed_run.build(str(folder / "out"), make_pipeline, trainer_class=FDFOTrainer, **options)
     results["images before"] = trainer.generate(tiny_runs.PROMPTS[:5], range(5))
     results["run"] = distributed_run.finished(trainer)
     if dist.is_initialized():
         results["elements"] = elements(trainer.model)
     results["scores after the run"] = scores(folder)
     trainer, results["resumed"] = distributed_run.run(
-        str(folder / "resumed"), str(folder / "out" / "checkpoint-4"), make_pipeline=make_pipeline, **options
+        str(folder / "resumed"), str(folder / "out" / "checkpoint-2"), make_pipeline=make_pipeline, **options
     )
     if not bfloat16:
         results |= on_cpus(folder, make_pipeline)
@@ -116,7 +118,6 @@ def on_cpus(folder: Path, make_pipeline: Callable) -> dict:
             reward=interrupted,
             save_on_signal=True,
             save_strategy="no",
-            **distributed_run.NO_EVALUATIONS,
             **ENGINE,
         )
     except SystemExit as end:

@@ -1,6 +1,5 @@
 """
-Trains a tiny pipeline of each class of transformers for two optimizer steps in several processes, and writes what test_pipelines.py
-looks at:
+Trains tiny pipelines for two optimizer steps in several processes, and writes what test_pipelines.py looks at:
 
     torchrun --nproc_per_node 2 tests/helpers/families_run.py FOLDER NAME ...
 """
@@ -16,8 +15,7 @@ import torch.distributed as dist
 from datasets import Dataset
 from tiny_pipelines.families import FAMILIES, columns_of, first_call
 
-from trl_fdfo import FDFOConfig, FDFOTrainer
-from trl_fdfo.pipeline.trained import trained_modules
+from trl_fdfo import FDFOConfig
 
 
 OPTIONS_OF_CALL = ("height", "width", "guidance_scale")
@@ -26,14 +24,6 @@ OPTIONS_OF_CALL = ("height", "width", "guidance_scale")
 def strength(images=None, audio=None):
     made = audio if images is None else images
     return made.abs().flatten(1).mean(dim=1)
-
-
-def one_of_each_transformer() -> list[str]:
-    """The first family of each class of transformers, and of each number of them in a pipeline."""
-    kinds = {}
-    for name, family in FAMILIES.items():
-        kinds.setdefault(tuple(type(part) for part in trained_modules(family.build()).values()), name)
-    return list(kinds.values())
 
 
 def train(name: str, folder: Path) -> dict:
@@ -68,9 +58,7 @@ def train(name: str, folder: Path) -> dict:
         },
     )
     prompts = Dataset.from_dict({"prompt": list(FAMILIES[name].prompts[:2]), **columns})
-    # One plan is enough.
-    trainer_class = FDFOTrainer if config.process_index == 0 else tiny_runs.UnplannedTrainer
-    trainer = trainer_class(config, FAMILIES[name].build(), strength, prompts)
+    trainer = tiny_runs.UnplannedTrainer(config, FAMILIES[name].build(), strength, prompts)
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
     trainer.train()
     moved, spread = 0.0, 0.0
@@ -81,7 +69,6 @@ def train(name: str, folder: Path) -> dict:
             dist.all_reduce(highest, dist.ReduceOp.MAX)
             dist.all_reduce(lowest, dist.ReduceOp.MIN)
             spread = max(spread, (highest - lowest).abs().max().item())
-    plan = trainer.run_plan()
     [log] = [log for log in trainer.state.log_history if "replay_error" in log]
     return {
         "processes": trainer.args.world_size,
@@ -91,7 +78,6 @@ def train(name: str, folder: Path) -> dict:
         "moved": moved,
         "spread": spread,
         "finds_unused": trainer.model_wrapped.find_unused_parameters,
-        "uncounted": str(plan.failure) if plan and plan.failure else "",
     }
 
 

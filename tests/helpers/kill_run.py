@@ -83,6 +83,7 @@ def run(output_dir, rank, processes, port, phase, times, resume):
         lr_scheduler_type="cosine",
         ema_decay=0.5,
         lora_r=4,
+        logging_images_steps=0,
         report_to=[],
         save_strategy="epoch",
         eval_strategy="epoch",

@@ -86,10 +86,13 @@ def import_libraries() -> None:
     import gc
 
     import tiny_runs  # first: it sets the environment before torch is imported  # isort: skip
+    import matplotlib.figure  # of the curves in a model card
     import tiny_pipelines
     import torch.distributed.launcher  # what torchrun and `accelerate launch` import
 
-    assert tiny_runs and tiny_pipelines and torch
+    import trl_fdfo.cli.arguments  # what a command imports
+
+    assert tiny_runs and matplotlib and tiny_pipelines and torch and trl_fdfo
     with contextlib.suppress(ImportError):
         import deepspeed  # noqa: F401  accelerate would import it in every run
     # The collection at the start of each run skips what is imported.

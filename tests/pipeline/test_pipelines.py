@@ -16,6 +16,7 @@ from datasets import Dataset
 from diffusers import ModelMixin
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
 from tiny_pipelines.families import CALLS, FAMILIES, REFUSED, columns_for, columns_of, first_call, num_prompts
 from tiny_runs import UnplannedTrainer
 
@@ -25,6 +26,7 @@ from trl_fdfo.pipeline.adapter_files import diffusers_file, read_adapter
 from trl_fdfo.pipeline.lora import add_adapter, attention_projections
 from trl_fdfo.pipeline.trained import trained_module, trained_modules
 from trl_fdfo.pipeline_flow import PipelineFlow, ReplayError, check_replay
+from trl_fdfo.planning.cost import Precision, training_cost
 
 
 STEPS = 4
@@ -143,6 +145,16 @@ def test_docs_say_why_pipelines_are_refused():
     assert rows("refused") == made, "\n".join(["The refused pipelines of docs/pipelines.md must be:", *made])
 
 
+# Of each family the guided call, or its first; and the first call of each other kind. Guidance does the same as a plain call
+# does, with more calls of the transformer or larger ones.
+TAKEN_APART = {
+    (name, "guided" if "guided" in family.calls else next(iter(family.calls))) for name, family in FAMILIES.items()
+}
+TAKEN_APART |= {
+    (name, call) for call, name in {call: name for name, call in reversed(CALLS) if call != "plain"}.items()
+}
+
+
 @pytest.mark.parametrize(("name", "call"), CALLS)
 def test_a_call_is_replayed_exactly_and_taken_apart(name, call):
     flow = make_flow(name, FAMILIES[name].calls[call])
@@ -158,8 +170,7 @@ def test_a_call_is_replayed_exactly_and_taken_apart(name, call):
         assert torch.equal(apart.velocities[level][0::2], apart.velocities[level][1::2])
     if call == next(iter(FAMILIES[name].calls)):
         check_other_inputs_are_far(flow, apart)
-    # Guidance does the same with more calls or larger ones.
-    if call == "plain" and "guided" in FAMILIES[name].calls:
+    if (name, call) not in TAKEN_APART:
         return
 
     if count > 1:
@@ -209,9 +220,9 @@ def test_some_samples_of_a_batch_are_replayed(name):
     assert apart_error(flow, chosen) < 1e-5
 
 
-@pytest.mark.parametrize(("name", "call"), CALLS)
+@pytest.mark.parametrize(("name", "call"), [(name, list(FAMILIES[name].calls)[-1]) for name in FAMILIES])
 def test_replay_in_bfloat16_is_exact(name, call):
-    # Two steps: all but the dtype is as in float32.
+    # Two steps of the last call, which is guided if one is: all but the dtype is as in float32.
     flow = make_flow(name, FAMILIES[name].calls[call], torch.bfloat16, steps=2)
     batch = roll_out(flow, name)
     assert largest_error(flow, batch) == 0.0
@@ -307,7 +318,6 @@ def test_whole_trainer_and_saved_lora(name, make_config, tmp_path):
 
     prompts = list(FAMILIES[name].prompts)
     dataset = Dataset.from_dict({"prompt": prompts, **columns})
-    # Plans are made where a pipeline of each kind is trained by two processes.
     trainer = UnplannedTrainer(config, FAMILIES[name].build(), strength, train_dataset=dataset)
     before = trained_weights(trainer)
     trainer.train()
@@ -339,7 +349,11 @@ def test_whole_trainer_and_saved_lora(name, make_config, tmp_path):
             assert weights.keys() == trained.keys()
             for key, weight in weights.items():
                 assert torch.equal(weight, trained[key] * scale if "lora_B" in key else trained[key]), key
-        # Then the same samples, by either library.
+            # PEFT's file has the trained weights under PEFT's names.
+            in_peft = load_file(tmp_path / "adapter_model.safetensors")
+            assert in_peft.keys() == trained.keys()
+            assert all(torch.equal(weight, trained[key]) for key, weight in in_peft.items())
+        # Then the same samples.
         pipeline.load_lora_weights(str(tmp_path))
         for other in others:
             file = diffusers_file(other)
@@ -350,12 +364,14 @@ def test_whole_trainer_and_saved_lora(name, make_config, tmp_path):
         error = difference()
         assert error < 1e-6
         opened = "bit-equal samples" if error == 0 else "samples within 1e-6"
-        pipeline.unload_lora_weights()
-        assert difference() > 1e-5
-        for other in others:
-            getattr(pipeline, other).unload_lora()
-    PeftModel.from_pretrained(trained_module(pipeline), tmp_path, is_trainable=True)
-    assert difference() < 1e-6
+    if others or not has_loader:
+        if has_loader:
+            pipeline.unload_lora_weights()
+            for other in others:
+                getattr(pipeline, other).unload_lora()
+            assert not any("lora_" in key for key, _ in trained_module(pipeline).named_parameters())
+        PeftModel.from_pretrained(trained_module(pipeline), tmp_path, is_trainable=True)
+        assert difference() < 1e-6
     row = exact_row(name, pipeline, opened)
     assert row in rows("exact"), f"docs/pipelines.md must show this row, in the order of the names:\n{row}"
 
@@ -384,16 +400,45 @@ UNCOUNTED = {
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
-def test_two_processes_train_every_kind_of_transformer(tmp_path, warm_python):
+def test_a_plan_counts_every_kind_of_transformer_but_those_that_read_values():
+    kinds, failed = set(), set()
+    for name, family in FAMILIES.items():
+        flow = PipelineFlow(family.build(), num_generations=2, **{"num_inference_steps": 2, **first_call(name)})
+        kind = tuple(type(part) for part in trained_modules(flow.pipeline).values())
+        if kind in kinds:
+            continue
+        kinds.add(kind)
+        calls = flow.rehearse(family.prompts[:1], columns_of(name, 1), 2).model_calls
+        try:
+            assert training_cost(trained_module(flow.pipeline), calls, Precision("cpu")).flops > 0, name
+        except RuntimeError:  # of fake tensors, which have no values
+            failed.add(name)
+    assert failed == UNCOUNTED
+
+
+# What can differ for DDP: weights without a gradient in some steps or in all, two transformers, experts that get no token,
+# streams of sound, a call per sample.
+FINDS_UNUSED = ["EasyAnimate (video)", "HunyuanVideo 1.5", "JoyImage", "Qwen-Image", "Wan 2.2 A14B (video)"]
+USES_ALL = [
+    "Cosmos 3 (video)",
+    "Ideogram 4",
+    "LTX-2 (video and audio)",
+    "Nucleus-Image",
+    "OmniGen",
+    "Stable Diffusion 3",
+]
+
+
+@pytest.mark.slow
+def test_two_processes_train_transformers_of_each_way_to_lack_gradients(tmp_path, warm_python):
     command = [warm_python.path, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, **warm_python.environment, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    names = families_run.one_of_each_transformer()
+    names = FINDS_UNUSED + USES_ALL
     done = subprocess.run(
         [*command, families_run.__file__, tmp_path, *names],
         capture_output=True,
         text=True,
-        timeout=1500,
+        timeout=280,
         env=environment,
     )
     assert done.returncode == 0, done.stderr[-4000:]
@@ -402,10 +447,8 @@ def test_two_processes_train_every_kind_of_transformer(tmp_path, warm_python):
     for name, result in results.items():
         assert (result["wrapper"], result["processes"], result["steps"]) == ("DistributedDataParallel", 2, 2), name
         assert result["replay_error"] == 0.0 and result["spread"] == 0.0 and result["moved"] > 0.0, name
-        assert bool(result["uncounted"]) == (name in UNCOUNTED), f"{name}: {result['uncounted']}"
         # The search costs time: it is on only where a weight gets no gradient, in some steps or in all.
-        lacks = name.startswith(("EasyAnimate", "HunyuanVideo 1.5", "JoyImage", "Qwen-Image", "Wan 2.2 A14B"))
-        assert result["finds_unused"] == (lacks and name != "Qwen-Image 2.1"), name
+        assert result["finds_unused"] == (name in FINDS_UNUSED), name
 
 
 def test_no_line_of_the_package_names_a_family():

@@ -74,7 +74,7 @@ def test_a_sheet_is_due_every_so_many_steps(tmp_path, every):
 
 
 def test_the_last_rollout_has_a_sheet(make_trainer):
-    trainer = make_trainer(num_rollouts=3)  # by default every 10 rollouts
+    trainer = make_trainer(num_rollouts=3, logging_images_steps=None)  # by default every 10 rollouts
     trainer.train()
     assert pictures_of(trainer) == ["train_000000.png", "train_000004.png"]
 
@@ -106,7 +106,7 @@ def test_a_run_without_trackers_leaves_pictures_and_metrics(make_trainer):
 
 def test_the_sheet_shows_the_rollouts_own_images_from_the_top(make_trainer):
     reward = Shown()
-    trainer = make_trainer(reward_fn=reward, num_rollouts=1, num_prompts_to_log=3)
+    trainer = make_trainer(reward_fn=reward, num_rollouts=1, logging_images_steps=2, num_prompts_to_log=3)
     trainer.train()
     page = np.asarray(Image.open(Path(trainer.args.output_dir, "pictures", "train_000000.png")))
     # The sheet has 3 prompts of 2 images, from two batches of 2 prompts. 16 pixels are magnified 16 times.
@@ -153,7 +153,7 @@ def test_rewards_in_the_background_are_on_the_sheet(make_trainer):
 
     pages = []
     for reward in (redness, slow):
-        trainer = make_trainer(reward_fn=reward, num_rollouts=1)
+        trainer = make_trainer(reward_fn=reward, num_rollouts=1, logging_images_steps=2)
         trainer.train()
         pages.append(Path(trainer.args.output_dir, "pictures", "train_000000.png").read_bytes())
     assert pages[0] == pages[1]
@@ -229,7 +229,7 @@ def test_an_evaluation_alone_leaves_the_metrics_of_the_run_as_they_are(make_trai
 
 
 def test_a_folder_that_cannot_be_written_warns_and_ends_nothing(make_trainer, capfd):
-    trainer = make_trainer(num_rollouts=1)
+    trainer = make_trainer(num_rollouts=1, logging_images_steps=2)
     for name in ("pictures", "metrics.jsonl"):  # a file in place of a folder, and a folder in place of a file
         path = Path(trainer.args.output_dir, name)
         path.mkdir(parents=True) if "." in name else path.write_text("")

@@ -27,11 +27,14 @@ ADAPTER = "adapter_model.safetensors"
 
 
 @pytest.fixture
-def trained(make_trainer):
-    """The folder of a run of two rollouts with a checkpoint after each, at steps 2 and 4."""
-    trainer = make_trainer(num_rollouts=2, save_strategy="epoch")
-    trainer.train()
-    return Path(trainer.args.output_dir)
+def trained(make_trainer, tmp_path, tmp_path_factory):
+    """The folder of a run of two rollouts with a checkpoint after each, at steps 2 and 4: trained once, and copied."""
+    folder, kept = tmp_path / "out", tmp_path_factory.getbasetemp() / "run_of_two_rollouts"
+    if kept.exists():
+        return shutil.copytree(kept, folder)
+    make_trainer(num_rollouts=2, save_strategy="epoch").train()
+    shutil.copytree(folder, kept)
+    return folder
 
 
 def resume(make_trainer, checkpoint=True, rollouts=3, **options):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from checkpoint_contents import assert_equal, contents
+from warm_python import WarmPython
 
 from trl_fdfo.saving.checkpoint_files import fault
 
@@ -20,20 +21,23 @@ EXAMPLE = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)[0]
 ROLLOUTS = 4
 CHANGES = {
     "num_rollouts=10": f"num_rollouts={ROLLOUTS}",
-    "prompts_per_rollout=54": "prompts_per_rollout=18",
-    "per_device_prompt_batch_size=27": "per_device_prompt_batch_size=9",
+    "prompts_per_rollout=54": "prompts_per_rollout=12",
+    "per_device_prompt_batch_size=27": "per_device_prompt_batch_size=6",
     "trainer.train()": "trainer.train(resume_from_checkpoint=True)",
 }
 
 
-def start(script: Path, folder: Path, processes: int) -> subprocess.Popen:
+def start(script: Path, folder: Path, processes: int, python: WarmPython | None = None) -> subprocess.Popen:
+    """The command, by a Python that starts at once if one is given. Ctrl-C would not reach the processes which that one forks."""
     folder.mkdir(exist_ok=True)
-    command = [sys.executable, str(script)]
+    command = [python.path if python else sys.executable]
     if processes > 1:
         config = str(ROOT / "trl_fdfo" / "accelerate_configs" / "ddp.yaml")
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
-        command += ["--num_processes", str(processes), "--main_process_port", "0", str(script)]
+        command += ["-m", "accelerate.commands.launch", "--config_file", config]
+        command += ["--num_processes", str(processes), "--main_process_port", "0"]
+    command.append(str(script))
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment |= python.environment if python else {}
     # A process group of its own, as a terminal has, which sends Ctrl-C to all of it.
     return subprocess.Popen(
         command,
@@ -57,7 +61,7 @@ def wait_for_a_rollout(run: subprocess.Popen, folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("processes", [1, 2])
-def test_ctrl_c_in_the_second_rollout_loses_nothing(tmp_path, processes):
+def test_ctrl_c_in_the_second_rollout_loses_nothing(tmp_path, processes, warm_python):
     script = tmp_path / "example.py"
     example = EXAMPLE
     on_cpus = {"epsilon=0.2,": 'epsilon=0.2,\n    use_cpu=True,\n    ddp_backend="gloo",'} if processes > 1 else {}
@@ -65,7 +69,7 @@ def test_ctrl_c_in_the_second_rollout_loses_nothing(tmp_path, processes):
         assert name in example
         example = example.replace(name, value)
     script.write_text(example)
-    whole = start(script, tmp_path / "whole", processes)
+    whole = start(script, tmp_path / "whole", processes, warm_python)
     printed, _ = whole.communicate(timeout=200)
     assert whole.returncode == 0, printed[-4000:]
 
@@ -83,7 +87,7 @@ def test_ctrl_c_in_the_second_rollout_loses_nothing(tmp_path, processes):
     # In the second rollout: before its updates, or after them. On a busy machine it may be the third.
     assert checkpoint.name in ("checkpoint-4", "checkpoint-8", "checkpoint-12") and fault(checkpoint) is None
 
-    resumed = start(script, tmp_path / "stopped", processes)
+    resumed = start(script, tmp_path / "stopped", processes, warm_python)
     printed, _ = resumed.communicate(timeout=200)
     assert resumed.returncode == 0, printed[-4000:]
     found, expected = (

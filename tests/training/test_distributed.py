@@ -56,8 +56,7 @@ def test_two_processes_with_quantized_weights_end_in_the_weights_of_one(runs, tm
     pytest.importorskip("torchao")
     folder, _, results = runs
     pipeline = str(folder / "pipeline")
-    options = {"quantization": "int8", **distributed_run.NO_EVALUATIONS}
-    _, one = distributed_run.run(str(tmp_path / "one"), make_pipeline=lambda: pipeline, **options)
+    _, one = distributed_run.run(str(tmp_path / "one"), make_pipeline=lambda: pipeline, **distributed_run.QUANTIZED)
     distributed_run.assert_same(results["quantized"], one)
 
 
@@ -90,7 +89,7 @@ def test_gradients_and_metrics_alone_pass_between_processes(runs):
     result = runs[2]["traffic"]
     gradients = [size for name, size in result["collectives"] if (name, size) == ("gloo:all_reduce", result["trained"])]
     # Once per optimizer step, however many micro-batches it has.
-    assert len(gradients) == result["steps"] == 8
+    assert len(gradients) == result["steps"] == 4
     others = [size for name, size in result["collectives"] if (name, size) != ("gloo:all_reduce", result["trained"])]
     # The rewards of each rollout's 8 images per process, the traits of its 4 prompts and a few dozen metrics.
     of_rollouts = 2 * (8 + 4 * 196)

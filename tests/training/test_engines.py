@@ -109,9 +109,10 @@ def with_models(folder: Path, models: Path) -> Path:
 def one_process(models, tmp_path_factory):
     """What a run without DeepSpeed ends with, with and without an adapter."""
     folder = tmp_path_factory.mktemp("one")
-    trainer = distributed_run.build(str(folder / "out"))
+    options = distributed_run.SHORT
+    trainer = distributed_run.build(str(folder / "out"), **options)
     before = trainer.generate(tiny_runs.PROMPTS[:5], range(5))
-    _, without_adapter = distributed_run.run(str(folder / "without_adapter"), **engine_run.WITHOUT_ADAPTER)
+    _, without_adapter = distributed_run.run(str(folder / "without_adapter"), **engine_run.WITHOUT_ADAPTER, **options)
     return {
         "images before": before,
         "run": distributed_run.finished(trainer),
@@ -188,9 +189,8 @@ def check_small_run(folder: Path) -> None:
     ("engine", "processes"), [("zero3", 2), ("zero1", 1), ("zero2_offload", 1), ("zero3_offload", 1)]
 )
 def test_script_runs_with_the_config_as_it_is(engine, processes, tmp_path, warm_python):
-    """The command of the docs, of which one starts a fresh Python."""
-    python = None if engine == "zero1" else warm_python
-    launch(CONFIGS / f"{engine}.yaml", processes, *small_run(tmp_path), python=python, **ON_CPUS)
+    """The command of the docs. tests/saving/test_ctrl_c.py starts `accelerate launch` by a fresh Python."""
+    launch(CONFIGS / f"{engine}.yaml", processes, *small_run(tmp_path), python=warm_python, **ON_CPUS)
     check_small_run(tmp_path)
 
 
@@ -289,9 +289,9 @@ def test_saved_adapter_is_whole_in_both_formats(two_processes):
 def test_checkpoint_has_the_averaged_adapter_for_pipelines_and_the_trained_one_to_go_on_from(two_processes):
     _, folder, results = two_processes
     averaged, trained = tiny_pipelines.sd3(), tiny_pipelines.sd3()
-    averaged.load_lora_weights(folder / "out" / "checkpoint-8")
+    averaged.load_lora_weights(folder / "out" / "checkpoint-4")
     torch.testing.assert_close(generated(averaged), results["run"]["images"], rtol=0, atol=1e-5)
-    model = PeftModel.from_pretrained(trained.transformer, folder / "out" / "checkpoint-8")
+    model = PeftModel.from_pretrained(trained.transformer, folder / "out" / "checkpoint-4")
     weights = dict(model.named_parameters())
     for name, weight in results["run"]["weights"].items():
         assert torch.equal(weights[name], weight)
@@ -317,7 +317,7 @@ def test_rewards_and_text_encoders_are_not_sharded(two_processes, one_process):
 def test_a_signal_to_one_process_ends_all_after_the_same_batches(two_processes):
     _, folder, results = two_processes
     assert results["exit"] == 1  # of the process that was not told
-    assert [path.name for path in (folder / "interrupted").glob("checkpoint-*")] == ["checkpoint-4"]
+    assert [path.name for path in (folder / "interrupted").glob("checkpoint-*")] == ["checkpoint-2"]
 
 
 def test_pipeline_of_another_dtype_is_refused(two_processes):
@@ -335,7 +335,12 @@ FLOAT32_ON_CPUS = pytest.mark.gpu("DeepSpeed and FSDP2 train in float32 on CPUs,
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "engine", ["single_gpu", "ddp", *(pytest.param(name, marks=FLOAT32_ON_CPUS) for name in ENGINES)]
+    "engine",
+    [
+        pytest.param("single_gpu", marks=pytest.mark.gpu("DDP runs there in bfloat16, and does what one process does")),
+        "ddp",
+        *(pytest.param(name, marks=FLOAT32_ON_CPUS) for name in ENGINES),
+    ],
 )
 def test_run_in_bfloat16(engine, models, tmp_path, warm_python):
     if engine.startswith("zero"):

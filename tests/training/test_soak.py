@@ -12,7 +12,7 @@ import pytest
 from transformers import TrainerCallback
 
 
-ROLLOUTS, EVERY = 200, 20
+ROLLOUTS, EVERY = 80, 20
 
 
 class Usage(TrainerCallback):
@@ -37,7 +37,7 @@ class Usage(TrainerCallback):
 
 
 def soak(output_dir: str) -> None:
-    """200 rollouts, with an async reward and checkpoints of which two are kept; writes `usage.json`."""
+    """80 rollouts, with an async reward and checkpoints of which two are kept; writes `usage.json`."""
     import tiny_pipelines
     import tiny_runs
     from datasets import Dataset
@@ -60,6 +60,7 @@ def soak(output_dir: str) -> None:
         width=16,
         churn=0.2,
         ema_decay=0.9,
+        logging_images_steps=2 * EVERY,
         save_strategy="steps",
         save_steps=EVERY,
         save_total_limit=2,

@@ -16,7 +16,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    FakeTensorMode,
+    in_kernel_invocation_manager,
+    unset_fake_temporarily,
+)
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -170,6 +175,11 @@ def _in_float32(function: Callable) -> Callable:
     return call
 
 
+def _is_plain(tensor: object) -> bool:
+    """True for a fake tensor that has neither a known value nor complex numbers."""
+    return type(tensor) is FakeTensor and tensor.constant is None and not tensor.is_complex()
+
+
 def _has_data(tensor: Tensor) -> bool:
     """True for masks, lengths and the like: tensors of integers or booleans, unless they have a shape alone."""
     return not (tensor.is_floating_point() or tensor.is_complex() or tensor.is_meta or isinstance(tensor, FakeTensor))
@@ -182,7 +192,7 @@ def _description(value: object, tensors: list[Tensor]) -> object:
     """
     if isinstance(value, Tensor):
         tensors.append(value)
-        if type(value) is not FakeTensor or value.constant is not None or value.is_complex():
+        if not _is_plain(value):
             return object()  # equal to no other
         return value.shape, value.stride(), value.storage_offset(), value.dtype, value.fake_device
     if isinstance(value, (list, tuple)):
@@ -255,9 +265,15 @@ class _Counter(TorchDispatchMode):
             return args[0].fake_device
         kwargs = kwargs or {}
         given: list[Tensor] = []
-        key = (func, _description(args, given), _description(tuple(kwargs.items()), given))
-        operation = self._repeated.get(key)
-        if operation is not None:
+        operation = key = None
+        is_viewed = func.is_view and _is_plain(args[0])
+        if not is_viewed:
+            key = (func, _description(args, given), _description(tuple(kwargs.items()), given))
+            operation = self._repeated.get(key)
+        if is_viewed:
+            given.append(args[0])
+            result = _view(func, args, kwargs)
+        elif operation is not None:
             result, is_view, flops = operation.repeated(), False, operation.flops
         else:
             # Some models read the lengths of prompts off a mask.
@@ -268,7 +284,7 @@ class _Counter(TorchDispatchMode):
         if operation is None:
             is_view, formula = _is_view(func, given, returned), _FLOPS.get(func._overloadpacket)
             flops = None if is_view or formula is None else formula(*args, **kwargs, out_val=result)
-            if not is_view and _is_repeatable(func, given, result):
+            if key is not None and not is_view and _is_repeatable(func, given, result):
                 self._repeated[key] = _Operation.of(result, flops)
         if not is_view:
             self.operations += 1
@@ -291,6 +307,14 @@ class _Counter(TorchDispatchMode):
 
     def _drop(self, size: int) -> None:
         self.now -= size
+
+
+def _view(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> FakeTensor | Sequence[FakeTensor]:
+    """A view of the first argument, made at once: PyTorch takes longer to look up what it returns."""
+    mode, device = args[0].fake_mode, args[0].fake_device
+    with in_kernel_invocation_manager(mode):
+        made = func(*args, **kwargs)
+    return tree_map_only(Tensor, lambda view: FakeTensor(mode, view, device), made)
 
 
 def _is_view(func: torch._ops.OpOverload, given: Sequence[Tensor], returned: Sequence[Tensor]) -> bool:
@@ -316,19 +340,21 @@ def _hooks(module: nn.Module) -> list[dict]:
 @contextlib.contextmanager
 def _counting(module: nn.Module, calls: Sequence[tuple[tuple, dict]], precision: Precision):
     """Yields a copy of the module and of its calls, with fake tensors, and a function that returns the cost so far."""
-    device = precision.fake_device
+    device = torch.device(precision.fake_device)
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
 
+    def new(tensor: Tensor) -> FakeTensor:
+        # PyTorch takes longer to do so for each of thousands of weights, and to make an `nn.Parameter` of each.
+        return FakeTensor(fake_mode, torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"), device)
+
     def fake(tensor: Tensor) -> Tensor:
-        with fake_mode:
-            made = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-        if not isinstance(tensor, nn.Parameter):
-            return made
-        made = nn.Parameter(made, requires_grad=tensor.requires_grad)
-        if made.requires_grad:
-            # All micro-batches of an optimizer step but the first add to gradients that exist.
-            with fake_mode:
-                made.grad = torch.zeros_like(made)
+        made = new(tensor)
+        if isinstance(tensor, nn.Parameter):
+            made._is_param = True
+            made.requires_grad_(tensor.requires_grad)
+            if tensor.requires_grad:
+                # All micro-batches of an optimizer step but the first add to gradients that exist.
+                made.grad = new(tensor)
         return made
 
     # The twin is a deep copy: state that the module keeps between calls must not become fake. It has no hooks: a user's
