@@ -67,11 +67,17 @@ TASKS = {
 FDFO = {"num_generations": 2, "learning_rate": 6e-4, "epsilon": 0.2, "timestep_fraction": 0.25, **FDFO_CHURN}
 NFT = {"num_generations": 8, "learning_rate": 6e-4, "nft_beta": 1.0, "timestep_fraction": 0.25}
 CPS = {"num_generations": 8, "learning_rate": 1.2e-3, "epsilon": 1e-3, "timestep_fraction": 0.25}
+# Of all tuples, updates are most of a rollout's time, so that ties have most to save.
+ALL = {"timestep_fraction": 1.0}
 SETTINGS = {
     "FDFO": Setting("exact", "FDFOTrainer", FDFO),
-    "FDFO, 2 of 6": Setting("exact", "FDFOTrainer", {**FDFO, "num_candidates": 6}),
+    "FDFO, all tuples": Setting("tidy", "FDFOTrainer", {**FDFO, **ALL}),
+    "FDFO, all tuples, 2 of 6": Setting(
+        "tidy", "FDFOTrainer", {**FDFO, **ALL, "num_candidates": 6, "per_device_prompt_batch_size": 8}
+    ),
     "DiffusionNFT": Setting("exact", "DiffusionNFTTrainer", NFT),
     "Flow-GRPO, CPS": Setting("exact", "FlowGRPOTrainer", {**CPS, "sde_type": "cps", "noise_level": 0.8}),
+    "FDFO, 2 of 6": Setting("exact", "FDFOTrainer", {**FDFO, "num_candidates": 6}),
 }
 
 

@@ -37,7 +37,7 @@ SIZE_RANGE = (5.2, 6.2)  # square root of a shape's area
 
 CONTRAST = 0.3  # a pixel this far from the background belongs to a blob; the nearest colour, green, is 0.57 from gray
 SMALLEST_BLOB = 8  # pixels; less is a speck. A rendered shape has 23 and more
-TIDY_RATIO = 0.75  # the smallest and the largest blob of a tidy image
+TIDY_RATIO = 0.85  # of the areas of the smallest and the largest blob of a tidy image
 
 PIPELINE_FOLDER = Path(__file__).parent / "pipeline"
 
@@ -149,7 +149,7 @@ def exact(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
 
 
 def tidy(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-    """Check each image, bool [N]: exact, and its smallest blob has at least 0.75 of the area of its largest."""
+    """Check each image, bool [N]: exact, and its smallest blob has at least 0.85 of the area of its largest."""
     area, _ = blobs(images)
     smallest = torch.where(area > 0, area, torch.inf).amin(dim=1)
     return exact(images, prompts) & (smallest >= TIDY_RATIO * area[:, 0])
