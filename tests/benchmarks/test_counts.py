@@ -17,12 +17,12 @@ def test_captions_are_unique_and_each_word_is_a_token():
 
 def test_only_the_right_count_and_colour_are_rewarded():
     captions = world.captions()
-    images = world.render(captions * 4, torch.Generator().manual_seed(0))
-    assert world.reward(images, captions * 4).tolist() == [1.0] * 240
+    images = world.render(captions * 2, torch.Generator().manual_seed(0))
+    assert world.reward(images, captions * 2).tolist() == [1.0] * 120
     # 12 captions have one count, and 2 of them one colour.
-    assert not world.reward(images, (captions[12:] + captions[:12]) * 4).any()
+    assert not world.reward(images, (captions[12:] + captions[:12]) * 2).any()
     assert not world.reward(
-        images, [c for n in range(0, 60, 12) for c in captions[n + 2 : n + 12] + captions[n : n + 2]] * 4
+        images, [c for n in range(0, 60, 12) for c in captions[n + 2 : n + 12] + captions[n : n + 2]] * 2
     ).any()
     assert world.reward(images.new_full((1, 3, 32, 32), 0.5), ["one red circle"]).tolist() == [0.0]
     with pytest.raises(ValueError, match="'six red circles' is not a caption"):
