@@ -29,7 +29,7 @@ from benchmarks.convergence import FDFO_CHURN, RESULTS, duration, final, machine
 from benchmarks.counts import world
 
 
-RUNS, REPORT = RESULTS / "counts.jsonl", RESULTS / "counts.md"
+RUNS, BEFORE, REPORT = RESULTS / "counts.jsonl", RESULTS / "counts_before.json", RESULTS / "counts.md"
 ROLLOUTS, IMAGES, STEPS, EVALUATE_EVERY = 21, 144, 10, 3
 SCORED, SCORED_AT_END = 240, 480
 SEEDS = (1, 2, 3)
@@ -63,24 +63,23 @@ TASKS = {
         "tidy",
     ),
 }
-# The best settings of benchmarks/convergence.py on a quarter of the tuples; nothing is tuned here.
+# The best settings of benchmarks/convergence.py; nothing is tuned here.
 FDFO = {"num_generations": 2, "learning_rate": 6e-4, "epsilon": 0.2, **FDFO_CHURN}
 NFT = {"num_generations": 8, "learning_rate": 6e-4, "nft_beta": 1.0}
 CPS = {"num_generations": 8, "learning_rate": 1.2e-3, "epsilon": 1e-3, "sde_type": "cps", "noise_level": 0.8}
+# Of all tuples, updates are most of a rollout's time, so that ties have most to save.
+ALL = {"timestep_fraction": 1.0}
+OF_6 = {"num_candidates": 6}
 ONE = {"per_device_prompt_batch_size": 1, "per_device_sampling_batch_size": 12}
-OF_6 = {"num_candidates": 6, "per_device_prompt_batch_size": 8}
-QUARTER = {"timestep_fraction": 0.25}
 SETTINGS = {
     "FDFO": Setting("exact", "FDFOTrainer", FDFO),
     "DiffusionNFT": Setting("exact", "DiffusionNFTTrainer", NFT),
     "Flow-GRPO, CPS": Setting("exact", "FlowGRPOTrainer", CPS),
     "FDFO, 2 of 6": Setting("exact", "FDFOTrainer", {**FDFO, **OF_6}),
-    "FDFO, tidy": Setting("tidy", "FDFOTrainer", FDFO),
-    "FDFO, 2 of 6, tidy": Setting("tidy", "FDFOTrainer", {**FDFO, **OF_6}),
-    "FDFO, micro-batches of one prompt, tidy": Setting("tidy", "FDFOTrainer", {**FDFO, **ONE}),
-    "FDFO, a quarter": Setting("exact", "FDFOTrainer", {**FDFO, **QUARTER}),
-    "DiffusionNFT, a quarter": Setting("exact", "DiffusionNFTTrainer", {**NFT, **QUARTER}),
-    "Flow-GRPO, CPS, a quarter": Setting("exact", "FlowGRPOTrainer", {**CPS, **QUARTER}),
+    "FDFO, all tuples": Setting("exact", "FDFOTrainer", {**FDFO, **ALL}),
+    "FDFO, tidy": Setting("tidy", "FDFOTrainer", {**FDFO, **ALL}),
+    "FDFO, tidy, 2 of 6": Setting("tidy", "FDFOTrainer", {**FDFO, **ALL, **OF_6, "per_device_prompt_batch_size": 8}),
+    "FDFO, tidy, micro-batches of one prompt": Setting("tidy", "FDFOTrainer", {**FDFO, **ALL, **ONE}),
 }
 
 
@@ -106,31 +105,46 @@ def make_config(run: Run):
         optimizer_steps_per_rollout=6,
         seed=run.seed,
         **PACKAGED,
-        **{"per_device_prompt_batch_size": prompts // 6, "timestep_fraction": 1.0, **setting.options},
+        **{"per_device_prompt_batch_size": prompts // 6, "timestep_fraction": 0.25, **setting.options},
     )
     return config, trainer_class
+
+
+def make_trainer(run: Run):
+    from datasets import Dataset
+
+    task, (config, trainer_class) = TASKS[SETTINGS[run.setting].task], make_config(run)
+    return trainer_class(config, world.load_pipeline(), task.reward, Dataset.from_dict({"prompt": task.prompts}))
+
+
+def score(trainer, task: Task, images: int) -> dict[str, float]:
+    """The metrics of this many images of the task's prompts, the same for all runs."""
+    prompts = [prompt for prompt in task.prompts for _ in range(images // len(task.prompts))]
+    seeds = range(10**6, 10**6 + len(prompts))
+    metrics = world.metrics(trainer.generate(prompts, seeds, num_inference_steps=STEPS), prompts)
+    return {name: round(value, 5) for name, value in metrics.items()}
+
+
+def score_untrained() -> dict[str, dict[str, float]]:
+    """The metrics of each task before training, of as many images as at the end."""
+    first = {task: next(name for name, setting in SETTINGS.items() if setting.task == task) for task in TASKS}
+    trainers = {task: make_trainer(Run(name, SEEDS[0])) for task, name in first.items()}
+    return {task: score(trainer, TASKS[task], SCORED_AT_END) for task, trainer in trainers.items()}
 
 
 def train(run: Run) -> dict[str, Any]:
     """Trains one run, and scores it before the first rollout, after every third, and on more images at the end."""
     import torch
-    from datasets import Dataset
     from transformers import PrinterCallback, TrainerCallback
 
     torch.set_num_threads(1)
     task = TASKS[SETTINGS[run.setting].task]
-    config, trainer_class = make_config(run)
-    trainer = trainer_class(config, world.load_pipeline(), task.reward, Dataset.from_dict({"prompt": task.prompts}))
+    trainer = make_trainer(run)
     result: dict[str, Any] = {"run": asdict(run), "rollouts": [], "reward": [], "seconds": []}
-
-    def score(images: int) -> dict[str, float]:
-        prompts = [prompt for prompt in task.prompts for _ in range(images // len(task.prompts))]
-        seeds = range(10**6, 10**6 + len(prompts))
-        return world.metrics(trainer.generate(prompts, seeds, num_inference_steps=STEPS), prompts)
 
     def note(rollout: int) -> None:
         result["rollouts"].append(rollout)
-        result["reward"].append(round(score(SCORED)[task.measure], 5))
+        result["reward"].append(score(trainer, task, SCORED)[task.measure])
 
     class Measure(TrainerCallback):
         def on_epoch_begin(self, args, state, control, **kwargs):
@@ -147,7 +161,7 @@ def train(run: Run) -> dict[str, Any]:
     note(0)
     try:
         trainer.train()
-        result["end"] = {name: round(value, 5) for name, value in score(SCORED_AT_END).items()}
+        result["end"] = score(trainer, task, SCORED_AT_END)
     except RuntimeError as error:  # a watchdog ended a setting that is too bold
         result["failed"] = f"{type(error).__name__}: {error}"
     for name in ("frac_reward_zero_std", "frac_updates_left_out"):
@@ -185,7 +199,8 @@ def report(results: list[dict[str, Any]]) -> str:
         names = [setting for setting, its in SETTINGS.items() if its.task == name]
         members = {setting: [result for result in results if result["run"]["setting"] == setting] for setting in names}
         if members[names[0]]:
-            lines += [f"## {TASKS[name].title}", "", *comparison_table(TASKS[name], members), ""]
+            before = json.loads(BEFORE.read_text())[name]
+            lines += [f"## {TASKS[name].title}", "", *comparison_table(TASKS[name], members, before), ""]
     return "\n".join([*lines, f"Measured on {machine()}; `{RUNS.name}` has every run.", ""])
 
 
@@ -196,14 +211,14 @@ LEGEND = (
 )
 
 
-def comparison_table(task: Task, members: dict[str, list[dict[str, Any]]]) -> list[str]:
+def comparison_table(task: Task, members: dict[str, list[dict[str, Any]]], before: dict[str, float]) -> list[str]:
     """A row per setting that has runs; the first setting is the one to reach."""
     header = ["", f"{task.measure} at the end", "mean over the run", "distance of two right images", "ties", "left out"]
     header += ["CPU s per rollout", "whole run", "the first row's end", "runs"]
     first = next(iter(members.values()))
     target = statistics.median(map(final, first))
-    before = statistics.fmean(result["reward"][0] for result in first)
-    rows = [["before", f"{before:.3f}", *[""] * (len(header) - 2)]]
+    start = f"{first[0]['reward'][0]:.3f}"
+    rows = [["before", f"{before[task.measure]:.3f}", start, f"{before['diversity']:.3f}", *[""] * (len(header) - 4)]]
     for name, runs in members.items():
         ended = [run for run in runs if "end" in run]
         if not ended:
@@ -237,6 +252,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=math.inf, help="Begin no run after this time.")
     args = parser.parse_args()
     if not args.report:
+        if not BEFORE.is_file():
+            BEFORE.write_text(json.dumps(score_untrained(), indent=2) + "\n")
         run_missing([Run(name, seed) for seed in SEEDS for name in SETTINGS], time.time() + 60 * args.minutes)
     text = report(load())
     REPORT.write_text(text)

@@ -4,7 +4,12 @@ Rebuilds the pipeline of the world "counts", from the packaged one of `trl_fdfo.
     python benchmarks/counts/pretrain.py --output benchmarks/counts/pipeline
 
 VAE and transformer begin with the packaged weights, the text encoders, whose words are others, with random ones. Many
-captions carry a wrong count word on purpose, so that RL post-training has something to repair.
+captions carry a wrong count word on purpose, so that RL post-training has something to repair. 550 CPU seconds on one core of
+a busy AMD EPYC server; then, with 10 steps, 0.194 of 480 images are exact:
+
+    | one  | two  | three | four | five | rendered captions after the VAE |
+    |------|------|-------|------|------|---------------------------------|
+    | 0.19 | 0.25 | 0.25  | 0.21 | 0.07 | 0.998                           |
 """
 
 import argparse

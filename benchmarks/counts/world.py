@@ -9,6 +9,8 @@ learn to count, from a reward that has no slope.
     tidy_reward(images, prompts)   the same, if also no two of the blobs differ much in size: rarer still
     metrics(images, prompts)       exact accuracy in all and per count, and the diversity that RL should preserve
 
+No reward judges the shape: at this size circles and crosses look alike once the VAE has decoded them.
+
 Images are float [N, 3, 32, 32] in [0, 1], on gray. Lengths are in pixels. The colours, and the masks that the shapes are
 drawn by, are those of `trl_fdfo.shapes`.
 
