@@ -205,8 +205,8 @@ def report(results: list[dict[str, Any]]) -> str:
 
 
 LEGEND = (
-    "Medians over seeds, and the range in parentheses. *ties*: the share of prompts whose images all have one reward, in the "
-    "first five rollouts and in the last five. *left out*: the share of micro-batches that are not computed. The end is scored "
+    "Medians over seeds, and the range in parentheses. *ties*: the share of prompts whose images all have one reward. "
+    "*left out*: the share of micro-batches that are not computed. The end is scored "
     f"on {SCORED_AT_END} images, where a share of 0.2 has a standard error of {(0.2 * 0.8 / SCORED_AT_END) ** 0.5:.3f}; the "
     f"mean over the run is that of {ROLLOUTS // EVALUATE_EVERY + 1} scores on {SCORED} images each."
 )
@@ -223,10 +223,7 @@ def comparison_table(task: Task, members: dict[str, list[dict[str, Any]]], befor
         if not ended:
             continue
         cost = statistics.median(seconds for run in runs for seconds in run["seconds"])
-        ties = [
-            statistics.fmean(ratio for run in runs for ratio in run["frac_reward_zero_std"][part])
-            for part in (slice(5), slice(-5, None))
-        ]
+        ties = [ratio for run in runs for ratio in run["frac_reward_zero_std"]]
         left_out = [ratio for run in runs for ratio in run["frac_updates_left_out"]]
         rows.append(
             [
@@ -234,7 +231,7 @@ def comparison_table(task: Task, members: dict[str, list[dict[str, Any]]], befor
                 spread(run["end"][task.measure] for run in ended),
                 spread(map(over_run, runs)),
                 spread(run["end"]["diversity"] for run in ended),
-                "{:.2f} to {:.2f}".format(*ties),
+                f"{statistics.fmean(ties):.2f}",
                 f"{statistics.fmean(left_out):.2f}" if left_out else "",
                 f"{cost:.2f}",
                 f"{ROLLOUTS * cost:.0f} s",
