@@ -30,6 +30,7 @@ benchmark: $(VENV)/installed  ## the figures of README and docs
 	$(VENV)/bin/python benchmarks/gpu_sd35.py
 	$(VENV)/bin/python benchmarks/gpu_shapes.py
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/convergence.py
+	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/counts/comparison.py
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/alarms.py
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/sparse_rewards.py
 

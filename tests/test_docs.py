@@ -102,6 +102,7 @@ NOT_RUN = {
     "make test": "it runs this test",
     "make benchmark": HOURS,
     "python benchmarks/convergence.py": HOURS,
+    "python benchmarks/counts/comparison.py": HOURS,
     "make vote": VOTES,
     "trl-fdfo train --config shapes_vote": VOTES,
     "trl-fdfo vote": VOTES,

@@ -17,6 +17,8 @@ see to repair. About 11 minutes; with 8 steps, over four seeds of 8 images per c
 import argparse
 import random
 import time
+from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from diffusers import (
@@ -32,11 +34,11 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 from trl_fdfo import shapes
 
 
-def build_tokenizer() -> CLIPTokenizer:
+def build_tokenizer(captions: list[str]) -> CLIPTokenizer:
     """A CLIP tokenizer in which each word of the captions is one token, and any other text is spelled out."""
     letters = sorted(ByteLevel.alphabet())
     tokens = [*letters, *(letter + "</w>" for letter in letters)]
-    words = [[*word[:-1], word[-1] + "</w>"] for word in sorted({w for c in shapes.captions() for w in c.split()})]
+    words = [[*word[:-1], word[-1] + "</w>"] for word in sorted({w for c in captions for w in c.split()})]
     merges = []
     while any(len(word) > 1 for word in words):
         left, right = next(word for word in words if len(word) > 1)[:2]
@@ -47,11 +49,12 @@ def build_tokenizer() -> CLIPTokenizer:
                 if word[i : i + 2] == [left, right]:
                     word[i : i + 2] = [left + right]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
-    # A caption is 7 words between a start and an end token; every token more would cost time.
-    return CLIPTokenizer({token: i for i, token in enumerate(tokens)}, merges, model_max_length=9)
+    # A caption stands between a start and an end token; every token more would cost time.
+    longest = 2 + max(len(caption.split()) for caption in captions)
+    return CLIPTokenizer({token: i for i, token in enumerate(tokens)}, merges, model_max_length=longest)
 
 
-def build_pipeline() -> StableDiffusion3Pipeline:
+def build_pipeline(captions: list[str]) -> StableDiffusion3Pipeline:
     """The untrained pipeline: 32 x 32 images, 8 x 8 latents with 4 channels, 16 image tokens."""
     vae = AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 3,
@@ -65,7 +68,7 @@ def build_pipeline() -> StableDiffusion3Pipeline:
         use_post_quant_conv=False,
         mid_block_add_attention=False,
     )
-    tokenizers = [build_tokenizer(), build_tokenizer()]
+    tokenizers = [build_tokenizer(captions), build_tokenizer(captions)]
     text_encoders = [
         CLIPTextModelWithProjection(
             CLIPTextConfig(
@@ -112,13 +115,16 @@ def build_pipeline() -> StableDiffusion3Pipeline:
     return pipeline
 
 
-def train_vae(vae: AutoencoderKL, steps: int, batch_size: int = 16) -> None:
-    """Reconstruction with a trace of KL, which only keeps the latents from drifting apart."""
+def train_vae(vae: AutoencoderKL, steps: int, world: ModuleType = shapes, batch_size: int = 16) -> None:
+    """
+    Reconstruction with a trace of KL, which only keeps the latents from drifting apart. The `world` has `captions()` and
+    `render(prompts)`, as `trl_fdfo.shapes` does.
+    """
     optimizer = torch.optim.Adam(vae.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
     start = time.time()
     for step in range(1, steps + 1):
-        images = shapes.render(random.choices(shapes.captions(), k=batch_size)) * 2 - 1
+        images = world.render(random.choices(world.captions(), k=batch_size)) * 2 - 1
         posterior = vae.encode(images).latent_dist
         error = (vae.decode(posterior.sample()).sample - images).square().mean()
         loss = error + 1e-6 * posterior.kl().mean()
@@ -133,11 +139,11 @@ def train_vae(vae: AutoencoderKL, steps: int, batch_size: int = 16) -> None:
 
 
 @torch.no_grad()
-def encode_dataset(vae: AutoencoderKL, size: int) -> tuple[torch.Tensor, list[str]]:
+def encode_dataset(vae: AutoencoderKL, size: int, world: ModuleType = shapes) -> tuple[torch.Tensor, list[str]]:
     """Latents [size, 4, 8, 8] with zero mean and unit variance, by the VAE's own scale and shift; and captions."""
-    prompts = random.choices(shapes.captions(), k=size)
+    prompts = random.choices(world.captions(), k=size)
     latents = torch.cat(
-        [vae.encode(shapes.render(prompts[i : i + 500]) * 2 - 1).latent_dist.mode() for i in range(0, size, 500)]
+        [vae.encode(world.render(prompts[i : i + 500]) * 2 - 1).latent_dist.mode() for i in range(0, size, 500)]
     )
     vae.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
     return (latents - vae.config.shift_factor) * vae.config.scaling_factor, prompts
@@ -154,23 +160,25 @@ def train_flow(
     latents: torch.Tensor,
     prompts: list[str],
     steps: int,
-    wrong_colors: float,
+    wrong_words: float,
+    world: ModuleType = shapes,
+    with_wrong_word: Callable[[str], str] = with_wrong_color,
     batch_size: int = 64,
     learning_rate: float = 1.5e-3,
 ) -> None:
     """
     Flow matching: x_t = (1 - sigma) x_0 + sigma eps, and the transformer predicts v = eps - x_0. Leaves the moving
-    average of transformer and text encoders in the pipeline.
+    average of transformer and text encoders in the pipeline. A share `wrong_words` of the captions gets a wrong word.
     """
     models = torch.nn.ModuleList([pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2])
     average = AveragedModel(models, multi_avg_fn=get_ema_multi_avg_fn(0.998))
     optimizer = torch.optim.AdamW(models.parameters(), lr=learning_rate, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
-    vocabulary = [*shapes.captions(), ""]  # the empty prompt serves guidance
+    vocabulary = [*world.captions(), ""]  # the empty prompt serves guidance
     start, running = time.time(), 0.0
     for step in range(1, steps + 1):
         rows = random.choices(range(len(prompts)), k=batch_size)
-        words = [with_wrong_color(prompts[r]) if random.random() < wrong_colors else prompts[r] for r in rows]
+        words = [with_wrong_word(prompts[r]) if random.random() < wrong_words else prompts[r] for r in rows]
         words = ["" if random.random() < 0.1 else word for word in words]
         embeds, _, pooled, _ = pipeline.encode_prompt(
             vocabulary, None, None, do_classifier_free_guidance=False, max_sequence_length=0
@@ -224,7 +232,7 @@ def main(args: list[str] | None = None) -> None:
 
     random.seed(args.seed)
     torch.manual_seed(args.seed)
-    pipeline = build_pipeline()
+    pipeline = build_pipeline(shapes.captions())
     train_vae(pipeline.vae, args.vae_steps)
     latents, prompts = encode_dataset(pipeline.vae, args.dataset_size)
     train_flow(pipeline, latents, prompts, args.flow_steps, args.wrong_colors)
