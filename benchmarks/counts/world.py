@@ -6,7 +6,6 @@ Every caption names a count, a colour and a shape: "three red circles". The pack
 learn to count, from a reward that has no slope.
 
     reward(images, prompts)        1 if the image shows exactly that many blobs, all in the caption's colour, else 0
-    tidy_reward(images, prompts)   the same, if also no two of the blobs differ much in size: rarer still
     metrics(images, prompts)       exact accuracy in all and per count, and the diversity that RL should preserve
 
 No reward judges the shape: at this size circles and crosses look alike once the VAE has decoded them.
@@ -39,7 +38,6 @@ SIZE_RANGE = (5.2, 6.2)  # square root of a shape's area
 
 CONTRAST = 0.3  # a pixel this far from the background belongs to a blob; the nearest colour, green, is 0.57 from gray
 SMALLEST_BLOB = 8  # pixels; less is a speck. A rendered shape has 23 and more
-TIDY_RATIO = 0.85  # of the areas of the smallest and the largest blob of a tidy image
 
 PIPELINE_FOLDER = Path(__file__).parent / "pipeline"
 
@@ -150,30 +148,18 @@ def exact(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
     return (is_blob.sum(dim=1) == count) & ((colors == color[:, None]) | ~is_blob).all(dim=1)
 
 
-def tidy(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-    """Check each image, bool [N]: exact, and its smallest blob has at least 0.85 of the area of its largest."""
-    area, _ = blobs(images)
-    smallest = torch.where(area > 0, area, torch.inf).amin(dim=1)
-    return exact(images, prompts) & (smallest >= TIDY_RATIO * area[:, 0])
-
-
 def reward(images: torch.Tensor, prompts: Sequence[str], **kwargs) -> torch.Tensor:
     """1.0 for an image that is `exact`, 0.0 for any other: [N], float32."""
     return exact(images, prompts).float()
 
 
-def tidy_reward(images: torch.Tensor, prompts: Sequence[str], **kwargs) -> torch.Tensor:
-    """1.0 for an image that is `tidy`, 0.0 for any other: [N], float32."""
-    return tidy(images, prompts).float()
-
-
 def metrics(images: torch.Tensor, prompts: Sequence[str]) -> dict[str, float]:
     """
-    - `exact`, `tidy`: the share of images that pass each check, and `exact/<count>` for each count.
+    - `exact`: the share of images that pass the check, and `exact/<count>` for each count.
     - `diversity`: mean rms pixel distance between two exact images of a prompt; nan where no prompt has two.
     """
     right, count = exact(images, prompts), parse(prompts)[:, 0]
-    result = {"exact": right.float().mean().item(), "tidy": tidy(images, prompts).float().mean().item()}
+    result = {"exact": right.float().mean().item()}
     for name, number in COUNTS.items():
         if (count == number).any():
             result[f"exact/{name}"] = right[count == number].float().mean().item()

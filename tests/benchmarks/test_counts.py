@@ -40,9 +40,6 @@ def test_what_counts_as_a_blob():
     first, second = slice(4, 10), slice(20, 26)
     two = painted((first, first, "red"), (second, first, "red"))
     assert world.exact(two, ["two red crosses"]) and not world.exact(two, ["one red circle"])
-    assert world.tidy(two, ["two red crosses"])
-    small = painted((first, first, "red"), (second, slice(4, 7), "red"))
-    assert world.exact(small, ["two red crosses"]) and not world.tidy(small, ["two red crosses"])
     speck = painted((first, first, "red"), (slice(20, 22), slice(20, 22), "red"))
     assert world.exact(speck, ["one red circle"])
     other = painted((first, first, "red"), (second, first, "blue"))
@@ -101,7 +98,4 @@ def test_the_report_has_every_setting_that_ran():
     text = comparison.report(results)
     for name in {result["run"]["setting"] for result in results}:
         assert f"| {name} |" in text
-    # Before training the score depends on the task alone.
-    for task in comparison.TASKS:
-        own = [result for result in results if comparison.SETTINGS[result["run"]["setting"]].task == task]
-        assert len({round(result["reward"][0], 3) for result in own}) <= 1
+    assert len({round(result["reward"][0], 3) for result in results}) == 1  # before training

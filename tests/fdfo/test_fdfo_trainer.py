@@ -249,7 +249,9 @@ def test_a_direction_that_is_not_whitened_trains_with_an_exact_replay(make_train
 
 @pytest.mark.parametrize(("fraction", "levels"), [(0.25, {0}), (0.5, {0, 1})])
 def test_the_first_levels_alone_are_trained(make_trainer, fraction, levels):
-    trainer = make_trainer(timestep_selection="first", timestep_fraction=fraction, num_inference_steps=4, num_rollouts=1)
+    trainer = make_trainer(
+        timestep_selection="first", timestep_fraction=fraction, num_inference_steps=4, num_rollouts=1
+    )
     drawn = [trainer.trained_levels(rollout, batch) for rollout in range(4) for batch in range(4)]
     assert {frozenset(of_batch) for of_batch in drawn} == {frozenset(levels)}
     # No optimizer step has one of the levels in all batches.
