@@ -670,8 +670,8 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
                 "Flow-GRPO, CPS": "tab:brown",
             }
             others = [setting for setting in race(results) if setting.algorithm in colors]
-            styles = {5: ":", 10: "-"}
-            curves += [(setting, colors[setting.algorithm], styles[setting.steps]) for setting in others]
+            styles = {0.2: ":", 0.4: ":", 0.25: "-", 1.0: "--"}
+            curves += [(setting, colors[setting.algorithm], styles[setting.fraction]) for setting in others]
         for setting, color, style in curves:
             members = [member for member in of_setting(results, setting) if "failed" not in member]
             if not members:
