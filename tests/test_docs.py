@@ -150,6 +150,7 @@ _EVALUATED = ("evaluation/results.json", "evaluation/grid.png")
 RUN = {
     "trl-fdfo demo": Run(_PAIRS, tuple(f"outputs/shapes/{name}" for name in _RESULT), "strict_accuracy"),
     "trl-fdfo train --config shapes_4_steps": Run(_PAIRS, tuple(f"outputs/shapes_4_steps/{name}" for name in _RESULT)),
+    "trl-fdfo train --config shapes_fast": Run(_PAIRS, tuple(f"outputs/shapes_fast/{name}" for name in _RESULT)),
     "trl-fdfo train --config shapes_flow_grpo": Run(
         f"{_FEW} --prompts_per_rollout 2 --per_device_prompt_batch_size 1",
         tuple(f"outputs/shapes_flow_grpo/{name}" for name in _RESULT),
