@@ -24,7 +24,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from benchmarks.convergence import RESULTS, duration, machine, spread, table
+from benchmarks.convergence import FDFO_CHURN, RESULTS, duration, machine, spread, table
 
 
 RUNS, REPORT = RESULTS / "sparse_rewards.jsonl", RESULTS / "sparse_rewards.md"
@@ -83,13 +83,11 @@ def train(dataset: str, setting: str, seed: int) -> dict[str, Any]:
         per_device_prompt_batch_size=prompts_per_rollout // 6,
         num_inference_steps=10,
         timestep_fraction=0.25,
-        churn_schedule="prior",
-        churn=0.26,
-        churn_kwargs={"spread": 0.0},
         optimizer_steps_per_rollout=6,
         learning_rate=6e-4,  # the best of convergence.py, with this epsilon, on a quarter of the tuples
         epsilon=0.2,
         seed=seed,
+        **FDFO_CHURN,
         **PACKAGED,
         **options,
     )

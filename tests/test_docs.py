@@ -42,15 +42,14 @@ def snippets() -> list:
 
 @pytest.mark.parametrize("code, why", snippets())
 def test_a_snippet_runs_or_is_marked(code, why, tmp_path, monkeypatch):
-    """A run is made shorter. A marked one has at least imports that work and configs whose options are valid."""
+    """A marked one has at least imports that work and configs whose options are valid."""
     monkeypatch.chdir(tmp_path)
-    code = code.replace("num_rollouts=10", "num_rollouts=5")
     if not why:
         namespace: dict = {"__name__": "snippet"}
         exec(compile(code, "snippet", "exec"), namespace)
         if "trainer" in namespace:
             rewards = [log["reward"] for log in namespace["trainer"].state.log_history if "reward" in log]
-            assert rewards[-1] > rewards[0] + 0.01
+            assert rewards[-1] > rewards[0] + 0.02
         return
     tree = ast.parse(code)
     namespace: dict = {}

@@ -38,7 +38,11 @@ CELLS = {
 def test_every_setting_makes_a_trainer_of_equal_size(run):
     trainer = convergence.make_trainer(run, rollouts=1)
     args = trainer.args
-    assert args.prompts_per_rollout * args.num_candidates == convergence.IMAGES and args.steps_per_rollout == 6
+    assert args.prompts_per_rollout * args.num_candidates == convergence.IMAGES
+    assert (
+        args.per_device_prompt_batch_size * args.num_candidates == convergence.IMAGES // 6
+        and args.steps_per_rollout == 6
+    )
     levels = trainer.trained_levels(0, 0)
     assert len(levels) == args.num_trained_levels
     assert (set(levels) == {0}) == ((run.ablation or run.algorithm) in FIRST_LEVEL)

@@ -276,8 +276,8 @@ def test_a_reward_that_is_gamed_ends_the_run_within_twelve_rollouts(tmp_path, ca
 
 @pytest.mark.slow
 def test_an_honest_run_raises_no_alarm(tmp_path):
-    trainer = shapes_run(tmp_path, shapes.reward, num_rollouts=4, save_strategy="no")
-    assert [alarm for _, alarm in logged_with_steps(trainer, "eval_alarm")] == [0.0] * 2
+    trainer = shapes_run(tmp_path, shapes.reward, num_rollouts=8, save_strategy="no")
+    assert [alarm for _, alarm in logged_with_steps(trainer, "eval_alarm")] == [0.0] * 3
     for name in ("eval_reward", "eval_control"):
         values = [value for _, value in logged_with_steps(trainer, name)]
-        assert values[-1] > values[0] + 0.02
+        assert values[-1] > values[0] + 0.05

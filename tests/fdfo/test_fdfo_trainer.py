@@ -164,7 +164,7 @@ def test_gradients_equal_a_plain_loop_over_the_equations(make_trainer, branches,
 
 
 def test_training_moves_every_lora_matrix_and_raises_the_reward(make_trainer):
-    trainer = make_trainer(num_rollouts=15, prompts_per_rollout=8, per_device_prompt_batch_size=4, learning_rate=3e-3)
+    trainer = make_trainer(num_rollouts=30, prompts_per_rollout=8, per_device_prompt_batch_size=4, learning_rate=3e-3)
     before = trained_weights(trainer)
     trainer.train()
     after = trained_weights(trainer)
@@ -174,7 +174,7 @@ def test_training_moves_every_lora_matrix_and_raises_the_reward(make_trainer):
         assert torch.equal(before[name], after[name]) == (unused in name and "lora_B" in name), name
     rewards = logged(trainer, "reward")
     assert sum(rewards[-5:]) > sum(rewards[:5])
-    assert logged(trainer, "replay_error") == [0.0] * 15
+    assert logged(trainer, "replay_error") == [0.0] * 30
 
 
 def test_ratio_is_one_before_the_first_step(make_trainer):

@@ -299,7 +299,7 @@ def unreachable():
 SCENARIOS = {
     "quick": [end, every_save, checkpoint, all_checkpoints, resume, adapter, full, late, card, page]
     + [slow, unreachable]
-    + [partial(failing, "commit-403", hub_always_push=True)]
+    + [partial(failing, f"commit-{status}", hub_always_push=True) for status in (401, 403, 409)]
     + [partial(refused, f"create-{status}") for status in (401, 403)],
     "patient": [partial(failing, "once-429"), partial(failing, "away", save=False), command]
     + [partial(failing, "commit-429", save=False)],

@@ -336,11 +336,7 @@ FLOAT32_ON_CPUS = pytest.mark.gpu("DeepSpeed and FSDP2 train in float32 on CPUs,
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "engine",
-    [
-        pytest.param("single_gpu", marks=pytest.mark.gpu("DDP runs there in bfloat16, and does what one process does")),
-        "ddp",
-        *(pytest.param(name, marks=FLOAT32_ON_CPUS) for name in ENGINES),
-    ],
+    ["single_gpu", "ddp", *(pytest.param(name, marks=FLOAT32_ON_CPUS) for name in ENGINES)],
 )
 def test_run_in_bfloat16(engine, models, tmp_path, warm_python):
     if engine.startswith("zero"):

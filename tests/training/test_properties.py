@@ -193,7 +193,7 @@ def test_a_run_trains_or_is_refused_when_it_is_constructed():
     outcomes = collections.Counter()
 
     @settings(
-        max_examples=EXAMPLES or 50,
+        max_examples=EXAMPLES or 80,
         derandomize=not EXAMPLES,
         database=None,
         deadline=None,
@@ -205,4 +205,4 @@ def test_a_run_trains_or_is_refused_when_it_is_constructed():
 
     check()
     # The examples must be enough of both kinds.
-    assert outcomes["trained"] >= 10 and outcomes["refused"] >= 10, outcomes
+    assert outcomes["trained"] >= 15 and outcomes["refused"] >= 15, outcomes

@@ -12,7 +12,7 @@ import pytest
 from transformers import TrainerCallback
 
 
-ROLLOUTS, EVERY = 80, 20
+ROLLOUTS, EVERY = 200, 20
 
 
 class Usage(TrainerCallback):
@@ -37,7 +37,7 @@ class Usage(TrainerCallback):
 
 
 def soak(output_dir: str) -> None:
-    """80 rollouts, with an async reward and checkpoints of which two are kept; writes `usage.json`."""
+    """200 rollouts, with an async reward and checkpoints of which two are kept; writes `usage.json`."""
     import tiny_pipelines
     import tiny_runs
     from datasets import Dataset

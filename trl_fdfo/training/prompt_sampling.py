@@ -51,7 +51,7 @@ class InformativePrompts:
         """Forget all draws, and go on at `position`."""
         self.ties = np.zeros(self.num_rows, dtype=np.int64)
         self.position = position
-        # Of the rollout that is being sampled.
+        # `draw` sets these, and `see` takes them over when the rollout has its rewards.
         self._rows: list[int] = []
         self._end = position
 
