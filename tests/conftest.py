@@ -145,8 +145,9 @@ def pytest_xdist_make_scheduler(config, log):
     return Scheduling(config, log)
 
 
-def pytest_collection_finish():
-    # Each start of a run collects garbage, which walks all objects: leave out the modules that are imported by now.
+@pytest.fixture(scope="module", autouse=True)
+def _garbage_collector_skips_what_stays():
+    # Each start of a run collects garbage, which walks all objects: leave out what earlier files imported and keep.
     gc.collect()
     gc.freeze()
 

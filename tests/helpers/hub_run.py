@@ -4,7 +4,7 @@ Pushes to a Hub and loads from it, for test_hub.py:
     HF_ENDPOINT=http://127.0.0.1:PORT FAKE_HUB_TOKEN=... python tests/helpers/hub_run.py FOLDER
 
 It is a process of its own, because huggingface_hub reads HF_ENDPOINT and HF_HUB_OFFLINE when it is imported. It forks for
-the quick and the patient scenarios, and writes the results of each kind into FOLDER/KIND/KIND.json.
+those scenarios that wait for the Hub, and writes the results of each process into FOLDER/SCENARIO/results.json.
 """
 
 import json
@@ -295,30 +295,40 @@ def unreachable():
     return {"at_start": at_start, "later": warnings.messages[len(at_start) :]}
 
 
-# huggingface_hub repeats its requests in the patient scenarios, so they run beside the others.
-SCENARIOS = {
-    "quick": [end, every_save, checkpoint, all_checkpoints, resume, adapter, full, late, card, page]
-    + [slow, unreachable]
-    + [partial(failing, f"commit-{status}", hub_always_push=True) for status in (401, 403, 409)]
-    + [partial(refused, f"create-{status}") for status in (401, 403)],
-    "patient": [partial(failing, "once-429"), partial(failing, "away", save=False), command]
-    + [partial(failing, "commit-429", save=False)],
-}
+SCENARIOS = [end, every_save, checkpoint, all_checkpoints, resume, adapter, full, late, card, page, slow, unreachable]
+SCENARIOS += [partial(failing, f"commit-{status}", hub_always_push=True) for status in (401, 403, 409)]
+SCENARIOS += [partial(refused, f"create-{status}") for status in (401, 403)]
+# In these huggingface_hub waits, and repeats its requests. Each waits for itself.
+PATIENT = [partial(failing, "once-429"), partial(failing, "away", save=False), command]
+PATIENT += [partial(failing, "commit-429", save=False)]
 
-if __name__ == "__main__":
-    child = os.fork()
-    torch.set_num_threads(1)  # a fork has no threads, and makes the pool anew
-    kind, results = "quick" if child else "patient", {}
-    FOLDER /= kind
+
+def play(scenarios):
+    """Runs scenarios one after the other in a folder of their own, and writes their results into results.json there."""
+    global FOLDER
+    results = {}
+    FOLDER /= name_of(scenarios[0])
     FOLDER.mkdir()
-    for scenario in SCENARIOS[kind]:
-        name = scenario.args[0] if isinstance(scenario, partial) else scenario.__name__
+    for scenario in scenarios:
         start = time.time()
         try:
-            results[name] = scenario()
+            result = scenario()
         except Exception:
-            results[name] = {"raised": traceback.format_exc()}
-        results[name]["seconds"] = time.time() - start
-        (FOLDER / f"{kind}.json").write_text(json.dumps(results, indent=1))
-    if child:
-        sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+            result = {"raised": traceback.format_exc()}
+        results[name_of(scenario)] = {**result, "seconds": time.time() - start}
+    (FOLDER / "results.json").write_text(json.dumps(results, indent=1))
+
+
+def name_of(scenario):
+    return scenario.args[0] if isinstance(scenario, partial) else scenario.__name__
+
+
+if __name__ == "__main__":
+    children = []
+    for scenarios in [SCENARIOS, *([scenario] for scenario in PATIENT)]:
+        children.append(os.fork())
+        if children[-1] == 0:
+            torch.set_num_threads(1)  # a fork has no threads, and makes the pool anew
+            play(scenarios)
+            os._exit(0)
+    sys.exit(any([os.waitpid(child, 0)[1] for child in children]))

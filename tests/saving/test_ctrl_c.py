@@ -28,7 +28,7 @@ CHANGES = {
 
 
 def start(script: Path, folder: Path, processes: int, python: WarmPython | None = None) -> subprocess.Popen:
-    """The command, by a Python that starts at once if one is given. Ctrl-C would not reach the processes which that one forks."""
+    """The command, by a Python that starts at once if one is given. Ctrl-C would not reach the processes that it launches."""
     folder.mkdir(exist_ok=True)
     command = [python.path if python else sys.executable]
     if processes > 1:
@@ -73,7 +73,7 @@ def test_ctrl_c_in_the_second_rollout_loses_nothing(tmp_path, processes, warm_py
     printed, _ = whole.communicate(timeout=200)
     assert whole.returncode == 0, printed[-4000:]
 
-    stopped = start(script, tmp_path / "stopped", processes)
+    stopped = start(script, tmp_path / "stopped", processes, warm_python if processes == 1 else None)
     try:
         wait_for_a_rollout(stopped, tmp_path / "stopped")
         os.killpg(stopped.pid, signal.SIGINT)
