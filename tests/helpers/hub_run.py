@@ -331,4 +331,5 @@ if __name__ == "__main__":
             torch.set_num_threads(1)  # a fork has no threads, and makes the pool anew
             play(scenarios)
             os._exit(0)
-    sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
+    statuses = [os.waitpid(child, 0)[1] for child in children]
+    sys.exit(any(statuses))
