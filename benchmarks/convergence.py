@@ -23,20 +23,21 @@ import argparse
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import platform
 import random
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a core for each run
+
+from benchmarks.runs import load, run_missing
+
 
 RESULTS = Path(__file__).parent / "results"
 RUNS, COSTS, REPORT = RESULTS / "convergence.jsonl", RESULTS / "convergence_costs.json", RESULTS / "convergence.md"
@@ -402,38 +403,6 @@ def ablations(results: list[dict[str, Any]]) -> list[Run]:
     ]
 
 
-def load() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.is_file() else []
-
-
-def run_missing(runs: list[Run], workers: int, deadline: float) -> None:
-    done = {Run(**result["run"]) for result in load()}
-    missing = [run for run in runs if run not in done]
-    if not missing:
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        futures = {}
-        queue: Iterator[Run] = iter(missing)
-
-        def begin() -> None:
-            run = next(queue, None) if time.time() < deadline else None
-            if run is not None:
-                futures[pool.submit(train, run)] = run
-
-        for _ in range(workers):
-            begin()
-        while futures:
-            future = next(as_completed(futures))
-            run = futures.pop(future)
-            result = future.result()
-            RESULTS.mkdir(exist_ok=True)
-            with RUNS.open("a") as file:
-                file.write(json.dumps(result) + "\n")
-            print(f"{time.strftime('%H:%M:%S')} {run}: {result.get('failed') or result['reward'][-1]}", flush=True)
-            begin()
-
-
 # The report -----------------------------------------------------------------------------------------------------------
 
 
@@ -702,21 +671,21 @@ def main() -> None:
     args = parser.parse_args()
     deadline = time.time() + 60 * args.minutes
     if not args.report:
-        run_missing(grid(), args.workers, deadline)
-        results = load()
+        run_missing(grid(), train, RUNS, args.workers, deadline)
+        results = load(RUNS)
         runs = [*comparison(results), *(replace(soonest(results), seed=seed) for seed in SEEDS)]
         first = [run for run in runs if (run.steps, run.fraction) != CELLS[-1]]
         # The most expensive cell comes last.
         for part in (first, ablations(results), runs):
-            run_missing(part, args.workers, deadline)
+            run_missing(part, train, RUNS, args.workers, deadline)
         cells = {run.cell: run for run in runs}
         costs = json.loads(COSTS.read_text()) if COSTS.is_file() else {}
         if not cells.keys() <= costs.get("seconds_per_rollout", {}).keys():
             COSTS.write_text(json.dumps(measure_costs(cells, costs), indent=2) + "\n")
-    text = report(load())
+    text = report(load(RUNS))
     REPORT.write_text(text)
     print(text)
-    draw(load(), PICTURE)
+    draw(load(RUNS), PICTURE)
 
 
 if __name__ == "__main__":

@@ -1,45 +1,58 @@
 """
-Measures what the options against ties bring for a reward of 0 and 1, on the packaged pipeline: `num_candidates` and
-`prompt_sampling="informative"`.
+Measures what helps where most prompts tie, for a reward of 0 and 1, on the packaged pipeline: to leave out tied prompts,
+`num_candidates`, more images of a prompt, and `prompt_sampling="informative"`.
 
     python benchmarks/sparse_rewards.py             # the runs that results/sparse_rewards.jsonl lacks, then the report
     python benchmarks/sparse_rewards.py --report    # the report alone: results/sparse_rewards.md
 
 The reward is the strict check. Runs draw from two datasets: the 54 captions alone, of which the pipeline draws each rightly at
 times; and these with 162 captions of shapes that it has never seen, which are never right, so that three of four prompts
-always tie. All rollouts have 144 images: with more candidates of a prompt they have fewer prompts. A run takes one to two
-minutes of an idle core; its score is the share of right images, over 8 of each of the 54 captions, every fifth rollout, from
-seeds that training does not see. CPU seconds are of the rollouts and their updates alone.
+always tie. All rollouts have 144 images, sampled in one call: with more images of a prompt they have fewer prompts. A run takes
+two to three minutes of an idle core; its score is the share of right images, over 8 of each of the 54 captions, every fifth
+rollout, from seeds that training does not see. CPU seconds are of the rollouts and their updates alone.
 """
 
 import argparse
 import itertools
-import json
 import math
 import os
 import statistics
 import time
+from dataclasses import asdict, dataclass
 from typing import Any
 
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from benchmarks.convergence import FDFO_CHURN, RESULTS, duration, machine, spread, table
+from benchmarks.convergence import FDFO_CHURN, RESULTS, duration, machine, reached, spread, table
+from benchmarks.runs import load, run_missing
 
 
 RUNS, REPORT = RESULTS / "sparse_rewards.jsonl", RESULTS / "sparse_rewards.md"
 
-ROLLOUTS, IMAGES, EVALUATE_EVERY = 30, 144, 5
+ROLLOUTS, IMAGES, EVALUATE_EVERY = 60, 144, 5
+TARGETS = (30, 60)  # rollouts of the plain run, whose scores then the others are to reach
+PLAIN = "pairs, ties computed"
+INFORMATIVE = {"prompt_sampling": "informative"}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "informative": {"prompt_sampling": "informative"},
-    "2 of 4": {"num_candidates": 4},
-    "informative, 2 of 4": {"prompt_sampling": "informative", "num_candidates": 4},
-    "informative, 2 of 6": {"prompt_sampling": "informative", "num_candidates": 6},
+    PLAIN: {},
+    "pairs": {},
+    "informative pairs": INFORMATIVE,
+    "2 of 6": {"num_candidates": 6},
+    "informative, 2 of 6": {"num_candidates": 6, **INFORMATIVE},
+    "6 images": {"num_generations": 6},
+    "informative, 6 images": {"num_generations": 6, **INFORMATIVE},
 }
-DATASETS = {"captions": "the 54 captions", "mostly unsolvable": "these and 162 unsolvable ones"}
-SEEDS = {"captions": (1,), "mostly unsolvable": (1, 2, 3)}
+DATASETS = {"mostly unsolvable": "the 54 captions and 162 unsolvable ones", "captions": "the 54 captions"}
+SEEDS = {"mostly unsolvable": (1, 2, 3), "captions": (1,)}
 UNKNOWN_SHAPES = ("hexagon", "star", "ring", "heart", "arrow", "spiral", "crescent", "pentagon", "square")
+
+
+@dataclass(frozen=True)
+class Run:
+    dataset: str
+    setting: str
+    seed: int
 
 
 def prompts_of(dataset: str) -> list[str]:
@@ -65,139 +78,134 @@ def is_right(images, prompts: list[str]) -> list[float]:
     return rewards
 
 
-def train(dataset: str, setting: str, seed: int) -> dict[str, Any]:
-    import torch
+def make_trainer(run: Run, rollouts: int = ROLLOUTS):
     from datasets import Dataset
-    from transformers import PrinterCallback, TrainerCallback
 
     from benchmarks.common import PACKAGED
     from trl_fdfo import FDFOConfig, FDFOTrainer, shapes
 
-    torch.set_num_threads(1)
-    options = SETTINGS[setting]
-    prompts_per_rollout = IMAGES // options.get("num_candidates", 2)
+    class Plain(FDFOTrainer):
+        """Computes the updates of ties too, whose gradients are 0."""
+
+        def ties_have_no_loss(self):
+            return False
+
+    options = {"num_generations": 2, **SETTINGS[run.setting]}
+    prompts = IMAGES // options.get("num_candidates", options["num_generations"])
     config = FDFOConfig(
         output_dir="outputs/sparse_rewards",
-        num_rollouts=ROLLOUTS,
-        prompts_per_rollout=prompts_per_rollout,
-        per_device_prompt_batch_size=prompts_per_rollout // 6,
+        num_rollouts=rollouts,
+        prompts_per_rollout=prompts,
+        # Micro-batches of one prompt: each tie is left out by itself.
+        per_device_prompt_batch_size=prompts // 6 if run.setting == PLAIN else 1,
+        per_device_sampling_batch_size=prompts,
         num_inference_steps=10,
         timestep_fraction=0.25,
         optimizer_steps_per_rollout=6,
         learning_rate=6e-4,  # the best of convergence.py, with this epsilon, on a quarter of the tuples
         epsilon=0.2,
-        seed=seed,
+        seed=run.seed,
         **FDFO_CHURN,
         **PACKAGED,
         **options,
     )
-    trainer = FDFOTrainer(config, shapes.load_pipeline(), is_right, Dataset.from_dict({"prompt": prompts_of(dataset)}))
-    result: dict[str, Any] = {"dataset": dataset, "setting": setting, "seed": seed, "right": [], "seconds": []}
+    dataset = Dataset.from_dict({"prompt": prompts_of(run.dataset)})
+    return (Plain if run.setting == PLAIN else FDFOTrainer)(config, shapes.load_pipeline(), is_right, dataset)
 
-    def share_of_right() -> float:
+
+def train(run: Run) -> dict[str, Any]:
+    """Trains one run, and scores it before the first rollout and after every fifth."""
+    import torch
+    from transformers import PrinterCallback, TrainerCallback
+
+    from trl_fdfo import shapes
+
+    torch.set_num_threads(1)
+    trainer = make_trainer(run)
+    result: dict[str, Any] = {"run": asdict(run), "rollouts": [], "reward": [], "seconds": []}
+
+    def note(rollout: int) -> None:
         prompts = [caption for caption in shapes.captions() for _ in range(8)]
         images = trainer.generate(prompts, range(10**6, 10**6 + len(prompts)))
-        return shapes.strict(images, prompts).float().mean().item()
+        result["rollouts"].append(rollout)
+        result["reward"].append(round(shapes.strict(images, prompts).float().mean().item(), 4))
 
     class Watch(TrainerCallback):
-        seconds = 0.0
-
         def on_epoch_begin(self, args, state, control, **kwargs):
             self.start = time.process_time()
 
         def on_epoch_end(self, args, state, control, **kwargs):
-            self.seconds += time.process_time() - self.start
+            result["seconds"].append(round(time.process_time() - self.start, 3))
             rollout = state.global_step // args.steps_per_rollout
             if rollout % EVALUATE_EVERY == 0:
-                result["right"].append(round(share_of_right(), 4))
-                result["seconds"].append(round(self.seconds, 1))
+                note(rollout)
 
     trainer.add_callback(Watch())
     trainer.pop_callback(PrinterCallback)
-    result["right"].append(round(share_of_right(), 4))
-    result["seconds"].append(0.0)
+    note(0)
     trainer.train()
-    logs = [log for log in trainer.state.log_history if "frac_reward_zero_std" in log]
-    result["tied"] = [round(log["frac_reward_zero_std"], 4) for log in logs]
-    if "prompt_sampling" in options:
-        result["drawn"] = [round(log["frac_prompts_drawn"], 4) for log in logs]
+    for name, metric in (("ties", "frac_reward_zero_std"), ("left_out", "frac_updates_left_out")):
+        result[name] = [round(log[metric], 4) for log in trainer.state.log_history if metric in log]
     return result
 
 
-def rollouts_to(run: dict[str, Any], target: float) -> float:
-    """Rollouts until this share of images is right, interpolated between scores; infinite if it never is."""
-    for number, (low, high) in enumerate(itertools.pairwise(run["right"])):
-        if low < target <= high:
-            return EVALUATE_EVERY * (number + (target - low) / (high - low))
-    return math.inf
-
-
-def report(runs: list[dict[str, Any]]) -> str:
+def report(results: list[dict[str, Any]]) -> str:
     lines = [
         "# Rewards that mostly tie, on the packaged pipeline",
         "",
         f"FDFO, 10 steps, a quarter of the tuples, a reward of 0 and 1; {ROLLOUTS} rollouts of {IMAGES} images. Medians over "
         "seeds, and the range. *ties*: the share of prompts whose images all have one reward, in the first half of the run and "
-        "in the second. *to the end of plain*: rollouts, and CPU seconds, until as many images are right as in the median at the "
-        "end of the plain runs.",
-    ]
-    header = [
-        "",
-        "right before",
-        "right after",
-        "ties",
-        "CPU s per rollout",
-        "to the end of plain",
-        "times as soon",
-        "runs",
+        f"in the second; *left out*: the share of updates that are not computed. In all rows but *{PLAIN}* a tie is left out. "
+        "*to 0.50*: rollouts, and CPU seconds, until that share of images is right for the first time: the shares that the "
+        f"median of *{PLAIN}* has after {TARGETS[0]} and after {TARGETS[1]} rollouts. *times as soon*: as that row.",
     ]
     for dataset, title in DATASETS.items():
-        by = {s: [r for r in runs if (r["dataset"], r["setting"]) == (dataset, s)] for s in SETTINGS}
-        end = statistics.median(run["right"][-1] for run in by["plain"])
-        rows, plain = [], math.inf
+        by = {s: [r for r in results if (r["run"]["dataset"], r["run"]["setting"]) == (dataset, s)] for s in SETTINGS}
+        if not by[PLAIN]:
+            continue
+        targets = [statistics.median(r["reward"][r["rollouts"].index(n)] for r in by[PLAIN]) for n in TARGETS]
+        header = ["", "right before", "right after", "ties", "left out", "CPU s per rollout"]
+        for target in targets:
+            header += [f"to {target:.2f}", "times as soon"]
+        rows, plain = [], {}
         for setting, members in by.items():
             if not members:
                 continue
-            half = ROLLOUTS // 2
-            ties = [
-                statistics.mean(t for run in members for t in run["tied"][part])
-                for part in (slice(half), slice(half, None))
+            cost = statistics.median(statistics.fmean(run["seconds"]) for run in members)
+            halves = [
+                statistics.fmean(t for run in members for t in run["ties"][part])
+                for part in (slice(ROLLOUTS // 2), slice(ROLLOUTS // 2, None))
             ]
-            cost = statistics.median(run["seconds"][-1] / ROLLOUTS for run in members)
-            needed = ROLLOUTS if setting == "plain" else statistics.median(rollouts_to(run, end) for run in members)
-            plain = ROLLOUTS * cost if setting == "plain" else plain
-            rows.append(
-                [
-                    setting,
-                    f"{members[0]['right'][0]:.2f}",
-                    spread(run["right"][-1] for run in members),
-                    f"{ties[0]:.2f}, {ties[1]:.2f}",
-                    f"{cost:.2f}",
-                    duration(needed, cost),
-                    f"{plain / (needed * cost):.2f}" if math.isfinite(needed) else "",
-                    str(len(members)),
-                ]
-            )
-        lines += ["", f"## Drawn from {title}", "", *table(header, rows)]
+            row = [
+                setting,
+                f"{members[0]['reward'][0]:.2f}",
+                spread(run["reward"][-1] for run in members),
+                f"{halves[0]:.2f}, {halves[1]:.2f}",
+                f"{statistics.fmean(t for run in members for t in run['left_out'] or [0]):.2f}",
+                f"{cost:.2f}",
+            ]
+            for target in targets:
+                needed = statistics.median(reached(run, target) for run in members)
+                plain.setdefault(target, needed * cost)
+                soon = f"{plain[target] / (needed * cost):.2f}" if math.isfinite(needed) else ""
+                row += [duration(needed, cost), soon]
+            rows.append([*row, str(len(members))])
+        lines += ["", f"## Drawn from {title}", "", *table([*header, "runs"], rows)]
     return "\n".join([*lines, "", f"`python benchmarks/sparse_rewards.py`, {machine()}.", ""])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--report", action="store_true", help="Only report; run nothing.")
-    only_report = parser.parse_args().report
-    runs = [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.exists() else []
-    done = {(run["dataset"], run["setting"], run["seed"]) for run in runs}
-    wanted = [(d, s, seed) for d in reversed(DATASETS) for seed in SEEDS[d] for s in SETTINGS]
-    for dataset, setting, seed in [] if only_report else wanted:
-        if (dataset, setting, seed) in done:
-            continue
-        runs.append(train(dataset, setting, seed))
-        with open(RUNS, "a") as file:
-            file.write(json.dumps(runs[-1]) + "\n")
-        print(time.strftime("%H:%M:%S"), dataset, setting, seed, runs[-1]["right"], flush=True)
-    REPORT.write_text(report(runs))
-    print(REPORT.read_text())
+    parser.add_argument("--workers", type=int, default=1, help="Runs at a time, a core each.")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="Begin no run after this time.")
+    args = parser.parse_args()
+    if not args.report:
+        runs = [Run(dataset, setting, seed) for dataset in DATASETS for seed in SEEDS[dataset] for setting in SETTINGS]
+        run_missing(runs, train, RUNS, args.workers, time.time() + 60 * args.minutes)
+    text = report(load(RUNS))
+    REPORT.write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":

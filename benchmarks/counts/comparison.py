@@ -10,7 +10,6 @@ after every 15th one. Settings are those of benchmarks/convergence.py; nothing i
 """
 
 import argparse
-import json
 import math
 import os
 import statistics
@@ -23,6 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
 from benchmarks.convergence import ALGORITHMS, FDFO_CHURN, RESULTS, duration, machine, reached, spread, table
 from benchmarks.counts import world
+from benchmarks.runs import load, run_missing
 
 
 RUNS, REPORT = RESULTS / "counts.jsonl", RESULTS / "counts.md"
@@ -123,22 +123,6 @@ def train(run: Run) -> dict[str, Any]:
     return result
 
 
-def load() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.is_file() else []
-
-
-def run_missing(runs: list[Run], deadline: float) -> None:
-    done = {Run(**result["run"]) for result in load()}
-    for run in runs:
-        if run in done or time.time() >= deadline:
-            continue
-        result = train(run)
-        RESULTS.mkdir(exist_ok=True)
-        with RUNS.open("a") as file:
-            file.write(json.dumps(result) + "\n")
-        print(f"{time.strftime('%H:%M:%S')} {run}: {result.get('failed') or result['reward']}", flush=True)
-
-
 # The report -----------------------------------------------------------------------------------------------------------
 
 
@@ -186,11 +170,13 @@ def report(results: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--report", action="store_true", help="Only report; run nothing.")
+    parser.add_argument("--workers", type=int, default=1, help="Runs at a time, a core each.")
     parser.add_argument("--minutes", type=float, default=math.inf, help="Begin no run after this time.")
     args = parser.parse_args()
     if not args.report:
-        run_missing([Run(name, seed) for seed in SEEDS for name in SETTINGS], time.time() + 60 * args.minutes)
-    text = report(load())
+        runs = [Run(name, seed) for seed in SEEDS for name in SETTINGS]
+        run_missing(runs, train, RUNS, args.workers, time.time() + 60 * args.minutes)
+    text = report(load(RUNS))
     REPORT.write_text(text)
     print(text)
 

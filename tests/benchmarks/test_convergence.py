@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import convergence
 from benchmarks.convergence import Run
+from benchmarks.runs import load
 
 
 # A run of each algorithm in the first cell that it is tuned in.
@@ -66,7 +67,9 @@ def test_when_a_reward_is_reached():
 
 def test_all_runs_are_scored_on_the_same_images():
     """Before training the reward depends on the steps of the scored images alone; coarse rollouts do not change them."""
-    before = {(max(r["run"]["steps"], convergence.TUNED_STEPS), round(r["reward"][0], 3)) for r in convergence.load()}
+    before = {
+        (max(r["run"]["steps"], convergence.TUNED_STEPS), round(r["reward"][0], 3)) for r in load(convergence.RUNS)
+    }
     assert len(before) == len({steps for steps, _ in before})
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from benchmarks.counts import comparison, world
+from benchmarks.runs import load
 
 
 def test_captions_are_unique_and_each_word_is_a_token():
@@ -94,7 +95,7 @@ def test_every_setting_samples_equally_many_images(name):
 
 
 def test_the_report_has_every_setting_that_ran():
-    results = comparison.load()
+    results = load(comparison.RUNS)
     text = comparison.report(results)
     for name in {result["run"]["setting"] for result in results}:
         assert f"| {name} |" in text

@@ -73,7 +73,7 @@ def test_ctrl_c_in_the_second_rollout_loses_nothing(tmp_path, processes, warm_py
     printed, _ = whole.communicate(timeout=200)
     assert whole.returncode == 0, printed[-4000:]
 
-    stopped = start(script, tmp_path / "stopped", processes, warm_python if processes == 1 else None)
+    stopped = start(script, tmp_path / "stopped", processes, warm_python)
     try:
         wait_for_a_rollout(stopped, tmp_path / "stopped")
         os.killpg(stopped.pid, signal.SIGINT)

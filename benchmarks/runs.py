@@ -1,0 +1,55 @@
+"""Runs of benchmarks that take minutes each, and are made once: their results are the lines of a file of JSON."""
+
+import json
+import math
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+
+def load(path: Path) -> list[dict[str, Any]]:
+    """The results in a file; none if there is no such file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def run_missing(
+    runs: Sequence[Any],
+    train: Callable[[Any], dict[str, Any]],
+    path: Path,
+    workers: int = 1,
+    deadline: float = math.inf,
+) -> None:
+    """
+    Make the runs that have no result yet, and append each result as soon as it is there.
+
+    Args:
+        runs (`Sequence`): Descriptions of runs, of one frozen dataclass.
+        train (`Callable`): A function of a module. Makes one run, and returns its result, with `asdict` of the description as `"run"`.
+        path (`Path`): File of the results.
+        workers (`int`): Runs at a time, each in a process of its own.
+        deadline (`float`): No run begins after this `time.time()`.
+    """
+    done = {type(runs[0])(**result["run"]) for result in load(path)} if runs else set()
+    queue: Iterator[Any] = iter([run for run in runs if run not in done])
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = {}
+
+        def begin() -> None:
+            run = next(queue, None) if time.time() < deadline else None
+            if run is not None:
+                futures[pool.submit(train, run)] = run
+
+        for _ in range(workers):
+            begin()
+        while futures:
+            future = next(as_completed(futures))
+            run = futures.pop(future)
+            result = future.result()
+            path.parent.mkdir(exist_ok=True)
+            with path.open("a") as file:
+                file.write(json.dumps(result) + "\n")
+            print(f"{time.strftime('%H:%M:%S')} {run}: {result.get('failed') or result['reward'][-1]}", flush=True)
+            begin()

@@ -1,0 +1,32 @@
+import time
+from dataclasses import asdict, dataclass
+
+from benchmarks.runs import load, run_missing
+
+
+@dataclass(frozen=True)
+class Run:
+    name: str
+    seed: int = 0
+
+
+def train(run):
+    return {"run": asdict(run), "reward": [len(run.name) + run.seed]}
+
+
+def test_each_run_is_made_once_and_kept(tmp_path, capsys):
+    path = tmp_path / "results" / "runs.jsonl"
+    assert load(path) == []
+    run_missing([Run("a"), Run("b", 1), Run("a", 2)], train, path, workers=2)
+    made = load(path)
+    assert sorted((result["run"]["name"], *result["reward"]) for result in made) == [("a", 1), ("a", 3), ("b", 2)]
+    capsys.readouterr()
+    run_missing([Run("b", 1), Run("cc"), Run("a")], train, path)
+    assert load(path) == [*made, {"run": {"name": "cc", "seed": 0}, "reward": [2]}]
+    assert capsys.readouterr().out.endswith("Run(name='cc', seed=0): 2\n")
+
+
+def test_no_run_begins_after_the_deadline(tmp_path):
+    run_missing([Run("a")], train, tmp_path / "runs.jsonl", deadline=time.time())
+    run_missing([], train, tmp_path / "runs.jsonl")
+    assert not (tmp_path / "runs.jsonl").exists()
