@@ -102,7 +102,12 @@ ALGORITHMS = {
         "nft_beta",
         {cell: grid_of(4.0, 1.0, 0.25, 0.0625) for cell in ((10, 0.25), (5, 0.4))},
     ),
-    "AWM": Algorithm("AWMTrainer", {"num_generations": 8}, "epsilon", {(10, 0.25): grid_of(0.0025, 0.01, 0.04, 0.16)}),
+    "AWM": Algorithm(
+        "AWMTrainer",
+        {"num_generations": 8},
+        "epsilon",
+        {(10, 0.25): [*grid_of(0.0025, 0.01, 0.04, 0.16), (6e-4, 6.25e-4)]},
+    ),
     "Flow-GRPO, CPS": Algorithm(
         "FlowGRPOTrainer",
         {"num_generations": 8, "sde_type": "cps", "noise_level": 0.8},

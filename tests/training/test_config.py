@@ -241,3 +241,8 @@ def test_evaluations_sample_as_many_at_a_time_as_they_are_told(make_trainer):
     )
     trainer.generate(["a cat"] * 7, range(7))
     assert sizes == [3, 3, 1] and make_trainer().args.per_device_eval_batch_size == 4
+
+
+def test_evaluations_sample_as_many_at_a_time_as_rollouts(make_config):
+    config = make_config(per_device_prompt_batch_size=1, per_device_sampling_batch_size=4, num_candidates=6)
+    assert config.per_device_train_batch_size == 2 and config.per_device_eval_batch_size == 24

@@ -331,7 +331,8 @@ class RolloutConfig(TrainingArguments):
         gradient_accumulation_steps (`int`, *optional*):
             Micro-batches per optimizer step, num_rollout_batches x K / M. Another value is refused.
         per_device_eval_batch_size (`int`, *optional*):
-            Images that each process samples at a time in an evaluation. `None` takes `per_device_train_batch_size`.
+            Images that each process samples at a time in an evaluation. `None` takes as many as in a rollout,
+            `per_device_sampling_batch_size x num_candidates`.
 
         > Options of TrainingArguments with another default
 
@@ -660,7 +661,6 @@ class RolloutConfig(TrainingArguments):
             "logging_images_steps": ten_rollouts,
             "num_candidates": self.num_generations,
             "per_device_sampling_batch_size": self.per_device_prompt_batch_size,
-            "per_device_eval_batch_size": self.per_device_train_batch_size,
             "images_per_eval_prompt": 1 if self.eval_diversity is None else 4,
             # Searching for weights that take no part costs time. A trainer does it if its adapter has some.
             "ddp_find_unused_parameters": not self.use_peft,
@@ -670,6 +670,8 @@ class RolloutConfig(TrainingArguments):
         for name, default in defaults.items():
             if getattr(self, name) is None:
                 setattr(self, name, derived(default))
+        if self.per_device_eval_batch_size is None:
+            self.per_device_eval_batch_size = derived(self.per_device_sampling_batch_size * self.num_candidates)
         if self.eval_steps is None:
             self.eval_steps = derived(self.save_steps)
         if self.load_best_model_at_end and self.metric_for_best_model is None:
