@@ -99,6 +99,7 @@ def make_trainer(run: Run, rollouts: int = ROLLOUTS):
         # Micro-batches of one prompt: each tie is left out by itself.
         per_device_prompt_batch_size=prompts // 6 if run.setting == PLAIN else 1,
         per_device_sampling_batch_size=prompts,
+        per_device_eval_batch_size=54,
         num_inference_steps=10,
         timestep_fraction=0.25,
         optimizer_steps_per_rollout=6,
@@ -157,20 +158,20 @@ def report(results: list[dict[str, Any]]) -> str:
         "seeds, and the range. *ties*: the share of prompts whose images all have one reward, in the first half of the run and "
         f"in the second; *left out*: the share of updates that are not computed. In all rows but *{PLAIN}* a tie is left out. "
         "*to 0.50*: rollouts, and CPU seconds, until that share of images is right for the first time: the shares that the "
-        f"median of *{PLAIN}* has after {TARGETS[0]} and after {TARGETS[1]} rollouts. *times as soon*: as that row.",
+        f"median of the first row has after {TARGETS[0]} and after {TARGETS[1]} rollouts. *times as soon*: as that row.",
     ]
     for dataset, title in DATASETS.items():
         by = {s: [r for r in results if (r["run"]["dataset"], r["run"]["setting"]) == (dataset, s)] for s in SETTINGS}
-        if not by[PLAIN]:
+        by = {setting: members for setting, members in by.items() if members}
+        if not by:
             continue
-        targets = [statistics.median(r["reward"][r["rollouts"].index(n)] for r in by[PLAIN]) for n in TARGETS]
+        first = next(iter(by.values()))
+        targets = [statistics.median(r["reward"][r["rollouts"].index(n)] for r in first) for n in TARGETS]
         header = ["", "right before", "right after", "ties", "left out", "CPU s per rollout"]
         for target in targets:
             header += [f"to {target:.2f}", "times as soon"]
-        rows, plain = [], {}
+        rows, of_first = [], {}
         for setting, members in by.items():
-            if not members:
-                continue
             cost = statistics.median(statistics.fmean(run["seconds"]) for run in members)
             halves = [
                 statistics.fmean(t for run in members for t in run["ties"][part])
@@ -186,8 +187,8 @@ def report(results: list[dict[str, Any]]) -> str:
             ]
             for target in targets:
                 needed = statistics.median(reached(run, target) for run in members)
-                plain.setdefault(target, needed * cost)
-                soon = f"{plain[target] / (needed * cost):.2f}" if math.isfinite(needed) else ""
+                of_first.setdefault(target, needed * cost)
+                soon = f"{of_first[target] / (needed * cost):.2f}" if math.isfinite(needed) else ""
                 row += [duration(needed, cost), soon]
             rows.append([*row, str(len(members))])
         lines += ["", f"## Drawn from {title}", "", *table([*header, "runs"], rows)]

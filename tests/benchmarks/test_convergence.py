@@ -115,7 +115,10 @@ def test_report_of_made_up_runs(tmp_path, monkeypatch):
     awm = "| 0.635 (0.635 to 0.635) | 4.5 (18 s) | 6 (24 s) | never | never | never | 30 (120 s) | 5 |"
     coarse = "| 0.750 | 1.5 (3 s) | 2 (4 s) | 2.5 (5 s) | 3 (6 s) | 9 (18 s), 0.67 times as soon | 30 (60 s) | 1 |"
     assert f"| AWM, 10 steps, a quarter {awm}" in text and f"| FDFO, 5 steps, two fifths {coarse}" in text
-    assert "| AWM, 10 steps, a quarter | epsilon 0.0025 | epsilon 0.01 | epsilon 0.04 | epsilon 0.16 |" in text
+    assert (
+        "| AWM, 10 steps, a quarter | epsilon 0.000625 | epsilon 0.0025 | epsilon 0.01 | epsilon 0.04 | epsilon 0.16 |"
+        in text
+    )
     assert "| G = 3 |" in text and "1, 1 of them ended by a watchdog" in text
     assert "| learning rate 0.0003 | 0.500, 0.500 | 0.500, 0.500 | 0.500, 0.500 | **0.650, 0.600** |" in text
     convergence.draw(results, tmp_path / "picture.png")
