@@ -31,11 +31,14 @@ def run_missing(
         path (`Path`): File of the results.
         workers (`int`): Runs at a time, each in a process of its own.
         deadline (`float`): No run begins after this `time.time()`.
+
+    Raises:
+        Exception: That of the first run that raised one, when the runs beside it are kept.
     """
     done = {type(runs[0])(**result["run"]) for result in load(path)} if runs else set()
     queue: Iterator[Any] = iter([run for run in runs if run not in done])
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = {}
+        futures, failure = {}, None
 
         def begin() -> None:
             run = next(queue, None) if time.time() < deadline else None
@@ -47,9 +50,16 @@ def run_missing(
         while futures:
             future = next(as_completed(futures))
             run = futures.pop(future)
-            result = future.result()
+            try:
+                result = future.result()
+            except Exception as error:
+                failure = failure or error
+                continue  # no run begins any more, and those beside it are kept
             path.parent.mkdir(exist_ok=True)
             with path.open("a") as file:
                 file.write(json.dumps(result) + "\n")
             print(f"{time.strftime('%H:%M:%S')} {run}: {result.get('failed') or result['reward'][-1]}", flush=True)
-            begin()
+            if failure is None:
+                begin()
+    if failure is not None:
+        raise failure

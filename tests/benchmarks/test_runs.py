@@ -1,6 +1,8 @@
 import time
 from dataclasses import asdict, dataclass
 
+import pytest
+
 from benchmarks.runs import load, run_missing
 
 
@@ -11,15 +13,18 @@ class Run:
 
 
 def train(run):
+    if run.name == "bad":
+        raise ValueError("a bad run")
+    time.sleep(run.seed)
     return {"run": asdict(run), "reward": [len(run.name) + run.seed]}
 
 
 def test_each_run_is_made_once_and_kept(tmp_path, capsys):
     path = tmp_path / "results" / "runs.jsonl"
     assert load(path) == []
-    run_missing([Run("a"), Run("b", 1), Run("a", 2)], train, path, workers=2)
+    run_missing([Run("a"), Run("b", 1), Run("aa")], train, path, workers=2)
     made = load(path)
-    assert sorted((result["run"]["name"], *result["reward"]) for result in made) == [("a", 1), ("a", 3), ("b", 2)]
+    assert sorted((result["run"]["name"], *result["reward"]) for result in made) == [("a", 1), ("aa", 2), ("b", 2)]
     capsys.readouterr()
     run_missing([Run("b", 1), Run("cc"), Run("a")], train, path)
     assert load(path) == [*made, {"run": {"name": "cc", "seed": 0}, "reward": [2]}]
@@ -30,3 +35,10 @@ def test_no_run_begins_after_the_deadline(tmp_path):
     run_missing([Run("a")], train, tmp_path / "runs.jsonl", deadline=time.time())
     run_missing([], train, tmp_path / "runs.jsonl")
     assert not (tmp_path / "runs.jsonl").exists()
+
+
+def test_a_run_that_fails_ends_no_other_and_none_begins_after_it(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    with pytest.raises(ValueError, match="a bad run"):
+        run_missing([Run("bad"), Run("good", 1), Run("next")], train, path, workers=2)
+    assert [result["run"]["name"] for result in load(path)] == ["good"]
