@@ -27,17 +27,17 @@ CHANGES = {
 }
 
 
-def start(script: Path, folder: Path, processes: int, python: WarmPython | None = None) -> subprocess.Popen:
-    """The command, by a Python that starts at once if one is given. Ctrl-C would not reach the processes that it launches."""
+def start(script: Path, folder: Path, processes: int, python: WarmPython) -> subprocess.Popen:
+    """The command, by a Python that starts at once. It passes Ctrl-C on, and the launcher passes it to the processes of the run."""
     folder.mkdir(exist_ok=True)
-    command = [python.path if python else sys.executable]
+    command = [python.path]
     if processes > 1:
         config = str(ROOT / "trl_fdfo" / "accelerate_configs" / "ddp.yaml")
         command += ["-m", "accelerate.commands.launch", "--config_file", config]
         command += ["--num_processes", str(processes), "--main_process_port", "0"]
     command.append(str(script))
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(sys.path)}
-    environment |= python.environment if python else {}
+    environment |= python.environment
     # A process group of its own, as a terminal has, which sends Ctrl-C to all of it.
     return subprocess.Popen(
         command,

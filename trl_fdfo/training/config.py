@@ -331,7 +331,7 @@ class RolloutConfig(TrainingArguments):
         gradient_accumulation_steps (`int`, *optional*):
             Micro-batches per optimizer step, num_rollout_batches x K / M. Another value is refused.
         per_device_eval_batch_size (`int`, *optional*):
-            Images that each process samples at a time in an evaluation. `None` takes as many as in a rollout,
+            Images that each process samples at a time in an evaluation. The default is the number of a rollout,
             `per_device_sampling_batch_size x num_candidates`.
 
         > Options of TrainingArguments with another default
