@@ -36,7 +36,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a core for each run
 
-from benchmarks.runs import load, run_missing
+from benchmarks.runs import load, number_of, run_missing, train_to_the_end
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -268,11 +268,8 @@ def train(run: Run) -> dict[str, Any]:
     trainer.add_callback(Evaluate())
     trainer.pop_callback(PrinterCallback)
     note(0)
-    try:
-        trainer.train()
+    if train_to_the_end(trainer, result):
         result["end"] = {name: round(value, 5) for name, value in score(8).items()}
-    except RuntimeError as error:  # a watchdog ended a setting that is too bold
-        result["failed"] = f"{type(error).__name__}: {error}"
     return result
 
 
@@ -597,9 +594,7 @@ def label(setting: Run, results: list[dict[str, Any]]) -> str:
 
 
 def columns_of(runs: list[dict[str, Any]]) -> list[str]:
-    failed = sum("failed" in run for run in runs)
-    ended = f"{len(runs)}, {failed} of them ended by a watchdog" if failed else str(len(runs))
-    return [*(spread(run["end"][name] for run in runs if "end" in run) for name in MEASURES.values()), ended]
+    return [*(spread(run["end"][name] for run in runs if "end" in run) for name in MEASURES.values()), number_of(runs)]
 
 
 def spread(values: Iterable[float]) -> str:

@@ -7,12 +7,47 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from trl_fdfo.training.watchdogs import WatchdogError
+
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 
 def load(path: Path) -> list[dict[str, Any]]:
-    """The results in a file; none if there is no such file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    """
+    The results in a file; none if there is no such file.
+
+    Raises:
+        ValueError: A line is not whole.
+    """
+    results = []
+    for number, line in enumerate(path.read_text().splitlines() if path.is_file() else [], start=1):
+        try:
+            results.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"Line {number} of {path} is not a whole result ({error}), as after a kill while it was written: delete it, and "
+                "its run is made again."
+            ) from None
+    return results
+
+
+def train_to_the_end(trainer: "Trainer", result: dict[str, Any]) -> bool:
+    """True if a run ends. If a watchdog ends it, as its setting is too bold, `result` gets the reason as `"failed"`."""
+    try:
+        trainer.train()
+    except WatchdogError as error:
+        result["failed"] = f"{type(error).__name__}: {error}"
+    return "failed" not in result
+
+
+def number_of(runs: Sequence[dict[str, Any]]) -> str:
+    """How many runs there are, and how many of these a watchdog ended."""
+    failed = sum("failed" in run for run in runs)
+    return f"{len(runs)}, {failed} of them ended by a watchdog" if failed else str(len(runs))
 
 
 def run_missing(
@@ -26,7 +61,7 @@ def run_missing(
     Make the runs that have no result yet, and append each result as soon as it is there.
 
     Args:
-        runs (`Sequence`): Descriptions of runs, of one frozen dataclass.
+        runs (`Sequence`): Descriptions of runs, of one frozen dataclass; one that is there twice is made once.
         train (`Callable`): A function of a module. Makes one run, and returns its result, with `asdict` of the description as `"run"`.
         path (`Path`): File of the results.
         workers (`int`): Runs at a time, each in a process of its own.
@@ -36,7 +71,7 @@ def run_missing(
         Exception: That of the first run that raised one, when the runs beside it are kept.
     """
     done = {type(runs[0])(**result["run"]) for result in load(path)} if runs else set()
-    queue: Iterator[Any] = iter([run for run in runs if run not in done])
+    queue: Iterator[Any] = iter([run for run in dict.fromkeys(runs) if run not in done])
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         futures, failure = {}, None
 

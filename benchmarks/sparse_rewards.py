@@ -25,7 +25,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from benchmarks.convergence import FDFO_CHURN, RESULTS, duration, machine, reached, spread, table
-from benchmarks.runs import load, run_missing
+from benchmarks.runs import load, number_of, run_missing, train_to_the_end
 
 
 RUNS, REPORT = RESULTS / "sparse_rewards.jsonl", RESULTS / "sparse_rewards.md"
@@ -144,7 +144,7 @@ def train(run: Run) -> dict[str, Any]:
     trainer.add_callback(Watch())
     trainer.pop_callback(PrinterCallback)
     note(0)
-    trainer.train()
+    train_to_the_end(trainer, result)
     for name, metric in (("ties", "frac_reward_zero_std"), ("left_out", "frac_updates_left_out")):
         result[name] = [round(log[metric], 4) for log in trainer.state.log_history if metric in log]
     return result
@@ -165,22 +165,26 @@ def report(results: list[dict[str, Any]]) -> str:
         by = {setting: members for setting, members in by.items() if members}
         if not by:
             continue
-        first = next(iter(by.values()))
+        first = [run for run in next(iter(by.values())) if "failed" not in run]
         targets = [statistics.median(r["reward"][r["rollouts"].index(n)] for r in first) for n in TARGETS]
         header = ["", "right before", "right after", "ties", "left out", "CPU s per rollout"]
         for target in targets:
             header += [f"to {target:.2f}", "times as soon"]
         rows, of_first = [], {}
         for setting, members in by.items():
+            ended = [run for run in members if "failed" not in run]
+            if not ended:
+                rows.append([setting, f"{members[0]['reward'][0]:.2f}", *[""] * (len(header) - 2), number_of(members)])
+                continue
             cost = statistics.median(statistics.fmean(run["seconds"]) for run in members)
             halves = [
-                statistics.fmean(t for run in members for t in run["ties"][part])
+                statistics.fmean(t for run in ended for t in run["ties"][part])
                 for part in (slice(ROLLOUTS // 2), slice(ROLLOUTS // 2, None))
             ]
             row = [
                 setting,
                 f"{members[0]['reward'][0]:.2f}",
-                spread(run["reward"][-1] for run in members),
+                spread(run["reward"][-1] for run in ended),
                 f"{halves[0]:.2f}, {halves[1]:.2f}",
                 f"{statistics.fmean(t for run in members for t in run['left_out'] or [0]):.2f}",
                 f"{cost:.2f}",
@@ -190,7 +194,7 @@ def report(results: list[dict[str, Any]]) -> str:
                 of_first.setdefault(target, needed * cost)
                 soon = f"{of_first[target] / (needed * cost):.2f}" if math.isfinite(needed) else ""
                 row += [duration(needed, cost), soon]
-            rows.append([*row, str(len(members))])
+            rows.append([*row, number_of(members)])
         lines += ["", f"## Drawn from {title}", "", *table([*header, "runs"], rows)]
     return "\n".join([*lines, "", f"`python benchmarks/sparse_rewards.py`, {machine()}.", ""])
 

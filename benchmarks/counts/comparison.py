@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
 from benchmarks.convergence import ALGORITHMS, FDFO_CHURN, RESULTS, duration, machine, reached, spread, table
 from benchmarks.counts import world
-from benchmarks.runs import load, run_missing
+from benchmarks.runs import load, number_of, run_missing, train_to_the_end
 
 
 RUNS, REPORT = RESULTS / "counts.jsonl", RESULTS / "counts.md"
@@ -114,10 +114,7 @@ def train(run: Run) -> dict[str, Any]:
     trainer.add_callback(Measure())
     trainer.pop_callback(PrinterCallback)
     note(0)
-    try:
-        trainer.train()
-    except RuntimeError as error:  # a watchdog ended a setting that is too bold
-        result["failed"] = f"{type(error).__name__}: {error}"
+    train_to_the_end(trainer, result)
     name = "frac_reward_zero_std"
     result["ties"] = [round(log[name], 4) for log in trainer.state.log_history if name in log]
     return result
@@ -147,7 +144,7 @@ def report(results: list[dict[str, Any]]) -> str:
                 f"{cost:.2f}",
                 *(duration(time, cost) for time in times),
                 duration(ROLLOUTS, cost),
-                f"{len(runs)}" + ("" if len(ended) == len(runs) else f", {len(runs) - len(ended)} ended by a watchdog"),
+                number_of(runs),
             ]
         )
     return "\n".join(

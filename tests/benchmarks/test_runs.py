@@ -3,7 +3,8 @@ from dataclasses import asdict, dataclass
 
 import pytest
 
-from benchmarks.runs import load, run_missing
+from benchmarks.runs import load, number_of, run_missing, train_to_the_end
+from trl_fdfo.training.watchdogs import WatchdogError
 
 
 @dataclass(frozen=True)
@@ -22,13 +23,32 @@ def train(run):
 def test_each_run_is_made_once_and_kept(tmp_path, capsys):
     path = tmp_path / "results" / "runs.jsonl"
     assert load(path) == []
-    run_missing([Run("a"), Run("b", 1), Run("aa")], train, path, workers=2)
+    run_missing([Run("a"), Run("b", 1), Run("aa"), Run("a")], train, path, workers=2)
     made = load(path)
     assert sorted((result["run"]["name"], *result["reward"]) for result in made) == [("a", 1), ("aa", 2), ("b", 2)]
     capsys.readouterr()
     run_missing([Run("b", 1), Run("cc"), Run("a")], train, path)
     assert load(path) == [*made, {"run": {"name": "cc", "seed": 0}, "reward": [2]}]
     assert capsys.readouterr().out.endswith("Run(name='cc', seed=0): 2\n")
+
+
+def test_a_line_that_is_not_whole_is_named(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    path.write_text('{"run": {"name": "a", "seed": 0}, "reward": [1]}\n{"run": {"na')
+    with pytest.raises(
+        ValueError, match=r"Line 2 of .*runs.jsonl is not a whole result .*: delete it, and its run is made"
+    ):
+        load(path)
+
+
+def test_a_run_that_a_watchdog_ends_has_a_result():
+    class Trainer:
+        def train(self):
+            raise WatchdogError("too bold")
+
+    result = {}
+    assert not train_to_the_end(Trainer(), result) and result == {"failed": "WatchdogError: too bold"}
+    assert number_of([result, {}]) == "2, 1 of them ended by a watchdog" and number_of([{}]) == "1"
 
 
 def test_no_run_begins_after_the_deadline(tmp_path):

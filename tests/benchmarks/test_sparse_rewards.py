@@ -55,6 +55,23 @@ def test_report_of_made_up_runs():
     assert "to 0.40 | times as soon | to 0.50" in "\n".join(lines)
 
 
+def test_report_of_runs_that_a_watchdog_ended():
+    plain = made_up(PLAIN, 1, [0.3, 0.4, 0.5], 2.0, 0.0)
+    ended = {
+        "run": {**plain["run"], "setting": "pairs"},
+        "rollouts": [0],
+        "reward": [0.3],
+        "seconds": [2.0],
+        "ties": [],
+    }
+    ended |= {"left_out": [], "failed": "WatchdogError: it came apart"}
+    cells = [line[2:-2].split(" | ") for line in sparse_rewards.report([plain, ended]).splitlines() if line[:1] == "|"]
+    assert cells[-1][:2] == ["pairs", "0.30"] and cells[-1][-1] == "1, 1 of them ended by a watchdog"
+    assert len({len(row) for row in cells}) == 1
+    beside = {**ended, "run": plain["run"]}
+    assert "| 0.500 |" in sparse_rewards.report([plain, beside])
+
+
 def test_the_report_is_of_the_kept_runs():
     assert sparse_rewards.REPORT.read_text().startswith(
         sparse_rewards.report(load(sparse_rewards.RUNS)).rsplit("`python", 1)[0]

@@ -74,6 +74,13 @@ def test_the_shape_of_the_churn_is_checked(options, message):
         paper(**options)
 
 
+@pytest.mark.parametrize(("fraction", "steps"), [(1.0, 40), (0.9, 4), (0.1, 1)])
+def test_to_select_all_levels_is_refused(fraction, steps):
+    message = f"timestep_selection='first' selects nothing: timestep_fraction={fraction} trains all of the num_inference_steps={steps}"
+    with pytest.raises(ValueError, match=message):
+        paper(timestep_selection="first", timestep_fraction=fraction, num_inference_steps=steps)
+
+
 PUBLISHED = {
     "constant": (0.0025, {}),
     "interval": (1.0, {"location": 1.0, "location_std": 1.5, "width": 0.25, "spread": 0.0}),

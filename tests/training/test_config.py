@@ -98,8 +98,8 @@ def test_replaced_and_assigned_options_take_full_effect(name, config_class):
     value = OTHER_VALUES[name]
     if name in ("churn_schedule", "timestep_selection") and config_class is FlowGRPOConfig:
         return
-    settings = {"output_dir": "a", "report_to": [], "use_cpu": True}
-    expected = comparable(config_class(**settings, **{name: value}))
+    settings = {"output_dir": "a", "report_to": [], "use_cpu": True, "timestep_fraction": 0.5}
+    expected = comparable(config_class(**(settings | {name: value})))
     config = config_class(**settings)
     assert comparable(dataclasses.replace(config, **{name: value})) == expected
     if name in config_class._own_options():
@@ -246,3 +246,10 @@ def test_evaluations_sample_as_many_at_a_time_as_they_are_told(make_trainer):
 def test_evaluations_sample_as_many_at_a_time_as_rollouts(make_config):
     config = make_config(per_device_prompt_batch_size=1, per_device_sampling_batch_size=4, num_candidates=6)
     assert config.per_device_train_batch_size == 2 and config.per_device_eval_batch_size == 24
+
+
+def test_a_call_samples_at_most_the_prompts_of_the_process(make_config):
+    config = make_config(prompts_per_rollout=4, per_device_prompt_batch_size=2, per_device_sampling_batch_size=64)
+    assert config.per_device_sampling_batch_size == 4 and config.per_device_eval_batch_size == 4 * 2
+    config.prompts_per_rollout = 16
+    assert config.per_device_sampling_batch_size == 16

@@ -95,8 +95,13 @@ def test_an_error_names_the_class_that_was_called():
     class Mine(FlowGRPOConfig):
         temperature: float = 1.0
 
-    with pytest.raises(TypeError, match="FlowGRPOConfig has no option churn=0.1"):
+    elsewhere = "FlowGRPOConfig has no option churn=0.1. There is no `churn`: it is an option of FDFOConfig.$"
+    with pytest.raises(TypeError, match=elsewhere):
         FlowGRPOConfig(output_dir="unused", churn=0.1)
+    with pytest.raises(TypeError, match="no `timestep_selection`: it is an option of FDFOConfig.$"):
+        FlowGRPOConfig(output_dir="unused", timestep_selection="first")
+    with pytest.raises(TypeError, match="There is no `nft_beta`: it is an option of DiffusionNFTConfig.$"):
+        FDFOConfig(output_dir="unused", nft_beta=1.0)
     with pytest.raises(TypeError, match="Mine has no option sde_window_size=2. .* is `num_noisy_steps` here"):
         Mine(output_dir="unused", sde_window_size=2)
     assert Mine(output_dir="unused", use_cpu=True, report_to=[], temperature=0.5).temperature == 0.5

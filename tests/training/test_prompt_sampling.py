@@ -7,12 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_pipelines
 import torch
 from checkpoint_contents import assert_equal, contents
 from conftest import logged, trained_weights, warnings_of_the_package
+from datasets import Dataset
+from PIL import Image
 from tiny_runs import PROMPTS, redness
 
-from trl_fdfo.training.prompt_sampling import InformativePrompts
+from trl_fdfo import FDFOConfig, FDFOTrainer
+from trl_fdfo.planning.without_weights import planned
+from trl_fdfo.training.prompt_sampling import InformativePrompts, row_keys
 from trl_fdfo.training.prompts import rollout_rows
 
 
@@ -28,7 +33,7 @@ def sparse(images, prompts):
 
 def drawn_with(ties: list[int], passes: int) -> np.ndarray:
     """How often each row came in some passes, if it had this many ties in all of them."""
-    stream = InformativePrompts(len(ties), seed=0)
+    stream = InformativePrompts(range(len(ties)), seed=0)
     stream.ties = np.array(ties)
     counts = np.zeros(len(ties), dtype=int)
     while stream.position < passes * len(ties):
@@ -39,7 +44,7 @@ def drawn_with(ties: list[int], passes: int) -> np.ndarray:
 
 @pytest.mark.parametrize(("num_rows", "count"), [(10, 4), (3, 8), (7, 7)])
 def test_as_long_as_none_has_tied_the_order_is_that_of_a_uniform_run(num_rows, count):
-    stream = InformativePrompts(num_rows, seed=5)
+    stream = InformativePrompts(range(num_rows), seed=5)
     for rollout in range(9):
         assert stream.draw(count) == rollout_rows(num_rows, count, rollout, seed=5)
         stream.see([False] * count)
@@ -54,7 +59,7 @@ def test_a_row_comes_in_a_pass_with_a_chance_of_one_in_its_ties_and_one():
 
 
 def test_a_row_comes_at_most_once_in_a_pass_and_in_another_order_in_each():
-    stream = InformativePrompts(50, seed=0)
+    stream = InformativePrompts(range(50), seed=0)
     stream.ties[::2] = 1
     passes = [[], []]
     while stream.position < 100:
@@ -68,7 +73,7 @@ def test_a_row_comes_at_most_once_in_a_pass_and_in_another_order_in_each():
 
 def test_in_the_long_run_a_row_comes_as_often_as_its_images_differ():
     differs = np.repeat([1.0, 0.5, 0.2, 0.1], 50)
-    luck, stream = np.random.default_rng(0), InformativePrompts(200, seed=0)
+    luck, stream = np.random.default_rng(0), InformativePrompts(range(200), seed=0)
     counts = np.zeros(200)
     while stream.position < 200 * 800:
         is_begin = stream.position < 200 * 200
@@ -80,7 +85,7 @@ def test_in_the_long_run_a_row_comes_as_often_as_its_images_differ():
 
 
 def test_a_row_that_always_ties_still_comes_and_counts_again_once_it_differs():
-    stream = InformativePrompts(4, seed=0)
+    stream = InformativePrompts(range(4), seed=0)
     came = 0
     for _ in range(200):
         rows = stream.draw(3)
@@ -96,7 +101,7 @@ def test_a_row_that_always_ties_still_comes_and_counts_again_once_it_differs():
 
 
 def test_several_draws_of_a_row_in_a_rollout_count_in_their_order():
-    stream = InformativePrompts(2, seed=0)
+    stream = InformativePrompts(range(2), seed=0)
     rows = stream.draw(6)
     assert sorted(rows) == [0, 0, 0, 1, 1, 1]
     tied = {0: iter([False, True, True]), 1: iter([True, True, False])}
@@ -106,7 +111,7 @@ def test_several_draws_of_a_row_in_a_rollout_count_in_their_order():
 
 
 def test_nothing_counts_until_the_rewards_are_seen():
-    stream = InformativePrompts(20, seed=0)
+    stream = InformativePrompts(range(20), seed=0)
     first = stream.draw(7)
     assert stream.draw(7) == first and stream.position == 0 and not stream.ties.any()
     stream.see([True] * 7)
@@ -114,24 +119,71 @@ def test_nothing_counts_until_the_rewards_are_seen():
 
 
 def test_a_saved_stream_goes_on(tmp_path):
-    stream = InformativePrompts(20, seed=0)
+    stream = InformativePrompts(range(20), seed=0)
     for _ in range(5):
         stream.see([row < 12 for row in stream.draw(9)])
     stream.save(tmp_path)
-    again = InformativePrompts(20, seed=0)
+    again = InformativePrompts(range(20), seed=0)
     again.load(tmp_path, position=0)
     assert again.draw(30) == stream.draw(30)
 
 
-def test_a_checkpoint_without_counts_and_one_of_other_prompts_go_on_as_if_none_had_tied(tmp_path, caplog):
-    stream = InformativePrompts(20, seed=0)
+def test_a_checkpoint_without_counts_goes_on_as_if_none_had_tied(tmp_path, caplog):
+    stream = InformativePrompts(range(20), seed=0)
     stream.ties[3] = 2
     stream.load(tmp_path, position=12)
     assert stream.draw(4) == rollout_rows(20, 4, 3, seed=0)
-    assert "does not say how often each prompt has tied (it was not counted)" in caplog.text
-    InformativePrompts(21, seed=0).save(tmp_path)
-    stream.load(tmp_path, position=12)
-    assert "(prompt_ties.safetensors has 21 prompts, not 20): all are drawn as if none had" in caplog.text
+    assert "does not say how often 20 of the 20 prompts have tied: they are drawn as if they never had" in caplog.text
+
+
+def test_counts_follow_their_prompts_into_another_dataset(tmp_path, caplog):
+    stream = InformativePrompts([10, 11, 12, 13], seed=0)
+    stream.ties[:] = [3, 0, 5, 1]
+    stream.position = 77
+    stream.save(tmp_path)
+    other = InformativePrompts([13, 14, 12, 10], seed=0)
+    other.load(tmp_path, position=12)
+    assert other.ties.tolist() == [1, 0, 5, 3] and other.position == 12
+    assert "does not say how often 1 of the 4 prompts have tied" in caplog.text
+    fewer = InformativePrompts([12], seed=0)
+    fewer.load(tmp_path, position=5)
+    assert fewer.ties.tolist() == [5] and fewer.position == 5
+
+
+def test_rows_that_are_the_same_count_as_one_prompt(tmp_path):
+    stream = InformativePrompts([7, 8, 7], seed=0)
+    assert stream.num_prompts == 2 and sorted(stream.draw(6)) == [0, 0, 1, 1, 2, 2]
+    stream.see([row != 1 for row in stream._rows])
+    assert stream.ties.tolist() == [4, 0] and stream.chances.tolist() == [1 / 5, 1, 1 / 5]
+    stream.save(tmp_path)
+    again = InformativePrompts([7, 8, 7], seed=0)
+    again.load(tmp_path, position=0)
+    assert again.ties.tolist() == [4, 0] and again.draw(20) == stream.draw(20)
+
+
+def test_where_all_prompts_tie_alike_all_are_drawn_alike():
+    stream = InformativePrompts(range(6), seed=3)
+    for rollout in range(5):  # each is a pass
+        assert stream.draw(6) == rollout_rows(6, 6, rollout, seed=3)
+        stream.see([True] * 6)
+    one = InformativePrompts([0], seed=0)
+    for _ in range(5):
+        assert one.draw(432) == [0] * 432
+        one.see([True] * 432)
+    assert one.position == 5 * 432  # no pass is empty
+
+
+def test_rows_are_told_apart_by_all_that_they_hold():
+    columns = {"prompt": ["a", "b", "a", "a"], "count": [1, 1, 1, 2], "tags": [["x"], ["x"], ["x"], ["x"]]}
+    keys = row_keys(Dataset.from_dict(columns))
+    assert keys[0] == keys[2] and len({*keys}) == 3 and all(0 <= key < 2**63 for key in keys)
+    assert row_keys(Dataset.from_dict(dict(reversed(columns.items())))) == keys
+    assert (
+        row_keys(Dataset.from_dict(columns).with_transform(lambda rows: {"prompt": ["c"] * len(rows["prompt"])}))
+        == keys
+    )
+    image = Image.new("RGB", (2, 2))
+    assert len({*row_keys(Dataset.from_dict({"prompt": ["a", "a"], "image": [image, image]}))}) == 2
 
 
 # In training ----------------------------------------------------------------------------------------------------------
@@ -273,3 +325,28 @@ def test_a_run_that_draws_no_prompt_twice_is_warned_of(make_trainer, rollouts, w
         each for each in warnings_of_the_package(caplog) if "changes nothing here: the run draws 1 x 6 = 6 of 6" in each
     ]
     assert bool(found) == warns
+
+
+def test_a_plan_warns_of_it_too(make_config, tmp_path, caplog):
+    tiny_pipelines.sd3().save_pretrained(tmp_path / "pipeline")
+    given = make_config(prompts_per_rollout=6, optimizer_steps_per_rollout=1)
+    names = ("output_dir", "height", "width", "num_inference_steps", "pipeline_kwargs", "report_to", "use_cpu")
+    names += ("prompts_per_rollout", "optimizer_steps_per_rollout")
+    options = {name: getattr(given, name) for name in names} | {"prompt_sampling": "informative", "num_rollouts": 1}
+
+    def warnings(prompts, **changed) -> list[str]:
+        caplog.clear()
+        config = planned(FDFOConfig)(**options | changed)
+        FDFOTrainer.plan(config, tmp_path / "pipeline", [], Dataset.from_dict({"prompt": prompts}))
+        return [each for each in warnings_of_the_package(caplog) if "changes nothing here" in each]
+
+    assert len(warnings(PROMPTS)) == 1
+    assert warnings([*PROMPTS, PROMPTS[0]]) == []  # which may be drawn twice
+    assert warnings(PROMPTS, num_eval_prompts=1) == []  # five of them are trained on
+
+
+def test_a_plan_refuses_prompts_that_the_run_would_refuse(make_config, tmp_path):
+    given = make_config()
+    config = planned(FDFOConfig)(output_dir=given.output_dir, use_cpu=True, report_to=[])
+    with pytest.raises(ValueError, match="train_dataset has no column 'prompt' but text"):
+        FDFOTrainer.plan(config, tmp_path, [], Dataset.from_dict({"text": PROMPTS}))

@@ -7,9 +7,29 @@ import torch
 from conftest import logged, trained_weights
 from tiny_runs import PROMPTS, UnplannedTrainer, redness
 
+from trl_fdfo.algorithm import batch_advantages, finite_difference, group_advantages, optimality
+from trl_fdfo.training.surrogate import centered
+
 
 INFORMATIVE = PROMPTS[1::3]  # two of six
 SPARSE = {"prompts_per_rollout": 6, "per_device_prompt_batch_size": 1}
+
+
+@pytest.mark.parametrize("images", [2, 3, 5, 6, 7, 24])
+def test_what_a_tie_teaches_is_exactly_nothing(images):
+    values = torch.tensor([0.1, 0.7, -1e-3, 12345.678, torch.nan], dtype=torch.float64)
+    rewards = values.unsqueeze(1).repeat(1, images)
+    rounded = rewards - rewards.mean(dim=1, keepdim=True)
+    assert rounded[:-1].any() or images != 3  # of three a mean rounds
+    nothing = torch.zeros(5, images, dtype=torch.float64)
+    for differences in (
+        centered(rewards),
+        group_advantages(rewards),
+        batch_advantages(rewards, std=0.0),
+        finite_difference(torch.randn(5, images, 4), rewards).reward_difference,
+        optimality(rewards, spread=0.0) - 0.5,
+    ):
+        assert torch.equal(differences, nothing)
 
 
 def sparse(images, prompts):
@@ -53,8 +73,7 @@ def test_ties_are_left_out_and_the_weights_are_the_same(make_trainer, options):
     assert logged(skipping, "loss") == pytest.approx(logged(whole, "loss"), rel=1e-6)
     expected = trained_weights(whole)
     for name, weight in trained_weights(skipping).items():
-        # A mean of three equal rewards may round.
-        torch.testing.assert_close(weight, expected[name], rtol=0, atol=0 if not options else 1e-9)
+        assert torch.equal(weight, expected[name])
 
 
 def test_the_distance_from_the_base_model_keeps_ties(make_trainer):
@@ -64,7 +83,8 @@ def test_the_distance_from_the_base_model_keeps_ties(make_trainer):
 
 
 def test_rollouts_of_ties_alone_still_make_their_steps(make_trainer):
-    trainer = run(make_trainer, Counting, reward_fn=lambda images, prompts: [0.0] * len(images))
+    constant = lambda images, prompts: [0.1] * len(images)  # of three of which the mean is another number
+    trainer = run(make_trainer, Counting, reward_fn=constant, num_generations=3)
     assert trainer.state.global_step == 4 and trainer.passes == 4
     assert logged(trainer, "grad_norm") == [0.0, 0.0]
 

@@ -36,7 +36,7 @@ class AWMTrainer(ForwardProcessTrainer):
         return True
 
     def targets(self, sampled: RolloutBatch, rewards: Tensor, rows: list[int]) -> tuple[Tensor]:
-        return (in_float32(group_advantages(rewards).flatten().nan_to_num(nan=0.0)),)
+        return (in_float32(group_advantages(rewards).flatten()),)
 
     def loss(self, velocity: Tensor, old_velocity: Tensor, batch: ScoredBatch, level: int) -> SurrogateLoss:
         target = target_velocity(batch, level)

@@ -21,6 +21,8 @@ Dimensions: N samples, P prompts, G images per prompt.
 
 from torch import Tensor
 
+from ..training.surrogate import centered
+
 
 # Keep a weight finite where a velocity is that of the data, and a probability 1/2 where all rewards are one.
 WEIGHT_EPS, SPREAD_EPS = 1e-6, 1e-4
@@ -35,10 +37,9 @@ def optimality(rewards: Tensor, spread: float | Tensor) -> Tensor:
         spread (`float` or `Tensor`): Z >= 0, in units of the reward.
 
     Returns:
-        `Tensor`: r in [0, 1], shape [P, G]; 1/2 where all rewards of a prompt are the same.
+        `Tensor`: r in [0, 1], shape [P, G]; exactly 1/2 where all rewards of a prompt are the same or NaN.
     """
-    deviation = rewards - rewards.mean(dim=1, keepdim=True)
-    return (1 + (deviation / (spread + SPREAD_EPS)).clamp(-1, 1)) / 2
+    return (1 + (centered(rewards) / (spread + SPREAD_EPS)).clamp(-1, 1)) / 2
 
 
 def nft_loss(

@@ -46,8 +46,7 @@ class DiffusionNFTTrainer(ForwardProcessTrainer):
         self._spread = known.std(correction=0).item() if len(known) else 0.0
 
     def targets(self, sampled: RolloutBatch, rewards: Tensor, rows: list[int]) -> tuple[Tensor]:
-        # A prompt to which no reward applies teaches nothing.
-        return (in_float32(optimality(rewards, self._spread).flatten().nan_to_num(nan=0.5)),)
+        return (in_float32(optimality(rewards, self._spread).flatten()),)
 
     def loss(self, velocity: Tensor, old_velocity: Tensor, batch: ScoredBatch, level: int) -> SurrogateLoss:
         with torch.no_grad():

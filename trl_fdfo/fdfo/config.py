@@ -110,6 +110,12 @@ class FDFOConfig(RolloutConfig):
             raise ValueError(
                 f"timestep_selection='{self.timestep_selection}' is not one of {', '.join(TIMESTEP_SELECTIONS)}."
             )
+        if self.timestep_selection == "first" and self.num_trained_levels == self.num_inference_steps:
+            raise ValueError(
+                f"timestep_selection='first' selects nothing: timestep_fraction={self.timestep_fraction} trains all of the "
+                f"num_inference_steps={self.num_inference_steps} levels. Lower timestep_fraction, such as to 1 / steps for the "
+                "noisiest level alone, or leave timestep_selection out."
+            )
         if self.direction == "reward_gradient" and not self.whiten_direction:
             raise ValueError(
                 "whiten_direction=False is for the finite difference: with direction='reward_gradient' leave it out."

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..training.surrogate import centered
+
 
 # Keeps the direction finite (and zero) where the branches are identical.
 WHITENING_EPS = 1e-6
@@ -42,11 +44,12 @@ def finite_difference(endpoints: Tensor, rewards: Tensor, whiten: bool = True) -
         whiten (`bool`): Divide by the mean square; otherwise the direction is delta_a itself.
 
     Returns:
-        [`FiniteDifference`]: `direction`, shape [P, G, ...], and `reward_difference`, shape [P, G].
+        [`FiniteDifference`]: `direction`, shape [P, G, ...], and `reward_difference`, shape [P, G], exactly 0 where all
+        rewards of a prompt are the same or NaN.
     """
     delta = endpoints - endpoints.mean(dim=1, keepdim=True)
     direction = delta / (_mean_square(delta) + WHITENING_EPS) if whiten else delta
-    return FiniteDifference(direction, rewards - rewards.mean(dim=1, keepdim=True))
+    return FiniteDifference(direction, centered(rewards))
 
 
 def known_gradient(difference: FiniteDifference) -> Tensor:

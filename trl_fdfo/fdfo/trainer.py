@@ -111,8 +111,7 @@ class FDFOTrainer(RolloutTrainer):
     def targets(self, sampled: RolloutBatch, rewards: Tensor, rows: list[int]) -> FiniteDifference:
         endpoints = sampled.endpoints.float()
         direction, reward_difference = finite_difference(endpoints, rewards, self.args.whiten_direction)
-        # A prompt to which no reward applies teaches nothing.
-        difference = FiniteDifference(direction, in_float32(reward_difference.nan_to_num(nan=0.0)))
+        difference = FiniteDifference(direction, in_float32(reward_difference))
         if self.args.direction == "reward_gradient":
             gradient, known = self._reward_gradient(sampled, rows), known_gradient(difference)
             if self.compared_rewards:

@@ -39,7 +39,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..training.surrogate import STD_EPS, SurrogateLoss
+from ..training.surrogate import STD_EPS, SurrogateLoss, centered
 
 
 class Gaussian(NamedTuple):
@@ -141,9 +141,9 @@ def batch_advantages(rewards: Tensor, std: float) -> Tensor:
         std (`float`): Standard deviation of all rewards of the rollout, >= 0.
 
     Returns:
-        `Tensor`: A, shape [P, G]; 0 where all rewards of a prompt are the same.
+        `Tensor`: A, shape [P, G]; exactly 0 where all rewards of a prompt are the same or NaN.
     """
-    return (rewards - rewards.mean(dim=1, keepdim=True)) / (std + STD_EPS)
+    return centered(rewards) / (std + STD_EPS)
 
 
 def clipped_loss(x_s: Tensor, new: Gaussian, old: Gaussian, advantage: Tensor, epsilon: float) -> SurrogateLoss:

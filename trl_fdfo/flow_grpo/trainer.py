@@ -112,7 +112,7 @@ class FlowGRPOTrainer(RolloutTrainer):
             advantages = batch_advantages(rewards, self._std_of_rewards)
         else:
             advantages = group_advantages(rewards)
-        return (in_float32(advantages.flatten().nan_to_num(nan=0.0)),)
+        return (in_float32(advantages.flatten()),)
 
     def _arrival(self, velocity: Tensor, batch: ScoredBatch, level: int) -> Gaussian:
         """The distribution of a step's arrivals from this level with this velocity, as the likelihood takes it."""

@@ -150,8 +150,8 @@ class RolloutConfig(TrainingArguments):
             bits: the batch that is replayed is smaller than the one that was sampled. `None` takes `num_generations`.
         prompt_sampling (`str`, defaults to `"uniform"`):
             How often each prompt is drawn. `"uniform"`: once in each pass over the dataset. `"informative"`: in each pass with a
-            chance of 1 / (n + 1), if its images tied in reward in each of its last n draws. For rewards that always tie on many
-            prompts; it changes something from the second pass on. `reward` is then that of other prompts than in a uniform run:
+            chance of 1 / (n + 1), if its images tied in reward in each of its last n draws and another prompt's in none of its
+            last ones. For rewards that always tie on many prompts; it changes something from the second pass on. `reward` is then that of other prompts than in a uniform run:
             compare evaluations.
         num_inference_steps (`int`, defaults to `40`):
             Steps T of the sampler.
@@ -457,7 +457,7 @@ class RolloutConfig(TrainingArguments):
     save_steps: float | None = option(None, changes_result=False)
 
     def __new__(cls, *args: Any, **options: Any) -> "RolloutConfig":
-        error = unknown_options(cls.__name__, options, arguments_of(cls), cls.renamed_options)
+        error = unknown_options(cls.__name__, options, arguments_of(cls), cls.renamed_options, _options_elsewhere)
         if error:
             raise TypeError(error)
         return super().__new__(cls)
@@ -472,7 +472,9 @@ class RolloutConfig(TrainingArguments):
         is_misspelt = name not in options and not hasattr(self, name)
         # Others may be new: Trainer sets `hf_deepspeed_config`, and a subclass or a user attributes of its own.
         if is_misspelt and difflib.get_close_matches(name, options, cutoff=0.8):
-            error = unknown_options(type(self).__name__, {name: value}, options, self.renamed_options)
+            error = unknown_options(
+                type(self).__name__, {name: value}, options, self.renamed_options, _options_elsewhere
+            )
             raise AttributeError(error)
         if not is_new or (self._is_in_use and name not in held):
             object.__setattr__(self, name, value)
@@ -498,7 +500,6 @@ class RolloutConfig(TrainingArguments):
         config_checks.check_types(self, self._own_options())
         config_checks.check_pipeline_kwargs(self, OPTIONS_OF_CALL)
         self._check()
-        self.num_trained_levels = max(1, round(self.timestep_fraction * self._num_trainable_levels()))
         self.steps_per_rollout = self.optimizer_steps_per_rollout * self.num_iterations
         # DeepSpeed reads the batch sizes in `super().__post_init__`, which is also what learns the number of
         # processes: take it from the launcher's environment, and check it afterwards.
@@ -553,6 +554,10 @@ class RolloutConfig(TrainingArguments):
     def _num_trainable_levels(self) -> int:
         """Noise levels of the sampler that could be trained, of which `timestep_fraction` are."""
         return self.num_inference_steps
+
+    @property
+    def num_trained_levels(self) -> int:
+        return max(1, round(self.timestep_fraction * self._num_trainable_levels()))
 
     @property
     def mixed_precision_dtype(self) -> torch.dtype | None:
@@ -670,6 +675,8 @@ class RolloutConfig(TrainingArguments):
         for name, default in defaults.items():
             if getattr(self, name) is None:
                 setattr(self, name, derived(default))
+        own_prompts = self.num_rollout_batches * self.per_device_prompt_batch_size
+        self.per_device_sampling_batch_size = min(self.per_device_sampling_batch_size, own_prompts)
         if self.per_device_eval_batch_size is None:
             self.per_device_eval_batch_size = derived(self.per_device_sampling_batch_size * self.num_candidates)
         if self.eval_steps is None:
@@ -709,6 +716,14 @@ def _in_python(value: Any) -> Any:
     if isinstance(value, list):
         return [_in_python(item) for item in value]
     return {name: _in_python(item) for name, item in value.items()} if isinstance(value, dict) else value
+
+
+def _options_elsewhere() -> dict[str, str]:
+    """The options of the configs of all algorithms, and one that has each."""
+    import trl_fdfo  # in an error alone: the algorithms lie above this room
+
+    configs = [getattr(trl_fdfo, name) for name in trl_fdfo.__all__ if name.endswith("Config")]
+    return {field.name: config.__name__ for config in configs for field in fields(config)}
 
 
 def _redacted(options: Mapping[str, Any]) -> dict[str, Any]:

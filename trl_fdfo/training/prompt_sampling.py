@@ -1,15 +1,20 @@
 """
 Draws prompts whose images tie less often: `prompt_sampling="informative"`.
 
-The prompts of a run are one stream of passes over the dataset, as in [`rollout_rows`], but a pass leaves rows out: a row
-whose images tied in each of its last n draws comes with a chance of 1 / (n + 1), drawn anew in each pass. So
+The prompts of a run are one stream of passes over the dataset, as in [`rollout_rows`], but a pass leaves rows out: one whose
+images tied in each of its last n draws comes with a chance of (m + 1) / (n + 1), drawn anew in each pass, where m is the
+smallest n of all. So
 
 - a row whose images differed when it was last drawn comes in each pass. As long as no row has tied, the stream is that of
   `rollout_rows`;
-- no chance falls to 0, and one draw whose images differ makes it 1 again;
-- a row whose images differ with a probability q comes in a share q of all passes. After n ties it waits for n + 1 passes on
-  average, so that the N draws up to the first whose images differ, E[N] = 1 / q, take E[N (N + 1) / 2] = 1 / q^2 passes.
-  For pairs and a reward of 0 and 1 that is right with a probability p, q = 2 p (1 - p).
+- no chance falls to 0, and one draw whose images differ makes it 1 again. Some row comes in each pass: if all tie alike, all
+  come;
+- where some images always differ (m = 0), a row whose images differ with a probability q comes in a share q of all passes.
+  After n ties it waits for n + 1 passes on average, so that the N draws up to the first whose images differ, E[N] = 1 / q,
+  take E[N (N + 1) / 2] = 1 / q^2 passes. For pairs and a reward of 0 and 1 that is right with a probability p,
+  q = 2 p (1 - p).
+
+Rows that are the same count as one prompt, and come one by one.
 
 That prompts which tied in their last rollouts are skipped is GRESO's idea (Zheng et al. 2025, arXiv 2506.02177). Prompts drawn
 in proportion to p (1 - p) are those of Fatemi 2026 (arXiv 2601.02648).
@@ -19,8 +24,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from datasets import Dataset
+from datasets.features.features import require_decoding
 from safetensors.numpy import load_file, save_file
 from transformers.utils import logging
+
+from ..pipeline.checksums import checksum
 
 
 logger = logging.get_logger(__name__)
@@ -28,28 +37,33 @@ logger = logging.get_logger(__name__)
 
 class InformativePrompts:
     """
-    The stream and how often each row has tied. Both follow from the seed and the rewards of all processes, and are the same in
-    each process.
+    The stream and how often each prompt has tied. Both follow from the seed and the rewards of all processes, and are the same
+    in each process.
 
     Args:
-        num_rows (`int`): Rows of the dataset.
+        keys (`Sequence[int]`): What tells the prompt of each row apart, such as [`row_keys`], in [0, 2^63).
         seed (`int`): Seed of the run.
 
     Attributes:
-        ties (`np.ndarray`): Draws of each row since its images differed last, shape [rows].
+        num_prompts (`int`): Different keys.
+        ties (`np.ndarray`): Draws of each prompt since its images differed last, in the order of their first rows, shape
+            [prompts].
         position (`int`): Where in the stream the next rollout begins: pass x rows + place in the pass.
     """
 
     FILE_NAME = "prompt_ties.safetensors"
 
-    def __init__(self, num_rows: int, seed: int):
-        self.num_rows = num_rows
+    def __init__(self, keys: Sequence[int], seed: int):
+        self._keys = np.array(keys, dtype=np.int64)
+        places: dict[int, int] = {}
+        self._prompt_of = np.array([places.setdefault(key, len(places)) for key in keys])  # [rows]
+        self.num_prompts = len(places)
         self.seed = seed
         self.start()
 
     def start(self, position: int = 0) -> None:
         """Forget all draws, and go on at `position`."""
-        self.ties = np.zeros(self.num_rows, dtype=np.int64)
+        self.ties = np.zeros(self.num_prompts, dtype=np.int64)
         self.position = position
         # `draw` sets these, and `see` takes them over when the rollout has its rewards.
         self._rows: list[int] = []
@@ -58,7 +72,7 @@ class InformativePrompts:
     @property
     def chances(self) -> np.ndarray:
         """The chance of each row to come in a pass, in (0, 1], shape [rows]."""
-        return 1 / (self.ties + 1)
+        return ((self.ties.min() + 1) / (self.ties + 1))[self._prompt_of]
 
     def draw(self, count: int) -> list[int]:
         """
@@ -67,7 +81,7 @@ class InformativePrompts:
         What its own images turn out to be does not change which rows it has: a row may come once in each of its passes.
         """
         rows, position = [], self.position
-        num_rows, chances = self.num_rows, self.chances
+        num_rows, chances = len(self._keys), self.chances
         while len(rows) < count:
             number, start = divmod(position, num_rows)
             rng = np.random.default_rng([self.seed, number])
@@ -86,27 +100,50 @@ class InformativePrompts:
         Args:
             tied (`Sequence[bool]`): For each of them, in their order: True if its images tied, or no reward applied to them.
         """
-        for row, is_tied in zip(self._rows, tied, strict=True):
-            self.ties[row] = self.ties[row] + 1 if is_tied else 0
+        for prompt, is_tied in zip(self._prompt_of[self._rows], tied, strict=True):
+            self.ties[prompt] = self.ties[prompt] + 1 if is_tied else 0
         self.position = self._end
 
     def save(self, folder: str | Path) -> None:
-        """Write both into a checkpoint."""
-        save_file({"ties": self.ties, "position": np.array([self.position])}, Path(folder, self.FILE_NAME))
+        """Write all that `load` needs into a checkpoint, where each count lies beside the key of its row."""
+        ties = self.ties[self._prompt_of]
+        save_file(
+            {"keys": self._keys, "ties": ties, "position": np.array([self.position])}, Path(folder, self.FILE_NAME)
+        )
 
     def load(self, folder: str | Path, position: int) -> None:
-        """Read what `save` wrote. Without it, or with another number of rows, go on at `position` as if no row had tied."""
+        """
+        Read what `save` wrote.
+
+        Of another dataset it takes the counts of the prompts that are in both, and goes on at `position`, as it does without
+        the file. It warns of prompts that were not counted.
+        """
         path = Path(folder, self.FILE_NAME)
-        saved = load_file(path) if path.is_file() else {"ties": []}
-        if len(saved["ties"]) != self.num_rows:
-            why = (
-                f"{self.FILE_NAME} has {len(saved['ties'])} prompts, not {self.num_rows}"
-                if path.is_file()
-                else "it was not counted"
-            )
+        nothing = np.zeros(0, dtype=np.int64)
+        saved = load_file(path) if path.is_file() else {"keys": nothing, "ties": nothing}
+        self.start(position)
+        counted = dict(zip(saved["keys"].tolist(), saved["ties"].tolist()))
+        self.ties[self._prompt_of] = [counted.get(key, 0) for key in self._keys.tolist()]
+        if np.array_equal(saved["keys"], self._keys):
+            self.position = self._end = int(saved["position"][0])
+        missing = len({*self._keys.tolist()} - counted.keys())
+        if missing:
             logger.warning(
-                f"{folder} does not say how often each prompt has tied ({why}): all are drawn as if none had."
+                f"{folder} does not say how often {missing} of the {self.num_prompts} prompts have tied: they are drawn as if "
+                "they never had."
             )
-            self.start(position)
-            return
-        self.ties, self.position = saved["ties"], int(saved["position"][0])
+
+
+def row_keys(dataset: Dataset) -> list[int]:
+    """
+    What tells the prompts of a dataset apart, the same on any machine: equal for rows of which all columns are equal. Of a
+    dataset with images, videos or sounds, which it does not open, each row is a prompt of its own.
+
+    Returns:
+        `list[int]`: For each row, in [0, 2^63).
+    """
+    dataset = dataset.with_format(None)
+    plain = [name for name, feature in dataset.features.items() if not require_decoding(feature)]
+    is_all = len(plain) == len(dataset.features)
+    rows = zip(*(dataset[name][:] for name in sorted(plain)), strict=True)
+    return [int(checksum(row if is_all else (number, row)), 16) >> 1 for number, row in enumerate(rows)]

@@ -40,6 +40,7 @@ from ..reporting.progress import RolloutProgressCallback
 from ..rewards.reward_functions import RewardFunctions
 from .config import RolloutConfig
 from .config_checks import check_argument_of_call
+from .prompt_sampling import InformativePrompts, row_keys
 from .prompts import check_prompts, hold_out, load_prompts, plain, rollout_rows
 
 
@@ -86,15 +87,19 @@ def load_datasets(
     return train_dataset, eval_dataset
 
 
-def check_prompt_sampling(config: RolloutConfig, num_rows: int) -> None:
-    """Warn if the run draws no prompt twice."""
+def informative_prompts(config: RolloutConfig, dataset: Dataset) -> InformativePrompts | None:
+    """What draws the prompts under `prompt_sampling="informative"`, with a warning if the run draws none of them twice."""
+    if config.prompt_sampling != "informative":
+        return None
+    prompts = InformativePrompts(row_keys(dataset), config.seed)
     drawn = config.num_rollouts * config.prompts_per_rollout
-    if config.prompt_sampling == "informative" and drawn <= num_rows:
+    if drawn <= len(dataset) == prompts.num_prompts:
         logger.warning(
             f"prompt_sampling='informative' changes nothing here: the run draws {config.num_rollouts} x "
-            f"{config.prompts_per_rollout} = {drawn} of {num_rows} prompts, none of them twice. Train on fewer prompts, or for "
+            f"{config.prompts_per_rollout} = {drawn} of {len(dataset)} prompts, none of them twice. Train on fewer prompts, or for "
             "more rollouts."
         )
+    return prompts
 
 
 def check_eval_dataset(

@@ -52,6 +52,19 @@ def tied(rewards: Tensor) -> Tensor:
     return ~(rewards.amax(dim=1) > rewards.amin(dim=1))
 
 
+def centered(rewards: Tensor) -> Tensor:
+    """
+    Rewards minus the mean of their prompt.
+
+    Args:
+        rewards (`Tensor`): Shape [P, G]; NaN for a prompt to which none applies.
+
+    Returns:
+        `Tensor`: Shape [P, G]; exactly 0 for a prompt that is [`tied`], which the rounding of its mean would not be.
+    """
+    return (rewards - rewards.mean(dim=1, keepdim=True)).masked_fill(tied(rewards).unsqueeze(1), 0)
+
+
 def group_advantages(rewards: Tensor) -> Tensor:
     """
     Rewards of the images of each prompt, normalised to mean 0 and standard deviation 1 (the sample's own, over G).
@@ -60,7 +73,7 @@ def group_advantages(rewards: Tensor) -> Tensor:
         rewards (`Tensor`): Shape [P, G], G >= 2.
 
     Returns:
-        `Tensor`: A, shape [P, G]; 0 where all rewards of a prompt are the same.
+        `Tensor`: A, shape [P, G]; exactly 0 where all rewards of a prompt are the same or NaN.
     """
-    deviation = rewards - rewards.mean(dim=1, keepdim=True)
-    return deviation / (rewards.std(dim=1, correction=0, keepdim=True) + STD_EPS)
+    deviation = centered(rewards)
+    return deviation / (deviation.square().mean(dim=1, keepdim=True).sqrt() + STD_EPS)

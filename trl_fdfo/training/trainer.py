@@ -60,8 +60,7 @@ from .config import RolloutConfig
 from .engines import adapt_to_trainer, leave_out_autocast, prepare_for_engine
 from .metrics import RolloutMetrics
 from .migration import arguments_of, unknown_arguments
-from .prompt_sampling import InformativePrompts
-from .prompts import load_prompts, plain
+from .prompts import check_prompts, hold_out, load_prompts, plain
 from .rollout_alarms import RolloutAlarms
 from .rollouts import sample_rollout
 from .setup import (
@@ -71,8 +70,8 @@ from .setup import (
     check_generate,
     check_optimizer,
     check_outputs,
-    check_prompt_sampling,
     find_trainable_levels,
+    informative_prompts,
     load_datasets,
     make_trainable,
     open_pipeline,
@@ -175,7 +174,7 @@ class RolloutTrainer(Algorithm, Trainer):
             self.control_functions = RewardFunctions(eval_reward_fn, argument="eval_reward_fn")
         train_dataset, eval_dataset = load_datasets(config, train_dataset, eval_dataset, self.reward_functions)
         check_evaluation(config, eval_dataset, self.reward_functions, self.control_functions)
-        check_prompt_sampling(config, len(train_dataset))
+        self.informative_prompts = informative_prompts(config, train_dataset)
 
         self.pipeline = pipeline = open_pipeline(pipeline, config)
         self.flow = PipelineFlow(
@@ -285,9 +284,6 @@ class RolloutTrainer(Algorithm, Trainer):
         if self.pop_callback(DEFAULT_PROGRESS_CALLBACK) is not None:
             self.progress = progress_callback()
             self.add_callback(self.progress)
-        self.informative_prompts = None
-        if args.prompt_sampling == "informative":
-            self.informative_prompts = InformativePrompts(len(self.train_dataset), args.seed)
         self.averaging = None
         if args.ema_decay is not None:
             self.averaging = self._add_average(WeightAveraging(self.model, args.ema_decay))
@@ -336,7 +332,11 @@ class RolloutTrainer(Algorithm, Trainer):
             prompts (`datasets.Dataset`): Prompts to train on.
         """
         checked.check_class(cls)
+        check_prompts(prompts, config.dataset_prompt_column, config.pipeline_columns or ())
         evaluated = config.num_eval_prompts or 0
+        if evaluated:
+            prompts, _ = hold_out(prompts, config.dataset_prompt_column, evaluated)
+        informative_prompts(config, prompts)
         if config.eval_dataset_name is not None:
             evaluated = len(load_prompts(config.eval_dataset_name, config.dataset_prompt_column, "eval_dataset_name"))
         return plan_without_weights(
