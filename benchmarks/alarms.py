@@ -23,6 +23,9 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from benchmarks import runs as kept
+
+
 RESULTS = Path(__file__).parent / "results"
 RUNS, REPORT = RESULTS / "alarms.jsonl", RESULTS / "alarms.md"
 SIGNS = ("velocity_rms", "high_frequency", "saturation", "contrast", "prompt_distance")
@@ -166,8 +169,7 @@ def cost(rollouts: int = 5) -> str:
 
 
 def load() -> dict[str, dict[str, Any]]:
-    lines = RUNS.read_text().splitlines() if RUNS.is_file() else []
-    return {result["name"]: result for result in map(json.loads, lines)}
+    return {result["name"]: result for result in kept.load(RUNS)}
 
 
 # The report -----------------------------------------------------------------------------------------------------------

@@ -3,13 +3,13 @@
 import json
 import math
 import multiprocessing
+import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from trl_fdfo.training.watchdogs import WatchdogError
 
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ def load(path: Path) -> list[dict[str, Any]]:
 
 def train_to_the_end(trainer: "Trainer", result: dict[str, Any]) -> bool:
     """True if a run ends. If a watchdog ends it, as its setting is too bold, `result` gets the reason as `"failed"`."""
+    from trl_fdfo.training.watchdogs import WatchdogError
+
     try:
         trainer.train()
     except WatchdogError as error:
@@ -72,7 +74,8 @@ def run_missing(
     """
     done = {type(runs[0])(**result["run"]) for result in load(path)} if runs else set()
     queue: Iterator[Any] = iter([run for run in dict.fromkeys(runs) if run not in done])
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_end_with_parent) as pool:
         futures, failure = {}, None
 
         def begin() -> None:
@@ -98,3 +101,13 @@ def run_missing(
                 begin()
     if failure is not None:
         raise failure
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent does, even by a kill: a trainer lives through Ctrl-C and SIGTERM to save itself."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

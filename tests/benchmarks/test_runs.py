@@ -1,5 +1,9 @@
+import multiprocessing
+import os
+import signal
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import pytest
 
@@ -49,6 +53,35 @@ def test_a_run_that_a_watchdog_ends_has_a_result():
     result = {}
     assert not train_to_the_end(Trainer(), result) and result == {"failed": "WatchdogError: too bold"}
     assert number_of([result, {}]) == "2, 1 of them ended by a watchdog" and number_of([{}]) == "1"
+
+
+def wait_for_ever(run):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    Path(run.name).write_text(str(os.getpid()))
+    time.sleep(600)
+
+
+def test_a_run_ends_with_the_program_that_made_it(tmp_path):
+    path = tmp_path / "pid"
+    parent = multiprocessing.get_context("spawn").Process(
+        target=run_missing, args=([Run(str(path))], wait_for_ever, tmp_path / "runs.jsonl")
+    )
+    parent.start()
+    while not (path.is_file() and path.read_text()):
+        assert parent.is_alive()
+        time.sleep(0.05)
+    parent.kill()
+    deadline = time.monotonic() + 60
+    while is_running(int(path.read_text())):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_no_run_begins_after_the_deadline(tmp_path):

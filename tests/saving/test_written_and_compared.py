@@ -19,7 +19,7 @@ from PIL import Image
 from tiny_runs import redness
 
 from trl_fdfo.rewards.reward_functions import RewardFunctions
-from trl_fdfo.saving.checkpoint_files import MANIFEST, SAVING, removed_on_error, written_whole
+from trl_fdfo.saving.checkpoint_files import MANIFEST, SAVING, changes, commit, removed_on_error, written_whole
 from trl_fdfo.saving.checkpointer import Checkpointer
 from trl_fdfo.saving.fingerprint import fingerprint
 from trl_fdfo.saving.identity import identity
@@ -272,6 +272,24 @@ def test_save_model_leaves_no_half_folder(make_trainer, tmp_path):
     with pytest.raises(RuntimeError, match=r"could not be written to .*result .*The disk is not at fault"):
         trainer.save_model(str(tmp_path / "result"))
     assert list((tmp_path / "result").iterdir()) == []
+
+
+def test_a_checkpoint_of_an_older_version_had_the_defaults_of_newer_options(make_config, tmp_path):
+    config = make_config(timestep_selection="first", timestep_fraction=0.5, num_candidates=3)
+    assert {"timestep_selection", "timestep_fraction", "num_candidates"} <= config.given_options()
+    assert not {"prompt_sampling", "scale_rewards", "logging_steps", "num_train_epochs"} & config.given_options()
+    now = config.result_options()
+    older = {name: value for name, value in now.items() if name not in ("timestep_selection", "prompt_sampling")}
+    (tmp_path / "staged").mkdir()
+    (tmp_path / "staged" / "weights").write_text("")
+    commit(tmp_path / "staged", tmp_path / "checkpoint", older)
+    given = config.given_options()
+    assert changes(tmp_path / "checkpoint", now, given) == ["timestep_selection: its default -> 'first'"]
+    changed = changes(tmp_path / "checkpoint", now | {"seed": 7}, given)
+    assert changed == [f"seed: {now['seed']} -> 7", "timestep_selection: its default -> 'first'"]
+    assert changes(tmp_path / "checkpoint", older, given) == []
+    by_default = make_config(num_candidates=3, timestep_fraction=0.5)
+    assert changes(tmp_path / "checkpoint", by_default.result_options(), by_default.given_options()) == []
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_the_run(tmp_path):

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -186,19 +186,24 @@ def set_aside_after(output_dir: str | Path, step: int) -> None:
             logger.warning(f"{checkpoint} is not of the run that begins at step {step}: moved to {target}.")
 
 
-def changes(checkpoint: str | Path, run: dict[str, Any]) -> list[str]:
-    """Differences between the run that wrote a checkpoint and this one, as `name: before -> now`."""
+def changes(checkpoint: str | Path, run: dict[str, Any], given: Collection[str] = ()) -> list[str]:
+    """
+    Differences between the run that wrote a checkpoint and this one, as `name: before -> now`.
+
+    Args:
+        checkpoint (`str` or `Path`): A checkpoint without a fault.
+        run (`dict`): The fingerprint of this run, as JSON values.
+        given (`Collection[str]`): The options of it that have another value than their default.
+    """
     before = json.loads(Path(checkpoint, MANIFEST).read_text())["run"]
     now = json.loads(json.dumps(run))
-    # An option that only one of them knows came with a newer version, and has its default.
+    # What only one of them knows came with a newer version: until then an option had what is now its default.
     common = [
         name for name in before.keys() | now.keys() if name in before and name in now or name.startswith("adapter.")
     ]
-    return [
-        f"{name}: {before.get(name)!r} -> {now.get(name)!r}"
-        for name in sorted(common)
-        if before.get(name) != now.get(name)
-    ]
+    changed = [f"{n}: {before.get(n)!r} -> {now.get(n)!r}" for n in common if before.get(n) != now.get(n)]
+    newer = [f"{n}: its default -> {now[n]!r}" for n in now.keys() - before.keys() if n in given]
+    return sorted({*changed, *newer})
 
 
 def _own_crc32(contents: dict[str, Any]) -> int:

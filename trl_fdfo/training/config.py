@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -594,6 +594,11 @@ class RolloutConfig(TrainingArguments):
         if str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)).startswith("constant"):
             names.remove("num_rollouts")
         return identity({name: getattr(self, name) for name in names})
+
+    def given_options(self) -> set[str]:
+        """Names of the options that were given another value than their default."""
+        defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(self)}
+        return {name for name, value in self._given.items() if value != defaults[name]}
 
     def redacted(self) -> "RolloutConfig":
         """A copy for a file that may be shared, without folders of this machine and without the token."""
