@@ -1,6 +1,6 @@
 """
-Measures how soon FDFO, Flow-GRPO, DiffusionNFT and AWM reach a reward on the packaged pipeline. All get equally many
-images and are tuned over grids of the same size.
+Measures how soon FDFO, Flow-GRPO, DiffusionNFT, AWM and RAM reach a reward on the packaged pipeline. All get equally
+many images and are tuned over grids of the same size.
 
     python benchmarks/convergence.py             # the runs that results/convergence.jsonl lacks, then the report
     python benchmarks/convergence.py --report    # the report alone: results/convergence.md, docs/convergence.png
@@ -117,6 +117,12 @@ ALGORITHMS = {
             (10, 1.0): grid_of(2.5e-4, 1e-3, 4e-3),
         },
     ),
+    "RAM": Algorithm(
+        "RAMTrainer",
+        {"num_generations": 8},
+        "reward_multiplier",
+        {(10, 0.25): grid_of(1.0, 4.0, 16.0, 64.0)},
+    ),
     "FDFO, fast": Algorithm(
         "FDFOTrainer",
         {
@@ -139,10 +145,21 @@ RACE = [
     ("DiffusionNFT", 10, 0.25),
     ("DiffusionNFT", 5, 0.4),
     ("AWM", 10, 0.25),
+    ("RAM", 10, 0.25),
     ("Flow-GRPO", 10, 0.25),
     ("Flow-GRPO", 10, 1.0),
     ("Flow-GRPO, CPS", 10, 0.25),
     ("Flow-GRPO, CPS", 10, 1.0),
+]
+RACE_20 = [
+    ("FDFO", 20, 0.25),
+    ("DiffusionNFT", 20, 0.25),
+    ("AWM", 20, 0.25),
+    ("RAM", 20, 0.25),
+    ("Flow-GRPO", 20, 0.25),
+    ("Flow-GRPO", 20, 1.0),
+    ("Flow-GRPO, CPS", 20, 0.25),
+    ("Flow-GRPO, CPS", 20, 1.0),
 ]
 TUNED_STEPS = 10  # cells without a grid take the settings of 10 steps
 FRACTIONS = {0.2: "a fifth", 0.25: "a quarter", 0.4: "two fifths", 1.0: "all"}
@@ -374,9 +391,9 @@ def soonest(results: list[dict[str, Any]]) -> Run:
     return Run(**max(runs, key=over_run)["run"])
 
 
-def race(results: list[dict[str, Any]]) -> list[Run]:
-    """Each algorithm's best setting in its cells of the race."""
-    return [best(results, *cell) for cell in RACE]
+def race(results: list[dict[str, Any]], cells: Sequence[tuple[str, int, float]] = RACE) -> list[Run]:
+    """Each algorithm's best setting in its cells of a race."""
+    return [best(results, *cell) for cell in cells]
 
 
 def pairs(results: list[dict[str, Any]]) -> list[dict[str, Run]]:
@@ -391,6 +408,7 @@ def coarse(results: list[dict[str, Any]]) -> Run:
 
 def comparison(results: list[dict[str, Any]]) -> list[Run]:
     groups = [race(results), *(list(pair.values()) for pair in pairs(results)), [coarse(results)]]
+    groups.append(race(results, RACE_20))
     runs = [replace(setting, seed=seed) for group in groups for seed in SEEDS for setting in group]
     return list(dict.fromkeys(runs))
 
@@ -434,7 +452,12 @@ def report(results: list[dict[str, Any]]) -> str:
         for steps in sorted({steps for steps, _ in CELLS})
     ]
     cells = [cell for cell in cells if all(of_setting(results, setting) for setting in cell.values())]
-    settings = [*(setting for cell in cells for setting in cell.values()), *race(results), coarse(results)]
+    settings = [
+        *(setting for cell in cells for setting in cell.values()),
+        *race(results),
+        coarse(results),
+        *race(results, RACE_20),
+    ]
     return "\n".join(
         [
             "# FDFO and other algorithms on the packaged pipeline",
@@ -455,10 +478,14 @@ def report(results: list[dict[str, Any]]) -> str:
             "## All algorithms",
             "",
             "Rollouts to a reward, median over seeds, and CPU seconds. The last column is the reward that FDFO has at the "
-            f"end of its budget, in the first row, and how much sooner it is reached there than by FDFO. All images that are "
-            f"scored have {TUNED_STEPS} steps, those of rollouts of 5 steps too.",
+            f"end of its budget, in the first row, and how much sooner it is reached there than by FDFO. The images that are "
+            f"scored have the steps of the rollouts, those of rollouts of 5 steps {TUNED_STEPS}.",
             "",
             *race_table(results, [*race(results), coarse(results)], costs["seconds_per_rollout"]),
+            "",
+            f"The same with 20 steps, where each algorithm has its settings of {TUNED_STEPS} steps:",
+            "",
+            *race_table(results, race(results, RACE_20), costs["seconds_per_rollout"]),
             "",
             "## The grid",
             "",
@@ -636,6 +663,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
                 "FDFO, fast": "black",
                 "DiffusionNFT": "tab:green",
                 "AWM": "tab:red",
+                "RAM": "tab:purple",
                 "Flow-GRPO, CPS": "tab:brown",
             }
             others = [setting for setting in race(results) if setting.algorithm in colors]

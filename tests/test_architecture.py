@@ -21,19 +21,19 @@ FLOORS = [
     ["evaluation"],
     ["planning"],
     ["training"],
-    ["fdfo", "flow_grpo", "diffusion_nft", "awm"],
+    ["fdfo", "flow_grpo", "diffusion_nft", "awm", "ram"],
     ["algorithm", "comparison", "diversity", "pipeline_flow"],  # tables of public names
     ["shapes"],
     ["cli"],
     ["serve", "__main__"],
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-ALGORITHMS = ("fdfo", "flow_grpo", "diffusion_nft", "awm")
+ALGORITHMS = ("fdfo", "flow_grpo", "diffusion_nft", "awm", "ram")
 # The other files that may name an algorithm: tables of names.
 TABLES = ("__init__", "algorithm", "comparison", "diversity", "pipeline_flow", "cli.algorithms")
-CLASS_OF_ALGORITHM = r"(FDFO|FlowGRPO|DiffusionNFT|AWM|Churn|SDE)[A-Z]"
+CLASS_OF_ALGORITHM = r"(FDFO|FlowGRPO|DiffusionNFT|AWM|RAM|Churn|SDE)[A-Z]"
 # trl-fdfo is the command
-NAME_OF_ALGORITHM = r"\b(FDFO|Flow-GRPO|DiffusionNFT|AWM|(?<!trl-)fdfo|flow_grpo|diffusion_nft|awm)\b"
+NAME_OF_ALGORITHM = r"\b(FDFO|Flow-GRPO|DiffusionNFT|AWM|RAM|(?<!trl-)fdfo|flow_grpo|diffusion_nft|awm|ram)\b"
 
 
 def module_name(path: Path) -> str:

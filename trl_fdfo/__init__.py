@@ -16,6 +16,8 @@ __all__ = [
     "FDFOTrainer",
     "FlowGRPOConfig",
     "FlowGRPOTrainer",
+    "RAMConfig",
+    "RAMTrainer",
 ]
 
 silence()
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from .fdfo.trainer import FDFOTrainer
     from .flow_grpo.config import FlowGRPOConfig
     from .flow_grpo.trainer import FlowGRPOTrainer
+    from .ram.config import RAMConfig
+    from .ram.trainer import RAMTrainer
 
 _MODULES = {
     "AWMConfig": "awm.config",
@@ -39,6 +43,8 @@ _MODULES = {
     "FDFOTrainer": "fdfo.trainer",
     "FlowGRPOConfig": "flow_grpo.config",
     "FlowGRPOTrainer": "flow_grpo.trainer",
+    "RAMConfig": "ram.config",
+    "RAMTrainer": "ram.trainer",
 }
 
 

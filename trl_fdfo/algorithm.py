@@ -19,6 +19,7 @@ from .flow_grpo.sde import (
     sde_step,
     without_variance,
 )
+from .ram.loss import ram_loss
 from .training.surrogate import SurrogateLoss, group_advantages
 
 
@@ -41,6 +42,7 @@ __all__ = [
     "nft_loss",
     "optimality",
     "prior_churn",
+    "ram_loss",
     "reward_gradient",
     "sde_distribution",
     "sde_step",

@@ -23,7 +23,7 @@ FDFO = FIRST["FDFO"]
 FIRST_LEVEL = {"FDFO, fast", "first level alone", "2 of 2 images", "2 of 6 images", "a constant learning rate"}
 FIRST_LEVEL |= {f"rollouts of {steps} steps" for steps in (10, 4, 3)}
 CELLS = {
-    *(("FDFO", 5, 0.4), *convergence.RACE),
+    *(("FDFO", 5, 0.4), *convergence.RACE, *convergence.RACE_20),
     *((name, *cell) for name in convergence.PAIR for cell in convergence.CELLS),
 }
 
@@ -75,7 +75,7 @@ def test_all_runs_are_scored_on_the_same_images():
 
 def test_report_of_made_up_runs(tmp_path, monkeypatch):
     seconds = {"FDFO, 10 steps, a quarter": 2.0, "Flow-GRPO, 10 steps, a quarter": 1.0, "Flow-GRPO, 10 steps, all": 3.0}
-    seconds |= {"AWM, 10 steps, a quarter": 4.0, "FDFO, 5 steps, two fifths": 2.0}
+    seconds |= {"AWM, 10 steps, a quarter": 4.0, "FDFO, 5 steps, two fifths": 2.0, "FDFO, 20 steps, a quarter": 5.0}
     (tmp_path / "costs.json").write_text(json.dumps({"machine": "a machine", "seconds_per_rollout": seconds}))
     monkeypatch.setattr(convergence, "COSTS", tmp_path / "costs.json")
     grid = [made(replace(run), [0.5] * 3, 0.5) for run in convergence.grid()]
@@ -91,6 +91,7 @@ def test_report_of_made_up_runs(tmp_path, monkeypatch):
         results.append(made(replace(bold, seed=seed), [0.5, 0.6, 0.8, 0.8], 0.8))
         results.append(made(replace(best["AWM"], seed=seed), [0.5, 0.6, 0.7, 0.74], 0.7))
     results.append(made(replace(best["FDFO"], steps=5, fraction=0.4, seed=1), [0.5, 0.8, 0.8, 0.9], 0.9))
+    results.append(made(replace(best["FDFO"], steps=20, seed=1), [0.5, 0.7, 0.8, 0.9], 0.9))
     for name, run in best.items():
         assert convergence.best(results, name, 10, 0.25) == run
         assert convergence.best(results, name, 20, 0.25) == replace(run, steps=20)
@@ -99,7 +100,7 @@ def test_report_of_made_up_runs(tmp_path, monkeypatch):
     assert convergence.best(results, "Flow-GRPO", 20, 1.0) == replace(bold, steps=20)
     text = convergence.report(results)
     assert "| before | 0.500 | 0.500 | 0.500 |  |  |" in text
-    assert "| FDFO, 10 steps, a quarter | 0.900 (0.900 to 0.900) |" in text and "O, 20 steps" not in text
+    assert "| FDFO, 10 steps, a quarter | 0.900 (0.900 to 0.900) |" in text and "Flow-GRPO, 20 steps" not in text
     # Flow-GRPO ends at 0.6 after 30 rollouts of 1 s; FDFO with seed 3 reaches that after 3 x 0.1 / 0.106 rollouts of 2 s.
     soonest = 3 * 0.1 / 0.11
     line, *_, across = (line for line in text.splitlines() if line.startswith("| times as soon"))
@@ -114,6 +115,11 @@ def test_report_of_made_up_runs(tmp_path, monkeypatch):
     # Rollouts of 4 s and of 2 s. FDFO ends at 0.9, which its own runs reach after 6 rollouts of 2 s.
     awm = "| 0.635 (0.635 to 0.635) | 4.5 (18 s) | 6 (24 s) | never | never | never | 30 (120 s) | 5 |"
     coarse = "| 0.750 | 1.5 (3 s) | 2 (4 s) | 2.5 (5 s) | 3 (6 s) | 9 (18 s), 0.67 times as soon | 30 (60 s) | 1 |"
+    # Of 20 steps there is one run, which ends at 0.85.
+    twenty = (
+        "| 0.725 | 2.25 (11 s) | 3 (15 s) | 4.5 (22 s) | 6 (30 s) | 7.5 (38 s), 1.00 times as soon | 30 (150 s) | 1 |"
+    )
+    assert f"| FDFO, 20 steps, a quarter {twenty}" in text
     assert f"| AWM, 10 steps, a quarter {awm}" in text and f"| FDFO, 5 steps, two fifths {coarse}" in text
     assert (
         "| AWM, 10 steps, a quarter | epsilon 0.000625 | epsilon 0.0025 | epsilon 0.01 | epsilon 0.04 | epsilon 0.16 |"

@@ -6,5 +6,6 @@ ALGORITHMS = {
     "flow_grpo": "FlowGRPOTrainer",
     "diffusion_nft": "DiffusionNFTTrainer",
     "awm": "AWMTrainer",
+    "ram": "RAMTrainer",
 }
 CONFIGS = {name: trainer.replace("Trainer", "Config") for name, trainer in ALGORITHMS.items()}

@@ -8,7 +8,7 @@ in the place of the steps that the sampler took. So a rollout keeps x_0 alone, a
 - t is one of the noise levels of the rollout: there the pipeline's replay gives the velocity at any x_t.
 - eps follows from (seed, rollout, sample, level, pass), on whatever process and in whatever micro-batch.
 - v_old is of the policy that sampled the rollout, at the same x_t: its weights are kept, and take the place of the trained
-  ones while it samples and gives v_old.
+  ones while it samples and gives v_old. An algorithm may ask for the velocity of another model instead.
 - The self-check of the replay: when a rollout batch has been sampled, one of its steps, which differs from batch to batch, is
   replayed and compared with what was recorded. The record is dropped then.
 
@@ -66,6 +66,10 @@ class ForwardProcessTrainer(RolloutTrainer):
     def sampling_weights(self) -> contextlib.AbstractContextManager:
         return self.old_policy.applied()
 
+    def compared_weights(self) -> contextlib.AbstractContextManager:
+        """In this context the transformer gives the `old_velocity` of `loss`: by default with the weights that sampled."""
+        return self.old_policy.applied()
+
     def initial_seeds(self, rollout: int, numbers: Sequence[int]) -> list[int]:
         samples = self._samples(numbers, self.args.num_candidates)
         return [derive_seed(self.args.seed, rollout, sample, INITIAL_NOISE) for sample in samples]
@@ -90,7 +94,7 @@ class ForwardProcessTrainer(RolloutTrainer):
         if sampled.is_kept is not None:
             x_t = x_0.where(sampled.is_kept.to(sampled.device), x_t)
         sampled = replace(sampled, endpoints=x_0.view_as(sampled.endpoints), x_t={level: x_t})
-        with torch.no_grad(), self.old_policy.applied():
+        with torch.no_grad(), self.compared_weights():
             velocity = self.flow.velocity(sampled, level)
         return replace(batch, sampled=replace(sampled, velocities={level: velocity}))
 

@@ -1,0 +1,1 @@
+"""Reinforce Adjoint Matching (arXiv 2605.10759)."""

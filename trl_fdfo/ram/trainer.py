@@ -1,0 +1,53 @@
+"""Reinforce Adjoint Matching (Bergmeister et al. 2026, arXiv 2605.10759): what it learns from the endpoints of a rollout."""
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+from ..pipeline.records import RolloutBatch
+from ..saving.model_card import Paper
+from ..training.buffer import ScoredBatch
+from ..training.forward_process import ForwardProcessTrainer, target_velocity
+from ..training.surrogate import SurrogateLoss, centered, in_float32
+from .config import RAMConfig
+from .loss import ram_loss
+
+
+class RAMTrainer(ForwardProcessTrainer):
+    """
+    Post-trains a diffusers flow-matching pipeline with Reinforce Adjoint Matching.
+
+    ```python
+    RAMTrainer(RAMConfig(output_dir="out"), "hub-id-or-path-of-a-pipeline", reward_fn).train()
+    ```
+
+    Arguments and errors: [`~trl_fdfo.training.trainer.RolloutTrainer`].
+    """
+
+    algorithm = "RAM"
+    paper = Paper(
+        title="Reinforce Adjoint Matching: Scaling RL Post-Training of Diffusion and Flow-Matching Models",
+        authors=(
+            *("Bergmeister, Andreas", "Jegelka, Stefanie", "Nüsken, Nikolas", "Domingo-Enrich, Carles"),
+            "Pidstrigach, Jakiw",
+        ),
+        arxiv_id="2605.10759",
+        year=2026,
+        key="bergmeister2026reinforce",
+    )
+    config_class = RAMConfig
+    hyperparameters = ("reward_multiplier",)
+
+    def compared_weights(self) -> contextlib.AbstractContextManager:
+        return self.accelerator.unwrap_model(self.flow.model).disable_adapter()
+
+    def targets(self, sampled: RolloutBatch, rewards: Tensor, rows: list[int]) -> tuple[Tensor]:
+        return (in_float32(self.args.reward_multiplier * centered(rewards).flatten()),)
+
+    def loss(self, velocity: Tensor, old_velocity: Tensor, batch: ScoredBatch, level: int) -> SurrogateLoss:
+        base_velocity = old_velocity
+        with torch.no_grad():
+            distance = self.base_distance(velocity, base_velocity, batch, level)
+        self.metrics.add(base_distance=distance.mean())
+        return SurrogateLoss(ram_loss(velocity, base_velocity, target_velocity(batch, level), *batch.targets), None)
