@@ -121,7 +121,7 @@ ALGORITHMS = {
         "RAMTrainer",
         {"num_generations": 8},
         "reward_multiplier",
-        {(10, 0.25): grid_of(1.0, 4.0, 16.0, 64.0)},
+        {(10, 0.25): [*grid_of(4.0, 16.0, 64.0, 256.0), (3e-4, 1.0), (6e-4, 1.0)]},
     ),
     "FDFO, fast": Algorithm(
         "FDFOTrainer",

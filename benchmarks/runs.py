@@ -70,7 +70,7 @@ def run_missing(
         deadline (`float`): No run begins after this `time.time()`.
 
     Raises:
-        Exception: That of the first run that raised one, when the runs beside it are kept.
+        BaseException: That of the first run that raised one, when the runs beside it are kept.
     """
     done = {type(runs[0])(**result["run"]) for result in load(path)} if runs else set()
     queue: Iterator[Any] = iter([run for run in dict.fromkeys(runs) if run not in done])
@@ -88,19 +88,24 @@ def run_missing(
         while futures:
             future = next(as_completed(futures))
             run = futures.pop(future)
-            try:
-                result = future.result()
-            except Exception as error:
+            # Not raised: a trainer that is told to end leaves by `SystemExit`.
+            if (error := future.exception()) is not None:
                 failure = failure or error
                 continue  # no run begins any more, and those beside it are kept
-            path.parent.mkdir(exist_ok=True)
-            with path.open("a") as file:
-                file.write(json.dumps(result) + "\n")
+            result = future.result()
+            _append(result, path)
             print(f"{time.strftime('%H:%M:%S')} {run}: {result.get('failed') or result['reward'][-1]}", flush=True)
             if failure is None:
                 begin()
     if failure is not None:
         raise failure
+
+
+def _append(result: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    is_open = path.is_file() and not path.read_bytes().endswith(b"\n")  # a last line of which an editor took the end
+    with path.open("a") as file:
+        file.write("\n" * is_open + json.dumps(result) + "\n")
 
 
 def _end_with_parent() -> None:

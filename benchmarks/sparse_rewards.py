@@ -166,7 +166,7 @@ def report(results: list[dict[str, Any]]) -> str:
         if not by:
             continue
         first = [run for run in next(iter(by.values())) if "failed" not in run]
-        targets = [statistics.median(r["reward"][r["rollouts"].index(n)] for r in first) for n in TARGETS]
+        targets = [statistics.median(r["reward"][r["rollouts"].index(n)] for r in first) for n in TARGETS if first]
         header = ["", "right before", "right after", "ties", "left out", "CPU s per rollout"]
         for target in targets:
             header += [f"to {target:.2f}", "times as soon"]
@@ -176,7 +176,7 @@ def report(results: list[dict[str, Any]]) -> str:
             if not ended:
                 rows.append([setting, f"{members[0]['reward'][0]:.2f}", *[""] * (len(header) - 2), number_of(members)])
                 continue
-            cost = statistics.median(statistics.fmean(run["seconds"]) for run in members)
+            cost = statistics.median(statistics.fmean(run["seconds"]) for run in ended)
             halves = [
                 statistics.fmean(t for run in ended for t in run["ties"][part])
                 for part in (slice(ROLLOUTS // 2), slice(ROLLOUTS // 2, None))

@@ -132,6 +132,9 @@ def report(results: list[dict[str, Any]]) -> str:
         if not runs:
             continue
         ended = [run for run in runs if "failed" not in run]
+        if not ended:
+            rows.append([name, f"{runs[0]['reward'][0]:.3f}", *[""] * (len(header) - 3), number_of(runs)])
+            continue
         cost = statistics.median(seconds for run in runs for seconds in run["seconds"])
         times = [statistics.median(reached(run, target) for run in runs) for target in TARGETS]
         rows.append(

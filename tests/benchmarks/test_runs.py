@@ -20,6 +20,8 @@ class Run:
 def train(run):
     if run.name == "bad":
         raise ValueError("a bad run")
+    if run.name == "told to end":
+        raise SystemExit(143)
     time.sleep(run.seed)
     return {"run": asdict(run), "reward": [len(run.name) + run.seed]}
 
@@ -90,8 +92,16 @@ def test_no_run_begins_after_the_deadline(tmp_path):
     assert not (tmp_path / "runs.jsonl").exists()
 
 
-def test_a_run_that_fails_ends_no_other_and_none_begins_after_it(tmp_path):
+@pytest.mark.parametrize(("name", "error"), [("bad", ValueError), ("told to end", SystemExit)])
+def test_a_run_that_fails_ends_no_other_and_none_begins_after_it(tmp_path, name, error):
     path = tmp_path / "runs.jsonl"
-    with pytest.raises(ValueError, match="a bad run"):
-        run_missing([Run("bad"), Run("good", 1), Run("next")], train, path, workers=2)
+    with pytest.raises(error, match="a bad run|143"):
+        run_missing([Run(name), Run("good", 1), Run("next")], train, path, workers=2)
     assert [result["run"]["name"] for result in load(path)] == ["good"]
+
+
+def test_a_result_begins_a_line_of_its_own(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    path.write_text('{"run": {"name": "a", "seed": 0}, "reward": [1]}')
+    run_missing([Run("a"), Run("b")], train, path)
+    assert [result["run"]["name"] for result in load(path)] == ["a", "b"]

@@ -68,6 +68,7 @@ def test_report_of_runs_that_a_watchdog_ended():
     cells = [line[2:-2].split(" | ") for line in sparse_rewards.report([plain, ended]).splitlines() if line[:1] == "|"]
     assert cells[-1][:2] == ["pairs", "0.30"] and cells[-1][-1] == "1, 1 of them ended by a watchdog"
     assert len({len(row) for row in cells}) == 1
+    assert sparse_rewards.report([{**ended, "run": plain["run"]}]).count("ended by a watchdog") == 1
     beside = {**ended, "run": plain["run"]}
     assert "| 0.500 |" in sparse_rewards.report([plain, beside])
 

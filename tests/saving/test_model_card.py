@@ -424,8 +424,11 @@ def test_results_of_few_images_say_so(make_trainer, tmp_path):
     head, reward, own, few = comparison.table().splitlines()
     assert head.split() == ["before", "after"] and reward.split()[0] == "reward" and own.split() == ["own", "-", "-"]
     assert few == "Means of one image say nothing: take more prompts, or more images of each."
-    comparison.write(tmp_path, train_seconds=1.5)
+    comparison.write(
+        tmp_path, train_seconds=1.5, call_options={"sigmas": torch.tensor([1.0, 0.5]), "guidance_scale": 2.0}
+    )
     results = json.loads((tmp_path / "results.json").read_text())
+    assert results["call_options"] == {"sigmas": "tensor([1.0000, 0.5000])", "guidance_scale": 2.0}
     assert results["train_seconds"] == 1.5 and results["before"]["own"] is None and "reward" in results["after"]
     trainer.create_model_card()
     assert "that it was trained on: too few to mean anything." in card_of(tmp_path / "out").text

@@ -7,6 +7,7 @@ import os
 import pickle
 import tempfile
 import time
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from datasets import Dataset
 from PIL import Image
 from tiny_runs import redness
 
+from trl_fdfo import FDFOConfig
 from trl_fdfo.rewards.reward_functions import RewardFunctions
 from trl_fdfo.saving.checkpoint_files import MANIFEST, SAVING, changes, commit, removed_on_error, written_whole
 from trl_fdfo.saving.checkpointer import Checkpointer
@@ -275,26 +277,38 @@ def test_save_model_leaves_no_half_folder(make_trainer, tmp_path):
 
 
 def test_a_checkpoint_of_an_older_version_had_the_defaults_of_newer_options(make_config, tmp_path):
-    config = make_config(timestep_selection="first", timestep_fraction=0.5, num_candidates=3)
-    assert {"timestep_selection", "timestep_fraction", "num_candidates"} <= config.given_options()
-    assert not {"prompt_sampling", "scale_rewards", "logging_steps", "num_train_epochs"} & config.given_options()
-    now = config.result_options()
-    older = {name: value for name, value in now.items() if name not in ("timestep_selection", "prompt_sampling")}
+    newer = ("timestep_selection", "prompt_sampling", "num_candidates", "bf16", "churn")
+    before = make_config(timestep_fraction=0.5).result_options()
     (tmp_path / "staged").mkdir()
     (tmp_path / "staged" / "weights").write_text("")
-    commit(tmp_path / "staged", tmp_path / "checkpoint", older)
-    given = config.given_options()
-    assert changes(tmp_path / "checkpoint", now, given) == ["timestep_selection: its default -> 'first'"]
-    changed = changes(tmp_path / "checkpoint", now | {"seed": 7}, given)
-    assert changed == [f"seed: {now['seed']} -> 7", "timestep_selection: its default -> 'first'"]
-    assert changes(tmp_path / "checkpoint", older, given) == []
-    by_default = make_config(num_candidates=3, timestep_fraction=0.5)
-    assert changes(tmp_path / "checkpoint", by_default.result_options(), by_default.given_options()) == []
+    commit(tmp_path / "staged", tmp_path / "checkpoint", {n: v for n, v in before.items() if n not in newer})
+
+    def found(config) -> list[str]:
+        return changes(tmp_path / "checkpoint", config.result_options(), config.is_default)
+
+    same = {"timestep_fraction": 0.5, "churn": None}
+    assert found(make_config(**same)) == []
+    # Defaults that are given are defaults, also if they follow from other options.
+    given = {"num_candidates": 2, "bf16": False, "churn": 0.0025, "prompt_sampling": "uniform"}
+    assert found(make_config(**(same | given))) == []
+    changed = make_config(**same, timestep_selection="first", num_candidates=3, seed=7)
+    expected = ["num_candidates: its default -> 3", "seed: 42 -> 7", "timestep_selection: its default -> 'first'"]
+    assert found(changed) == expected == found(changed.redacted())
+
+    # What a subclass makes its default is as new as the option.
+    @dataclass
+    class Mine(FDFOConfig):
+        prompt_sampling: str = "informative"
+
+    mine = Mine(**{name: value for name, value in make_config(**same)._given.items() if name != "prompt_sampling"})
+    assert found(mine) == ["prompt_sampling: its default -> 'informative'"]
+    # Another schedule is one change, though this option has come with it.
+    assert found(make_config(**same, lr_scheduler_type="linear")) == ["lr_scheduler_type: 'constant' -> 'linear'"]
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_the_run(tmp_path):
     (tmp_path / "out").write_text("a file")
     with pytest.raises(ValueError, match=r"output_dir='.*out' cannot be written to .*no checkpoint could be saved"):
-        Checkpointer(str(tmp_path / "out"), {}, False, None).begin(None)
-    Checkpointer(str(tmp_path / "new"), {}, False, None).begin(None)
+        Checkpointer(str(tmp_path / "out"), {}, False, None, bool).begin(None)
+    Checkpointer(str(tmp_path / "new"), {}, False, None, bool).begin(None)
     assert list((tmp_path / "new").iterdir()) == []

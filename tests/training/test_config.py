@@ -250,6 +250,9 @@ def test_evaluations_sample_as_many_at_a_time_as_rollouts(make_config):
 
 def test_a_call_samples_at_most_the_prompts_of_the_process(make_config):
     config = make_config(prompts_per_rollout=4, per_device_prompt_batch_size=2, per_device_sampling_batch_size=64)
-    assert config.per_device_sampling_batch_size == 4 and config.per_device_eval_batch_size == 4 * 2
-    config.prompts_per_rollout = 16
-    assert config.per_device_sampling_batch_size == 16
+    assert config.prompts_per_call == 4 and config.per_device_eval_batch_size == 4 * 2
+    assert dataclasses.replace(config, prompts_per_rollout=16).prompts_per_call == 16
+    config.prompts_per_rollout = 128
+    assert config.prompts_per_call == 64 and config.per_device_eval_batch_size == 64 * 2
+    config.per_device_sampling_batch_size = 8
+    assert config.prompts_per_call == 8

@@ -100,6 +100,11 @@ def test_an_error_names_the_class_that_was_called():
         FlowGRPOConfig(output_dir="unused", churn=0.1)
     with pytest.raises(TypeError, match="no `timestep_selection`: it is an option of FDFOConfig.$"):
         FlowGRPOConfig(output_dir="unused", timestep_selection="first")
+    config = FlowGRPOConfig(output_dir="unused", use_cpu=True, report_to=[])
+    with pytest.raises(AttributeError, match="There is no `churn`: it is an option of FDFOConfig.$"):
+        config.churn = 0.1
+    with pytest.raises(TypeError, match="FDFOConfig has no option beta.x=1. Did you mean `beta`?"):
+        FDFOConfig(output_dir="unused", **{"beta.x": 1})
     with pytest.raises(TypeError, match="There is no `nft_beta`: it is an option of DiffusionNFTConfig.$"):
         FDFOConfig(output_dir="unused", nft_beta=1.0)
     with pytest.raises(TypeError, match="Mine has no option sde_window_size=2. .* is `num_noisy_steps` here"):

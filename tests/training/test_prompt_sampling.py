@@ -1,5 +1,6 @@
 """Prompts whose images tied are drawn less often, if the run asks for that."""
 
+import json
 import os
 import shutil
 import signal
@@ -13,12 +14,13 @@ from checkpoint_contents import assert_equal, contents
 from conftest import logged, trained_weights, warnings_of_the_package
 from datasets import Dataset
 from PIL import Image
+from safetensors.numpy import save_file
 from tiny_runs import PROMPTS, redness
 
 from trl_fdfo import FDFOConfig, FDFOTrainer
 from trl_fdfo.planning.without_weights import planned
 from trl_fdfo.training.prompt_sampling import InformativePrompts, row_keys
-from trl_fdfo.training.prompts import rollout_rows
+from trl_fdfo.training.prompts import load_prompts, rollout_rows
 
 
 TIED = PROMPTS[:3]  # half of them
@@ -136,6 +138,15 @@ def test_a_checkpoint_without_counts_goes_on_as_if_none_had_tied(tmp_path, caplo
     assert "does not say how often 20 of the 20 prompts have tied: they are drawn as if they never had" in caplog.text
 
 
+def test_the_file_of_an_older_version_counts_for_nothing(tmp_path, caplog):
+    save_file(
+        {"ties": np.ones(20, dtype=np.int64), "position": np.array([12])}, tmp_path / InformativePrompts.FILE_NAME
+    )
+    stream = InformativePrompts(range(20), seed=0)
+    stream.load(tmp_path, position=12)
+    assert stream.position == 12 and not stream.ties.any() and "20 of the 20 prompts" in caplog.text
+
+
 def test_counts_follow_their_prompts_into_another_dataset(tmp_path, caplog):
     stream = InformativePrompts([10, 11, 12, 13], seed=0)
     stream.ties[:] = [3, 0, 5, 1]
@@ -173,7 +184,7 @@ def test_where_all_prompts_tie_alike_all_are_drawn_alike():
     assert one.position == 5 * 432  # no pass is empty
 
 
-def test_rows_are_told_apart_by_all_that_they_hold():
+def test_rows_are_told_apart_by_all_that_they_hold(tmp_path):
     columns = {"prompt": ["a", "b", "a", "a"], "count": [1, 1, 1, 2], "tags": [["x"], ["x"], ["x"], ["x"]]}
     keys = row_keys(Dataset.from_dict(columns))
     assert keys[0] == keys[2] and len({*keys}) == 3 and all(0 <= key < 2**63 for key in keys)
@@ -182,6 +193,11 @@ def test_rows_are_told_apart_by_all_that_they_hold():
         row_keys(Dataset.from_dict(columns).with_transform(lambda rows: {"prompt": ["c"] * len(rows["prompt"])}))
         == keys
     )
+    mixed = {"prompt": ["a", "a", "b"], "include": [{"n": 1, "c": "x"}, {"n": "1"}, {"n": 1, "c": "x"}]}
+    path = tmp_path / "mixed.jsonl"  # which datasets loads as JSON
+    path.write_text("".join(json.dumps({name: mixed[name][row] for name in mixed}) + "\n" for row in (0, 1, 2, 0)))
+    keys = row_keys(load_prompts(str(path)))
+    assert keys[0] == keys[3] and len({*keys}) == 3
     image = Image.new("RGB", (2, 2))
     assert len({*row_keys(Dataset.from_dict({"prompt": ["a", "a"], "image": [image, image]}))}) == 2
 

@@ -140,9 +140,12 @@ class BeforeAfter:
         return len(self._all_prompts) < FEW_IMAGES
 
     def write(self, folder: str | Path, **more: Any) -> None:
-        """Write the results, and `more` values before them, into `results.json`; null where a metric has no value."""
+        """
+        Write the results, and `more` values before them, into `results.json`: null where a metric has no value, and text where a
+        value is none of JSON's, such as a tensor.
+        """
         results = {name: finite(values) for name, values in self.results.items()}
-        Path(folder, RESULTS_FILE).write_text(json.dumps({**more, **results}, indent=2) + "\n")
+        Path(folder, RESULTS_FILE).write_text(json.dumps({**more, **results}, indent=2, default=str) + "\n")
 
     def table(self) -> str:
         """The results as text: a row per metric, a column per name, and a warning if they are of few images."""

@@ -211,7 +211,7 @@ def trajectory_bytes(
     of all levels.
     """
     # A batch is copied when it moves to the host or is cut from a larger one. Otherwise a view keeps its whole storage.
-    copied = args.offload_trajectories or args.per_device_sampling_batch_size > args.per_device_prompt_batch_size
+    copied = args.offload_trajectories or args.prompts_per_call > args.per_device_prompt_batch_size
     copied = copied or args.num_candidates > args.num_generations
     size = nbytes if copied else _storage_nbytes
     latents = 2 * 4 * rehearsal.latents.numel() if scheduler_class.records_arrivals else size([rehearsal.latents])

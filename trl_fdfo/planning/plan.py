@@ -106,7 +106,7 @@ class RunPlan:
             self.trajectory_bytes += kept_output_bytes(rehearsal, args)
         # Images that are sampled for each that is trained on.
         self._candidates = args.num_candidates / args.num_generations
-        self._batches_per_call = args.per_device_sampling_batch_size // args.per_device_prompt_batch_size
+        self._batches_per_call = args.prompts_per_call // args.per_device_prompt_batch_size
         self.failure: Exception | None = None  # the error of a cost that could not be counted and is 0
         precision = Precision(engine.device_type, engine.autocast)
         # A pipeline that makes one sample per call was rehearsed with one.

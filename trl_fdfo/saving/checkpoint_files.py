@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -186,14 +186,14 @@ def set_aside_after(output_dir: str | Path, step: int) -> None:
             logger.warning(f"{checkpoint} is not of the run that begins at step {step}: moved to {target}.")
 
 
-def changes(checkpoint: str | Path, run: dict[str, Any], given: Collection[str] = ()) -> list[str]:
+def changes(checkpoint: str | Path, run: dict[str, Any], is_default: Callable[[str], bool]) -> list[str]:
     """
     Differences between the run that wrote a checkpoint and this one, as `name: before -> now`.
 
     Args:
         checkpoint (`str` or `Path`): A checkpoint without a fault.
         run (`dict`): The fingerprint of this run, as JSON values.
-        given (`Collection[str]`): The options of it that have another value than their default.
+        is_default (`Callable`): Whether what `run` has under a name is what a run had before the name was known.
     """
     before = json.loads(Path(checkpoint, MANIFEST).read_text())["run"]
     now = json.loads(json.dumps(run))
@@ -202,8 +202,8 @@ def changes(checkpoint: str | Path, run: dict[str, Any], given: Collection[str] 
         name for name in before.keys() | now.keys() if name in before and name in now or name.startswith("adapter.")
     ]
     changed = [f"{n}: {before.get(n)!r} -> {now.get(n)!r}" for n in common if before.get(n) != now.get(n)]
-    newer = [f"{n}: its default -> {now[n]!r}" for n in now.keys() - before.keys() if n in given]
-    return sorted({*changed, *newer})
+    newer = [f"{n}: its default -> {now[n]!r}" for n in now.keys() - before.keys() - {*common} if not is_default(n)]
+    return sorted([*changed, *newer])
 
 
 def _own_crc32(contents: dict[str, Any]) -> int:

@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ class Checkpointer:
         fingerprint (`dict`): What two runs must share to resume from one another's checkpoints, as JSON values.
         allow_changes (`bool`): Resume although the fingerprint differs, with a warning.
         save_total_limit (`int`, *optional*): Checkpoints to keep.
-        given (`Collection[str]`): The options in the fingerprint that have another value than their default.
+        is_default (`Callable`): As in [`changes`].
 
     Attributes:
         folder (`Path`): Folder in which Trainer writes its `checkpoint-<step>`: a staging folder while one is written.
@@ -53,11 +53,11 @@ class Checkpointer:
         fingerprint: dict[str, Any],
         allow_changes: bool,
         save_total_limit: int | None,
-        given: Collection[str] = (),
+        is_default: Callable[[str], bool],
     ):
         self.output_dir = Path(output_dir)
         self.fingerprint = fingerprint
-        self._given = given
+        self._is_default = is_default
         self.folder = self.output_dir
         self.interim: set[int] = set()
         self._allow_changes = allow_changes
@@ -132,7 +132,7 @@ class Checkpointer:
             found = fault(checkpoint)
             if found is not None:
                 raise ValueError(f"Cannot resume from {checkpoint}: {found}.")
-        changed = changes(checkpoint, self.fingerprint, self._given)
+        changed = changes(checkpoint, self.fingerprint, self._is_default)
         impossible = [change for change in changed if change.startswith(_NEEDS_OTHER_WEIGHTS)]
         if impossible:
             raise ValueError(

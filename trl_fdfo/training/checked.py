@@ -69,7 +69,7 @@ def check_methods(trainer: Algorithm) -> None:
             f"beta={trainer.args.beta} weighs the `base_distance` of {type(trainer).__name__}, which does not implement it: "
             "set beta=0."
         )
-    numbers = range(trainer.args.per_device_sampling_batch_size)
+    numbers = range(trainer.args.prompts_per_call)
     initial_seeds(trainer, 0, numbers)
     noise_amounts(trainer, 0, numbers)
     trained_levels(trainer, 0, 0)

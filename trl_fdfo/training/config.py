@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -332,7 +332,7 @@ class RolloutConfig(TrainingArguments):
             Micro-batches per optimizer step, num_rollout_batches x K / M. Another value is refused.
         per_device_eval_batch_size (`int`, *optional*):
             Images that each process samples at a time in an evaluation. The default is the number of a rollout,
-            `per_device_sampling_batch_size x num_candidates`.
+            `prompts_per_call x num_candidates`.
 
         > Options of TrainingArguments with another default
 
@@ -355,6 +355,8 @@ class RolloutConfig(TrainingArguments):
         num_trained_levels (`int`): K = max(1, round(timestep_fraction x trainable levels)).
         num_rollout_batches (`int`): batches per process, prompts_per_rollout / (processes x
             per_device_prompt_batch_size).
+        prompts_per_call (`int`): prompts that each process samples at a time, `per_device_sampling_batch_size` or, if these are
+            fewer, all that it has in a rollout.
         steps_per_rollout (`int`): optimizer steps between two rollouts, M x num_iterations.
 
     `dataclasses.replace` works for every option, and an assignment before a trainer is built takes full effect.
@@ -471,7 +473,7 @@ class RolloutConfig(TrainingArguments):
         is_new = name in options and value != self.__dict__.get(name)
         is_misspelt = name not in options and not hasattr(self, name)
         # Others may be new: Trainer sets `hf_deepspeed_config`, and a subclass or a user attributes of its own.
-        if is_misspelt and difflib.get_close_matches(name, options, cutoff=0.8):
+        if is_misspelt and (difflib.get_close_matches(name, options, cutoff=0.8) or name in _options_elsewhere()):
             error = unknown_options(
                 type(self).__name__, {name: value}, options, self.renamed_options, _options_elsewhere
             )
@@ -560,6 +562,10 @@ class RolloutConfig(TrainingArguments):
         return max(1, round(self.timestep_fraction * self._num_trainable_levels()))
 
     @property
+    def prompts_per_call(self) -> int:
+        return min(self.per_device_sampling_batch_size, self.num_rollout_batches * self.per_device_prompt_batch_size)
+
+    @property
     def mixed_precision_dtype(self) -> torch.dtype | None:
         """The 16-bit dtype that is computed in; None without mixed precision."""
         return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else None
@@ -581,7 +587,7 @@ class RolloutConfig(TrainingArguments):
 
     def decoded_pixels(self) -> int:
         """Most pixels that a process decodes at a time, where a size that is the pipeline's own counts as 1024."""
-        sampled = self.num_candidates * self.per_device_sampling_batch_size
+        sampled = self.num_candidates * self.prompts_per_call
         evaluated = self.call_kwargs() | (self.eval_pipeline_kwargs or {})
         pixels = lambda options: (options.get("height") or 1024) * (options.get("width") or 1024)
         return max(sampled * pixels(self.call_kwargs()), self.per_device_eval_batch_size * pixels(evaluated))
@@ -595,10 +601,19 @@ class RolloutConfig(TrainingArguments):
             names.remove("num_rollouts")
         return identity({name: getattr(self, name) for name in names})
 
-    def given_options(self) -> set[str]:
-        """Names of the options that were given another value than their default."""
-        defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(self)}
-        return {name for name, value in self._given.items() if value != defaults[name]}
+    def is_default(self, name: str) -> bool:
+        """
+        True if one of `result_options` has the value that a run had before the option came, which is the default of the package's
+        class, or what follows from it. So has what is no option.
+        """
+        # Left out of `result_options` under some schedules, so that not to know it does not mean to be older.
+        if name not in self._own_options() or name == "num_rollouts":
+            return True
+        default = next(vars(each)[name] for each in reversed(type(self).__mro__) if name in vars(each))
+        try:
+            return replace(self, **{name: default}).result_options()[name] == self.result_options()[name]
+        except ValueError:  # the other options need another value
+            return False
 
     def redacted(self) -> "RolloutConfig":
         """A copy for a file that may be shared, without folders of this machine and without the token."""
@@ -680,10 +695,8 @@ class RolloutConfig(TrainingArguments):
         for name, default in defaults.items():
             if getattr(self, name) is None:
                 setattr(self, name, derived(default))
-        own_prompts = self.num_rollout_batches * self.per_device_prompt_batch_size
-        self.per_device_sampling_batch_size = min(self.per_device_sampling_batch_size, own_prompts)
         if self.per_device_eval_batch_size is None:
-            self.per_device_eval_batch_size = derived(self.per_device_sampling_batch_size * self.num_candidates)
+            self.per_device_eval_batch_size = derived(self.prompts_per_call * self.num_candidates)
         if self.eval_steps is None:
             self.eval_steps = derived(self.save_steps)
         if self.load_best_model_at_end and self.metric_for_best_model is None:

@@ -22,6 +22,7 @@ in proportion to p (1 - p) are those of Fatemi 2026 (arXiv 2601.02648).
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
@@ -120,7 +121,8 @@ class InformativePrompts:
         """
         path = Path(folder, self.FILE_NAME)
         nothing = np.zeros(0, dtype=np.int64)
-        saved = load_file(path) if path.is_file() else {"keys": nothing, "ties": nothing}
+        saved = load_file(path) if path.is_file() else {}
+        saved = saved if "keys" in saved else {"keys": nothing, "ties": nothing}
         self.start(position)
         counted = dict(zip(saved["keys"].tolist(), saved["ties"].tolist()))
         self.ties[self._prompt_of] = [counted.get(key, 0) for key in self._keys.tolist()]
@@ -137,13 +139,21 @@ class InformativePrompts:
 def row_keys(dataset: Dataset) -> list[int]:
     """
     What tells the prompts of a dataset apart, the same on any machine: equal for rows of which all columns are equal. Of a
-    dataset with images, videos or sounds, which it does not open, each row is a prompt of its own.
+    dataset with images, videos or sounds, which it does not open, each row is a prompt of its own, known by its place too.
 
     Returns:
         `list[int]`: For each row, in [0, 2^63).
     """
     dataset = dataset.with_format(None)
-    plain = [name for name, feature in dataset.features.items() if not require_decoding(feature)]
+    plain = [name for name, feature in dataset.features.items() if not _has_media(feature)]
     is_all = len(plain) == len(dataset.features)
     rows = zip(*(dataset[name][:] for name in sorted(plain)), strict=True)
     return [int(checksum(row if is_all else (number, row)), 16) >> 1 for number, row in enumerate(rows)]
+
+
+def _has_media(feature: Any) -> bool:
+    if isinstance(feature, dict):
+        return any(map(_has_media, feature.values()))
+    if hasattr(feature, "feature"):  # a list
+        return _has_media(feature.feature)
+    return require_decoding(feature) and type(feature).__name__ != "Json"  # which not all versions of datasets have

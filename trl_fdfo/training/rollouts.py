@@ -142,7 +142,7 @@ def _sample_all(
     """
     args = trainer.args
     size = args.per_device_prompt_batch_size
-    at_a_time = args.per_device_sampling_batch_size // size
+    at_a_time = args.prompts_per_call // size
     groups = [numbers[start : start + at_a_time] for start in range(0, len(numbers), at_a_time)]
     calls: list[list[SampledBatch]] = []
     pending: list[PendingRewards] = []

@@ -424,7 +424,7 @@ def rehearse(
                 f"eval_pipeline_kwargs has num_inference_steps={steps}, and {type(flow.pipeline).__name__} has a schedule of "
                 f"{scheduled} steps whatever it is asked for: set that, or leave it out."
             )
-    larger_batches = config.per_device_sampling_batch_size > config.per_device_prompt_batch_size
+    larger_batches = config.prompts_per_call > config.per_device_prompt_batch_size
     leaves_out = config.num_candidates > config.num_generations
     if leaves_out and carries_state(rehearsal.outputs):
         raise ValueError(
@@ -441,7 +441,7 @@ def rehearse(
             _encoded_prompts(config, train_dataset, eval_dataset),
             lambda files, title: tqdm(files, title, disable=disable),
         )
-        if not embeddings.same_shapes and config.per_device_sampling_batch_size > 1:
+        if not embeddings.same_shapes and config.prompts_per_call > 1:
             raise ValueError(
                 f"{type(flow.pipeline).__name__} encodes prompts to different lengths, and cache_prompt_embeds=True cannot "
                 "put them into one batch. Set per_device_prompt_batch_size=1 and per_device_sampling_batch_size=1, or "
@@ -578,7 +578,7 @@ def try_replay(
     if tolerance is None:
         tolerance = MAX_TOLERANCE * default_tolerance(flow.pipeline, config.mixed_precision_dtype)
     prompt, columns = _first_row(config, dataset)
-    size = config.per_device_sampling_batch_size
+    size = config.prompts_per_call
     modes = [(part, part.training) for part in model.modules()]
     flow.model = call
     model.train()

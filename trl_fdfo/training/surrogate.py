@@ -62,7 +62,7 @@ def centered(rewards: Tensor) -> Tensor:
     Returns:
         `Tensor`: Shape [P, G]; exactly 0 for a prompt that is [`tied`], which the rounding of its mean would not be.
     """
-    return (rewards - rewards.mean(dim=1, keepdim=True)).masked_fill(tied(rewards).unsqueeze(1), 0)
+    return _without_ties(rewards - rewards.mean(dim=1, keepdim=True), rewards)
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
@@ -75,5 +75,9 @@ def group_advantages(rewards: Tensor) -> Tensor:
     Returns:
         `Tensor`: A, shape [P, G]; exactly 0 where all rewards of a prompt are the same or NaN.
     """
-    deviation = centered(rewards)
-    return deviation / (deviation.square().mean(dim=1, keepdim=True).sqrt() + STD_EPS)
+    deviation, std = rewards - rewards.mean(dim=1, keepdim=True), rewards.std(dim=1, correction=0, keepdim=True)
+    return _without_ties(deviation / (std + STD_EPS), rewards)
+
+
+def _without_ties(values: Tensor, rewards: Tensor) -> Tensor:
+    return values.masked_fill(tied(rewards).unsqueeze(1), 0)

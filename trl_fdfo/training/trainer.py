@@ -229,7 +229,7 @@ class RolloutTrainer(Algorithm, Trainer):
                 self._fingerprint(),
                 allow_changes=config.resume_with_changed_options,
                 save_total_limit=config.save_total_limit,
-                given=config.given_options(),
+                is_default=config.is_default,
             )
             if config.save_minutes is not None:
                 self.add_callback(TimedCheckpoints(config.save_minutes, self.checkpointer, self.any_process))
