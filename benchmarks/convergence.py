@@ -106,7 +106,7 @@ ALGORITHMS = {
         "AWMTrainer",
         {"num_generations": 8},
         "epsilon",
-        {(10, 0.25): [*grid_of(0.0025, 0.01, 0.04, 0.16), (6e-4, 6.25e-4)]},
+        {(10, 0.25): [*grid_of(0.0025, 0.01, 0.04, 0.16), (6e-4, 6.25e-4), (1.2e-3, 6.25e-4)]},
     ),
     "Flow-GRPO, CPS": Algorithm(
         "FlowGRPOTrainer",

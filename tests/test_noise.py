@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from trl_fdfo import shapes
+from trl_fdfo.fdfo.scheduler import ChurnScheduler
 from trl_fdfo.noise import say_once_what_is_cut
+from trl_fdfo.pipeline_flow import PipelineFlow
 
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -52,6 +55,16 @@ def test_lines_that_are_no_bars_are_found():
     bars = "train:  50%|█████     | 2/4 [00:01<00:01,  1.5step/s]\r  0%|          | 0/4 [00:00<?, ?it/s]\x1b[A\n"
     assert not_a_bar(bars) == []
     assert not_a_bar(bars + "FutureWarning: 100% of this is old\n") == ["FutureWarning: 100% of this is old"]
+
+
+def test_prompts_of_the_packages_own_are_not_said_to_be_cut(caplog):
+    call = {"num_inference_steps": 1, "height": 32, "width": 32, "max_sequence_length": 0}
+    flow = PipelineFlow(shapes.load_pipeline(), num_generations=2, scheduler_class=ChurnScheduler, **call)
+    flow.axes()  # calls it with prompts that are too long for its tokenizer
+    assert [record.getMessage() for record in caplog.records if "truncated" in record.getMessage()] == []
+    flow.rehearse(["a red circle on a white background, and a long story of it"])
+    assert "truncated because CLIP can only handle" in caplog.text
+    assert not any(logging.getLogger(each.__module__).disabled for each in type(flow.pipeline).__mro__)
 
 
 def test_a_filter_drops_its_message_and_no_other(caplog):

@@ -3,7 +3,9 @@ Keeps down what libraries say: what nobody can act on is silenced, and what they
 Each message is known by its words, in the logger that says it, as there is no switch for it. Whatever else they say is heard.
 """
 
+import contextlib
 import logging
+from collections.abc import Iterator
 
 
 _MESSAGES = {
@@ -37,6 +39,21 @@ def silence() -> None:
     """Before the libraries are imported: a filter works on a logger that nobody has used yet."""
     for name, messages in _MESSAGES.items():
         logging.getLogger(name).addFilter(_Unless(messages))
+
+
+@contextlib.contextmanager
+def unheard(pipeline_class: type) -> Iterator[None]:
+    """While a pipeline is called with prompts that are not the user's, neither it nor a tokenizer says that they are too long."""
+    names = {each.__module__ for each in pipeline_class.__mro__} | {"transformers.tokenization_utils_base"}
+    loggers = [logging.getLogger(name) for name in names]
+    were_disabled = [logger.disabled for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.disabled = True
+        yield
+    finally:
+        for logger, was_disabled in zip(loggers, were_disabled):
+            logger.disabled = was_disabled
 
 
 class _CutOnce(logging.Filter):

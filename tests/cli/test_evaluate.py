@@ -186,7 +186,8 @@ def test_two_processes_give_the_table_of_one(trained, tmp_path, warm_python):
 
 def test_the_packaged_pipeline_on_its_captions(tmp_path):
     evaluate(
-        *("--model", "shapes", "--reward", "trl_fdfo.shapes:strict", "--diversity", "pixels", "--grid_prompts", 2),
+        # Without --diversity: that of pixels, which needs no model.
+        *("--model", "shapes", "--reward", "trl_fdfo.shapes:strict", "--grid_prompts", 2),
         *(
             "--images_per_prompt",
             2,

@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -194,3 +195,27 @@ def test_who_can_mend_an_error():
     assert error_of(lambda: open("nowhere"))
     assert not error_of(lambda: int("ten"))
     assert not error_of(lambda: [][0])
+
+
+def test_ctrl_c_is_told_in_one_line(capsys, monkeypatch):
+    def interrupted(args):
+        raise KeyboardInterrupt("SIGINT ended the run after step 18. To go on: ...")
+
+    monkeypatch.setattr(importlib.import_module("trl_fdfo.cli.recipes"), "main", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main(["recipes"])
+    assert ended.value.code == 128 + signal.SIGINT
+    assert capsys.readouterr().err == "trl-fdfo recipes: SIGINT ended the run after step 18. To go on: ...\n"
+
+
+def test_the_packaged_pipeline_is_called_as_it_was_trained(capsys):
+    options = ["--model", "shapes", "--reward", "trl_fdfo.shapes:reward", "--use_cpu", "true"]
+    main(["plan", *options])
+    own = capsys.readouterr().out
+    main(["plan", *options, "--height", "32", "--width", "32", "--pipeline_kwargs", '{"max_sequence_length": 0}'])
+    assert capsys.readouterr().out == own
+    main(["plan", *options, "--pipeline_kwargs", '{"max_sequence_length": 8}'])
+    assert capsys.readouterr().out != own
+    with pytest.raises(SystemExit):
+        main(["plan", *options, "--height", "512"])
+    assert capsys.readouterr().err.startswith("trl-fdfo plan: error: StableDiffusion3Pipeline cannot be called with")

@@ -17,6 +17,7 @@ def test_list_and_show(capsys):
     main(["recipes"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == recipes.names() and len(lines) > 10
+    assert all(line.endswith(".") for line in lines)  # a whole sentence
     main(["recipes", "show", "sd35_24gb"])
     assert capsys.readouterr().out == (recipes.FOLDER / "sd35_24gb.yaml").read_text()
 

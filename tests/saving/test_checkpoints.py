@@ -67,7 +67,7 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(damaged)
 
 
-def test_a_resumed_run_ends_in_the_checkpoint_of_the_whole_run(make_trainer):
+def test_a_resumed_run_ends_in_the_checkpoint_of_the_whole_run(make_trainer, capsys):
     options = {"save_strategy": "epoch", "ema_decay": 0.5, "lr_scheduler_type": "cosine", "num_rollouts": 4}
     options |= {"eval_dataset": None, "logging_steps": 1}
     whole = make_trainer(**options)
@@ -77,7 +77,9 @@ def test_a_resumed_run_ends_in_the_checkpoint_of_the_whole_run(make_trainer):
     for step in (4, 6, 8):
         shutil.rmtree(out / f"checkpoint-{step}")
     resumed = make_trainer(**options)
+    assert "Going on from" not in capsys.readouterr().out
     resumed.train(resume_from_checkpoint=True)
+    assert f"Going on from {out / 'checkpoint-2'}.\n" in capsys.readouterr().out
     found = contents(out / "checkpoint-8")
     assert len(expected) > 20
     assert_equal(found, expected)

@@ -222,7 +222,7 @@ def test_an_assignment_after_the_trainer_is_refused(make_trainer):
     ("options", "message"),
     [
         ({"num_train_epochs": 3}, "num_train_epochs=3 cannot be set: .* is 100 here. Set num_rollouts"),
-        ({"per_device_train_batch_size": 8}, "per_device_train_batch_size=8 cannot be set: .* is 4 here"),
+        ({"per_device_train_batch_size": 8}, "is 4 here. Set per_device_prompt_batch_size or num_generations.$"),
         ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps=1 cannot be set: .* is 2160 here"),
     ],
 )

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from trl import TrlParser
@@ -39,6 +40,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return action.help if action.default is None else super()._get_help_string(action)
 
 
+# What the packaged pipeline is called with unless something else is said: its size, and no text beyond CLIP's, as it was trained.
+PACKAGED_CALL = {"height": 32, "width": 32, "pipeline_kwargs": {"max_sequence_length": 0}}
 MERGE_FORMATS = ("pipeline", "checkpoint", "lora")
 MERGE_DTYPES = ("float32", "bfloat16", "float16")
 CONFIG = (
@@ -56,6 +59,7 @@ class Parser(TrlParser):
         partial (`bool`): Pass over options of other dataclasses.
         elsewhere (`Collection[str]`): Options that a YAML file may have for something else. They are put into `passed_over`.
         owners (`Callable`): Called for an unknown option: others that exist, and of what they are options.
+        defaults (`Mapping[str, Any]`): Values of options in the place of the defaults of their dataclasses.
         **kwargs: Arguments of [`~trl.TrlParser`].
     """
 
@@ -65,12 +69,14 @@ class Parser(TrlParser):
         partial: bool = False,
         elsewhere: Collection[str] = (),
         owners: Callable[[], Mapping[str, str]] = dict,
+        defaults: Mapping[str, Any] = MappingProxyType({}),
         usage: str = "%(prog)s [--config RECIPE] [--OPTION VALUE ...]",
         **kwargs: Any,
     ):
         super().__init__(classes, allow_abbrev=False, formatter_class=HelpFormatter, usage=usage, **kwargs)
         # Read before all others, by TRL's parser.
         self.add_argument("--config", metavar="RECIPE", default=argparse.SUPPRESS, help=CONFIG)
+        self.set_defaults(**defaults)
         self.partial, self.elsewhere, self.owners = partial, elsewhere, owners
         self.passed_over: dict[str, Any] = {}
         for action in self._actions:  # the other spelling of a switch that is on
@@ -243,10 +249,11 @@ class EvaluationArguments(InferenceArguments):
         default_factory=lambda: ["pickscore", "hpsv2", "clip"],
         metadata={"help": "A reward, listed below, or module:callable. Repeat for several.", "action": RepeatableFlag},
     )
-    diversity: str = field(
-        default="clip",
+    diversity: str | None = field(
+        default=None,
         metadata={
-            "help": "Features whose distance is diversity: clip, dreamsim, pixels, or module:callable. Audio has none."
+            "help": "Features whose distance is diversity: clip, dreamsim, pixels, or module:callable. Default: clip, and pixels "
+            "for `shapes`. Audio has none."
         },
     )
     images_per_prompt: int = field(default=4, metadata={"help": "Images per prompt and model, at least 2."})

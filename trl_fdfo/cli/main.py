@@ -44,10 +44,16 @@ def main(args: list[str] | None = None) -> None:
         _exit(f"trl-fdfo has no command '{name}': it has {', '.join(COMMANDS)}.", 2)
     try:
         importlib.import_module(COMMANDS[name][0], __package__).main(rest)
+    except KeyboardInterrupt as interrupt:
+        if DEBUG in os.environ:
+            raise
+        _exit(f"trl-fdfo {name}: {interrupt}" if str(interrupt) else f"trl-fdfo {name}: ended by Ctrl-C.", 130)
     except Exception as error:
         if DEBUG in os.environ or not is_of_the_user(error):
             raise
-        kind = "error" if type(error) in (ValueError, FileNotFoundError) else type(error).__name__
+        # The names of the package's own kinds of a wrong value say nothing to the user.
+        is_plain = isinstance(error, ValueError) and type(error).__module__.startswith(__package__.split(".")[0])
+        kind = "error" if type(error) in (ValueError, FileNotFoundError) or is_plain else type(error).__name__
         message = str(error) if str(error).startswith("trl-fdfo ") else f"trl-fdfo {name}: {kind}: {error}"
         _exit(
             "\n".join([message, *details(error)]) + f"\n(trl-fdfo --debug {name} ... shows where)",

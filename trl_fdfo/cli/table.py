@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import TrainerState
 
 from .. import shapes
-from ..evaluation.diversity import FEATURES, load_diversity
+from ..evaluation.diversity import FEATURES, Diversity, load_diversity
 from ..evaluation.estimates import Estimate, markdown_table
 from ..evaluation.evaluator import Evaluator
 from ..media import Media, unbind
@@ -48,7 +48,8 @@ def evaluate(arguments: EvaluationArguments) -> None:
     state = PartialState(cpu=not torch.accelerator.is_available())
     output = Path(arguments.output)
     output.mkdir(parents=True, exist_ok=True)
-    check_by_name(arguments.diversity, FEATURES, "diversity")
+    diversity = arguments.diversity or ("pixels" if arguments.model == "shapes" else "clip")
+    check_by_name(diversity, FEATURES, "diversity")
     rewards = RewardFunctions([load_reward(spec) for spec in arguments.reward], argument="reward")
     rewards.check_columns(dataset.column_names, "prompts", columns)
     rewards.check_rows(dataset, "prompts")
@@ -67,7 +68,7 @@ def evaluate(arguments: EvaluationArguments) -> None:
     evaluator = Evaluator(
         flow.generate,
         rewards,
-        diversity=load_diversity(arguments.diversity) if "images" in outputs.kinds else None,
+        diversity=_load_diversity(diversity) if "images" in outputs.kinds else None,
         sampled_columns=columns,
         batch_size=1 if columns else arguments.batch_size,
         device=state.device,
@@ -93,6 +94,13 @@ def evaluate(arguments: EvaluationArguments) -> None:
         )
         print(f"Sampled with {options}. In {output}/: results.json and grid.png.")
     state.destroy_process_group()
+
+
+def _load_diversity(spec: str) -> Diversity:
+    try:
+        return load_diversity(spec)
+    except OSError as error:
+        raise OSError(f"diversity='{spec}': {error} For a distance that needs no model: --diversity pixels.") from error
 
 
 def evaluate_model(

@@ -33,7 +33,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ..media import Media, names_image
-from ..noise import say_once_what_is_cut
+from ..noise import say_once_what_is_cut, unheard
 from .calling import Calling, OtherWayError
 from .checks import (
     check_call_kwargs,
@@ -367,12 +367,13 @@ class PipelineFlow:
         if self._axes is None:
             # The prompts differ in length: some pipelines have a mask only then.
             prompts = ["a cat"] if columns else ["a cat", "a red cat and a blue dog"]
-            try:
-                some = self.rehearse(prompts, columns)
-            except ValueError:  # such as one that insists on prompts in JSON
-                prompts = self._rehearsed_prompts[: len(prompts)]
-                some = self.rehearse(prompts, columns)
-            twice = self.rehearse(prompts, columns, 2)
+            with unheard(type(self.pipeline)):
+                try:
+                    some = self.rehearse(prompts, columns)
+                except ValueError:  # such as one that insists on prompts in JSON
+                    prompts = self._rehearsed_prompts[: len(prompts)]
+                    some = self.rehearse(prompts, columns)
+                twice = self.rehearse(prompts, columns, 2)
             self._has_state = carries_state(some.outputs)
             names = [field.name for field in fields(BatchAxes)]
             try:

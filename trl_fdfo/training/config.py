@@ -7,7 +7,7 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -662,18 +662,20 @@ class RolloutConfig(TrainingArguments):
                 f"{self.optimizer_steps_per_rollout} equal steps. The nearest that can: optimizer_steps_per_rollout="
                 f"{' or '.join(map(str, steps))}, or prompts_per_rollout={lower} or {upper}."
             )
-        self._derive("gradient_accumulation_steps", units // self.optimizer_steps_per_rollout)
-        self._derive("per_device_train_batch_size", self.per_device_prompt_batch_size * self.num_generations)
+        levels = ("num_inference_steps", "timestep_fraction")
+        batches = ("prompts_per_rollout", "per_device_prompt_batch_size", *levels, "optimizer_steps_per_rollout")
+        self._derive("gradient_accumulation_steps", units // self.optimizer_steps_per_rollout, batches)
+        images = ("per_device_prompt_batch_size", "num_generations")
+        self._derive("per_device_train_batch_size", self.per_device_prompt_batch_size * self.num_generations, images)
         # An epoch of the Trainer is a rollout.
-        self._derive("num_train_epochs", self.num_rollouts)
+        self._derive("num_train_epochs", self.num_rollouts, ["num_rollouts"])
 
-    def _derive(self, name: str, value: int) -> None:
-        """Set an option of `TrainingArguments` that follows from ours; refuse another value."""
+    def _derive(self, name: str, value: int, options: Sequence[str]) -> None:
+        """Set an option of `TrainingArguments` that follows from these of ours; refuse another value."""
         given = getattr(self, name)
         if given not in (None, value):
             raise ValueError(
-                f"{name}={given} cannot be set: it follows from the other options and is {value} here. Set num_rollouts, "
-                "prompts_per_rollout, per_device_prompt_batch_size, optimizer_steps_per_rollout or timestep_fraction."
+                f"{name}={given} cannot be set: it follows from other options and is {value} here. Set {' or '.join(options)}."
             )
         setattr(self, name, derived(value))
 

@@ -412,6 +412,8 @@ class RolloutTrainer(Algorithm, Trainer):
         if self.comparison is not None:
             self.comparison.forget_after()
         checkpoint = self.checkpointer.find(resume_from_checkpoint, self.is_world_process_zero())
+        if checkpoint is not None and self.is_world_process_zero():
+            print(f"Going on from {checkpoint}.")
         if self.args.should_save:
             self.checkpointer.begin(checkpoint)
         with self.signals:
