@@ -2,34 +2,20 @@
 
 from dataclasses import dataclass
 
-from ..training.config import RolloutConfig, option, with_help
+from ..training.config import option, with_help
+from ..training.forward_process_config import ForwardProcessConfig
 
 
 @dataclass
 @with_help
-class AWMConfig(RolloutConfig):
+class AWMConfig(ForwardProcessConfig):
     r"""
-    Configuration of [`AWMTrainer`] (Advantage Weighted Matching, arXiv 2509.25050): the options of [`RolloutConfig`], of which
-    these have another default.
+    Configuration of [`AWMTrainer`] (Advantage Weighted Matching, arXiv 2509.25050): the options of [`ForwardProcessConfig`], of
+    which one has another default.
 
     Parameters:
-        num_generations (`int`, defaults to `24`):
-            Images G per prompt, from different noise, whose rewards are normalised together.
         epsilon (`float`, defaults to `0.01`):
             Half the width of the clip of the ratio, whose logarithm is a mean over the latent elements.
-        num_inference_steps (`int`, defaults to `10`):
-            Steps T of the sampler. Endpoints are noised to their levels.
-        prompts_per_rollout (`int`, defaults to `48`):
-            Prompts of each rollout, over all processes.
-        per_device_prompt_batch_size (`int`, defaults to `1`):
-            Prompts that each process samples, and trains on, at a time.
-        learning_rate (`float`, defaults to `3e-4`):
-            Initial learning rate of AdamW.
     """
 
-    num_inference_steps: int = option(10)
-    num_generations: int = option(24)
-    prompts_per_rollout: int = option(48)
-    per_device_prompt_batch_size: int = option(1)
     epsilon: float = option(0.01)
-    learning_rate: float = option(3e-4)

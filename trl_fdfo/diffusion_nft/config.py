@@ -3,15 +3,15 @@
 from dataclasses import dataclass
 
 from ..training.config import RolloutConfig, option, with_help
+from ..training.forward_process_config import ForwardProcessConfig
 
 
 @dataclass
 @with_help
-class DiffusionNFTConfig(RolloutConfig):
+class DiffusionNFTConfig(ForwardProcessConfig):
     r"""
-    Configuration of [`DiffusionNFTTrainer`] (DiffusionNFT, arXiv 2509.16117): the options of [`RolloutConfig`] and the ones
-    below, some of which only have another default. `epsilon` is none of them: the old policy, which follows slowly, is what
-    keeps updates small.
+    Configuration of [`DiffusionNFTTrainer`] (DiffusionNFT, arXiv 2509.16117): the options of [`ForwardProcessConfig`]
+    and the ones below. `epsilon` is none of them: the old policy, which follows slowly, is what keeps updates small.
 
     Parameters:
         nft_beta (`float`, defaults to `1.0`):
@@ -22,28 +22,11 @@ class DiffusionNFTConfig(RolloutConfig):
             trained weights.
         old_policy_decay_rate (`float`, defaults to `0.001`):
             How much that share, which starts at 0, grows with each rollout, >= 0.
-        num_generations (`int`, defaults to `24`):
-            Images G per prompt, from different noise, whose rewards are compared.
-        num_inference_steps (`int`, defaults to `10`):
-            Steps T of the sampler. Endpoints are noised to their levels.
-        prompts_per_rollout (`int`, defaults to `48`):
-            Prompts of each rollout, over all processes.
-        per_device_prompt_batch_size (`int`, defaults to `1`):
-            Prompts that each process samples, and trains on, at a time.
-        learning_rate (`float`, defaults to `3e-4`):
-            Initial learning rate of AdamW.
     """
 
     nft_beta: float = option(1.0)
     old_policy_decay: float = option(0.5)
     old_policy_decay_rate: float = option(0.001)
-
-    # Defaults of RolloutConfig that differ here
-    num_inference_steps: int = option(10)
-    num_generations: int = option(24)
-    prompts_per_rollout: int = option(48)
-    per_device_prompt_batch_size: int = option(1)
-    learning_rate: float = option(3e-4)
 
     def _check(self) -> None:
         super()._check()

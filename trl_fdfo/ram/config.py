@@ -3,40 +3,25 @@
 from dataclasses import dataclass
 
 from ..training.config import RolloutConfig, option, with_help
+from ..training.forward_process_config import ForwardProcessConfig
 
 
 @dataclass
 @with_help
-class RAMConfig(RolloutConfig):
+class RAMConfig(ForwardProcessConfig):
     r"""
-    Configuration of [`RAMTrainer`] (Reinforce Adjoint Matching, arXiv 2605.10759): the options of [`RolloutConfig`] and the one
-    below, and some with another default. `epsilon` and `beta` are none of them: the base model in the loss is what holds
+    Configuration of [`RAMTrainer`] (Reinforce Adjoint Matching, arXiv 2605.10759): the options of
+    [`ForwardProcessConfig`] and the one below. `epsilon` and `beta` are none of them: the base model in the loss is what holds
     updates back.
 
     Parameters:
-        reward_multiplier (`float`, defaults to `10.0`):
+        reward_multiplier (`float`, defaults to `50.0`):
             1 / lambda > 0, in 1 / units of the reward: how far a reward may move the model from the base model. At the optimum
-            an image is exp(reward_multiplier x reward) times as likely as under the base model.
-        num_generations (`int`, defaults to `24`):
-            Images G per prompt, from different noise, whose rewards are compared.
-        num_inference_steps (`int`, defaults to `10`):
-            Steps T of the sampler. Endpoints are noised to their levels.
-        prompts_per_rollout (`int`, defaults to `48`):
-            Prompts of each rollout, over all processes.
-        per_device_prompt_batch_size (`int`, defaults to `1`):
-            Prompts that each process samples, and trains on, at a time.
-        learning_rate (`float`, defaults to `3e-4`):
-            Initial learning rate of AdamW.
+            an image is exp(reward_multiplier x reward) times as likely as under the base model. 50 is the value in the example of
+            the authors' code, for rewards in [0, 1].
     """
 
-    reward_multiplier: float = option(10.0)
-
-    # Defaults of RolloutConfig that differ here
-    num_inference_steps: int = option(10)
-    num_generations: int = option(24)
-    prompts_per_rollout: int = option(48)
-    per_device_prompt_batch_size: int = option(1)
-    learning_rate: float = option(3e-4)
+    reward_multiplier: float = option(50.0)
 
     def _check(self) -> None:
         super()._check()
