@@ -103,14 +103,24 @@ def import_libraries() -> None:
 def watch(connection: socket.socket) -> None:
     """Start the program that a client asks for, and tell the client how it ends; end it if the client is gone."""
     message, streams = receive(connection)
+    begin, began = os.pipe()
     program = os.fork()
     if program == 0:
         connection.close()
+        os.close(began)
+        if not os.read(begin, 1):
+            os._exit(1)
         run(streams, **message)
     connection.sendall(f"{program}\n".encode())
+    # Not before the client passes signals on, which would be ended by one itself.
+    with contextlib.suppress(ConnectionResetError):
+        os.write(began, connection.recv(1))
+    os.close(began)
 
     def end_without_client():
-        connection.recv(1)  # returns when the client has ended
+        # Returns when the client has ended, or fails if it did so with unread answers.
+        with contextlib.suppress(ConnectionResetError):
+            connection.recv(1)
         with contextlib.suppress(ProcessLookupError):
             os.kill(program, signal.SIGKILL)
 
@@ -189,6 +199,7 @@ def ask(address: str, arguments: list[str]) -> None:
             program = int(answers.readline())
             for number in PASSED_ON:
                 signal.signal(number, lambda number, frame: os.kill(program, number))
+            connection.sendall(b"!")
             code = int(answers.readline())
     if code < 0:
         end_by(-code)

@@ -582,8 +582,13 @@ TABLE = [
         "eval_reward, eval_rewards/redness/mean",
     ),
     # Options of `TrainingArguments` that follow from others, or do not work here:
-    bad(config(gradient_accumulation_steps=2), "gradient_accumulation_steps=2", "is 2160 here", "Set num_rollouts"),
-    bad(config(per_device_train_batch_size=16), "per_device_train_batch_size=16", "is 4 here", "Set num_rollouts"),
+    bad(
+        config(gradient_accumulation_steps=2),
+        "gradient_accumulation_steps=2",
+        "is 2160 here",
+        "Set prompts_per_rollout",
+    ),
+    bad(config(per_device_train_batch_size=16), "per_device_train_batch_size=16", "is 4 here", "or num_generations."),
     bad(config(num_train_epochs=5), "num_train_epochs=5", "cannot be set", "Set num_rollouts"),
     bad(
         config(max_steps=3), "max_steps=3", "could end inside a rollout", "Set num_rollouts: a rollout is 4 steps here"
