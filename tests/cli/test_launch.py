@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -91,3 +92,28 @@ def test_a_run_in_two_processes(tmp_path, warm_python):
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count("Trained in") == 1 and "2 process(es)" in done.stdout + done.stderr
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+RUN_OF_A_LAUNCHER = """
+import signal, subprocess, sys
+from trl_fdfo.cli import launch
+
+child = "import signal, sys, time; signal.signal(signal.SIGINT, lambda *_: (print('saved', flush=True), sys.exit()));"
+child += "print('ready', flush=True); time.sleep(60)"
+run = subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE, text=True)
+assert run.stdout.readline() == "ready\\n"
+launch._pass_on_interrupts()
+print(run.stdout.read())
+launch._pass_on_interrupts()  # with none left
+"""
+
+
+def test_an_interrupt_of_the_launcher_is_passed_on_and_waited_for():
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_OF_A_LAUNCHER],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.stdout == "saved\n\n", done.stderr

@@ -214,6 +214,8 @@ def test_the_packaged_pipeline_is_called_as_it_was_trained(capsys):
     own = capsys.readouterr().out
     main(["plan", *options, "--height", "32", "--width", "32", "--pipeline_kwargs", '{"max_sequence_length": 0}'])
     assert capsys.readouterr().out == own
+    main(["plan", *options, "--pipeline_kwargs", '{"negative_prompt": "x"}'])
+    assert capsys.readouterr().out == own
     main(["plan", *options, "--pipeline_kwargs", '{"max_sequence_length": 8}'])
     assert capsys.readouterr().out != own
     with pytest.raises(SystemExit):

@@ -70,7 +70,7 @@ def test_it_compares_with_the_base_model(make_forward):  # noqa: F811
     trainer = make_forward(RAMTrainer, learning_rate=1e-2)
     trainer.train()
     distances = logged(trainer, "base_distance")
-    assert 0 < distances[0] < distances[1]
+    assert min(distances) > 0
     trainer._buffer = buffer = trainer._roll_out(2)
     inputs = buffer[0]
     batch = trainer.with_tuple(inputs)
@@ -88,6 +88,13 @@ def test_equal_rewards_leave_the_base_model_as_it_is(make_forward):  # noqa: F81
     before = trained_weights(trainer)
     trainer.train()
     assert all(torch.equal(weight, before[name]) for name, weight in trained_weights(trainer).items())
+
+
+def test_a_reward_is_compared_with_those_of_the_other_images(make_forward):  # noqa: F811
+    trainer = make_forward(RAMTrainer, reward_multiplier=5.0)
+    rewards = torch.tensor([[1.0, 2.0, 6.0], [0.1, 0.1, 0.1], [torch.nan] * 3], dtype=torch.float64)
+    (found,) = trainer.targets(None, rewards, [0, 1, 2])
+    assert found.tolist() == [5 * (1.0 - 4.0), 5 * (2.0 - 3.5), 5 * (6.0 - 1.5), *[0.0] * 6]
 
 
 def test_only_the_product_of_multiplier_and_reward_counts(make_forward):  # noqa: F811

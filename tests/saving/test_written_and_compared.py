@@ -7,7 +7,7 @@ import os
 import pickle
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 
@@ -299,9 +299,11 @@ def test_a_checkpoint_of_an_older_version_had_the_defaults_of_newer_options(make
     @dataclass
     class Mine(FDFOConfig):
         prompt_sampling: str = "informative"
+        words: list[str] = field(default_factory=list)
 
     mine = Mine(**{name: value for name, value in make_config(**same)._given.items() if name != "prompt_sampling"})
     assert found(mine) == ["prompt_sampling: its default -> 'informative'"]
+    assert found(replace(mine, words=["a"]))[-1] == "words: its default -> ['a']"
     # Another schedule is one change, though this option has come with it.
     assert found(make_config(**same, lr_scheduler_type="linear")) == ["lr_scheduler_type: 'constant' -> 'linear'"]
 

@@ -40,8 +40,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-# What the packaged pipeline is called with unless something else is said: its size, and no text beyond CLIP's, as it was trained.
-PACKAGED_CALL = {"height": 32, "width": 32, "pipeline_kwargs": {"max_sequence_length": 0}}
+# What the packaged pipeline is called with unless something else is said: no text beyond CLIP's, as it was trained.
+PACKAGED_CALL = {"max_sequence_length": 0}
+PACKAGED_SIZE = {"height": 32, "width": 32}
 MERGE_FORMATS = ("pipeline", "checkpoint", "lora")
 MERGE_DTYPES = ("float32", "bfloat16", "float16")
 CONFIG = (

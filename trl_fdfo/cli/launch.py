@@ -2,9 +2,11 @@
 
 import argparse
 import ast
+import contextlib
 import functools
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -83,21 +85,40 @@ def launch(command: list[str], launched: list[str]) -> None:
 
     Raises:
         ValueError: There is no such config of accelerate, or it refuses its options.
-        SystemExit: A process ended with an error.
+        SystemExit: A process ended with an error, or a signal ended the run.
     """
     own, launched = _parser().parse_known_args(launched)
     if own.num_processes is not None:
         launched = [*launched, "--num_processes", str(own.num_processes)]
     arguments = [*_config_arguments(own.accelerate_config), *launched, "--module", "trl_fdfo", *command]
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     try:
         launch_command(launch_command_parser().parse_args(arguments))
     except (ChildFailedError, subprocess.CalledProcessError):  # the process has said why
         sys.exit(1)
+    except SignalException as error:  # which torchrun has passed on
+        sys.exit(128 + error.sigval)
+    except KeyboardInterrupt:  # the launcher of one process leaves it alone
+        _pass_on_interrupts()
+        sys.exit(128 + signal.SIGINT)
     except ValueError as error:
         raise ValueError(f"accelerate launch: {error}") from error
+
+
+def _pass_on_interrupts() -> None:
+    """Pass Ctrl-C on to the process of the run, which may have it from the terminal too, and wait until it has saved itself."""
+    import psutil  # which accelerate needs
+
+    children = psutil.Process().children()
+    while children:
+        for child in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.send_signal(signal.SIGINT)
+        with contextlib.suppress(KeyboardInterrupt):
+            _, children = psutil.wait_procs(children)
 
 
 def _parser() -> argparse.ArgumentParser:

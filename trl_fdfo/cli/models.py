@@ -71,7 +71,7 @@ def call_options(arguments: InferenceArguments, adapters: dict[str, Path]) -> di
         raise ValueError(f"pipeline_kwargs={arguments.pipeline_kwargs!r} is not a JSON object: {error}.") from None
     for name, value in given.items():
         check_argument_of_call("pipeline_kwargs has", name, value)
-    options = {"num_inference_steps": 8, **PACKAGED_CALL["pipeline_kwargs"]} if arguments.model == "shapes" else {}
+    options = {"num_inference_steps": 8, **PACKAGED_CALL} if arguments.model == "shapes" else {}
     files = {name: (path if path.is_dir() else path.parent) / CALL_OPTIONS for name, path in adapters.items()}
     trained = {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
     for name, own in trained.items():

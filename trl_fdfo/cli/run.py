@@ -15,7 +15,7 @@ from ..training.prompts import load_prompts, plain
 from ..training.publishing import where_it_is
 from ..training.trainer import RolloutTrainer
 from .algorithms import ALGORITHMS
-from .arguments import RunArguments
+from .arguments import PACKAGED_CALL, RunArguments
 
 
 def config_class(script: RunArguments) -> type[RolloutConfig]:
@@ -27,6 +27,7 @@ def plan(script: RunArguments, config: RolloutConfig) -> str:
     """The plan of a run, of which no weights are loaded."""
     for name in [*script.reward, *(script.eval_reward or ())]:
         check_by_name(name, REWARDS, "reward")
+    _call_as_trained(script, config)
     prompts = _captions(script, config) or load_prompts(config.dataset_name, config.dataset_prompt_column)
     prompts = plain(prompts, config.pipeline_columns or ())
     model = shapes.PIPELINE_FOLDER if script.model == "shapes" else script.model
@@ -35,6 +36,7 @@ def plan(script: RunArguments, config: RolloutConfig) -> str:
 
 def train(script: RunArguments, config: RolloutConfig) -> None:
     """Train, with samples of before and after beside each other."""
+    _call_as_trained(script, config)
     metrics = load_object(script.metrics, "metrics") if script.metrics is not None else None
     rewards = [load_reward(spec) for spec in script.reward]
     controls = [load_reward(spec) for spec in script.eval_reward] if script.eval_reward else None
@@ -71,6 +73,11 @@ def train(script: RunArguments, config: RolloutConfig) -> None:
         print(where_it_is(trainer, config.output_dir))
     if config.push_to_hub:
         trainer.push_to_hub()
+
+
+def _call_as_trained(script: RunArguments, config: RolloutConfig) -> None:
+    if script.model == "shapes":
+        config.pipeline_kwargs = PACKAGED_CALL | (config.pipeline_kwargs or {})
 
 
 def _captions(script: RunArguments, config: RolloutConfig) -> Dataset | None:

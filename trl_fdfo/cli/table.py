@@ -9,7 +9,7 @@ error is smaller than the errors of the two means would give.
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -48,8 +48,9 @@ def evaluate(arguments: EvaluationArguments) -> None:
     state = PartialState(cpu=not torch.accelerator.is_available())
     output = Path(arguments.output)
     output.mkdir(parents=True, exist_ok=True)
-    diversity = arguments.diversity or ("pixels" if arguments.model == "shapes" else "clip")
-    check_by_name(diversity, FEATURES, "diversity")
+    if arguments.diversity is None:
+        arguments = replace(arguments, diversity="pixels" if arguments.model == "shapes" else "clip")
+    check_by_name(arguments.diversity, FEATURES, "diversity")
     rewards = RewardFunctions([load_reward(spec) for spec in arguments.reward], argument="reward")
     rewards.check_columns(dataset.column_names, "prompts", columns)
     rewards.check_rows(dataset, "prompts")
@@ -68,7 +69,7 @@ def evaluate(arguments: EvaluationArguments) -> None:
     evaluator = Evaluator(
         flow.generate,
         rewards,
-        diversity=_load_diversity(diversity) if "images" in outputs.kinds else None,
+        diversity=_load_diversity(arguments.diversity) if "images" in outputs.kinds else None,
         sampled_columns=columns,
         batch_size=1 if columns else arguments.batch_size,
         device=state.device,

@@ -17,7 +17,7 @@ from typing import Any
 
 from . import launch, quick
 from .algorithms import CONFIGS
-from .arguments import PACKAGED_CALL, Parser, RunArguments, check_model, parse
+from .arguments import PACKAGED_SIZE, Parser, RunArguments, check_model, parse
 
 
 EPILOG = """{rewards}
@@ -40,7 +40,7 @@ def main(args: list[str] | None = None) -> None:
         "prog": f"trl-fdfo {'plan' if script.plan else 'train'}",
         "elsewhere": launch.options(),
         "owners": _owners,
-        "defaults": PACKAGED_CALL if script.model == "shapes" else {},
+        "defaults": PACKAGED_SIZE if script.model == "shapes" else {},
         "epilog": EPILOG.format(
             rewards=quick.reward_table(), prompt_sets=quick.prompt_set_table(), configs=", ".join(launch.configs())
         ),

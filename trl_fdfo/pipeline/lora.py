@@ -114,8 +114,10 @@ def add_adapter(
     peft_config.base_model_name_or_path = base_model_name(pipeline)[0]
     with restored_on_error(pipeline):
         model = _Adapted(transformer, peft_config)
-        if isinstance(getattr(peft_config, "target_modules", None), set):  # whose order each process has anew
-            peft_config.target_modules = sorted(peft_config.target_modules)
+        for name in ("target_modules", "exclude_modules"):
+            names = getattr(peft_config, name, None)
+            if isinstance(names, set):  # whose order each process has anew
+                setattr(peft_config, name, sorted(names))
         if weights is not None:
             _set_weights(model, weights)
     return model

@@ -11,11 +11,11 @@ x_0 of the policy that is trained:
 
     L = |v_theta - sg(v_base + R / lambda (v - v_theta))|^2
 
-A constant may be taken from R, because E[v - v_theta | x_t] is 0 on the policy's own samples: here the mean reward of the
-prompt, with which the loss varies less.
+What does not depend on x_0 may be taken from R, because E[v - v_theta | x_t] is 0 on the policy's own samples: here the mean
+reward of the prompt's other images, with which the loss varies less.
 
 Departures from the paper: |.|^2 is the mean over the latent elements, not their sum, which AdamW does not see; x_0 are of the
-policy as it was when the rollout began; the mean reward of the prompt; and the correction by the cost of the path, which the
+policy as it was when the rollout began; the mean reward of the other images; and the correction by the cost of the path, which the
 paper adds in a variant, is left out. The equation is that of published descriptions of the method, derived again; the paper's
 numbers were not at hand.
 

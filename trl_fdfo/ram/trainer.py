@@ -43,7 +43,10 @@ class RAMTrainer(ForwardProcessTrainer):
         return self.accelerator.unwrap_model(self.flow.model).disable_adapter()
 
     def targets(self, sampled: RolloutBatch, rewards: Tensor, rows: list[int]) -> tuple[Tensor]:
-        return (in_float32(self.args.reward_multiplier * centered(rewards).flatten()),)
+        others = rewards.shape[1] - 1
+        # G / (G - 1) times the distance from the mean of all is that from the mean of the others.
+        multiplier = self.args.reward_multiplier * (others + 1) / others
+        return (in_float32(multiplier * centered(rewards).flatten()),)
 
     def loss(self, velocity: Tensor, old_velocity: Tensor, batch: ScoredBatch, level: int) -> SurrogateLoss:
         base_velocity = old_velocity

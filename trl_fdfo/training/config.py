@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import Field, dataclass, field, fields, replace
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -609,7 +609,11 @@ class RolloutConfig(TrainingArguments):
         # Left out of `result_options` under some schedules, so that not to know it does not mean to be older.
         if name not in self._own_options() or name == "num_rollouts":
             return True
-        default = next(vars(each)[name] for each in reversed(type(self).__mro__) if name in vars(each))
+        configs = [each for each in reversed(type(self).__mro__) if is_dataclass(each)]
+        first = next(each.__dataclass_fields__[name] for each in configs if name in each.__dataclass_fields__)
+        default = first.default if first.default_factory is MISSING else first.default_factory()
+        if default is MISSING:
+            return False
         try:
             return replace(self, **{name: default}).result_options()[name] == self.result_options()[name]
         except ValueError:  # the other options need another value
