@@ -11,7 +11,6 @@ each rollout, so the report is of the thresholds as they are now.
 """
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -23,7 +22,8 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from benchmarks import runs as kept
+from benchmarks.runs import append
+from benchmarks.runs import load as load_results
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -169,7 +169,7 @@ def cost(rollouts: int = 5) -> str:
 
 
 def load() -> dict[str, dict[str, Any]]:
-    return {result["name"]: result for result in kept.load(RUNS)}
+    return {result["name"]: result for result in load_results(RUNS)}
 
 
 # The report -----------------------------------------------------------------------------------------------------------
@@ -231,8 +231,7 @@ def main() -> None:
     missing = [] if args.report else [run for run in runs() if run.name not in load()]
     for run in missing:
         result = train(run)
-        with RUNS.open("a") as file:
-            file.write(json.dumps(result) + "\n")
+        append(result, RUNS)
         print(time.strftime("%H:%M:%S"), run.name, result["reward"][-1], flush=True)
     REPORT.write_text(report(load()))
     print(REPORT.read_text())

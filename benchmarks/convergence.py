@@ -6,9 +6,9 @@ many images and are tuned over grids of the same size.
     python benchmarks/convergence.py --report    # the report alone: results/convergence.md, docs/convergence.png
 
 All runs take some hours on two cores; a run that has a result is not repeated. They come in this order: the grids, with a
-seed that is used nowhere else; five seeds with the best settings, of all algorithms in the cells of `RACE`, and of FDFO
-and Flow-GRPO in those of `CELLS`; ablations of FDFO with three seeds; the most expensive cell; the cost of a rollout in
-each cell.
+seed that is used nowhere else; five seeds with the best settings, of all algorithms in the cells of `RACE` and `RACE_20`,
+and of FDFO and Flow-GRPO in those of `CELLS`; ablations of FDFO with three seeds; the most expensive cell; the cost of a
+rollout in each cell.
 
 On one machine a run's settings and seed decide its result to the bit, however busy the machine is. Its CPU seconds
 would not repeat, because runs share a processor. So the costs of a rollout are measured in turn in one process, and the

@@ -93,7 +93,7 @@ def run_missing(
                 failure = failure or error
                 continue  # no run begins any more, and those beside it are kept
             result = future.result()
-            _append(result, path)
+            append(result, path)
             print(f"{time.strftime('%H:%M:%S')} {run}: {result.get('failed') or result['reward'][-1]}", flush=True)
             if failure is None:
                 begin()
@@ -101,7 +101,8 @@ def run_missing(
         raise failure
 
 
-def _append(result: dict[str, Any], path: Path) -> None:
+def append(result: dict[str, Any], path: Path) -> None:
+    """Write a result as a line of its own."""
     path.parent.mkdir(exist_ok=True)
     is_open = path.is_file() and not path.read_bytes().endswith(b"\n")  # a last line of which an editor took the end
     with path.open("a") as file:

@@ -100,3 +100,13 @@ def test_the_report_has_every_setting_that_ran():
     for name in {result["run"]["setting"] for result in results}:
         assert f"| {name} |" in text
     assert len({round(result["reward"][0], 3) for result in results}) == 1  # before training
+
+
+def test_a_setting_whose_runs_a_watchdog_ended_has_a_row():
+    name, other = list(comparison.SETTINGS)[:2]
+    ended = {"run": {"setting": name, "seed": 1}, "rollouts": [0], "reward": [0.2], "diversity": [0.1], "seconds": []}
+    ended |= {"ties": [], "failed": "WatchdogError: it came apart"}
+    whole = next(result for result in load(comparison.RUNS) if result["run"]["setting"] == other)
+    rows = [line[2:-2].split(" | ") for line in comparison.report([ended, whole]).splitlines() if line[:1] == "|"]
+    assert rows[-2][:2] == [name, "0.200"] and rows[-2][-1] == "1, 1 of them ended by a watchdog"
+    assert len({len(row) for row in rows}) == 1

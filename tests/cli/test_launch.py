@@ -1,6 +1,7 @@
 """Options of accelerate's launcher on the command line of a run."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
+from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from trl_fdfo.cli import launch, quick
 from trl_fdfo.cli.arguments import Parser, RunArguments
@@ -117,3 +119,14 @@ def test_an_interrupt_of_the_launcher_is_passed_on_and_waited_for():
         cwd=Path(__file__).parents[2],
     )
     assert done.stdout == "saved\n\n", done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_torchrun_has_passed_on_is_the_exit_code(monkeypatch, number):
+    def signalled(arguments):
+        raise SignalException("it got a signal", number)
+
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", signalled)
+    with pytest.raises(SystemExit) as ended:
+        launch.launch(["train"], ["--num_processes", "2"])
+    assert ended.value.code == 128 + number

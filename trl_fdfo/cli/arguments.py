@@ -40,7 +40,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-# What the packaged pipeline is called with unless something else is said: no text beyond CLIP's, as it was trained.
+# The packaged pipeline knows this size, and no text beyond CLIP's: so it is called unless the user says otherwise.
 PACKAGED_CALL = {"max_sequence_length": 0}
 PACKAGED_SIZE = {"height": 32, "width": 32}
 MERGE_FORMATS = ("pipeline", "checkpoint", "lora")

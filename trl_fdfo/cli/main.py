@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import sys
 import time
 
@@ -47,7 +48,7 @@ def main(args: list[str] | None = None) -> None:
     except KeyboardInterrupt as interrupt:
         if DEBUG in os.environ:
             raise
-        _exit(f"trl-fdfo {name}: {interrupt}" if str(interrupt) else f"trl-fdfo {name}: ended by Ctrl-C.", 130)
+        _exit(f"trl-fdfo {name}: {str(interrupt) or 'ended by Ctrl-C.'}", 128 + signal.SIGINT)
     except Exception as error:
         if DEBUG in os.environ or not is_of_the_user(error):
             raise

@@ -76,6 +76,7 @@ def train(script: RunArguments, config: RolloutConfig) -> None:
 
 
 def _call_as_trained(script: RunArguments, config: RolloutConfig) -> None:
+    """Complete the arguments of the packaged pipeline's call. The user's own `pipeline_kwargs` may be about others."""
     if script.model == "shapes":
         config.pipeline_kwargs = PACKAGED_CALL | (config.pipeline_kwargs or {})
 

@@ -2,22 +2,20 @@
 Reinforce Adjoint Matching (Bergmeister et al. 2026, arXiv 2605.10759): flow matching on the policy's own samples, whose
 target is that of pretraining, corrected by the reward.
 
-Of all policies p, the one with the highest E_p[R] - lambda KL(p || p_base) has the velocity
+The policy p that maximises E_p[R] - lambda KL(p || p_base) has, to first order in R / lambda, the velocity
 
     v*(x_t, t) = v_base(x_t, t) + E[R (v - v*(x_t, t)) | x_t] / lambda        with x_t = (1 - t) x_0 + t eps, v = eps - x_0
 
-to first order in R / lambda, and exactly for Gaussians and a linear reward. That is what the loss regresses on, with samples
-x_0 of the policy that is trained:
+and exactly this one for Gaussians and a linear reward. The loss regresses on it, with samples x_0 of the policy in training:
 
     L = |v_theta - sg(v_base + R / lambda (v - v_theta))|^2
 
-What does not depend on x_0 may be taken from R, because E[v - v_theta | x_t] is 0 on the policy's own samples: here the mean
-reward of the prompt's other images, with which the loss varies less.
+R is the reward of an image minus the mean reward of its prompt's other images. This baseline does not depend on x_0, and
+E[v - v_theta | x_t] is 0 on the policy's own samples. So it changes no gradient on average, and the loss varies less.
 
 Departures from the paper: |.|^2 is the mean over the latent elements, not their sum, which AdamW does not see; x_0 are of the
-policy as it was when the rollout began; the mean reward of the other images; and the correction by the cost of the path, which the
-paper adds in a variant, is left out. The equation is that of published descriptions of the method, derived again; the paper's
-numbers were not at hand.
+policy as it was when the rollout began; the baseline; and the paper's variant that corrects for the cost of the path is left
+out. The equation is that of published descriptions of the method, derived again; the paper's numbers were not at hand.
 
 Dimensions: N samples.
 """

@@ -7,7 +7,7 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -150,9 +150,9 @@ class RolloutConfig(TrainingArguments):
             bits: the batch that is replayed is smaller than the one that was sampled. `None` takes `num_generations`.
         prompt_sampling (`str`, defaults to `"uniform"`):
             How often each prompt is drawn. `"uniform"`: once in each pass over the dataset. `"informative"`: in each pass with a
-            chance of 1 / (n + 1), if its images tied in reward in each of its last n draws and another prompt's in none of its
-            last ones. For rewards that always tie on many prompts; it changes something from the second pass on. `reward` is then that of other prompts than in a uniform run:
-            compare evaluations.
+            chance of 1 / (n + 1), relative to that of the prompt that tied least, if its images tied in reward in each of its last
+            n draws. For rewards that always tie on many prompts; it changes something from the second pass on. `reward` is then
+            that of other prompts than in a uniform run: compare evaluations.
         num_inference_steps (`int`, defaults to `40`):
             Steps T of the sampler.
         guidance_scale (`float`, *optional*, defaults to `1.0`):
@@ -666,15 +666,21 @@ class RolloutConfig(TrainingArguments):
                 f"{self.optimizer_steps_per_rollout} equal steps. The nearest that can: optimizer_steps_per_rollout="
                 f"{' or '.join(map(str, steps))}, or prompts_per_rollout={lower} or {upper}."
             )
-        levels = ("num_inference_steps", "timestep_fraction")
-        batches = ("prompts_per_rollout", "per_device_prompt_batch_size", *levels, "optimizer_steps_per_rollout")
-        self._derive("gradient_accumulation_steps", units // self.optimizer_steps_per_rollout, batches)
-        images = ("per_device_prompt_batch_size", "num_generations")
-        self._derive("per_device_train_batch_size", self.per_device_prompt_batch_size * self.num_generations, images)
+        self._derive(
+            "gradient_accumulation_steps",
+            units // self.optimizer_steps_per_rollout,
+            *("prompts_per_rollout", "per_device_prompt_batch_size", "num_inference_steps", "timestep_fraction"),
+            "optimizer_steps_per_rollout",
+        )
+        self._derive(
+            "per_device_train_batch_size",
+            self.per_device_prompt_batch_size * self.num_generations,
+            *("per_device_prompt_batch_size", "num_generations"),
+        )
         # An epoch of the Trainer is a rollout.
-        self._derive("num_train_epochs", self.num_rollouts, ["num_rollouts"])
+        self._derive("num_train_epochs", self.num_rollouts, "num_rollouts")
 
-    def _derive(self, name: str, value: int, options: Sequence[str]) -> None:
+    def _derive(self, name: str, value: int, *options: str) -> None:
         """Set an option of `TrainingArguments` that follows from these of ours; refuse another value."""
         given = getattr(self, name)
         if given not in (None, value):

@@ -9,8 +9,7 @@ from .config import RolloutConfig, option, with_help
 @with_help
 class ForwardProcessConfig(RolloutConfig):
     r"""
-    Options of an algorithm that noises endpoints afresh: those of [`RolloutConfig`], of which these have another default, as
-    the papers have them.
+    Options of an algorithm that noises endpoints afresh: those of [`RolloutConfig`], of which these have another default.
 
     Parameters:
         > Forward process

@@ -338,8 +338,8 @@ def unknown_options(
             return Here((renamed[name],))
         plain = name.removeprefix("config.").replace(".", "_")
         there = next((_OPTIONS[group + plain] for group in _GROUPS if group + plain in _OPTIONS), None)
-        plain_name = name.partition(".")[0]
-        owner = owners().get(plain_name) if plain_name not in known else None
+        option = name.partition(".")[0]
+        owner = owners().get(option) if option not in known else None
         if owner and not (there and set(there.names) & set(known)):
             return _none(f"it is an option of {owner}")
         return there

@@ -120,13 +120,11 @@ class InformativePrompts:
         the file. It warns of prompts that were not counted.
         """
         path = Path(folder, self.FILE_NAME)
-        nothing = np.zeros(0, dtype=np.int64)
         saved = load_file(path) if path.is_file() else {}
-        saved = saved if "keys" in saved else {"keys": nothing, "ties": nothing}
         self.start(position)
-        counted = dict(zip(saved["keys"].tolist(), saved["ties"].tolist()))
+        counted = dict(zip(saved["keys"].tolist(), saved["ties"].tolist())) if "keys" in saved else {}
         self.ties[self._prompt_of] = [counted.get(key, 0) for key in self._keys.tolist()]
-        if np.array_equal(saved["keys"], self._keys):
+        if counted and np.array_equal(saved["keys"], self._keys):
             self.position = self._end = int(saved["position"][0])
         missing = len({*self._keys.tolist()} - counted.keys())
         if missing:
@@ -152,6 +150,7 @@ def row_keys(dataset: Dataset) -> list[int]:
 
 
 def _has_media(feature: Any) -> bool:
+    """Whether values of a feature of `datasets` are images, videos, sounds or files, in lists and dicts too."""
     if isinstance(feature, dict):
         return any(map(_has_media, feature.values()))
     if hasattr(feature, "feature"):  # a list

@@ -337,7 +337,7 @@ class RolloutTrainer(Algorithm, Trainer):
         evaluated = config.num_eval_prompts or 0
         if evaluated:
             prompts, _ = hold_out(prompts, config.dataset_prompt_column, evaluated)
-        informative_prompts(config, prompts)
+        informative_prompts(config, prompts)  # for its warning
         if config.eval_dataset_name is not None:
             evaluated = len(load_prompts(config.eval_dataset_name, config.dataset_prompt_column, "eval_dataset_name"))
         return plan_without_weights(
