@@ -23,7 +23,7 @@ FDFO = FIRST["FDFO"]
 FIRST_LEVEL = {"FDFO, fast", "first level alone", "2 of 2 images", "2 of 6 images", "a constant learning rate"}
 FIRST_LEVEL |= {f"rollouts of {steps} steps" for steps in (10, 4, 3)}
 CELLS = {
-    *(("FDFO", 5, 0.4), *convergence.RACE, *convergence.RACE_20),
+    *(("FDFO", 5, 0.4), *convergence.RACE, *convergence.RACE_20, *convergence.COARSE_20),
     *((name, *cell) for name in convergence.PAIR for cell in convergence.CELLS),
 }
 
@@ -67,9 +67,8 @@ def test_when_a_reward_is_reached():
 
 def test_all_runs_are_scored_on_the_same_images():
     """Before training the reward depends on the steps of the scored images alone; coarse rollouts do not change them."""
-    before = {
-        (max(r["run"]["steps"], convergence.TUNED_STEPS), round(r["reward"][0], 3)) for r in load(convergence.RUNS)
-    }
+    results = [(Run(**result["run"]), result["reward"][0]) for result in load(convergence.RUNS)]
+    before = {(max(run.steps, run.use_steps), round(reward, 3)) for run, reward in results}
     assert len(before) == len({steps for steps, _ in before})
 
 
@@ -92,6 +91,8 @@ def test_report_of_made_up_runs(tmp_path, monkeypatch):
         results.append(made(replace(best["AWM"], seed=seed), [0.5, 0.6, 0.7, 0.74], 0.7))
     results.append(made(replace(best["FDFO"], steps=5, fraction=0.4, seed=1), [0.5, 0.8, 0.8, 0.9], 0.9))
     results.append(made(replace(best["FDFO"], steps=20, seed=1), [0.5, 0.7, 0.8, 0.9], 0.9))
+    judged = replace(best["FDFO"], use_steps=20, seed=1)
+    results.append(made(judged, [0.5, 0.6, 0.7, 0.88], 0.9))
     for name, run in best.items():
         assert convergence.best(results, name, 10, 0.25) == run
         assert convergence.best(results, name, 20, 0.25) == replace(run, steps=20)
@@ -120,6 +121,11 @@ def test_report_of_made_up_runs(tmp_path, monkeypatch):
         "| 0.725 | 2.25 (11 s) | 3 (15 s) | 4.5 (22 s) | 6 (30 s) | 7.5 (38 s), 1.00 times as soon | 30 (150 s) | 1 |"
     )
     assert f"| FDFO, 20 steps, a quarter {twenty}" in text
+    # Its rollouts of 10 steps take 2 s.
+    judged = (
+        "| 0.670 | 4.5 (9 s) | 6 (12 s) | 6.83 (14 s) | 7.67 (15 s) | 8.5 (17 s), 2.21 times as soon | 30 (60 s) | 1 |"
+    )
+    assert f"| FDFO, 10 steps, a quarter, images of 20 steps {judged}" in text
     assert f"| AWM, 10 steps, a quarter {awm}" in text and f"| FDFO, 5 steps, two fifths {coarse}" in text
     assert (
         "| AWM, 10 steps, a quarter | epsilon 0.000625 | epsilon 0.0025 | epsilon 0.01 | epsilon 0.04 | epsilon 0.16 |"

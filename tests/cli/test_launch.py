@@ -64,6 +64,26 @@ def test_a_packaged_config_is_found_from_anywhere(name, tmp_path, monkeypatch):
     assert all(file.is_file() and file.stem == name for file in files)
 
 
+@pytest.mark.parametrize(
+    ("given", "is_distributed"),
+    [
+        ("", False),
+        ("--multi_gpu", True),
+        ("--use_fsdp", True),
+        (f"--config_file {launch.CONFIGS / 'zero2.yaml'}", True),
+        (f"--config_file {launch.CONFIGS / 'single_gpu.yaml'}", False),
+    ],
+)
+def test_whether_accelerate_knows_a_way_to_start_several_processes(given, is_distributed, tmp_path, monkeypatch):
+    monkeypatch.setattr("accelerate.commands.config.config_args.default_config_file", str(tmp_path / "none.yaml"))
+    assert launch._is_distributed(launch_command_parser().parse_args([*given.split(), "script.py"])) == is_distributed
+
+
+def test_several_processes_that_would_be_one_are_refused():
+    with pytest.raises(ValueError, match="starts one process.*--use_cpu true"):
+        launch.launch(["train"], ["--cpu", "--num_processes", "2"])
+
+
 RECIPE = """
 model: shapes
 reward: trl_fdfo.shapes:reward
@@ -88,7 +108,7 @@ save_strategy: "no"
 def test_a_run_in_two_processes(tmp_path, warm_python):
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     command = [warm_python.path, "-m", "trl_fdfo", "train", "--config", "recipe.yaml", "--output_dir", "out"]
-    command += ["--accelerate_config", "ddp", "--num_processes", "2", "--main_process_port", "0"]
+    command += ["--num_processes", "2", "--main_process_port", "0"]  # of which accelerate, without GPUs, would start one
     environment = {**os.environ, **warm_python.environment}
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]

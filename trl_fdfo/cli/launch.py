@@ -95,8 +95,17 @@ def launch(command: list[str], launched: list[str]) -> None:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    options = launch_command_parser().parse_args(arguments)
+    # Accelerate takes several processes for several GPUs if it sees these; else it starts one process and says nothing.
+    if (own.num_processes or 1) > 1 and not _is_distributed(options):
+        if options.cpu:
+            raise ValueError(
+                f"--cpu with --num_processes {own.num_processes} starts one process, as accelerate has several on CPUs through MPI "
+                "alone (--mpirun_hostfile). For processes without it pass --use_cpu true instead."
+            )
+        options.multi_gpu = True
     try:
-        launch_command(launch_command_parser().parse_args(arguments))
+        launch_command(options)
     except (ChildFailedError, subprocess.CalledProcessError):  # the process has said why
         sys.exit(1)
     except SignalException as error:  # which torchrun has passed on
@@ -106,6 +115,18 @@ def launch(command: list[str], launched: list[str]) -> None:
         sys.exit(128 + signal.SIGINT)
     except ValueError as error:
         raise ValueError(f"accelerate launch: {error}") from error
+
+
+def _is_distributed(options: argparse.Namespace) -> bool:
+    """Whether options of accelerate, or its config, say in which way there are several processes."""
+    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+    from accelerate.utils import DistributedType
+
+    ways = ("multi_gpu", "mpirun_hostfile", "tpu", "tpu_use_cluster", "use_deepspeed", "use_fsdp", "use_megatron_lm")
+    if any(getattr(options, way) for way in ways):
+        return True
+    file = options.config_file or default_config_file
+    return Path(file).is_file() and load_config_from_file(file).distributed_type != DistributedType.NO
 
 
 def _pass_on_interrupts() -> None:
