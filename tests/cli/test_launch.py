@@ -108,7 +108,12 @@ save_strategy: "no"
 def test_a_run_in_two_processes(tmp_path, warm_python):
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     command = [warm_python.path, "-m", "trl_fdfo", "train", "--config", "recipe.yaml", "--output_dir", "out"]
-    command += ["--num_processes", "2", "--main_process_port", "0"]  # of which accelerate, without GPUs, would start one
+    command += [
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+    ]  # of which accelerate, without GPUs, would start one
     environment = {**os.environ, **warm_python.environment}
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -10,12 +10,13 @@ import pytest
 import tiny_pipelines
 import torch
 from datasets import Dataset
+from forward_runs import make_forward  # noqa: F401
 from huggingface_hub import ModelCard
 from PIL import Image
 from tiny_runs import PROMPTS, redness
 from transformers import SchedulerType
 
-from trl_fdfo import shapes
+from trl_fdfo import AWMTrainer, DiffusionNFTTrainer, RAMTrainer, shapes
 from trl_fdfo.comparison import Comparison
 from trl_fdfo.media import Media, Outputs
 from trl_fdfo.pipeline.loading import load_pipeline
@@ -263,6 +264,20 @@ def test_every_saved_result_has_a_card(make_trainer, tmp_path):
     assert "2 rollouts, 16 images, of 6 prompts from a list of its own" in card.text
     hyperparameters = dict(table(card.text, "hyperparameter")[1:])
     assert hyperparameters["`lora_r`"] == "4" and hyperparameters["`churn`"] == "0.2"
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "has"),
+    [
+        (AWMTrainer, {"epsilon", "beta"}),
+        (DiffusionNFTTrainer, {"nft_beta", "beta"}),
+        (RAMTrainer, {"reward_multiplier"}),
+    ],
+)
+def test_a_card_lists_what_its_algorithm_uses(make_forward, tmp_path, trainer_class, has):  # noqa: F811
+    make_forward(trainer_class).save_model(str(tmp_path / "out"))
+    listed = {row[0].strip("`") for row in table(card_of(tmp_path / "out").text, "hyperparameter")[1:]}
+    assert listed & {"epsilon", "beta", "nft_beta", "reward_multiplier"} == has
 
 
 def test_results_pictures_and_samples(make_trainer, tmp_path):

@@ -6,6 +6,8 @@ from conftest import logged, trained_weights, warnings_of_the_package
 from tiny_runs import redness
 from transformers import TrainerCallback
 
+import trl_fdfo
+from trl_fdfo import FDFOConfig
 from trl_fdfo.training.watchdogs import MAX_IDLE_ROLLOUTS, WatchdogError, Watchdogs
 
 
@@ -72,7 +74,7 @@ def test_gradient_that_is_not_finite_ends_the_run_before_the_step(make_trainer, 
 
 
 def test_gradient_far_above_the_usual_is_reported(caplog):
-    watchdogs = Watchdogs(epsilon=0.1)
+    watchdogs = Watchdogs(FDFOConfig(output_dir="out", use_cpu=True))
     for step in range(30):
         watchdogs.check_gradient(1.0 + step / 100, step)
     watchdogs.check_gradient(40.0, 30)
@@ -81,9 +83,30 @@ def test_gradient_far_above_the_usual_is_reported(caplog):
     assert "gradient norm of step 32 is 900, and 1.15 was usual" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "smaller_updates", "more_noise"),
+    [
+        ("FDFO", "a smaller epsilon", " A larger churn makes"),
+        ("FlowGRPO", "a smaller epsilon", " A larger noise_level makes"),
+        ("AWM", "a smaller epsilon", ""),
+        ("DiffusionNFT", "a larger nft_beta, old_policy_decay or beta", ""),
+        ("RAM", "a lower reward_multiplier or learning_rate", ""),
+    ],
+)
+def test_a_warning_advises_options_of_its_algorithm(caplog, algorithm, smaller_updates, more_noise):
+    config = getattr(trl_fdfo, f"{algorithm}Config")(output_dir="out", use_cpu=True)
+    watchdogs = Watchdogs(config)
+    for step in range(30):
+        watchdogs.check_gradient(1.0 if step < 29 else 900.0, step)
+    watchdogs.check_rewards(0, differs=False)
+    unstable, idle = caplog.messages
+    assert smaller_updates in unstable and more_noise in idle and idle.endswith("differ more.") == bool(more_noise)
+    assert not any(option in unstable + idle for option in config.idle_options)
+
+
 def test_identical_branches_end_the_run(make_trainer):
     trainer = make_trainer(churn=1e-20)
-    with pytest.raises(WatchdogError, match=r"are the same \(.*rounding of torch.float32: raise `churn`"):
+    with pytest.raises(WatchdogError, match=r"are the same \(.*rounding of torch.float32.*larger churn"):
         trainer.train()
     assert trainer.state.global_step == 0
 
@@ -134,7 +157,7 @@ def test_ratio_outside_of_the_trust_region_is_reported(make_trainer, caplog):
 
 
 def test_ratio_that_is_not_one_before_the_first_step_is_reported(caplog):
-    watchdogs = Watchdogs(epsilon=0.1)
+    watchdogs = Watchdogs(FDFOConfig(output_dir="out", use_cpu=True, epsilon=0.1))
     watchdogs.check_first_ratio(0.04)
     assert not warnings_of_the_package(caplog)
     watchdogs.check_first_ratio(0.06)

@@ -1,8 +1,9 @@
 """Options of DiffusionNFT."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from ..training.config import RolloutConfig, option, with_help
+from ..training.config import option, with_help
 from ..training.forward_process_config import ForwardProcessConfig
 
 
@@ -24,6 +25,9 @@ class DiffusionNFTConfig(ForwardProcessConfig):
             How much that share, which starts at 0, grows with each rollout, >= 0.
     """
 
+    idle_options: ClassVar[dict[str, str]] = {"epsilon": "has nothing to clip, as DiffusionNFT has no ratio"}
+    smaller_updates: ClassVar[str] = "a lower learning_rate, or a larger nft_beta, old_policy_decay or beta"
+
     nft_beta: float = option(1.0)
     old_policy_decay: float = option(0.5)
     old_policy_decay_rate: float = option(0.001)
@@ -40,9 +44,4 @@ class DiffusionNFTConfig(ForwardProcessConfig):
             raise ValueError(
                 f"old_policy_decay_rate={self.old_policy_decay_rate} must be >= 0: the decay grows from 0 to "
                 "old_policy_decay."
-            )
-        if self.epsilon != RolloutConfig.epsilon:
-            raise ValueError(
-                f"epsilon={self.epsilon} has nothing to clip, as DiffusionNFT has no ratio: leave it out. What keeps its "
-                "updates small is a larger nft_beta or old_policy_decay, or a lower learning_rate."
             )

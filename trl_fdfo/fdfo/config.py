@@ -1,7 +1,7 @@
 """Options of FDFO, in the order of the paper's steps."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ..training.config import RolloutConfig, derived, option, with_help
 from ..training.config_checks import check_ranges, read_json_dict
@@ -73,6 +73,8 @@ class FDFOConfig(RolloutConfig):
     }
 
     # Step 1: paired rollouts
+    noise_option: ClassVar[str | None] = "churn"
+
     churn: float | None = option(None)
     churn_schedule: str = option("constant", choices=tuple(CHURN_SCHEDULES))
     churn_kwargs: dict | str | None = option(None)

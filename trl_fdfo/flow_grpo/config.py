@@ -1,6 +1,7 @@
 """Options of Flow-GRPO."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from transformers.utils import logging
 
@@ -58,6 +59,8 @@ class FlowGRPOConfig(RolloutConfig):
         learning_rate (`float`, defaults to `3e-4`):
             Initial learning rate of AdamW.
     """
+
+    noise_option: ClassVar[str | None] = "noise_level"
 
     sde_type: str = option("sde", choices=SDE_TYPES)
     noise_level: float = option(0.7)

@@ -1,8 +1,9 @@
 """Options of Reinforce Adjoint Matching."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from ..training.config import RolloutConfig, option, with_help
+from ..training.config import option, with_help
 from ..training.forward_process_config import ForwardProcessConfig
 
 
@@ -21,6 +22,12 @@ class RAMConfig(ForwardProcessConfig):
             the authors' code, for rewards in [0, 1].
     """
 
+    idle_options: ClassVar[dict[str, str]] = {
+        "epsilon": "has nothing to clip, as RAM has no ratio",
+        "beta": "weighs the distance from the base model, which RAM's loss has anyway",
+    }
+    smaller_updates: ClassVar[str] = "a lower reward_multiplier or learning_rate"
+
     reward_multiplier: float = option(50.0)
 
     def _check(self) -> None:
@@ -35,13 +42,3 @@ class RAMConfig(ForwardProcessConfig):
                 "use_peft=False leaves no base model, which RAM compares with: that is the model with its adapter disabled. Set "
                 "use_peft=True."
             )
-        idle = {
-            "epsilon": "has nothing to clip, as RAM has no ratio",
-            "beta": "weighs the distance from the base model, which RAM's loss has anyway",
-        }
-        for name, why in idle.items():
-            if getattr(self, name) != getattr(RolloutConfig, name):
-                raise ValueError(
-                    f"{name}={getattr(self, name)} {why}: leave it out. What keeps its updates small is a lower reward_multiplier "
-                    "or learning_rate."
-                )

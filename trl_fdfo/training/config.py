@@ -370,6 +370,12 @@ class RolloutConfig(TrainingArguments):
     # Options that had another name in an earlier version, and their new spelling.
     renamed_options: ClassVar[dict[str, str]] = {}
 
+    # What an algorithm's own config says of it: the shared options that do nothing here, and why; what makes updates smaller, and
+    # which option the images of a prompt differ by, as warnings advise.
+    idle_options: ClassVar[dict[str, str]] = {}
+    smaller_updates: ClassVar[str] = "a lower learning_rate, a smaller epsilon or a larger beta"
+    noise_option: ClassVar[str | None] = None
+
     # Data
     dataset_name: str | None = option(None, changes_result=False)
     dataset_prompt_column: str = option("prompt", changes_result=False)

@@ -204,6 +204,11 @@ def check_rollouts(config: TrainingArguments, scales: Sequence[str], samplings: 
 def check_training(config: TrainingArguments) -> None:
     if not 0 < config.timestep_fraction <= 1:
         raise ValueError(f"timestep_fraction={config.timestep_fraction} must be in (0, 1]: 1 trains on all levels.")
+    for name, why in config.idle_options.items():
+        if getattr(config, name) != getattr(type(config), name):
+            raise ValueError(
+                f"{name}={getattr(config, name)} {why}: leave it out. What keeps updates small is {config.smaller_updates}."
+            )
     if not config.epsilon > 0:
         raise ValueError(f"epsilon={config.epsilon} must be > 0: it is how far a rollout may move the ratio from 1.")
     if config.ema_decay is not None and not 0 <= config.ema_decay < 1:

@@ -30,7 +30,7 @@ from .prompts import is_file_name
 
 logger = logging.get_logger(__name__)
 
-# On every model card, behind the algorithm's own.
+# On every model card, behind the algorithm's own, unless the algorithm has no use for one.
 _HYPERPARAMETERS = (
     *("timestep_fraction", "optimizer_steps_per_rollout", "num_iterations", "epsilon", "beta", "learning_rate"),
     *("lr_scheduler_type", "weight_decay", "max_grad_norm", "ema_decay", "seed"),
@@ -219,7 +219,7 @@ def _sample_record(trainer: Trainer) -> SampleRecord | None:
 def _hyperparameters(trainer: Trainer) -> dict[str, Any]:
     args = trainer.args
     names = ("prompts_per_rollout", "num_generations", *trainer.hyperparameters, *_HYPERPARAMETERS)
-    found = {name: getattr(args, name) for name in names}
+    found = {name: getattr(args, name) for name in names if name not in args.idle_options}
     if args.num_candidates > args.num_generations:
         found["num_candidates"] = args.num_candidates
     if args.scale_rewards != "none":

@@ -160,7 +160,7 @@ class RolloutAlarms(TrainerCallback):
                 self._raised.add(sign)
                 if state.is_world_process_zero:
                     rollout = state.global_step / args.steps_per_rollout
-                    logger.warning(message(sign, values, rollout))
+                    logger.warning(message(sign, values, rollout, args.smaller_updates))
 
 
 def raised_at(sign: Sign, values: Sequence[float]) -> int | None:
@@ -169,13 +169,13 @@ def raised_at(sign: Sign, values: Sequence[float]) -> int | None:
     return next((end for end in ends if is_raised(sign, values[:WINDOW], values[end - WINDOW : end])), None)
 
 
-def message(sign: Sign, values: Sequence[float], rollout: float) -> str:
+def message(sign: Sign, values: Sequence[float], rollout: float, smaller_updates: str) -> str:
     before, after = np.mean(values[:WINDOW]), np.mean(values[-WINDOW:])
     return (
         f"Alarm after rollout {rollout:g}: {sign.metric} {'rose' if sign.change > 0 else 'fell'} from {before:.3g} (mean of the "
         f"first {WINDOW} logs) to {after:.3g} (of the last {WINDOW}), by more than {abs(sign.change):.0%}, which usually means "
-        f"that {sign.meaning}. If the sheets in pictures/ show it, go back to an earlier checkpoint and raise beta, lower "
-        "epsilon or learning_rate, or add a reward that dislikes it."
+        f"that {sign.meaning}. If the sheets in pictures/ show it, go back to an earlier checkpoint with "
+        f"{smaller_updates}, or add a reward that dislikes it."
     )
 
 

@@ -269,8 +269,8 @@ def _sample_some(
     if not sampled.endpoints.isfinite().all():
         raise WatchdogError(
             f"{type(trainer.pipeline).__name__} has sampled latents that are not finite, in {sampled.endpoints.dtype}. Does "
-            "it sample well by itself, in this dtype and at this size? If so, lower the sampler's noise (`churn`, or "
-            "`noise_level`) or the learning rate."
+            "it sample well by itself, in this dtype and at this size? If so, lower "
+            f"{' or '.join(filter(None, (args.noise_option, 'learning_rate')))}."
         )
 
     repeated = {name: repeat_each(values, branches) for name, values in columns.items()}

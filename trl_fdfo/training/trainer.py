@@ -260,7 +260,7 @@ class RolloutTrainer(Algorithm, Trainer):
     def _add_collaborators(self) -> None:
         args = self.args
         self._averages: list[WeightAveraging] = []
-        self._watchdogs = Watchdogs(args.epsilon)
+        self._watchdogs = Watchdogs(args)
         self.metrics = RolloutMetrics(
             self.accelerator,
             self.reward_functions,

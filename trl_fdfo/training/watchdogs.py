@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from .config import RolloutConfig
+
 
 logger = logging.get_logger(__name__)
 
@@ -37,11 +39,13 @@ class WatchdogError(RuntimeError):
 class Watchdogs:
     """
     Args:
-        epsilon (`float`): Half the width of the trust region.
+        config ([`RolloutConfig`]): Has the trust region, and what a warning advises.
     """
 
-    def __init__(self, epsilon: float):
-        self.epsilon = epsilon
+    def __init__(self, config: RolloutConfig):
+        self.epsilon = config.epsilon
+        self._smaller_updates = config.smaller_updates
+        self._noise_option = config.noise_option
         self._gradients: deque[float] = deque(maxlen=GRADIENT_WINDOW)
         self._idle_rollouts = 0
         self._losses: list[tuple[Tensor, int]] = []  # of the next optimizer step
@@ -70,7 +74,7 @@ class Watchdogs:
             culprit = "The loss overflowed" if velocity_is_finite else "The velocity has values that are not finite"
             raise WatchdogError(
                 f"The loss is {loss} at noise level {level}, before the optimizer step: the weights are those of the step "
-                f"before. {culprit}. Resume from the last checkpoint with a lower learning_rate or a smaller epsilon and "
+                f"before. {culprit}. Resume from the last checkpoint with {self._smaller_updates}, and "
                 "resume_with_changed_options=True; with fp16, use bf16."
             )
 
@@ -90,7 +94,7 @@ class Watchdogs:
             if norm > GRADIENT_FACTOR * usual:
                 logger.warning(
                     f"The gradient norm of step {step + 1} is {norm:.3g}, and {usual:.3g} was usual: the run is becoming "
-                    "unstable. A lower learning_rate, a smaller epsilon or a larger beta steadies it."
+                    f"unstable. What steadies it is {self._smaller_updates}."
                 )
         self._gradients.append(norm)
 
@@ -99,8 +103,7 @@ class Watchdogs:
         if error > MAX_FIRST_RATIO_ERROR * self.epsilon:
             logger.warning(
                 f"The ratio is off from 1 by {error:.3g} before the first step, more than half of epsilon={self.epsilon}: "
-                "rounding eats the trust region. More churn makes the images differ more, for which the ratio is less "
-                "sensitive; float32 rounds less."
+                f"rounding eats the trust region, and float32 rounds less.{self._more_noise()}"
             )
 
     def check_ratio(self, error: float) -> None:
@@ -125,13 +128,13 @@ class Watchdogs:
         rounding = torch.finfo(dtype).eps
         if distance < NO_ROUNDINGS * rounding:
             raise WatchdogError(
-                f"The images of each prompt are the same (they differ by {distance:.2g} of the spread of all images): there "
-                f"is no difference to learn from. The churn is lost in the rounding of {dtype}: raise `churn`."
+                f"The images of each prompt are the same (they differ by {distance:.2g} of the spread of all images, less than "
+                f"the rounding of {dtype}): there is no difference to learn from.{self._more_noise()}"
             )
         if distance < MIN_ROUNDINGS * rounding:
             logger.warning(
                 f"The images of a prompt differ by {distance:.2g} of the spread of all images, near the rounding of "
-                f"{dtype}: their difference is noise. Raise `churn`."
+                f"{dtype}: their difference is noise.{self._more_noise()}"
             )
         if shared_noise is not None and shared_noise < MIN_SHARED_NOISE:
             logger.warning(
@@ -170,8 +173,13 @@ class Watchdogs:
             return
         message = (
             f"Rollout {rollout + 1}: the images of no prompt differ in reward, so there is nothing to learn from. Does "
-            "the reward apply to these prompts and have a slope there? More churn makes the images differ more."
+            f"the reward apply to these prompts and have a slope there?{self._more_noise()}"
         )
         if self._idle_rollouts >= MAX_IDLE_ROLLOUTS:
             raise WatchdogError(f"{message} That was the {self._idle_rollouts}th such rollout in a row.")
         logger.warning(message)
+
+    def _more_noise(self) -> str:
+        if self._noise_option is None:  # they differ as far as initial noise makes them
+            return ""
+        return f" A larger {self._noise_option} makes the images of a prompt differ more."
