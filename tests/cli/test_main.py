@@ -12,6 +12,7 @@ import pytest
 
 import trl_fdfo
 from trl_fdfo.cli import errors
+from trl_fdfo.cli.algorithms import ALGORITHMS, CONFIGS
 from trl_fdfo.cli.main import COMMANDS, DEBUG, main
 
 
@@ -41,6 +42,15 @@ def test_every_command_has_help(name, capsys):
     printed = capsys.readouterr().out
     assert printed.startswith(f"usage: trl-fdfo {name if name != 'demo' else 'train'}")
     assert callable(importlib.import_module(COMMANDS[name][0], "trl_fdfo.cli").main)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_help_lists_options_of_the_algorithm_alone(algorithm, capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--algorithm", algorithm, "--help"])
+    listed = {word for line in capsys.readouterr().out.splitlines() for word in line.split()[:1] if "--" in word}
+    idle = getattr(trl_fdfo, CONFIGS[algorithm]).idle_options
+    assert {"--epsilon", "--beta"} - listed == {f"--{name}" for name in idle}
 
 
 def test_the_package_has_the_command_and_its_files():

@@ -152,7 +152,8 @@ def config_class(name: str, is_plan: bool = False) -> type:
 
 def sections(config: type, show_inherited: bool = True) -> list[type]:
     """
-    The options of a config as dataclasses, one for each heading in the docstrings of its class and its bases.
+    The options of a config as dataclasses, one for each heading in the docstrings of its class and its bases. A list of options
+    does not show those that are idle in the algorithm.
 
     Args:
         config (`type`): A class that was loaded here.
@@ -162,7 +163,7 @@ def sections(config: type, show_inherited: bool = True) -> list[type]:
     for each in config.__mro__:
         for heading, name, text in () if each.__name__ == "TrainingArguments" else _paragraphs(each):
             if not any(name in texts for texts in headings.values()):
-                headings.setdefault(heading, {})[name] = text
+                headings.setdefault(heading, {})[name] = argparse.SUPPRESS if name in config.idle_options else text
     described = {name for texts in headings.values() for name in texts}
     options = {field.name: field for field in dataclasses.fields(config) if field.init}
     own = {n: f.metadata.get("help", "") for n, f in options.items() if n not in described and n in _own(config)}
