@@ -20,12 +20,11 @@ use of their table, 10 or 20, where the rollouts have fewer.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import math
 import os
-import platform
-import random
 import statistics
 import time
 from collections.abc import Iterable, Sequence
@@ -36,7 +35,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a core for each run
 
-from benchmarks.runs import load, number_of, run_missing, train_to_the_end
+from benchmarks.runs import load, measure_costs, number_of, run_missing, train_to_the_end
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -302,61 +301,6 @@ def train(run: Run) -> dict[str, Any]:
     if train_to_the_end(trainer, result):
         result["end"] = {name: round(value, 5) for name, value in score(8).items()}
     return result
-
-
-def measure_costs(settings: dict[str, Run], known: dict[str, Any], rounds: int = 4) -> dict[str, Any]:
-    """
-    CPU seconds of a rollout and its updates in each cell on one thread, the median of `rounds`; cells take turns.
-
-    Cells with a `known` cost keep it. The first cell is measured again beside the new ones, whose times are scaled by its
-    own, because a busy machine is slower.
-    """
-    import torch
-    from transformers import PrinterCallback, TrainerCallback
-
-    torch.set_num_threads(1)
-
-    class Clock(TrainerCallback):
-        def on_epoch_begin(self, args, state, control, **kwargs):
-            self.start = time.process_time()
-
-        def on_epoch_end(self, args, state, control, **kwargs):
-            self.seconds = time.process_time() - self.start
-
-    first, seconds_per_rollout = next(iter(settings)), dict(known.get("seconds_per_rollout", {}))
-    trainers, clock = {}, Clock()
-    for name, run in settings.items():
-        if name == first or name not in seconds_per_rollout:
-            trainers[name] = make_trainer(run, rollouts=1)
-            trainers[name].add_callback(clock)
-            trainers[name].pop_callback(PrinterCallback)
-    seconds: dict[str, list[float]] = {name: [] for name in trainers}
-    for _ in range(rounds + 1):
-        for name, trainer in random.sample(list(trainers.items()), len(trainers)):
-            trainer.train()
-            seconds[name].append(clock.seconds)
-    medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
-    scale = seconds_per_rollout.get(first, medians[first]) / medians[first]
-    return {
-        "machine": machine(),
-        "seconds_per_rollout": seconds_per_rollout | {name: round(scale * value, 3) for name, value in medians.items()},
-        "rounds": [
-            *known.get("rounds", []),
-            {name: [round(value, 3) for value in values[1:]] for name, values in seconds.items()},
-        ],
-    }
-
-
-def machine() -> str:
-    import torch
-
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        model = next(
-            (line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), model
-        )
-    return f"one core of {model}, torch {torch.__version__}"
 
 
 # The runs -------------------------------------------------------------------------------------------------------------
@@ -752,7 +696,8 @@ def main() -> None:
         cells = {run.cell: run for run in runs}
         costs = json.loads(COSTS.read_text()) if COSTS.is_file() else {}
         if not cells.keys() <= costs.get("seconds_per_rollout", {}).keys():
-            COSTS.write_text(json.dumps(measure_costs(cells, costs), indent=2) + "\n")
+            trainers = {cell: functools.partial(make_trainer, run, rollouts=1) for cell, run in cells.items()}
+            COSTS.write_text(json.dumps(measure_costs(trainers, costs), indent=2) + "\n")
     text = report(load(RUNS))
     REPORT.write_text(text)
     print(text)

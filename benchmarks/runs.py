@@ -4,9 +4,12 @@ import json
 import math
 import multiprocessing
 import os
+import platform
+import random
+import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,6 +102,72 @@ def run_missing(
                 begin()
     if failure is not None:
         raise failure
+
+
+def measure_costs(
+    trainers: Mapping[str, Callable[[], "Trainer"]], known: dict[str, Any], rounds: int = 4
+) -> dict[str, Any]:
+    """
+    CPU seconds of a rollout and its updates on one thread, the median of `rounds`; the trainers take turns in one process, so
+    that a busy machine slows all alike.
+
+    Trainers with a `known` cost keep it. The first is measured again beside the new ones, whose times are scaled by its own.
+
+    Args:
+        trainers (`Mapping[str, Callable]`): Each makes a trainer of one rollout.
+        known (`dict`): What was returned before, or nothing.
+        rounds (`int`): Times that each is measured, after one to warm up.
+
+    Returns:
+        `dict`: `machine`, `seconds_per_rollout` by the names of the trainers, and `rounds`, all times of each measurement.
+    """
+    import torch
+    from transformers import PrinterCallback, TrainerCallback
+
+    torch.set_num_threads(1)
+
+    class Clock(TrainerCallback):
+        def on_epoch_begin(self, args, state, control, **kwargs):
+            self.start = time.process_time()
+
+        def on_epoch_end(self, args, state, control, **kwargs):
+            self.seconds = time.process_time() - self.start
+
+    first, seconds_per_rollout = next(iter(trainers)), dict(known.get("seconds_per_rollout", {}))
+    made, clock = {}, Clock()
+    for name, make in trainers.items():
+        if name == first or name not in seconds_per_rollout:
+            made[name] = make()
+            made[name].add_callback(clock)
+            made[name].pop_callback(PrinterCallback)
+    seconds: dict[str, list[float]] = {name: [] for name in made}
+    for _ in range(rounds + 1):
+        for name, trainer in random.sample(list(made.items()), len(made)):
+            trainer.train()
+            seconds[name].append(clock.seconds)
+    medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
+    scale = seconds_per_rollout.get(first, medians[first]) / medians[first]
+    return {
+        "machine": machine(),
+        "seconds_per_rollout": seconds_per_rollout | {name: round(scale * value, 3) for name, value in medians.items()},
+        "rounds": [
+            *known.get("rounds", []),
+            {name: [round(value, 3) for value in values[1:]] for name, values in seconds.items()},
+        ],
+    }
+
+
+def machine() -> str:
+    """Processor and version of torch."""
+    import torch
+
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        model = next(
+            (line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), model
+        )
+    return f"one core of {model}, torch {torch.__version__}"
 
 
 def append(result: dict[str, Any], path: Path) -> None:

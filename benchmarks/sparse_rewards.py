@@ -24,8 +24,8 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from benchmarks.convergence import FDFO_CHURN, RESULTS, duration, machine, reached, spread, table
-from benchmarks.runs import load, number_of, run_missing, train_to_the_end
+from benchmarks.convergence import FDFO_CHURN, RESULTS, duration, reached, spread, table
+from benchmarks.runs import load, machine, number_of, run_missing, train_to_the_end
 
 
 RUNS, REPORT = RESULTS / "sparse_rewards.jsonl", RESULTS / "sparse_rewards.md"

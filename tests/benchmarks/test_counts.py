@@ -1,5 +1,7 @@
 """The world of benchmarks/counts/: its captions, reward and pipeline; and that the comparison's report has its runs."""
 
+from dataclasses import asdict, replace
+
 import pytest
 import torch
 
@@ -88,25 +90,39 @@ def test_metrics_by_count():
 
 
 @pytest.mark.parametrize("name", comparison.SETTINGS)
-def test_every_setting_samples_equally_many_images(name):
-    config, _ = comparison.make_config(comparison.Run(name, 1))
-    assert config.prompts_per_rollout * config.num_candidates == comparison.IMAGES
-    assert config.optimizer_steps_per_rollout == 6
+def test_every_setting_makes_a_trainer_of_equal_size(name):
+    args = comparison.make_trainer(comparison.Run(name, 6e-4, 1), rollouts=1).args
+    assert args.prompts_per_rollout * args.num_candidates == comparison.IMAGES
+    assert args.steps_per_rollout == 6 and args.learning_rate == 6e-4 and args.num_inference_steps == comparison.STEPS
 
 
-def test_the_report_has_every_setting_that_ran():
-    results = load(comparison.RUNS)
-    text = comparison.report(results)
-    for name in {result["run"]["setting"] for result in results}:
-        assert f"| {name} |" in text
-    assert len({round(result["reward"][0], 3) for result in results}) == 1  # before training
+def test_all_runs_are_scored_on_the_same_images():
+    assert len({round(result["reward"][0], 3) for result in load(comparison.RUNS)}) == 1  # before training
 
 
-def test_a_setting_whose_runs_a_watchdog_ended_has_a_row():
-    name, other = list(comparison.SETTINGS)[:2]
-    ended = {"run": {"setting": name, "seed": 1}, "rollouts": [0], "reward": [0.2], "diversity": [0.1], "seconds": []}
-    ended |= {"ties": [], "failed": "WatchdogError: it came apart"}
-    whole = next(result for result in load(comparison.RUNS) if result["run"]["setting"] == other)
-    rows = [line[2:-2].split(" | ") for line in comparison.report([ended, whole]).splitlines() if line[:1] == "|"]
-    assert rows[-2][:2] == [name, "0.200"] and rows[-2][-1] == "1, 1 of them ended by a watchdog"
-    assert len({len(row) for row in rows}) == 1
+def made(run: comparison.Run, reward: list[float], **more) -> dict:
+    rollouts = [15 * n for n in range(len(reward))]
+    return {"run": asdict(run), "rollouts": rollouts, "reward": reward, "diversity": [0.1], "ties": [0.5], **more}
+
+
+def test_the_report_has_the_best_learning_rate_and_its_seeds():
+    fdfo = [comparison.Run("FDFO", rate, comparison.TUNING_SEED) for rate in comparison.SETTINGS["FDFO"].learning_rates]
+    awm = comparison.Run("AWM", 3e-4, comparison.TUNING_SEED)
+    results = [made(run, [0.2, end, end]) for run, end in zip(fdfo, (0.3, 0.5, 0.4))]
+    results += [made(replace(fdfo[1], seed=seed), [0.2, 0.3 + seed / 100, 0.4]) for seed in comparison.SEEDS]
+    results += [made(replace(fdfo[0], seed=1), [0.2, 0.9, 0.9])]  # another learning rate
+    ended = {"failed": "WatchdogError: it came apart", "diversity": [], "ties": []}
+    results += [made(awm, [0.2, 0.4]), made(replace(awm, seed=1), [0.2], **ended)]
+    assert comparison.best(results) == {"FDFO": fdfo[1], "AWM": awm}
+    costs = {"machine": "a machine", "seconds_per_rollout": {"FDFO": 2.0, "AWM": 1.0}}
+    lines = comparison.report(results, costs).splitlines()
+    # The seed in the middle is at 0.25 after 15 x 0.05 / 0.12 rollouts of 2 s.
+    row = (
+        "| FDFO | 0.0006 | 0.400 (0.400 to 0.400) | 0.100 (0.100 to 0.100) | 0.50 | 2.00 | 6.25 (12 s) | 12.5 (25 s) |"
+    )
+    assert any(line.startswith(row) for line in lines)
+    assert (
+        "| AWM | 0.0003 |  |  |  | 1.00 | never | never | never | 90 (90 s) | 1, 1 of them ended by a watchdog |"
+        in lines
+    )
+    assert "| FDFO |  | 0.300, 0.300 | **0.500, 0.500** | 0.400, 0.400 |  |" in lines
