@@ -101,6 +101,7 @@ def test_a_yaml_file_may_write_names_as_the_command_line(recipe):
         (["--algorithm", "ppo"], "invalid choice: 'ppo'"),
         (["--learning_rate"], "expected one argument"),
         (["--beta", "0.1", "0.2"], "unrecognized arguments: 0.2"),
+        (["--config", "shapes", "--config=shapes_fast"], "argument --config: one recipe, and it is given 2 times"),
     ],
 )
 def test_a_wrong_type_prints_the_error_alone(capsys, args, message):

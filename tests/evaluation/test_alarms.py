@@ -41,6 +41,7 @@ def check():
             has_diversity=True,
             evaluates_at_start=False,
             steps_per_rollout=2,
+            smaller_updates="a larger beta",
         )
         return alarms.check(metrics, TrainerState(log_history=list(history), global_step=6))
 
@@ -106,7 +107,7 @@ def test_the_message_has_values_meaning_and_advice(check, caplog):
         "Alarm after rollout 3: the control 'judge' fell from 20 to 18, by more than 0.6 (alarm_control_drop=0.3 standard "
         "deviations over the prompts), while the reward rose from 1 to 2: it is bought with what nobody trains on."
     )
-    assert "raise beta, lower epsilon or learning_rate, or train for fewer rollouts" in control
+    assert "earlier checkpoint with a larger beta, or train for fewer rollouts" in control
     assert control.endswith("stop_on_alarm=True would end it.")
     assert (
         "the diversity fell from 0.5 to 0.2, by more than 0.15 (alarm_diversity_drop=0.3 of what it was)" in diversity

@@ -626,14 +626,18 @@ def test_plan_says_seconds_and_hours(make_config, folder):
     rows = {line[:34].strip(): line[34:].split() for line in printed.splitlines()}
     milliseconds = 1000 * card.seconds(*plan.reward_costs["clip"])
     assert rows["reward clip"][4:] == f"{milliseconds:.2g} ms per image, bfloat16".split()
-    assert rows["seconds per rollout"] == "as given 1/4 levels 10 steps both".split()
+    assert rows["seconds per rollout"] == "as given 5/20 levels 10 steps both".split()
     assert rows["reward my_module:reward"] == 4 * ["not", "counted"]
     total = sum(seconds for seconds in plan.seconds().values() if seconds is not None)
     assert rows["hours of 2 rollouts"][0] == f"{2 * total / 3600:,.1f}"
     assert f"in short: h100: {plan.needed_memory():.1f} of 80 GB; an estimated " in printed
     # Nothing to choose from is not shown.
     short = str(planned_run(planned_config(make_config(), gpu="h100", timestep_fraction=0.25), folder))
-    assert "seconds per rollout" in short and "1/4 levels" not in short and "10 steps" not in short
+    assert (
+        "seconds per rollout" in short
+        and "levels " not in short.split("seconds per rollout")[1]
+        and "10 steps" not in short
+    )
     assert "seconds per rollout" not in str(planned_run(planned_config(make_config()), folder))
 
 

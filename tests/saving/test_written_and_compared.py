@@ -314,3 +314,18 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_run(tmp_path):
         Checkpointer(str(tmp_path / "out"), {}, False, None, bool).begin(None)
     Checkpointer(str(tmp_path / "new"), {}, False, None, bool).begin(None)
     assert list((tmp_path / "new").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup_steps", "may_be_longer"),
+    [
+        ("constant", 0, True),
+        ("constant_with_warmup", 5, True),
+        ("constant_with_warmup", 0.2, False),  # of the whole run
+        ("cosine", 0, False),
+    ],
+)
+def test_which_runs_may_be_made_longer(make_config, schedule, warmup_steps, may_be_longer):
+    options = {"lr_scheduler_type": schedule, "warmup_steps": warmup_steps}
+    short, long = (make_config(num_rollouts=rollouts, **options).result_options() for rollouts in (2, 4))
+    assert (short == long) == may_be_longer

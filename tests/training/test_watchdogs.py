@@ -134,6 +134,10 @@ def test_rewards_that_never_differ_end_the_run(make_trainer, caplog):
     ):
         trainer.train()
     assert sum("Rollout" in record.message and "nothing to learn" in record.message for record in caplog.records) == 9
+    with pytest.raises(
+        WatchdogError, match="Rollout 10: .*the 10th such rollout"
+    ):  # not the 11th: another run has begun
+        trainer.train()
 
 
 def test_one_good_rollout_is_enough(make_trainer):

@@ -88,6 +88,8 @@ class Parser(TrlParser):
         args = sys.argv[1:] if args is None else args
         split = [arg.split("=", 1) if arg.startswith("--config=") else [arg] for arg in args]
         args = [part for parts in split for part in parts]
+        if args.count("--config") > 1:
+            self.error(f"argument --config: one recipe, and it is given {args.count('--config')} times")
         if "--config" in args:
             place = args.index("--config") + 1
             if place == len(args):

@@ -43,6 +43,7 @@ class Alarms(TrainerCallback):
         has_diversity (`bool`): Evaluations have `eval_diversity`.
         evaluates_at_start (`bool`): The run is evaluated before it starts, with or without an alarm.
         steps_per_rollout (`int`): Optimizer steps between two rollouts.
+        smaller_updates (`str`): What keeps the updates of the algorithm small, as the message advises.
     """
 
     def __init__(
@@ -54,10 +55,11 @@ class Alarms(TrainerCallback):
         has_diversity: bool,
         evaluates_at_start: bool,
         steps_per_rollout: int,
+        smaller_updates: str,
     ):
         self._control_drop, self._diversity_drop, self._stop = control_drop, diversity_drop, stop
         self._evaluates_at_start = evaluates_at_start
-        self._steps_per_rollout = steps_per_rollout
+        self._steps_per_rollout, self._smaller_updates = steps_per_rollout, smaller_updates
         self._is_to_stop = False
         # The metrics, and what a message calls them.
         self._names: dict[str, str] = {}
@@ -118,7 +120,7 @@ class Alarms(TrainerCallback):
         end = "The run ends, as stop_on_alarm is set." if self._stop else "stop_on_alarm=True would end it."
         return (
             f"Alarm after rollout {rollouts:g}: {fall}, {meaning}. Look at the pictures of the evaluations; then go back to an "
-            f"earlier checkpoint and raise beta, lower epsilon or learning_rate, or train for fewer rollouts. {end}"
+            f"earlier checkpoint with {self._smaller_updates}, or train for fewer rollouts. {end}"
         )
 
     # Trainer's events -------------------------------------------------------------------------------------------------

@@ -244,12 +244,14 @@ class RunPlan:
     def _time_lines(self) -> list[str]:
         args, card = self.args, CARDS[self.gpu]
         columns: dict[str, dict[str, Any]] = {"as given": {}}
+        quarter = {"timestep_fraction": 0.25}
         if args.timestep_fraction > 0.25:
-            columns["1/4 levels"] = {"timestep_fraction": 0.25}
+            fewer = self._args_with(quarter)  # a quarter of 10 is rounded to 2
+            columns[f"{fewer.num_trained_levels}/{fewer._num_trainable_levels()} levels"] = quarter
         if args.num_inference_steps > 10:
             columns["10 steps"] = {"num_inference_steps": 10}
         if len(columns) == 3:
-            columns["both"] = columns["1/4 levels"] | columns["10 steps"]
+            columns["both"] = quarter | columns["10 steps"]
         tables = [self.seconds(**options) for options in columns.values()]
         rows = [("seconds per rollout", *columns)]
         rows += [(f"  {name}", *(_seconds(table[name]) for table in tables)) for name in tables[0]]
@@ -348,9 +350,7 @@ class RunPlan:
         Estimated seconds of a rollout and its updates by part, on the card `gpu`; None for a reward that is not counted.
         `options` replace `num_inference_steps` and `timestep_fraction` of the run.
         """
-        args, card = copy.copy(self.args), CARDS[self.gpu]
-        vars(args).update(options)
-        levels = max(1, round(args.timestep_fraction * args._num_trainable_levels()))
+        args, card = self._args_with(options), CARDS[self.gpu]
         call, update = (
             card.seconds(cost, self._dtype, self._tf32, args.torch_compile) for cost in (self.sampling, self.training)
         )
@@ -364,7 +364,7 @@ class RunPlan:
         images = sampled_batches * args.per_device_train_batch_size
         for name, seconds in self._reward_seconds().items():
             parts[f"reward {name}"] = None if seconds is None else images * seconds
-        return parts | {"training": batches * levels * args.num_iterations * update}
+        return parts | {"training": batches * args.num_trained_levels * args.num_iterations * update}
 
     def parts(self, **options: bool) -> list[Part]:
         """The parts of the memory on one device; `options` replace options of the run."""
@@ -407,7 +407,7 @@ class RunPlan:
         waits = "until the rollout is scored" if whole else "until their call is scored"
         return [Part("candidates", size, 0, f"{args.num_candidates} per prompt, {waits}")]
 
-    def _args_with(self, options: dict[str, bool]) -> TrainingArguments:
+    def _args_with(self, options: dict[str, Any]) -> TrainingArguments:
         args = copy.copy(self.args)
         vars(args).update(options)
         return args

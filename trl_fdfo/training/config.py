@@ -313,8 +313,8 @@ class RolloutConfig(TrainingArguments):
             once. `False` ends it after the micro-batch, unsaved.
         resume_with_changed_options (`bool`, defaults to `False`):
             Resume although options, rewards, prompts or the pipeline differ from the run that wrote the checkpoint.
-            Otherwise that is refused, with the differences. `num_rollouts` may change if the learning rate is constant;
-            options that do not change the result may always change.
+            Otherwise that is refused, with the differences. `num_rollouts` may change if the learning rate is constant, or
+            warms up for a number of steps; options that do not change the result may always change.
 
         > Sharing
 
@@ -603,7 +603,9 @@ class RolloutConfig(TrainingArguments):
         metadata = {field.name: field.metadata for field in fields(self)}
         own = [name for name in self._own_options() if metadata[name].get("changes_result", True)]
         names = [*own, *_INHERITED_RESULT_OPTIONS]
-        if str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)).startswith("constant"):
+        schedule = str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type))
+        # A warm-up may be a fraction of the run.
+        if schedule == "constant" or (schedule == "constant_with_warmup" and not 0 < self.warmup_steps < 1):
             names.remove("num_rollouts")
         return identity({name: getattr(self, name) for name in names})
 

@@ -296,6 +296,7 @@ class RolloutTrainer(Algorithm, Trainer):
             has_diversity=args.eval_diversity is not None,
             evaluates_at_start=args.eval_on_start,
             steps_per_rollout=args.steps_per_rollout,
+            smaller_updates=args.smaller_updates,
         )
         sheets_every = 0 if args.logging_strategy == "no" else args.logging_images_steps
         self.pictures = PictureLogger(self.callback_handler, args.output_dir, sheets_every, args.num_prompts_to_log)
@@ -402,7 +403,7 @@ class RolloutTrainer(Algorithm, Trainer):
         self._on_run_begin()
         self._buffer = None
         self._replay_errors.clear()
-        self._watchdogs.forget_losses()
+        self._watchdogs.forget()
         self.metrics.forget()
         if self.informative_prompts is not None:
             self.informative_prompts.start()

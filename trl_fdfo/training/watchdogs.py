@@ -54,9 +54,11 @@ class Watchdogs:
         """Keep the loss of a micro-batch for `check_losses`, without waiting for the device."""
         self._losses.append((torch.stack([loss.detach().float(), velocity.detach().isfinite().all().float()]), level))
 
-    def forget_losses(self) -> None:
-        """Before a run: the one before may have ended inside an optimizer step."""
+    def forget(self) -> None:
+        """Before a run: the one before may have ended inside an optimizer step, or by one of these."""
         self._losses.clear()
+        self._gradients.clear()
+        self._idle_rollouts = 0
 
     def check_losses(self) -> None:
         """
