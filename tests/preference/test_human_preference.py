@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import io
 import json
+import math
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -21,7 +23,7 @@ from trl_fdfo.media import to_pil
 from trl_fdfo.preference.cli import main
 from trl_fdfo.preference.server import MAX_BODY, MAX_IMAGE, MAX_PAIRS
 from trl_fdfo.preference.store import LEASE
-from trl_fdfo.rewards import JPEGCompressibility, load_reward
+from trl_fdfo.rewards import JPEGCompressibility, PairwiseJudge, RewardFunctions, load_reward
 from trl_fdfo.rewards.human_preference import HumanPreference, HumanPreferenceError, human
 from trl_fdfo.rewards.reward_functions import settings_of
 
@@ -161,6 +163,60 @@ def test_a_second_reward_stands_in(voting):
     assert scores[0::2] == [0.5 if first else -0.5 for first in darker]
 
 
+class Slow:
+    """In a thread of its own, as learned rewards of other services are."""
+
+    background = True
+
+    def __call__(self, images, prompts):
+        return images[:, 0].mean(dim=(1, 2))
+
+
+async def answered_later(images, prompts):
+    await asyncio.sleep(0.01)
+    return images[:, 0].mean(dim=(1, 2))
+
+
+def by_pairs(first, second, prompts):
+    return [float((a - b)[0].mean()) for a, b in zip(first, second)]
+
+
+@pytest.mark.parametrize(
+    "stand_in", [answered_later, Slow(), PairwiseJudge(by_pairs)], ids=["async", "thread", "judge"]
+)
+def test_any_kind_of_reward_stands_in(voting, stand_in):
+    images = images_of(4)
+    functions = RewardFunctions(human(voting.url, patience=0.3, stand_in=stand_in))  # on the event loop of the package
+    scores = functions(images, ["a", "a", "b", "b"], TrainerState(), {}, 2).flatten().tolist()
+    redder = images[0::2, 0].mean(dim=(1, 2)) > images[1::2, 0].mean(dim=(1, 2))
+    assert scores[0::2] == [0.5 if first else -0.5 for first in redder]
+
+
+def test_a_server_that_is_back_is_asked_again(start_server):
+    running = start_server()
+    reward, images = human(running.url, patience=0.3), images_of(2)
+    running.stop()
+    module = sys.modules[HumanPreference.__module__]
+    original, module._FIRST_ANSWER = module._FIRST_ANSWER, 0.1
+    try:
+        with pytest.raises(HumanPreferenceError):
+            score(reward, images, ["a", "a"])
+    finally:
+        module._FIRST_ANSWER = original
+    running.start()
+    assert score(reward, images, ["a", "a"]) == [None, None]
+
+
+@pytest.mark.parametrize(("wins", "losses", "ties"), [(1, 0, 0), (0, 3, 0), (1, 1, 2), (2, 1, 1)])
+def test_votes_and_their_exported_mean_have_the_same_log_odds(wins, losses, ties):
+    reward, votes = HumanPreference(scale="log_odds"), wins + losses + ties
+    expected = math.log((wins + ties / 2 + 0.5) / (losses + ties / 2 + 0.5))
+    assert reward._preference({"a": wins, "b": losses, "tie": ties}) == pytest.approx(expected)
+    reward._exported = {"key": ((wins - losses) / votes, votes)}
+    assert reward._replayed("key", "a prompt", "a", "b") == pytest.approx(expected)
+    assert reward._replayed("key", "a prompt", "b", "a") == pytest.approx(-expected)
+
+
 def test_a_vote_can_be_taken_back_until_the_last_one_is_there(start_server):
     running = start_server()
     reward = human(running.url)
@@ -254,6 +310,10 @@ def test_bad_arguments_are_refused():
         ({"scale": "odds"}, "not one of 'mean', 'log_odds'"),
         ({"patience": 0}, "more than 0 seconds"),
         ({"stand_in": by_red}, "set patience="),
+        (
+            {"stand_in": lambda images, tag: images, "patience": 1},
+            "needs the argument 'tag', and a pair that is voted on has",
+        ),
         ({"url": "http://localhost:1", "verdicts": "folder"}, "leave url out"),
         ({"verdicts": "no folder"}, "no folder is no folder of an exported data set"),
     ):

@@ -50,6 +50,19 @@ def test_judge_that_always_prefers_the_first_sees_no_difference():
     assert score(PairwiseJudge(lambda a, b, prompts: [7.0] * len(a)), images(0.1, 0.9), ["x"] * 2, 2).tolist() == [0, 0]
 
 
+def test_a_judge_may_take_all_columns():
+    taken = []
+
+    def judge(first, second, prompts, **columns):
+        taken.append(columns)
+        return [brightness(a) - brightness(b) for a, b in zip(first, second)]
+
+    rewards = score(PairwiseJudge(judge), images(0.25, 0.75, 1.0, 0.5), ["x", "x", "y", "y"], 2, label=[1, 1, 2, 2])
+    assert rewards.tolist() == [-0.25, 0.25, 0.25, -0.25]
+    assert [(each["label"], each["prompt"]) for each in taken] == 2 * [([1, 2], ["x", "y"])]
+    assert taken[0].keys() == {"label", "prompt", "trainer_state"}
+
+
 def test_a_judge_of_sounds():
     def louder(first, second, prompts, sampling_rate, label):
         assert sampling_rate == 100 and label == ["l"]

@@ -65,7 +65,7 @@ class HumanPreference:
         token (`str`, *optional*): Token of the server.
 
     Raises:
-        ValueError: An argument is out of range, or excludes another.
+        ValueError: An argument is out of range, or excludes another, or `stand_in` needs a column of the dataset.
         HumanPreferenceError: In a call: see there.
     """
 
@@ -92,6 +92,9 @@ class HumanPreference:
             raise ValueError(f"patience={patience} of HumanPreference must be more than 0 seconds, or None to wait.")
         if stand_in is not None and patience is None:
             raise ValueError("stand_in of HumanPreference counts after `patience`: set patience=..., in seconds.")
+        stand_in_rewards = None if stand_in is None else RewardFunctions(stand_in, argument="stand_in")
+        if stand_in_rewards is not None:
+            stand_in_rewards.check_columns([], dataset="a pair that is voted on")
         if verdicts is not None and url is not None:
             raise ValueError("verdicts=... of HumanPreference replays votes without a server: leave url out.")
         if verdicts is not None:
@@ -118,11 +121,11 @@ class HumanPreference:
         self._run_id: int | None = None
         self._answered = False
         self._locks: dict[asyncio.AbstractEventLoop, asyncio.Lock] = {}
-        self._exported: dict[str, float] | None = None
+        self._exported: dict[str, tuple[float, int]] | None = None
         self._open: set[str] = set()
         self._logged = 0.0
         self._knows_pairs = False
-        self._stand_in: RewardFunctions | None = None
+        self._stand_in, self._stand_in_lock = stand_in_rewards, threading.Lock()
 
     async def compare(
         self,
@@ -151,7 +154,7 @@ class HumanPreference:
         fresh = {
             key: (prompt, pair, images)
             for key, prompt, pair, images in zip(keys, prompts, ids, files)
-            if pair[0] != pair[1] and key not in self._answers
+            if pair[0] != pair[1] and not self._is_asked(key)
         }
         if fresh:
             asking = asyncio.ensure_future(self._ask(fresh, trainer_state))
@@ -164,7 +167,10 @@ class HumanPreference:
                 continue
             verdict = (await self._answers[key])[key]
             if verdict["expired"] and not sum(verdict[name] for name in ("a", "b", "tie")):
-                preferences.append(self._by_stand_in(first[place], second[place], prompts[place], trainer_state))
+                pair_of_images = (first[place], second[place])
+                # In a thread: a stand-in may itself be awaited on this event loop.
+                asked = asyncio.to_thread(self._by_stand_in, *pair_of_images, prompts[place], trainer_state)
+                preferences.append(await asked)
             else:
                 preferences.append(self._preference(verdict) * (1 if pair[0] < pair[1] else -1))
         return preferences
@@ -179,11 +185,20 @@ class HumanPreference:
         """The next rollout has other pairs."""
         self._answers = {key: asked for key, asked in self._answers.items() if not asked.done()}
 
+    def _is_asked(self, key: str) -> bool:
+        """Whether a pair waits for its votes or has them. What has failed is asked again: the server may be back."""
+        task = self._answers.get(key)
+        return task is not None and not (task.done() and (task.cancelled() or task.exception() is not None))
+
     def _preference(self, verdict: dict[str, Any]) -> float:
         wins, losses, ties = verdict["a"], verdict["b"], verdict["tie"]
+        return self._scaled((wins - losses) / (wins + losses + ties), wins + losses + ties)
+
+    def _scaled(self, mean: float, votes: int) -> float:
+        """A mean of some votes on `scale`."""
         if self.scale == "mean":
-            return (wins - losses) / (wins + losses + ties)
-        return math.log((wins + ties / 2 + 0.5) / (losses + ties / 2 + 0.5))
+            return mean
+        return math.log((votes * (1 + mean) + 1) / (votes * (1 - mean) + 1))
 
     # The server ---------------------------------------------------------------------------------------------------------
 
@@ -338,15 +353,15 @@ class HumanPreference:
                 "seed or machine, the run went on without this pair (patience), or votes were corrected after it had learnt from "
                 "them. A run replays only with all that it was made with."
             )
-        return self._exported[key] * (1 if one < other else -1)
+        return self._scaled(*self._exported[key]) * (1 if one < other else -1)
 
     def _by_stand_in(self, one: Any, other: Any, prompt: str, trainer_state: TrainerState | None) -> float | None:
-        if self.stand_in is None:
-            return None
         if self._stand_in is None:
-            self._stand_in = RewardFunctions(self.stand_in)
+            return None
         images = torch.stack([_tensor(one), _tensor(other)])
-        first, second = self._stand_in(images, [prompt, prompt], trainer_state, {}).flatten().tolist()
+        with self._stand_in_lock:
+            scores = self._stand_in(images, [prompt, prompt], trainer_state, {}, num_generations=2)
+        first, second = scores.flatten().tolist()
         return None if math.isnan(first - second) else float(np.sign(first - second))
 
 
@@ -424,12 +439,13 @@ def _tensor(image: Any) -> torch.Tensor:
     return torch.stack([_tensor(frame) for frame in image])
 
 
-def _exported(folder: str) -> dict[str, float]:
-    """The preference for `a` of each exported pair, by its key."""
+def _exported(folder: str) -> dict[str, tuple[float, int]]:
+    """The mean of the votes for `a` of each exported pair, by its key, and how many they are."""
     from ..preference.exports import read_votes, voted_pairs
 
     preferences = {}
-    for prompt, *files, preference, _ in voted_pairs(read_votes(folder)):
+    for prompt, *files, preference, number in voted_pairs(read_votes(folder)):
         chosen, rejected = map(image_id, files)
-        preferences[pair_key(prompt, chosen, rejected)] = preference if chosen < rejected else -preference
+        mean = preference if chosen < rejected else -preference
+        preferences[pair_key(prompt, chosen, rejected)] = (mean, number)
     return preferences

@@ -74,6 +74,7 @@ class PairwiseJudge:
             [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in own]
             + [p.replace(kind=max(p.kind, p.KEYWORD_ONLY)) for p in columns]
         )
+        self._further = next((p.name for p in columns if p.kind is p.VAR_KEYWORD), None)
         self.on_rollout_end = getattr(owner, "on_rollout_end", lambda: None)
         if hasattr(owner, "waiting"):
             self.waiting = owner.waiting
@@ -85,6 +86,9 @@ class PairwiseJudge:
         prompt are adjacent; N prompts; `num_generations`; and further arguments of `compare`.
         """
         columns = self.__signature__.bind(*samples, **arguments).arguments
+        # All else that there is, for a judge with `**columns`.
+        further = columns.pop(self._further, {})
+        columns |= {name: column for name, column in further.items() if name not in SAMPLES}
         images, prompts, num_generations = map(columns.pop, (self.of, "prompts", "num_generations"))
         if num_generations < 2:
             return [None] * len(prompts)
