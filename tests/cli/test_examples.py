@@ -93,3 +93,32 @@ def test_pretraining_script_builds_a_pipeline_that_loads(tmp_path, capsys):
     for name in ("transformer", "vae", "text_encoder", "text_encoder_2"):
         shape = lambda pipeline, name=name: {n: p.shape for n, p in getattr(pipeline, name).named_parameters()}
         assert shape(rebuilt) == shape(packaged), name
+
+
+RECIPE_OF_SIZES = """
+model: shapes
+reward: [jpeg_compressibility]
+dataset_name: prompts.csv
+pipeline_columns: [height, width]
+height: null
+width: null
+num_rollouts: 1
+prompts_per_rollout: 2
+per_device_prompt_batch_size: 1
+num_inference_steps: 2
+optimizer_steps_per_rollout: 1
+num_report_prompts: 2
+images_per_report_prompt: 1
+use_cpu: true
+report_to: [none]
+save_strategy: "no"
+"""
+
+
+def test_rows_of_different_sizes_train_from_the_command_line(tmp_path, caplog):
+    (tmp_path / "prompts.csv").write_text("prompt,height,width\na red circle,16,16\na red circle,32,32\n")
+    (tmp_path / "recipe.yaml").write_text(RECIPE_OF_SIZES)
+    run("train", "--config", tmp_path / "recipe.yaml", "--output_dir", tmp_path / "out")
+    assert "There are no images of before the run: The images of these rows have different sizes" in caplog.text
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    assert json.loads((tmp_path / "out" / "results.json").read_text()).keys() == {"train_seconds", "call_options"}

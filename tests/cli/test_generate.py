@@ -113,8 +113,8 @@ def test_videos_are_made_of_images_and_are_files_of_their_own(tmp_path, monkeypa
         (("--prompts", "a", "--adapter", "empty"), r"adapter='empty' has neither pytorch_lora_weights"),
         (("--prompts", "a", "--adapter", "./away"), r"adapter='./away' is no folder or file here, and was not"),
         (("--prompts", "a", "--adapter", "away/adapter"), r"adapter='away/adapter' is no folder or file here, and"),
-        (("--prompts", "a", "--pipeline_kwargs", "{"), r"pipeline_kwargs='{' is not a JSON object"),
-        (("--prompts", "a", "--pipeline_kwargs", "3"), r"pipeline_kwargs='3' is not a JSON object"),
+        (("--prompts", "a", "--pipeline_kwargs", "{"), r"pipeline_kwargs='{' is not valid JSON"),
+        (("--prompts", "a", "--pipeline_kwargs", "3"), r"pipeline_kwargs=3 must be a dict of arguments"),
         (
             ("--prompts", "a", "--pipeline_kwargs", '{"output_type": "pil"}'),
             r"output_type='pil', which the trainer sets",

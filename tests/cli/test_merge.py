@@ -252,6 +252,11 @@ def test_what_cannot_be_merged_is_refused(files, tmp_path):
     refused("old.safetensors' exists: take another name, or set `overwrite`", *lora, *file, output=kept[0])
     refused("is no folder of a pipeline: it is not overwritten", *lora, "--overwrite", output=kept[1])
     refused("is no folder of a pipeline", *lora, "--overwrite", output=kept[0])
+    run_folder = tmp_path / "run"
+    (run_folder / "checkpoint-1").mkdir(parents=True)
+    (run_folder / "model_index.json").write_text("{}")
+    kept.append(run_folder)
+    refused("has the checkpoints of a run, which would go", *lora, "--overwrite", output=run_folder)
     refused("model itself", *lora, "--overwrite", output=files / "base")
     refused("original itself", *lora, *file, "--overwrite", output=Path(file[-1]))
     refused("end its name in .safetensors", *lora, *file, output=tmp_path / "new")

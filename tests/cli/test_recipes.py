@@ -64,3 +64,8 @@ def test_files_that_a_recipe_names_are_in_the_package(name):
     for option in recipes.FILES:
         if str(options.get(option)).endswith(".txt"):
             assert (recipes.FOLDER / options[option]).is_file()
+
+
+def test_a_long_prompt_in_a_recipe_is_no_file(tmp_path):
+    prompt = "a red circle " * 400
+    assert recipes.beside(tmp_path / "recipe.yaml", "prompts", prompt) == prompt

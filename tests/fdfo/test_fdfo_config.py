@@ -1,4 +1,5 @@
 import inspect
+import os
 import re
 from dataclasses import dataclass, fields, replace
 
@@ -147,6 +148,33 @@ def test_what_the_batch_errors_name_does_work():
         ),
     ]:
         assert paper(**options).gradient_accumulation_steps >= 1
+
+
+@pytest.mark.parametrize(
+    ("announced", "options", "precision"),
+    [
+        ("bf16", {}, "bf16"),
+        ("fp16", {}, "fp16"),
+        ("bf16", {"bf16": False}, "no"),
+        ("bf16", {"fp16": True}, "fp16"),
+        ("fp16", {"bf16": True}, "bf16"),
+    ],
+)
+def test_the_launchers_precision_is_that_of_the_options(monkeypatch, announced, options, precision):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", announced)
+    config = paper(**options)
+    assert config.mixed_precision == precision
+    assert config.mixed_precision_dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    assert (config.bf16, config.fp16) == (precision == "bf16", precision == "fp16")
+    assert config.result_options()["bf16"] == (precision == "bf16")
+    assert os.environ["ACCELERATE_MIXED_PRECISION"] == announced
+
+
+def test_a_precision_of_the_launcher_that_no_run_has_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(ValueError, match="mixed_precision=fp8, and a run computes in bf16, fp16 or float32"):
+        paper()
+    assert paper(bf16=False).mixed_precision == "no"
 
 
 @pytest.mark.skipif(is_torch_bf16_gpu_available(), reason="this machine has bfloat16")

@@ -1,6 +1,7 @@
 """Adapters on disk: what is written loads in either library, and what others wrote can be continued."""
 
 import json
+from pathlib import Path
 
 import pytest
 import tiny_pipelines
@@ -225,6 +226,21 @@ def test_both_formats_of_one_folder_are_the_averaged_weights(make_trainer, tmp_p
     for pipeline in (by_diffusers, by_peft):
         loaded = PipelineFlow(pipeline, num_generations=2, **trainer.flow.call_kwargs)
         assert torch.equal(loaded.generate(PROMPTS[:1], [0]), image)
+
+
+def test_an_adapter_from_a_checkpoint_is_the_average(make_trainer, tmp_path):
+    trainer = make_trainer(ema_decay=0.5, num_rollouts=3, learning_rate=1e-2, save_strategy="epoch")
+    trainer.train()
+    checkpoint = Path(trainer.args.output_dir, f"checkpoint-{trainer.state.global_step}")
+    expected = {name: weight.clone() for name, weight in trainer.averaging.state_dict().items()}
+    trained = trained_weights(trainer)
+    assert not all(torch.equal(weight, trained[name]) for name, weight in expected.items())
+    continued = trained_weights(make_trainer(adapter=str(checkpoint), output_dir=str(tmp_path / "next")))
+    assert continued.keys() == expected.keys()
+    assert all(torch.equal(weight, expected[name]) for name, weight in continued.items())
+    (checkpoint / "averaged_weights.safetensors").unlink()  # as if it had none
+    continued = trained_weights(make_trainer(adapter=str(checkpoint), output_dir=str(tmp_path / "next")))
+    assert all(torch.equal(weight, trained[name]) for name, weight in continued.items())
 
 
 def test_what_load_lora_weights_makes_of_the_names_of_peft_and_of_bfloat16(saved, tmp_path):

@@ -37,4 +37,6 @@ def test_files_of_each_kind(tmp_path):
     assert names(video[0], RATES) == [] and names(audio, Outputs(("audio",))) == []
     assert names(video, Outputs(("images", "videos"))) in ([".webp"], [".mp4"])
     [moving, sounding] = save_clips(Media(video, audio), tmp_path / "both", RATES)
+    dotted = [save_clips(Media(video, audio), tmp_path / f"wan2.2_{n}", RATES) for n in (0, 1)]
+    assert [path.name.startswith(f"wan2.2_{n}.") for n, paths in enumerate(dotted) for path in paths] == 4 * [True]
     assert sounding.name == "both.wav" and moving.stem == "both" and moving.stat().st_size > 100

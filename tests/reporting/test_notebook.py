@@ -7,6 +7,7 @@ from transformers import TrainerState
 pytest.importorskip("IPython")
 
 from trl_fdfo.reporting.notebook import NotebookProgress  # noqa: E402
+from trl_fdfo.reporting.progress import show_waiting  # noqa: E402
 
 
 def test_the_table_has_a_row_per_rollout_with_its_evaluation(capsys):
@@ -19,6 +20,11 @@ def test_the_table_has_a_row_per_rollout_with_its_evaluation(capsys):
         bar.update(4)
         bar.set_postfix_str("waits for 4")
         assert bar._bar.value == 4 and "waits for 4" in bar._bar.label
+        show_waiting(bar, {"human": 3})
+        assert "human waits for 3" in bar._bar.label
+        bar._bar.label = "as it is"
+        show_waiting(bar, {"human": 3})  # many times a second
+        assert bar._bar.label == "as it is"
     for step in (1, 2):
         state.global_step = step
         progress.on_step_end(args, state, None)

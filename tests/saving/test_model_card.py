@@ -478,9 +478,22 @@ def test_bad_template_is_refused_before_training(make_trainer, tmp_path):
             make_trainer(model_card_template=str(tmp_path / "mine.md"))
 
     refused("{{ card_data }} {% if x %}", "mine.md' cannot be read as a jinja2 template: .*endif")
+    refused("{{ card_data }} {{ results.reward }}", "mine.md' makes no card of a small run .UndefinedError: ")
+    refused("{{ card_data }} {{ rollouts / 2 }}", "mine.md' makes no card of a small run .TypeError: ")
     refused("nothing", r"mine.md' has no \{\{ card_data \}\}")
     with pytest.raises(ValueError, match="none.md' cannot be read"):
         check_template(str(tmp_path / "none.md"))
+
+
+def test_a_template_that_fails_after_training_costs_no_card(make_trainer, tmp_path, caplog):
+    (tmp_path / "mine.md").write_text(
+        "---\n{{ card_data }}\n---\n{% if reward_curve %}{{ nothing.there }}{% endif %}\n"
+    )
+    trainer = make_trainer(model_card_template=str(tmp_path / "mine.md"), num_rollouts=2)
+    trainer.train()
+    trainer.save_model()
+    assert "mine.md' makes no card of this run (UndefinedError: 'nothing' is undefined)" in caplog.text
+    assert "## " in card_of(tmp_path / "out").text
 
 
 @pytest.mark.slow

@@ -20,7 +20,9 @@ from PIL import Image
 from tiny_runs import redness
 
 from trl_fdfo import FDFOConfig
+from trl_fdfo.rewards.learned_reward import LearnedReward
 from trl_fdfo.rewards.reward_functions import RewardFunctions
+from trl_fdfo.rewards.vlm_server import VLMServer
 from trl_fdfo.saving.checkpoint_files import MANIFEST, SAVING, changes, commit, removed_on_error, written_whole
 from trl_fdfo.saving.checkpointer import Checkpointer
 from trl_fdfo.saving.fingerprint import fingerprint
@@ -156,6 +158,18 @@ def test_a_reward_says_which_settings_have_no_effect():
 
     reward.url, reward.scale, reward.no_effect = "http://localhost:1", 2, ("url",)
     assert described(reward) == "1 (scale=2)"
+
+
+def test_how_long_a_server_is_waited_for_has_no_effect():
+    patient = {"timeout": 600.0, "max_retries": 9, "backoff": 3.0, "max_concurrency": 2}
+    here = described(VLMServer("http://localhost:1"))
+    assert (
+        described(VLMServer("http://localhost:1", **patient))
+        == here
+        != described(VLMServer("http://localhost:1", num_frames=4))
+    )
+    learned = [described(LearnedReward(torch.nn.Identity(), **options)) for options in ({}, {"offload": True})]
+    assert learned[0] == learned[1] != described(LearnedReward(torch.nn.Identity(), batch_size=3))
 
 
 def test_settings_of_every_kind_of_reward():

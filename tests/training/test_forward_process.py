@@ -176,6 +176,8 @@ def test_options_train_with_an_exact_replay(make_forward, trainer_class, options
         moved if not of_two else all(any(f".{n}.blocks" in m for m in moved) for n in ("transformer", "transformer_2"))
     )
     # The trained weights come back after each use of the others.
+    if not trainer.has_old_policy:
+        return
     trained = trained_weights(trainer)
     for weight in trainer.old_policy.average.shadow_params:
         weight.add_(1)
@@ -206,9 +208,11 @@ def test_a_resumed_run_ends_in_the_weights_of_the_whole_run(make_forward, traine
     assert resumed.state.global_step == 6
     for name, weight in trained_weights(resumed).items():
         assert torch.equal(weight, trained_weights(whole)[name]), name
-    for found, expected in zip(*(t.old_policy.average.shadow_params for t in (resumed, whole)), strict=True):
-        assert torch.equal(found, expected)
-    assert (tmp_path / "whole" / "checkpoint-2" / "old_policy.safetensors").is_file()
+    file = tmp_path / "whole" / "checkpoint-2" / "old_policy.safetensors"
+    assert file.is_file() == trainer_class.has_old_policy
+    if trainer_class.has_old_policy:
+        for found, expected in zip(*(t.old_policy.average.shadow_params for t in (resumed, whole)), strict=True):
+            assert torch.equal(found, expected)
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------
@@ -245,5 +249,6 @@ def test_its_plan_needs_no_weights(trainer_class, tmp_path):
     prompts = Dataset.from_dict({"prompt": PROMPTS})
     plan = trainer_class.plan(config, tmp_path / "pipeline", ["tiny_runs:redness"], prompts)
     assert f"{trainer_class.algorithm} on StableDiffusion3Pipeline" in str(plan) and "endpoints alone" in str(plan)
-    # A call of the policy that samples comes to each update, and a replay to each batch that is sampled.
+    assert ("policy that samples" in str(plan)) == trainer_class.has_old_policy
+    # A call of the policy that samples, or of the base model, comes to each update, and a replay to each batch that is sampled.
     assert plan._calls_beside_training == 1

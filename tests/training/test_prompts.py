@@ -3,7 +3,7 @@ import json
 import pytest
 from datasets import Dataset
 
-from trl_fdfo.training.prompts import check_prompts, load_prompts, rollout_rows
+from trl_fdfo.training.prompts import check_prompts, load_prompts, names_prompts, rollout_rows
 
 
 def test_packaged_prompts():
@@ -70,3 +70,7 @@ def test_rollout_larger_than_the_dataset():
 
 def test_order_depends_on_the_seed():
     assert rollout_rows(100, 10, 0, seed=0) != rollout_rows(100, 10, 0, seed=1)
+
+
+def test_a_long_prompt_is_no_file():
+    assert not names_prompts("a red circle " * 400) and not names_prompts("a\0b")

@@ -219,7 +219,7 @@ class InferenceArguments:
             "name of an image file."
         },
     )
-    pipeline_kwargs: str | None = field(
+    pipeline_kwargs: dict | str | None = field(
         default=None,
         metadata={
             "help": "Further arguments of the pipeline's call, as a JSON string. {} accepts the pipeline's own settings for "
@@ -359,6 +359,8 @@ class MergeArguments:
         if output.is_file() != is_file or not (is_file or (output / "model_index.json").is_file()):
             kind = "file" if is_file else "folder of a pipeline"
             raise ValueError(f"output='{output}' is no {kind}: it is not overwritten.")
+        if any(output.glob("checkpoint-*")):
+            raise ValueError(f"output='{output}' has the checkpoints of a run, which would go: take another name.")
 
 
 @dataclass

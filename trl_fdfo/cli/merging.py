@@ -83,9 +83,16 @@ def merge_pipeline(arguments: MergeArguments, adapters: list[Path], scales: list
     for path, scale in zip(adapters, scales):
         _merge_into(pipeline, path, scale, rounding)
     report = str(rounding)
-    if output.exists():
-        shutil.rmtree(output)
-    pipeline.save_pretrained(output)
+    # What is replaced goes when all of the new is on the disk.
+    unfinished = output.with_name(f".{output.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        pipeline.save_pretrained(unfinished)
+        if output.exists():
+            shutil.rmtree(output)
+        unfinished.rename(output)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
     print(f"{output}: '{arguments.model}' with {', '.join(arguments.adapter)}. {report}")
 
 

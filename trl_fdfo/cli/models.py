@@ -19,7 +19,7 @@ from ..pipeline.loading import load_pipeline
 from ..pipeline.lora import add_adapter
 from ..pipeline.schedulers import RolloutScheduler
 from ..pipeline.trained import restore_point
-from ..training.config_checks import check_argument_of_call
+from ..training.config_checks import check_argument_of_call, read_json_dict
 from ..training.prompts import check_prompts, load_prompts, names_prompts, plain
 from .arguments import PACKAGED_CALL, InferenceArguments
 
@@ -65,10 +65,7 @@ def call_options(arguments: InferenceArguments, adapters: dict[str, Path]) -> di
     """
     names = ("num_inference_steps", "guidance_scale", "height", "width")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    try:
-        given |= json.loads(arguments.pipeline_kwargs or "{}")
-    except (json.JSONDecodeError, TypeError) as error:
-        raise ValueError(f"pipeline_kwargs={arguments.pipeline_kwargs!r} is not a JSON object: {error}.") from None
+    given |= read_json_dict("pipeline_kwargs", arguments.pipeline_kwargs, "arguments of the pipeline's call") or {}
     for name, value in given.items():
         check_argument_of_call("pipeline_kwargs has", name, value)
     options = {"num_inference_steps": 8, **PACKAGED_CALL} if arguments.model == "shapes" else {}

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import os
 import shutil
 from pathlib import Path
 
@@ -58,8 +59,12 @@ def read(path: Path) -> dict[str, object]:
 
 def beside(path: Path, name: str, value: object) -> object:
     """The value of an option of the recipe at `path`: the whole path of a file that lies beside it."""
+    # `os.path` says of a text that is too long for a name that there is no such file; `Path` raises.
     is_beside = (
-        name in FILES and isinstance(value, str) and not Path(value).exists() and (path.parent / value).is_file()
+        name in FILES
+        and isinstance(value, str)
+        and not os.path.exists(value)
+        and os.path.isfile(os.path.join(path.parent, value))
     )
     return str(path.parent / value) if is_beside else value
 

@@ -3,10 +3,12 @@
 import time
 
 from datasets import Dataset
+from transformers.utils import logging
 
 import trl_fdfo
 
 from .. import shapes
+from ..evaluation.evaluator import DifferentSizesError
 from ..pipeline.adapter_files import call_options
 from ..planning.without_weights import planned
 from ..rewards.by_name import REWARDS, check_by_name, load_object, load_reward
@@ -16,6 +18,9 @@ from ..training.publishing import where_it_is
 from ..training.trainer import RolloutTrainer
 from .algorithms import ALGORITHMS
 from .arguments import PACKAGED_CALL, RunArguments
+
+
+logger = logging.get_logger(__name__)
 
 
 def config_class(script: RunArguments) -> type[RolloutConfig]:
@@ -52,10 +57,13 @@ def train(script: RunArguments, config: RolloutConfig) -> None:
         num_prompts=script.num_report_prompts, images_per_prompt=script.images_per_report_prompt, metrics=metrics
     )
     trainer.comparison = comparison  # for the model card
-    comparison.sample("before")
-    if script.report_guidance_scale is not None:
-        name = f"before, guidance {script.report_guidance_scale}"
-        comparison.sample(name, guidance_scale=script.report_guidance_scale)
+    try:
+        comparison.sample("before")
+        if script.report_guidance_scale is not None:
+            name = f"before, guidance {script.report_guidance_scale}"
+            comparison.sample(name, guidance_scale=script.report_guidance_scale)
+    except DifferentSizesError as error:  # which train well
+        logger.warning(f"There are no images of before the run: {error}")
 
     start = time.perf_counter()
     trainer.train()  # on from the checkpoint of the option `resume_from_checkpoint`, if it is set

@@ -108,6 +108,9 @@ class BeforeAfter:
         Args:
             name (`str`): Name of the images: "before", "after", or something between for the table.
             **call_kwargs: Arguments of the pipeline's call in the place of the configured ones.
+
+        Raises:
+            DifferentSizesError: The images differ in size, which columns of the prompts decide.
         """
         self._sample(name, **call_kwargs)
         self._score(name)

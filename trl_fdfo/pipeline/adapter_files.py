@@ -15,14 +15,19 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, l
 from peft.tuners.lora import LoraLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
+from transformers.utils import logging
 
 from .checks import check_own_layers, check_trainable
 from .trained import TRAINED, restore_point, trained_module, trained_modules
 
 
+logger = logging.get_logger(__name__)
+
 CALL_OPTIONS = "generation_config.json"
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+AVERAGED_WEIGHTS_NAME = "averaged_weights.safetensors"  # beside a checkpoint's weights
 
 _PEFT_PREFIX = "base_model.model."
 
@@ -102,6 +107,7 @@ def read_adapter(pipeline: DiffusionPipeline, name_or_path: str) -> tuple[PeftCo
         if (path / CONFIG_NAME).is_file():
             peft_config = PeftConfig.from_pretrained(path)
             weights = load_peft_weights(str(path), device="cpu")
+            weights = _averaged(path, weights)
         else:
             peft_config, weights = _read_by_diffusers(pipeline, path)
     except OtherComponentsError:
@@ -114,6 +120,21 @@ def read_adapter(pipeline: DiffusionPipeline, name_or_path: str) -> tuple[PeftCo
         if name.endswith("dropout"):
             setattr(peft_config, name, 0.0)
     return peft_config, weights
+
+
+def _averaged(checkpoint: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The averaged weights of a run's checkpoint, where PEFT's file has those to train on; else `weights`."""
+    file = checkpoint / AVERAGED_WEIGHTS_NAME
+    if not file.is_file():
+        return weights
+    averaged = {name.replace(".default", ""): weight for name, weight in load_file(file).items()}
+    if averaged.keys() != weights.keys():
+        logger.warning(
+            f"{file} has other names than the adapter beside it, whose weights are taken as they were trained, not their average. "
+            "The result of the run has the average."
+        )
+        return weights
+    return {name: averaged[name].to(weight.dtype) for name, weight in weights.items()}
 
 
 def _read_by_diffusers(pipeline: DiffusionPipeline, path: Path) -> tuple[PeftConfig, dict[str, Tensor]]:

@@ -66,8 +66,9 @@ class RunPlan:
         eval_prompts (`int`): Prompts of an evaluation.
         algorithm (`str`): Name of the algorithm.
         latents_per_target (`int`): Float32 tensors of the latents' shape in the targets of a sample, beside one number.
-        noises_endpoints (`bool`): The algorithm learns from endpoints that are noised afresh: a rollout keeps no tuples, and the
-            policy that samples, which has weights of its own, gives a velocity for each micro-batch.
+        noises_endpoints (`bool`): The algorithm learns from endpoints that are noised afresh: a rollout keeps no tuples, and
+            another policy gives a velocity for each micro-batch.
+        has_old_policy (`bool`): The policy that samples has weights of its own.
         gpu (`str`, *optional*): A card of [`CARDS`], whose seconds are estimated.
     """
 
@@ -84,6 +85,7 @@ class RunPlan:
         algorithm: str,
         latents_per_target: int,
         noises_endpoints: bool = False,
+        has_old_policy: bool = False,
         gpu: str | None = None,
     ):
         self.args = args
@@ -95,7 +97,7 @@ class RunPlan:
         self.engine = engine
         self.gpu = gpu
         self.shared_prefix = flow.shared_prefix
-        self.noises_endpoints = noises_endpoints
+        self.noises_endpoints, self.has_old_policy = noises_endpoints, has_old_policy
         kept = (rehearsal, args, flow.scheduler_class, latents_per_target)
         self.trajectory_bytes = trajectory_bytes(*kept, noises_endpoints)
         # What keeping the tuples of all trained levels would take besides.
@@ -382,7 +384,7 @@ class RunPlan:
             ", ".join(notes),
         )
         parts = [
-            *model_parts(self.model, args, self.engine, self.noises_endpoints),
+            *model_parts(self.model, args, self.engine, self.has_old_policy),
             trajectories,
             *self._candidate_parts(on_host),
             *component_parts(self.pipeline, args),

@@ -132,6 +132,7 @@ def plan_without_weights(
     shared_prefix: bool = False,
     eval_prompts: int = 0,
     noises_endpoints: bool = False,
+    has_old_policy: bool = False,
 ) -> RunPlan:
     """
     The plan of a run, for which only configs and tokenizers are loaded.
@@ -146,7 +147,7 @@ def plan_without_weights(
         latents_per_target (`int`): As in [`RunPlan`].
         shared_prefix (`bool`): As in [`PipelineFlow`].
         eval_prompts (`int`): Number of the prompts to evaluate on.
-        noises_endpoints (`bool`): As in [`RunPlan`].
+        noises_endpoints, has_old_policy (`bool`): As in [`RunPlan`].
 
     Raises:
         OSError: The configs cannot be found.
@@ -198,6 +199,7 @@ def plan_without_weights(
         algorithm=algorithm,
         latents_per_target=latents_per_target,
         noises_endpoints=noises_endpoints,
+        has_old_policy=has_old_policy,
         gpu=config.gpu,
     )
 

@@ -38,6 +38,7 @@ class RAMTrainer(ForwardProcessTrainer):
     )
     config_class = RAMConfig
     hyperparameters = ("reward_multiplier",)
+    has_old_policy = False
 
     def compared_weights(self) -> contextlib.AbstractContextManager:
         return self.accelerator.unwrap_model(self.flow.model).disable_adapter()

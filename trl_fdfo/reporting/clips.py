@@ -29,15 +29,19 @@ def save_clips(sample: Tensor | Media, stem: Path, outputs: Outputs) -> list[Pat
     if isinstance(sample, Media):
         return [path for part in sample for path in save_clips(part, stem, outputs)]
     if sample.ndim == 2 and outputs.sampling_rate is not None:
-        return [_save_wav(sample, stem.with_suffix(".wav"), outputs.sampling_rate)]
+        return [_save_wav(sample, _path(stem, ".wav"), outputs.sampling_rate)]
     if sample.ndim == 4:
         frames = to_pil(sample.detach().float().nan_to_num(0, 0, 0).clamp(0, 1))
         frame_rate = outputs.frame_rate or FRAME_RATE
         # Not by OpenCV, which diffusers would take without imageio: browsers do not play its format.
         if find_spec("imageio") and find_spec("imageio_ffmpeg"):
-            return [Path(export_to_video(frames, str(stem.with_suffix(".mp4")), fps=frame_rate))]
-        return [_save_webp(frames, stem.with_suffix(".webp"), frame_rate)]
+            return [Path(export_to_video(frames, str(_path(stem, ".mp4")), fps=frame_rate))]
+        return [_save_webp(frames, _path(stem, ".webp"), frame_rate)]
     return []
+
+
+def _path(stem: Path, ending: str) -> Path:
+    return stem.with_name(stem.name + ending)  # `with_suffix` would take what is behind a dot in the name for an ending
 
 
 def _save_webp(frames: list[Image.Image], path: Path, frame_rate: float) -> Path:

@@ -75,6 +75,7 @@ class RolloutBar:
 
     def __init__(self, tracker: NotebookTrainingTracker, rollout: int, images: int):
         self._tracker, self._done = tracker, 0
+        self.postfix = ""
         self._bar: NotebookProgressBar = tracker.add_child(images, prefix=f"rollout {rollout + 1}, images")
 
     def __enter__(self) -> "RolloutBar":
@@ -91,6 +92,7 @@ class RolloutBar:
 
     def set_postfix_str(self, text: str) -> None:
         """Show a text behind the count."""
+        self.postfix = text
         self._bar.update(self._done, force_update=True, comment=text)
 
 

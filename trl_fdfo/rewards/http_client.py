@@ -88,6 +88,8 @@ class RetryingClient:
         ValueError: An argument is out of range.
     """
 
+    no_effect = ("max_concurrency", "timeout", "max_retries", "backoff")
+
     def __init__(
         self,
         url: str | list[str],

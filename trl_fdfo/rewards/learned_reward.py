@@ -33,6 +33,8 @@ class LearnedReward:
     image_type = "pil"
     differentiable = False
 
+    no_effect = ("offload",)
+
     def __init__(
         self,
         model: nn.Module,

@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -25,6 +26,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HTTPError
 from torch import Tensor
 from transformers.utils import logging
+from yaml import YAMLError
 
 from ..media import Media, Outputs, evenly_spread, middle_frame
 from ..metric_names import EVAL_PREFIX, REWARD
@@ -165,7 +167,7 @@ class CardRecord:
 
 
 def check_template(path: str) -> None:
-    """Raise a ValueError if `path` is no jinja2 template, or the template does not show the metadata."""
+    """Raise a ValueError if `path` is no jinja2 template, does not show the metadata, or makes no card of a small run."""
     try:
         text = Path(path).read_text(encoding="utf-8")
         jinja2.Environment().parse(text)
@@ -176,6 +178,19 @@ def check_template(path: str) -> None:
             f"model_card_template='{path}' has no {{{{ card_data }}}}, and without metadata the Hub does not know what "
             f"the model is: put it at the top, between two lines of ---. The packaged template is {PACKAGED_TEMPLATE}."
         )
+    run = TrainingRecord(
+        [("reward", 1.0)], {"learning_rate": 1e-4}, 1, "a prompt", rollouts=1, images=2, log_history=[]
+    )
+    pipeline = PipelineRecord(DiffusionPipeline.__name__, torch.float32, {"num_inference_steps": 10})
+    paper = Paper("A Title", ["Doe, Jane"], "2001.00001", 2020, "doe2020title")
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            write_model_card(CardRecord("Algorithm", paper, "out", "peft", pipeline, run, template=path), folder)
+        except (jinja2.TemplateError, TypeError, ValueError, YAMLError) as error:
+            raise ValueError(
+                f"model_card_template='{path}' makes no card of a small run ({type(error).__name__}: {error}). The head of "
+                f"{PACKAGED_TEMPLATE} has all variables."
+            ) from error
 
 
 def write_model_card(record: CardRecord, folder: str | Path) -> None:
@@ -409,7 +424,7 @@ def _save_widget(samples: SampleRecord, folder: Path, outputs: Outputs) -> list[
     for number, place in enumerate(evenly_spread(len(samples.prompts), _WIDGET_PROMPTS)):
         still = folder / "images" / f"{number}.png"
         picture(stills[place, 0]).save(still)
-        clips = save_clips(recursively_apply(lambda made: made[place, 0], after), still, outputs)  # noqa: B023
+        clips = save_clips(recursively_apply(lambda made: made[place, 0], after), still.with_suffix(""), outputs)  # noqa: B023
         shown = next(iter(clips), still)
         widget.append({"text": samples.prompts[place], "output": {"url": f"images/{shown.name}"}})
     return widget

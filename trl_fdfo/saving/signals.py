@@ -25,7 +25,7 @@ class Signals:
         saves (`bool`): The run saves a checkpoint before it ends, as the message says.
 
     Attributes:
-        received (`signal.Signals`, *optional*): The signal that was received.
+        received (`signal.Signals`, *optional*): The signal that was received in this context.
     """
 
     def __init__(self, saves: bool):
@@ -44,6 +44,7 @@ class Signals:
         for number, handler in self._previous.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: it was not set by Python
         self._previous = {}
+        self.received = None  # what comes after the run, such as a push, is not told to end
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

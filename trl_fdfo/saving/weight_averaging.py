@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from ..pipeline.adapter_files import AVERAGED_WEIGHTS_NAME
 from .sharded_weights import set_values, trained_parameters, whole_values
 
 
@@ -25,7 +26,7 @@ class WeightAveraging(TrainerCallback):
         decay (`float`): Decay per rollout in [0, 1). It starts lower: min(decay, (1 + n) / (10 + n)) at rollout n.
     """
 
-    FILE_NAME = "averaged_weights.safetensors"
+    FILE_NAME = AVERAGED_WEIGHTS_NAME
 
     def __init__(self, model: torch.nn.Module, decay: float):
         self.model = model
@@ -66,7 +67,7 @@ class WeightAveraging(TrainerCallback):
 
     def save(self, folder: str | Path) -> None:
         """Write the average beside a checkpoint's weights."""
-        tensors = {str(i): parameter.contiguous() for i, parameter in enumerate(self.average.shadow_params)}
+        tensors = {name: parameter.contiguous() for name, parameter in self.state_dict().items()}
         save_file(tensors, Path(folder, self.FILE_NAME), metadata={"updates": str(self.average.optimization_step)})
 
     def load(self, folder: str | Path, updates: int) -> None:
@@ -76,8 +77,8 @@ class WeightAveraging(TrainerCallback):
             self.start()
             return
         tensors = load_file(Path(folder, self.FILE_NAME))
-        for i, parameter in enumerate(self.average.shadow_params):
-            parameter.copy_(tensors[str(i)])
+        for number, (name, parameter) in enumerate(self.state_dict().items()):
+            parameter.copy_(tensors[name if name in tensors else str(number)])  # of an older version by number
         self.average.optimization_step = updates
 
 

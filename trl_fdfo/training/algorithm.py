@@ -28,6 +28,7 @@ class Algorithm:
         latents_per_target (`int`): Float32 tensors of the latents' shape that `targets` keeps of each sample.
         noises_endpoints (`bool`): It learns from endpoints that are noised afresh ([`ForwardProcessTrainer`]): a rollout keeps
             these alone, and no tuples of its steps.
+        has_old_policy (`bool`): The policy that samples has weights of its own ([`ForwardProcessTrainer`]).
         base_distance_name (`str`): Metric of the distance that `beta` weighs.
         args ([`RolloutConfig`]): Options of the run.
         sigmas (`Tensor`): Noise levels t_0 > ... > t_T = 0 of the sampler, shape [T + 1], on the CPU.
@@ -42,6 +43,7 @@ class Algorithm:
     hyperparameters: tuple[str, ...] = ()
     latents_per_target = 0
     noises_endpoints = False
+    has_old_policy = False
     base_distance_name = "base_distance"
     args: RolloutConfig
     sigmas: Tensor

@@ -37,6 +37,7 @@ def check_class(algorithm: type[Algorithm]) -> None:
         "base_distance_name": (is_name, "the name of a metric"),
         "latents_per_target": (lambda value: isinstance(value, int) and value >= 0, "an int >= 0"),
         "noises_endpoints": (lambda value: isinstance(value, bool), "a bool"),
+        "has_old_policy": (lambda value: isinstance(value, bool), "a bool"),
         "hyperparameters": (lambda value: isinstance(value, tuple), "a tuple of names of options"),
     }
     for name, (is_right, should) in attributes.items():

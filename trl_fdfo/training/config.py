@@ -6,6 +6,7 @@ import functools
 import inspect
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
@@ -14,7 +15,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
-from accelerate.utils import get_int_from_env
+from accelerate.utils import get_int_from_env, patch_environment
 from numpy import generic
 from transformers import TrainingArguments
 from transformers.integrations import unset_hf_deepspeed_config
@@ -343,7 +344,8 @@ class RolloutConfig(TrainingArguments):
         lr_scheduler_type (`str`, defaults to `"constant"`):
             Learning rate schedule.
         bf16 (`bool`, *optional*):
-            bfloat16 mixed precision. `None` uses it if the GPU has it and `fp16` is not set.
+            bfloat16 mixed precision. `None` takes what `accelerate launch` is told (`--mixed_precision`, or its config); else
+            bfloat16 if the GPU has it and `fp16` is not set.
         logging_steps (`float`, *optional*):
             Optimizer steps between logs. `None`: one log per rollout.
         eval_steps (`float`, *optional*):
@@ -515,10 +517,13 @@ class RolloutConfig(TrainingArguments):
         self._derive_batches(world_size)
         self._fill_in_defaults()
         config_checks.check_intervals(self)
-        self._resolve_bf16()
+        self._resolve_mixed_precision()
         followed = [field.name for field in fields(self) if isinstance(getattr(self, field.name), _Derived)]
+        precision = "bf16" if self.bf16 else "fp16" if self.fp16 else "no"
         try:
-            super().__post_init__()
+            # Without bf16 and fp16 Trainer would take what the launcher announces, and the options say otherwise.
+            with patch_environment(ACCELERATE_MIXED_PRECISION=precision):
+                super().__post_init__()
         except json.JSONDecodeError as error:
             options = {
                 name: getattr(self, name) for name in self._VALID_DICT_FIELDS if isinstance(getattr(self, name), str)
@@ -736,8 +741,16 @@ class RolloutConfig(TrainingArguments):
         # PyTorch counts cards that only emulate it, many times slower than float16.
         return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
 
-    def _resolve_bf16(self) -> None:
+    def _resolve_mixed_precision(self) -> None:
         available = self._has_bf16()
+        announced = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # by `accelerate launch`; "no" is its default
+        if self.bf16 is None and not self.fp16 and announced != "no":
+            if announced not in ("bf16", "fp16"):
+                raise ValueError(
+                    f"The launcher announces mixed_precision={announced}, and a run computes in bf16, fp16 or float32: give it "
+                    "--mixed_precision bf16, or set bf16 or fp16."
+                )
+            setattr(self, announced, derived(True))
         if self.bf16 is None:
             self.bf16 = derived(available and not self.fp16)
         elif self.bf16 and not available and not self.use_cpu:

@@ -22,6 +22,9 @@ _REFUSED = {
     "neftune_noise_alpha": "it adds noise to token embeddings, and the replay must repeat the rollout exactly",
     "use_liger_kernel": "it patches language models",
     "label_smoothing_factor": "there are no labels",
+    "data_seed": "the prompts of a rollout follow from `seed`",
+    "ignore_data_skip": "a resumed run goes on with the prompts that come next",
+    "dataloader_drop_last": "there is no loader that batches the prompts: `prompts_per_rollout` says how many a rollout has",
     "enable_jit_checkpoint": "it saves inside a rollout, where a run cannot be resumed: set `save_on_signal`",
 }
 
@@ -229,7 +232,7 @@ def check_training(config: TrainingArguments) -> None:
         )
     for name, reason in _REFUSED.items():
         value = getattr(config, name, None)  # not every version of transformers has all of them
-        if value or (name == "neftune_noise_alpha" and value is not None):
+        if value or (name in ("neftune_noise_alpha", "data_seed") and value is not None):
             raise ValueError(f"{name}={value} does not work here: {reason}.")
 
 

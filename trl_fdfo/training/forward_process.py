@@ -46,6 +46,7 @@ class ForwardProcessTrainer(RolloutTrainer):
 
     scheduler_class = ODEScheduler
     noises_endpoints = True
+    has_old_policy = True  # False where neither `sampling_weights` nor `compared_weights` needs one
 
     def _try_replay(self) -> float:
         if not self.flow.takes_any_samples:
@@ -61,10 +62,11 @@ class ForwardProcessTrainer(RolloutTrainer):
 
     def _add_collaborators(self) -> None:
         super()._add_collaborators()
-        self.old_policy = self._add_average(OldPolicy(self.model, self.old_policy_decay))
+        if self.has_old_policy:
+            self.old_policy = self._add_average(OldPolicy(self.model, self.old_policy_decay))
 
     def sampling_weights(self) -> contextlib.AbstractContextManager:
-        return self.old_policy.applied()
+        return self.old_policy.applied() if self.has_old_policy else super().sampling_weights()
 
     def compared_weights(self) -> contextlib.AbstractContextManager:
         """In this context the transformer gives the `old_velocity` of `loss`: by default with the weights that sampled."""

@@ -2,6 +2,7 @@
 
 import codecs
 import io
+import os
 import re
 import tempfile
 from collections.abc import Sequence
@@ -48,7 +49,7 @@ def load_prompts(dataset_name: str | None = None, prompt_column: str = "prompt",
             exists.
     """
     if dataset_name in PROMPT_SETS:
-        if Path(dataset_name).exists():
+        if os.path.exists(dataset_name):
             raise ValueError(
                 f"{name}='{dataset_name}' is a prompt set, and also a file or folder here: './{dataset_name}' is that file or "
                 "folder; for the prompt set, rename it or start elsewhere."
@@ -134,7 +135,7 @@ def _read_by_datasets(path: Path, kind: str, text: str | None) -> Dataset:
 
 def is_file_name(dataset_name: str) -> bool:
     """True if `load_prompts` takes it for a local file or folder, not for a Hub id."""
-    return Path(dataset_name).suffix.lower() in _BUILDERS or Path(dataset_name).exists()
+    return Path(dataset_name).suffix.lower() in _BUILDERS or os.path.exists(dataset_name)
 
 
 def names_prompts(text: str) -> bool:

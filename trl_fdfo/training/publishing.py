@@ -3,9 +3,11 @@
 import os
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jinja2
 from huggingface_hub import CommitInfo
 from transformers import Trainer
 from transformers.trainer_utils import SaveStrategy
@@ -133,7 +135,17 @@ def write_card(
     if not trainer.is_world_process_zero():
         return
     place = trainer.hub.repo_id or trainer.args.hub_model_id or folder_name(folder)
-    write_model_card(_record(trainer, place, model_name, dataset_name, tags, license, base_model), folder)
+    record = _record(trainer, place, model_name, dataset_name, tags, license, base_model)
+    try:
+        write_model_card(record, folder)
+    except (
+        jinja2.TemplateError
+    ) as error:  # the user's: a small run had a card, and this one is to be saved all the same
+        logger.warning(
+            f"model_card_template='{record.template}' makes no card of this run ({type(error).__name__}: {error}): it has the "
+            "packaged one."
+        )
+        write_model_card(replace(record, template=None), folder)
 
 
 def where_it_is(trainer: Trainer, folder: str | Path) -> str:

@@ -352,6 +352,7 @@ class RolloutTrainer(Algorithm, Trainer):
             cls.shares_prefix(config),
             evaluated,
             cls.noises_endpoints,
+            cls.has_old_policy,
         )
 
     def run_plan(self) -> RunPlan:
@@ -372,6 +373,7 @@ class RolloutTrainer(Algorithm, Trainer):
                 algorithm=self.algorithm,
                 latents_per_target=self.latents_per_target,
                 noises_endpoints=self.noises_endpoints,
+                has_old_policy=self.has_old_policy,
             )
             self._rehearsal = None  # frees its memory
         return self._plan
