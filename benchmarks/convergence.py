@@ -228,6 +228,11 @@ class Run:
         return f"{self.algorithm}, {self.steps} steps, {FRACTIONS[self.fraction]}"
 
 
+def changes_of(run: Run) -> dict[str, Any]:
+    """The options that an ablation changes."""
+    return ABLATIONS.get(run.algorithm, {}).get(run.ablation, {})
+
+
 def make_trainer(run: Run, rollouts: int = ROLLOUTS):
     from datasets import Dataset
 
@@ -248,7 +253,7 @@ def make_trainer(run: Run, rollouts: int = ROLLOUTS):
         "timestep_fraction": run.fraction,
         **algorithm.options,
         algorithm.knob: run.knob,
-        **ABLATIONS.get(run.algorithm, {}).get(run.ablation, {}),
+        **changes_of(run),
     }
     prompts = IMAGES // options.get("num_candidates", options["num_generations"])
     options.setdefault("num_rollouts", rollouts)
@@ -516,7 +521,7 @@ def race_table(results: list[dict[str, Any]], settings: list[Run], seconds: dict
                     label(setting, results),
                     *row,
                     duration(last, cost) + ratio,
-                    duration(max(member["rollouts"][-1] for member in members), cost),
+                    duration(changes_of(setting).get("num_rollouts", ROLLOUTS), cost),
                     str(len(members)),
                 ]
             )

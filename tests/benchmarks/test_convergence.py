@@ -22,6 +22,7 @@ FDFO = FIRST["FDFO"]
 
 FIRST_LEVEL = {"FDFO, fast", "first level alone", "2 of 2 images", "2 of 6 images", "a constant learning rate"}
 FIRST_LEVEL |= {f"rollouts of {steps} steps" for steps in (10, 4, 3)}
+FIRST_LEVEL.add(convergence.LONGER)
 CELLS = {
     *(("FDFO", 5, 0.4), *convergence.RACE, *convergence.RACE_20, *convergence.COARSE_20),
     *((name, *cell) for name in convergence.PAIR for cell in convergence.CELLS),
