@@ -53,7 +53,7 @@ SETTINGS = {
     "FDFO, fast": Setting(
         "FDFOTrainer",
         {**ALGORITHMS["FDFO, fast"].options, "epsilon": 0.8, "timestep_fraction": 0.1},
-        (6e-4, 1.2e-3, 2.4e-3),
+        (3e-4, 6e-4, 1.2e-3, 2.4e-3),
     ),
     "DiffusionNFT": Setting(
         "DiffusionNFTTrainer", {"num_generations": 8, "nft_beta": 1.0, **QUARTER}, (1.5e-4, 3e-4, 6e-4)
