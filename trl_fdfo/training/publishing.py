@@ -138,9 +138,8 @@ def write_card(
     record = _record(trainer, place, model_name, dataset_name, tags, license, base_model)
     try:
         write_model_card(record, folder)
-    except (
-        jinja2.TemplateError
-    ) as error:  # the user's: a small run had a card, and this one is to be saved all the same
+    except jinja2.TemplateError as error:
+        # It made a card of a small run, before this one, whose result is to be saved all the same.
         logger.warning(
             f"model_card_template='{record.template}' makes no card of this run ({type(error).__name__}: {error}): it has the "
             "packaged one."
