@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import tiny_pipelines
 import torch
-from diffusers import SD3Transformer2DModel, WanTransformer3DModel
+from diffusers import DiffusionPipeline, SD3Transformer2DModel, WanTransformer3DModel
 from original_files import sd3_file, wan_file
 from peft import LoKrConfig, LoraConfig
 from safetensors import safe_open
@@ -285,3 +285,19 @@ def test_what_cannot_be_merged_is_refused(files, tmp_path):
     tiny_pipelines.flux().save_pretrained(tmp_path / "base")
     refused("match no layer of FluxTransformer2DModel", *lora, output=tmp_path / "new", base=tmp_path)
     refused("match no layer of FluxTransformer2DModel", *lora, "--format", "lora", base=tmp_path)
+
+
+def test_a_folder_is_replaced_only_by_a_whole_one(files, tmp_path, monkeypatch):
+    output = tmp_path / "merged"
+    run(files, output, "--adapter", files / "lora", "--dtype", "float32")
+    before = {path.relative_to(output): path.read_bytes() for path in output.rglob("*") if path.is_file()}
+
+    def on_a_full_disk(pipeline, folder):
+        Path(folder).mkdir()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(DiffusionPipeline, "save_pretrained", on_a_full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        run(files, output, "--adapter", files / "lora", "--dtype", "float32", "--overwrite")
+    assert {path.relative_to(output): path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+    assert list(tmp_path.iterdir()) == [output]

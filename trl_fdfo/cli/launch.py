@@ -118,7 +118,7 @@ def launch(command: list[str], launched: list[str]) -> None:
 
 
 def _is_distributed(options: argparse.Namespace) -> bool:
-    """Whether options of accelerate, or its config, say in which way there are several processes."""
+    """True if options of accelerate, or its config, choose a launcher of several processes."""
     from accelerate.commands.config.config_args import default_config_file, load_config_from_file
     from accelerate.utils import DistributedType
 

@@ -83,16 +83,17 @@ def merge_pipeline(arguments: MergeArguments, adapters: list[Path], scales: list
     for path, scale in zip(adapters, scales):
         _merge_into(pipeline, path, scale, rounding)
     report = str(rounding)
-    # What is replaced goes when all of the new is on the disk.
+    # A full disk must not cost the old folder: it is deleted after the new one is written.
     unfinished = output.with_name(f".{output.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         pipeline.save_pretrained(unfinished)
-        if output.exists():
-            shutil.rmtree(output)
-        unfinished.rename(output)
-    finally:
+    except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    if output.exists():
+        shutil.rmtree(output)
+    unfinished.rename(output)
     print(f"{output}: '{arguments.model}' with {', '.join(arguments.adapter)}. {report}")
 
 

@@ -167,10 +167,9 @@ class HumanPreference:
                 continue
             verdict = (await self._answers[key])[key]
             if verdict["expired"] and not sum(verdict[name] for name in ("a", "b", "tie")):
-                pair_of_images = (first[place], second[place])
                 # In a thread: a stand-in may itself be awaited on this event loop.
-                asked = asyncio.to_thread(self._by_stand_in, *pair_of_images, prompts[place], trainer_state)
-                preferences.append(await asked)
+                arguments = (first[place], second[place], prompts[place], trainer_state)
+                preferences.append(await asyncio.to_thread(self._by_stand_in, *arguments))
             else:
                 preferences.append(self._preference(verdict) * (1 if pair[0] < pair[1] else -1))
         return preferences
@@ -186,7 +185,7 @@ class HumanPreference:
         self._answers = {key: asked for key, asked in self._answers.items() if not asked.done()}
 
     def _is_asked(self, key: str) -> bool:
-        """Whether a pair waits for its votes or has them. What has failed is asked again: the server may be back."""
+        """True if a pair waits for its votes, or has them; False after a failure, as the server may be back."""
         task = self._answers.get(key)
         return task is not None and not (task.done() and (task.cancelled() or task.exception() is not None))
 

@@ -372,8 +372,8 @@ class RolloutConfig(TrainingArguments):
     # Options that had another name in an earlier version, and their new spelling.
     renamed_options: ClassVar[dict[str, str]] = {}
 
-    # What an algorithm's own config says of it: the shared options that do nothing here, and why; what makes updates smaller, and
-    # which option the images of a prompt differ by, as warnings advise.
+    # An algorithm's own config names the shared options that do nothing in it, with the reason, and what warnings advise: how to
+    # make updates smaller, and the option of the sampler's noise.
     idle_options: ClassVar[dict[str, str]] = {}
     smaller_updates: ClassVar[str] = "a lower learning_rate, a smaller epsilon or a larger beta"
     noise_option: ClassVar[str | None] = None
