@@ -199,7 +199,7 @@ def test_a_replay_that_is_not_exact_ends_the_run(make_forward):  # noqa: F811
 
 @EACH
 def test_a_resumed_run_ends_in_the_weights_of_the_whole_run(make_forward, trainer_class, tmp_path):  # noqa: F811
-    follows = {"old_policy_decay_rate": 0.3} if "old_policy_decay" in trainer_class.hyperparameters else {}
+    follows = {"old_policy_decay": 0.5, "old_policy_decay_rate": 0.3} if trainer_class.has_old_policy else {}
     options = {"num_rollouts": 3, "save_strategy": "epoch", "learning_rate": 1e-2, **follows}
     whole = make_forward(trainer_class, output_dir=str(tmp_path / "whole"), **options)
     whole.train()

@@ -31,13 +31,20 @@ class AWMTrainer(ForwardProcessTrainer):
         key="xue2025advantage",
     )
     config_class = AWMConfig
+    hyperparameters = ("level_power", "error_power", "old_policy_beta", "old_policy_decay", "old_policy_decay_rate")
 
     def ties_have_no_loss(self) -> bool:
-        return True
+        return not self.args.old_policy_beta  # a tie has a distance from the old policy too
 
     def targets(self, sampled: RolloutBatch, rewards: Tensor, rows: list[int]) -> tuple[Tensor]:
         return (in_float32(group_advantages(rewards).flatten()),)
 
     def loss(self, velocity: Tensor, old_velocity: Tensor, batch: ScoredBatch, level: int) -> SurrogateLoss:
-        target = target_velocity(batch, level)
-        return awm_loss(velocity, old_velocity, target, *batch.targets, self.args.epsilon)
+        args, t, target = self.args, batch.sampled.sigmas[level], target_velocity(batch, level)
+        powers = args.level_power, args.error_power
+        result = awm_loss(velocity, old_velocity, target, t, *batch.targets, args.epsilon, *powers)
+        if args.old_policy_beta:
+            distance = (velocity - old_velocity).square().flatten(1).mean(dim=-1)
+            self.metrics.add(old_policy_distance=distance.detach().mean())
+            result = result._replace(loss=result.loss + args.old_policy_beta * distance)
+        return result

@@ -37,9 +37,6 @@ class DiffusionNFTTrainer(ForwardProcessTrainer):
     config_class = DiffusionNFTConfig
     hyperparameters = ("nft_beta", "old_policy_decay", "old_policy_decay_rate")
 
-    def old_policy_decay(self, rollouts: int) -> float:
-        return min(self.args.old_policy_decay_rate * rollouts, self.args.old_policy_decay)
-
     def see_rewards(self, rewards: Tensor) -> None:
         rewards = self.accelerator.gather(rewards.to(self.args.device))
         known = rewards[rewards.isfinite()]

@@ -25,6 +25,8 @@ class RAMConfig(ForwardProcessConfig):
     idle_options: ClassVar[dict[str, str]] = {
         "epsilon": "has nothing to clip, as RAM has no ratio",
         "beta": "weighs the distance from the base model, which RAM's loss has anyway",
+        "old_policy_decay": "averages an old policy, which RAM has not",
+        "old_policy_decay_rate": "averages an old policy, which RAM has not",
     }
     smaller_updates: ClassVar[str] = "a lower reward_multiplier or learning_rate"
 

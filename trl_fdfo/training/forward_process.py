@@ -37,8 +37,7 @@ class ODEScheduler(RolloutScheduler):
 
 class ForwardProcessTrainer(RolloutTrainer):
     """
-    What algorithms of the forward process share. A subclass writes `targets`, `loss` and, for `beta`, `base_distance`; with
-    `old_policy_decay` it has a policy of its own that samples.
+    What algorithms of the forward process share. A subclass writes `targets`, `loss` and, for `beta`, `base_distance`.
 
     Raises:
         ValueError: As [`RolloutTrainer`]; or the pipeline takes its latents apart before its first step.
@@ -58,7 +57,7 @@ class ForwardProcessTrainer(RolloutTrainer):
 
     def old_policy_decay(self, rollouts: int) -> float:
         """eta in [0, 1): after this many rollouts, the policy that samples becomes eta old + (1 - eta) trained weights."""
-        return 0.0
+        return min(self.args.old_policy_decay_rate * rollouts, self.args.old_policy_decay)
 
     def _add_collaborators(self) -> None:
         super()._add_collaborators()

@@ -24,6 +24,11 @@ class ForwardProcessConfig(RolloutConfig):
             Prompts that each process samples, and trains on, at a time.
         learning_rate (`float`, defaults to `3e-4`):
             Initial learning rate of AdamW.
+        old_policy_decay (`float`, defaults to `0.0`):
+            Largest share of itself that the old policy, which samples, keeps after a rollout, in [0, 1). With 0 it is the
+            trained one as the rollout begins.
+        old_policy_decay_rate (`float`, defaults to `0.001`):
+            How much that share, which starts at 0, grows with each rollout, >= 0.
     """
 
     num_inference_steps: int = option(10)
@@ -31,3 +36,17 @@ class ForwardProcessConfig(RolloutConfig):
     prompts_per_rollout: int = option(48)
     per_device_prompt_batch_size: int = option(1)
     learning_rate: float = option(3e-4)
+    old_policy_decay: float = option(0.0)
+    old_policy_decay_rate: float = option(0.001)
+
+    def _check(self) -> None:
+        super()._check()
+        if not 0 <= self.old_policy_decay < 1:
+            raise ValueError(
+                f"old_policy_decay={self.old_policy_decay} must be in [0, 1): with 1 the policy that samples never follows."
+            )
+        if not self.old_policy_decay_rate >= 0:
+            raise ValueError(
+                f"old_policy_decay_rate={self.old_policy_decay_rate} must be >= 0: the decay grows from 0 to "
+                "old_policy_decay."
+            )
