@@ -139,6 +139,14 @@ def test_a_bump_that_reaches_one_level_alone_is_all_there():
     assert gammas[0, 4].log1p().item() == pytest.approx(0.8) and gammas.count_nonzero() == 1
 
 
+@pytest.mark.parametrize("location", [0.0, 3.0, 50.0])
+def test_a_bump_gives_nothing_to_the_level_at_which_a_pipeline_starts_late(location):
+    """With `strength` below 1: no churn can be added there, and what the bump has above it would be lost."""
+    sigmas = torch.linspace(0.6, 0, 11)
+    gammas = interval_churn(sigmas, 0.8, torch.tensor([location]), 0.5)
+    assert gammas[0, 0] == 0 and gammas.log1p().sum().item() == pytest.approx(0.8)
+
+
 @pytest.mark.parametrize("location", [50.0, -50.0])
 def test_a_bump_that_reaches_no_level_is_spread_evenly_over_all_of_them(location):
     # Not on the nearest: the branches of the last level are too close for a direction.

@@ -92,17 +92,19 @@ def interval_churn(sigmas: Tensor, weight: float | Tensor, location: Tensor, wid
         width (`float`): Standard deviation of the bump in logit(t), > 0.
 
     Returns:
-        `Tensor`: Churn of each level for each prompt, shape [P, T + 1], and 0 at t = 0. It is 0 at t = 1 and at levels
-        whose density underflows, which in float32 are those more than 14.4 widths from the centre. If the densities of
-        all levels underflow, the churn is spread evenly over all levels but t = 0.
+        `Tensor`: Churn of each level for each prompt, shape [P, T + 1], and 0 at t = 0. It is 0 at t = 1, at t_0 below 1, and at
+        levels whose density underflows, which in float32 are those more than 14.4 widths from the centre. If the densities of
+        all levels underflow, the churn is spread evenly over all levels but t = 0, and but t_0 below 1.
     """
     deviation = (sigmas.logit() - location[:, None]) / width
     # At t = 1 and t = 0 it is 0 / 0: the density vanishes there.
     density = ((-0.5 * deviation.square()).exp() / (sigmas * (1 - sigmas))).nan_to_num(nan=0.0)
     # The nearest level in the place of all would often be the last, where the branches come out so close to each other
     # that the whitened direction explodes.
-    density[:, :-1] += (density.sum(dim=1, keepdim=True) == 0).to(density.dtype)
-    share = density / density.sum(dim=1, keepdim=True)
+    first = int(sigmas[0] < 1)  # the level of a pipeline that starts late, where no churn can be added
+    density[:, :first] = 0
+    density[:, first:-1] += (density.sum(dim=1, keepdim=True) == 0).to(density.dtype)
+    share = (density / density.sum(dim=1, keepdim=True)).nan_to_num(nan=0.0)
     return torch.expm1(torch.as_tensor(weight, dtype=sigmas.dtype).view(-1, 1) * share)
 
 
