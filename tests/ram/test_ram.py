@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import logged, trained_weights
+from conftest import logged, trained_weights, warnings_of_the_package
 from forward_runs import Gaussian, make_forward  # noqa: F401
 
 from trl_fdfo import RAMConfig, RAMTrainer
@@ -104,6 +104,20 @@ def test_only_the_product_of_multiplier_and_reward_counts(make_forward):  # noqa
         trainer.train()
         runs.append(trained_weights(trainer))
     assert all(torch.equal(weight, runs[1][name]) for name, weight in runs[0].items())
+
+
+@pytest.mark.parametrize(("multiplier", "advised"), [(50.0, "reward_multiplier=2.5"), (5.0, None)])
+def test_a_multiplier_for_rewards_of_another_scale_is_told(make_forward, caplog, multiplier, advised):  # noqa: F811
+    """PickScore's logits differ by 0.5 and more between the images of a prompt; the default is for rewards in [0, 1]."""
+
+    def two_apart(images, prompts):
+        return [2.0 * (n % 3) for n in range(len(images))]  # of three images of a prompt: a standard deviation of 2
+
+    make_forward(RAMTrainer, reward_fn=two_apart, num_rollouts=2, reward_multiplier=multiplier).train()
+    told = [
+        message for message in warnings_of_the_package(caplog) if "the base model, which holds updates back" in message
+    ]
+    assert [advised in message for message in told] == ([True] if advised else [])
 
 
 @pytest.mark.parametrize(
