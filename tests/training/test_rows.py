@@ -13,7 +13,8 @@ from tiny_pipelines import flux_kontext
 from tiny_runs import PROMPTS, UnplannedTrainer, redness
 
 from trl_fdfo import FDFOTrainer
-from trl_fdfo.evaluation.evaluator import DifferentSizesError, read_rows
+from trl_fdfo.evaluation.evaluator import DifferentSizesError, needed_columns, read_rows
+from trl_fdfo.rewards.reward_functions import RewardFunctions
 from trl_fdfo.seeds import derive_seed
 
 
@@ -230,3 +231,27 @@ def test_fractions_are_no_seeds(make_trainer):
         derive_seed(1.0)
     with pytest.raises(ValueError, match=r"seeds=\[0.5\]: give a list of ints"):
         make_trainer().generate(["a"], [0.5])
+
+
+def test_a_reward_that_is_a_module_reads_the_columns_that_it_takes():
+    """Its call takes anything and passes it on; a column that nothing takes may be damaged, or hold large images."""
+
+    class Score(torch.nn.Module):
+        def forward(self, images, prompts, style):
+            return images.flatten(1).mean(dim=1)
+
+    dataset = Dataset.from_dict({"prompt": PROMPTS, "style": PROMPTS, "image": PROMPTS})
+    assert needed_columns(dataset, [RewardFunctions([Score()])], ["prompt"]) == ["prompt", "style"]
+
+
+def test_a_class_method_is_a_reward():
+    class Scores:
+        scale = 2.0
+
+        @classmethod
+        def brightness(cls, images):
+            return cls.scale * images.flatten(1).mean(dim=1)
+
+    functions = RewardFunctions([Scores.brightness])
+    assert functions.describe() == {"brightness": "1"}
+    assert functions(torch.ones(2, 3, 4, 4), ["a", "b"], None, {}).tolist() == [[2.0], [2.0]]

@@ -6,7 +6,6 @@ Dimensions: P prompts, S images of each, R rewards, C control rewards.
 """
 
 import contextlib
-import inspect
 import itertools
 import math
 import operator
@@ -25,7 +24,7 @@ from transformers import TrainerState
 from ..media import Media, by_kind, unbind
 from ..metric_names import CONTROL, DIVERSITY, REWARD, deviation, part, standard_error
 from ..pipeline.records import repeat_each
-from ..rewards.reward_functions import RewardFunctions
+from ..rewards.reward_functions import RewardFunctions, parameters_of
 from .estimates import Estimate
 
 
@@ -255,8 +254,8 @@ class Evaluator:
 
 def needed_columns(dataset: Dataset, rewards: Sequence[RewardFunctions], others: Sequence[str]) -> list[str]:
     """The columns of a dataset that the rewards take, and `others`."""
-    functions = [function for each in rewards for function in each.functions]
-    parameters = [p for function in functions for p in inspect.signature(function).parameters.values()]
+    named = [(name, function) for each in rewards for name, function in zip(each.names, each.functions)]
+    parameters = [parameter for name, function in named for parameter in parameters_of(name, function)]
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     taken = {*others, *(parameter.name for parameter in parameters)}
     return [name for name in dataset.column_names if takes_all or name in taken]

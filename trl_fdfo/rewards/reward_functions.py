@@ -601,6 +601,8 @@ def _settings(function: RewardFunction) -> dict[str, str]:
         return _settings(function.func) | _as_text(bound)
     if inspect.ismethod(function):
         return _settings(function.__self__)
+    if isinstance(function, type):  # of a class method
+        return {}
     public = {name: value for name, value in getattr(function, "__dict__", {}).items() if not name.startswith("_")}
     if not inspect.isfunction(function) and type(function).__init__ is not object.__init__:
         made_with = inspect.signature(type(function)).parameters

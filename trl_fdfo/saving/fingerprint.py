@@ -34,7 +34,8 @@ def fingerprint(
     transformer = trained_module(pipeline)
     frozen = [p for p in transformer.parameters() if not p.requires_grad]
     trained = [p for p in transformer.parameters() if p.requires_grad]
-    scalars = [name for name, feature in prompts.features.items() if isinstance(feature, Value)]
+    stored = prompts.with_format(None)  # a transform would make all its rows at once, and others each time
+    scalars = [name for name, feature in stored.features.items() if isinstance(feature, Value)]
     return {
         **identity(options),
         **{f"adapter.{name}": identity(value) for name, value in _adapter_options(adapter).items()},
@@ -44,7 +45,7 @@ def fingerprint(
         "transformer (checksum of its frozen weights)": weights_checksum(frozen),
         "adapter (checksum of the weights to go on from)": weights_checksum(trained) if continues_adapter else None,
         "scheduler (checksum of its config)": config_checksum(_scheduler_config(pipeline.scheduler)),
-        "dataset (checksum of all its text and numbers)": checksum([prompts[name][:] for name in scalars]),
+        "dataset (checksum of all its text and numbers)": checksum([stored[name][:] for name in scalars]),
         "rewards": rewards,
     }
 
