@@ -7,7 +7,7 @@ many images and are tuned over grids of the same size.
 
 All runs take some hours on two cores; a run that has a result is not repeated. They come in this order: the grids, with a
 seed that is used nowhere else; five seeds with the best settings, of all algorithms in the cells of `RACE` and `RACE_20`,
-and of FDFO and Flow-GRPO in those of `CELLS`; ablations of FDFO with three seeds; the most expensive cell; the cost of a
+and of FDFO and Flow-GRPO in those of `CELLS`; ablations of FDFO and AWM with three seeds; the most expensive cell; the cost of a
 rollout in each cell.
 
 On one machine a run's settings and seed decide its result to the bit, however busy the machine is. Its CPU seconds
@@ -204,7 +204,13 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
         "a constant learning rate": {"lr_scheduler_type": "constant"},
         LONGER: {"num_rollouts": 2 * ROLLOUTS},  # about the time of the other algorithms' runs
     },
+    "AWM": {
+        "levels weighed by t": {"level_power": 1.0},
+        "levels weighed by t, errors to the power 1/4": {"level_power": 1.0, "error_power": 0.25},
+        "old_policy_beta 1": {"old_policy_beta": 1.0},
+    },
 }
+ABLATED = [*RACE[:2], ("AWM", 10, 0.25)]
 
 
 @dataclass(frozen=True)
@@ -400,7 +406,7 @@ def comparison(results: list[dict[str, Any]]) -> list[Run]:
 
 
 def ablations(results: list[dict[str, Any]]) -> list[Run]:
-    settings = [best(results, *cell) for cell in RACE[:2]]
+    settings = [best(results, *cell) for cell in ABLATED]
     return [
         replace(setting, seed=seed, ablation=name)
         for seed in ABLATION_SEEDS
@@ -487,6 +493,10 @@ def report(results: list[dict[str, Any]]) -> str:
             "## Ablations of FDFO, fast",
             "",
             *ablation_table(results, best(results, *RACE[1])),
+            "",
+            "## Ablations of AWM",
+            "",
+            *ablation_table(results, best(results, *ABLATED[2])),
             "",
             f"Costs were measured on {costs['machine']}; `{RUNS.name}` has every run.",
             "",
