@@ -2,9 +2,11 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from conftest import trained_weights
 from datasets import Dataset
 from peft import PeftModel
@@ -16,6 +18,7 @@ from trl_fdfo.fdfo.churn import constant_churn
 from trl_fdfo.pipeline.patch import shadowed
 from trl_fdfo.pipeline.trained import trained_module, trained_modules
 from trl_fdfo.pipeline_flow import PipelineFlow, ReplayError, check_replay
+from trl_fdfo.training.engines import check_calls_of_levels
 
 
 STEPS = 4
@@ -155,6 +158,29 @@ def test_one_of_them_alone_is_trained(make, options, tmp_path):
         ]
         card = Path(tmp_path, "README.md").read_text()
         assert "pipeline.transformer_2.load_lora_adapter(" in card and "load_lora_weights" not in card
+
+
+def under(kind, processes=2, **state):
+    """What the check asks of an accelerator: an engine is launched by other tests, and this one refuses to start."""
+    return SimpleNamespace(distributed_type=kind, num_processes=processes, state=SimpleNamespace(**state))
+
+
+def test_engines_that_shard_need_the_same_calls_at_all_levels(make):
+    """Their processes train different levels at a time: shards of different layers would be put together."""
+    fsdp = under(DistributedType.FSDP, fsdp_plugin=object())
+    trainer = make()
+    check = lambda accelerator: check_calls_of_levels(
+        trainer._rehearsal, trainer.trainable_levels, accelerator, trainer.pipeline
+    )
+    for accelerator in (fsdp, under(DistributedType.DEEPSPEED)):
+        with pytest.raises(
+            ValueError, match=r"levels of this WanPipeline call different things \(transformer.* and tran.*_2"
+        ):
+            check(accelerator)
+    for accelerator in (under(DistributedType.MULTI_GPU), under(DistributedType.DEEPSPEED, processes=1)):
+        check(accelerator)
+    trainer = make(trained_transformers=["transformer_2"], timestep_fraction=0.5)
+    check(fsdp)
 
 
 def test_more_levels_than_the_trained_one_has_are_refused(make):

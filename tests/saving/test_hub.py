@@ -207,6 +207,7 @@ def test_options_are_scrubbed_of_paths_and_token(tmp_path):
         report_to=[],
         use_cpu=True,
     )
+    config.hold()  # as a trainer does, whose trackers write it into files
     for options in (config.to_dict(), vars(config.redacted())):
         assert (options["output_dir"], options["dataset_name"]) == ("out", "p.csv")
         assert str(tmp_path) not in repr(options) and TOKEN not in repr(options)

@@ -576,11 +576,6 @@ TABLE = [
         "lr_end (1e-07) must be smaller than initial lr (1e-08)",
     ),
     bad(config(lr_scheduler_type="reduce_lr_on_plateau"), "reduce_lr_on_plateau", "requires an eval strategy"),
-    bad(
-        trainer(lr_scheduler_type="reduce_lr_on_plateau", **EVALUATION),
-        "metric_for_best_model='loss' is none of what `evaluate` gives",
-        "eval_reward, eval_rewards/redness/mean",
-    ),
     # Options of `TrainingArguments` that follow from others, or do not work here:
     bad(
         config(gradient_accumulation_steps=2),
@@ -593,6 +588,12 @@ TABLE = [
     bad(
         config(max_steps=3), "max_steps=3", "could end inside a rollout", "Set num_rollouts: a rollout is 4 steps here"
     ),
+    bad(
+        config(train_sampling_strategy="sequential"),
+        "train_sampling_strategy=sequential does not work here",
+        "from all",
+    ),
+    bad(config(bf16_full_eval=True), "bf16_full_eval=True does not work here", "set `bf16`"),
     bad(config(auto_find_batch_size=True), "auto_find_batch_size=True", "does not work here", "lower `per_device"),
     bad(config(neftune_noise_alpha=0.0), "neftune_noise_alpha=0.0 does not work here"),
     bad(config(neftune_noise_alpha=5.0), "neftune_noise_alpha=5.0", "does not work here", "the replay must repeat"),

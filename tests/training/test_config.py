@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import inspect
+import json
 import multiprocessing
 import pickle
 from pathlib import Path
@@ -10,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import HfArgumentParser
 from transformers.trainer_utils import SchedulerType
 
+import trl_fdfo
 from trl_fdfo import FDFOConfig, FlowGRPOConfig
 from trl_fdfo.training.config import option, with_help
 
@@ -256,3 +259,23 @@ def test_a_call_samples_at_most_the_prompts_of_the_process(make_config):
     assert config.prompts_per_call == 64 and config.per_device_eval_batch_size == 64 * 2
     config.per_device_sampling_batch_size = 8
     assert config.prompts_per_call == 8
+
+
+@pytest.mark.parametrize(
+    "config_class", [getattr(trl_fdfo, name) for name in trl_fdfo.__all__ if name.endswith("Config")]
+)
+def test_the_parser_of_transformers_reads_it(config_class):
+    parser = HfArgumentParser(config_class)
+    arguments = ["--output_dir", "out", "--report_to", "none", "--use_cpu", "--beta", "0.0", "--lora_r", "3"]
+    (config,) = parser.parse_args_into_dataclasses(arguments)
+    assert (config.lora_r, config.beta) == (3, 0.0)
+    (again,) = parser.parse_dict(config.to_dict(), allow_extra_keys=True)
+    assert comparable(again) == comparable(config)
+
+
+def test_a_config_is_read_from_its_own_json():
+    config = make(**GIVEN, pipeline_kwargs={"max_sequence_length": 8, "negative_prompt": "/data/x"})
+    again = FDFOConfig(**json.loads(config.to_json_string()))
+    config.hub_token = None  # the one thing that is not written
+    assert comparable(again) == comparable(config)
+    assert (again.output_dir, again.adapter) == ("/data/runs/a", "/data/lora")

@@ -198,6 +198,27 @@ def test_full_fine_tuning(make_trainer, tmp_path):
         assert torch.equal(weight, trainer.pipeline.transformer.state_dict()[name]), name
 
 
+def test_full_fine_tuning_with_mixed_precision_keeps_float32_weights(make_trainer, tmp_path):
+    """AdamW's steps of 1e-5 are less than half a unit of a bfloat16 weight above 0.004, and would be rounded away."""
+    tiny_pipelines.sd3().save_pretrained(tmp_path / "pipeline")
+    options = {"bf16": True, "learning_rate": 1e-5, "weight_decay": 0.0, "num_rollouts": 1}
+    trainer = make_trainer(str(tmp_path / "pipeline"), use_peft=False, **options)
+    before = trained_weights(trainer)
+    assert {weight.dtype for weight in before.values()} == {torch.float32}
+    trainer.train()
+    after = trained_weights(trainer)
+    moved = sum(((after[name] != weight) & (weight.abs() > 0.016)).sum().item() for name, weight in before.items())
+    assert moved > 0.9 * sum((weight.abs() > 0.016).sum().item() for weight in before.values())
+    assert make_trainer(str(tmp_path / "pipeline"), **options).pipeline.transformer.dtype == torch.bfloat16
+
+
+def test_full_fine_tuning_of_weights_in_16_bits_is_refused(make_trainer):
+    with pytest.raises(
+        ValueError, match=r"train weights in torch.bfloat16 of this StableDiffusion3Pipeline, in which most steps"
+    ):
+        make_trainer(tiny_pipelines.sd3().to(torch.bfloat16), use_peft=False, bf16=True)
+
+
 def test_only_the_transformer_is_trained(make_trainer):
     trainer = make_trainer()
     for name, component in trainer.pipeline.components.items():
@@ -312,6 +333,16 @@ def test_metrics_are_logged_once_per_rollout(make_trainer):
         assert log["reward"] == pytest.approx(2 * log["rewards/redness/mean"])
         assert log["images_per_second"] == pytest.approx(8 / (log["rollout_time"] + log["train_time"]))
         assert log["step_time"] == pytest.approx(log["train_time"] / 2)
+
+
+def test_times_are_of_a_rollout_however_often_they_are_logged(make_trainer):
+    trainer = make_trainer(optimizer_steps_per_rollout=4, timestep_fraction=0.5, logging_steps=1, num_rollouts=2)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "step_time" in log]
+    assert len(logs) == 8
+    for log in (log for log in logs if "reward" in log):
+        assert log["train_time"] == pytest.approx(4 * log["step_time"])
+        assert log["images_per_second"] == pytest.approx(8 / (log["rollout_time"] + log["train_time"]))
 
 
 def test_progress_bars(make_trainer, capsys):

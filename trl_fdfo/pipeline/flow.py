@@ -211,10 +211,10 @@ class PipelineFlow:
         remembered: dict[str, list] = {name: [] for name in REMEMBERED}
         calls, outputs, decode_calls = [], [], []
         known: dict[str, Any] = {}  # by the shapes of the arguments
-        callers: dict[int, set[str]] = defaultdict(set)
+        callers: dict[int, list[str]] = defaultdict(list)
 
         def model(*args, **kwargs):
-            callers[scheduler.steps_done].add(args[0] if self.has_several_transformers else TRAINED)
+            callers[scheduler.steps_done].append(args[0] if self.has_several_transformers else TRAINED)
             shapes = repr(recursively_apply(lambda tensor: tensor.shape, (args, kwargs)))
             if scheduler.steps_done > 0 and shapes in known:
                 return recursively_apply(torch.zeros_like, known[shapes])

@@ -36,7 +36,7 @@ class Rehearsal:
         decode_calls (`list[tuple[tuple, dict]]`): Arguments of each call of the VAE's `decode`.
         images (`Tensor` or [`Media`]): What was made: images or videos, floats in [0, 1], shape [N, 3, H, W] or
             [N, F, 3, H, W]; audio [N, C, L]; or both. They show nothing.
-        callers (`list[set[str]]`): Names of the transformers that each step calls.
+        callers (`list[list[str]]`): Names of the transformers that each step calls, one for each call.
     """
 
     sigmas: Tensor
@@ -51,7 +51,7 @@ class Rehearsal:
     outputs: list
     decode_calls: list[tuple[tuple, dict]]
     images: Tensor | Media
-    callers: list[set[str]]
+    callers: list[list[str]]
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ def model_parts(model: nn.Module, args: TrainingArguments, engine: Engine, has_o
         Part.constant("optimizer", state // processes("optimizer"), remark),
     ]
     if args.ema_decay is not None:
-        parts.append(Part.constant("average of weights", nbytes(trained)))
+        parts.append(Part.constant("average of weights", 4 * numbers))
     if has_old_policy:
         # While they are in the place of the trained weights, these are copied too.
         parts.append(Part.constant("policy that samples", 4 * numbers + nbytes(trained)))

@@ -19,7 +19,7 @@ logger = logging.get_logger(__name__)
 
 class WeightAveraging(TrainerCallback):
     """
-    Exponential moving average of the trained weights over rollouts, whole on each process.
+    Exponential moving average of the trained weights over rollouts, whole on each process, in float32.
 
     Args:
         model (`torch.nn.Module`): The model whose trained weights are averaged; it may be sharded later.
@@ -30,7 +30,8 @@ class WeightAveraging(TrainerCallback):
 
     def __init__(self, model: torch.nn.Module, decay: float):
         self.model = model
-        self.average = EMAModel(self.parameters, decay=decay)
+        self.decay = decay
+        self.start()
         self._is_applied = False
 
     @property
@@ -44,7 +45,8 @@ class WeightAveraging(TrainerCallback):
 
     def start(self) -> None:
         """Make the weights as they are the average."""
-        self.average = EMAModel(whole_values(self.parameters), decay=self.average.decay)
+        # In 16 bits the small share of the trained weights would be rounded away.
+        self.average = EMAModel([value.float() for value in whole_values(self.parameters)], decay=self.decay)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
@@ -95,12 +97,7 @@ class OldPolicy(WeightAveraging):
 
     def __init__(self, model: torch.nn.Module, decay: Callable[[int], float]):
         super().__init__(model, 0.0)
-        self.decay = decay
-        self.start()
-
-    def start(self) -> None:
-        super().start()
-        self.average.shadow_params = [value.float() for value in self.average.shadow_params]
+        self.decay_after = decay
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step == 0:  # a run before may have ended inside a rollout
@@ -110,5 +107,5 @@ class OldPolicy(WeightAveraging):
         rollouts, inside = divmod(state.global_step, args.steps_per_rollout)
         if not inside:
             for old, trained in zip(self.average.shadow_params, whole_values(self.parameters)):
-                old.lerp_(trained.to(old), 1 - self.decay(rollouts))
+                old.lerp_(trained.to(old), 1 - self.decay_after(rollouts))
             self.average.optimization_step = rollouts

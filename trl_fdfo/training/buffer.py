@@ -129,7 +129,8 @@ def trained_levels(
     """
     Noise levels that a rollout batch is trained on, in the order in which they are dealt to the optimizer steps.
 
-    One is drawn from each of K equal strata of the schedule, and each run of M neighbouring ones is shuffled: every
+    One is drawn from each of K strata of the schedule, which are of equal size, or, where K does not divide T, differ by one
+    level: a level of a smaller one is drawn more often. Each run of M neighbouring ones is shuffled: every
     optimizer step gets an even spread of levels.
 
     Args:

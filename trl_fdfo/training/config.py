@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
-from accelerate.utils import get_int_from_env, patch_environment
+from accelerate.utils import get_int_from_env, parse_flag_from_env, patch_environment
 from numpy import generic
 from transformers import TrainingArguments
 from transformers.integrations import unset_hf_deepspeed_config
@@ -24,6 +24,7 @@ from transformers.utils import is_torch_bf16_gpu_available, logging
 from ..rewards.scaling import SCALES
 from ..saving.identity import identity
 from . import config_checks
+from .accelerate_state import kept_accelerate_state
 from .config_checks import nearest_multiples
 from .migration import arguments_of, unknown_options
 
@@ -40,6 +41,10 @@ _INHERITED_RESULT_OPTIONS = (
     *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "optim_args"),
     *("lr_scheduler_kwargs", "warmup_steps", "fp16", "seed"),
 )
+
+
+# Schedules that follow `metric_for_best_model`.
+_FOLLOW_A_METRIC = ("reduce_lr_on_plateau", "greedy")
 
 
 class _Derived:
@@ -70,10 +75,13 @@ def derived(value: float | int | bool) -> _Derived:
 
 
 class _Metadata(dict):
-    """Metadata of a field. `HfArgumentParser` passes a copy to argparse, which does not know `changes_result`."""
+    """Metadata of a field. `HfArgumentParser` passes a copy to argparse, which does not know `changes_result`: no copy has it."""
+
+    def keys(self) -> list[str]:
+        return [name for name in super().keys() if name != "changes_result"]
 
     def copy(self) -> dict[str, Any]:
-        return {name: value for name, value in self.items() if name != "changes_result"}
+        return {name: self[name] for name in self.keys()}
 
 
 def option(default: Any, *, changes_result: bool = True, choices: tuple[str, ...] | None = None) -> Any:
@@ -106,7 +114,8 @@ def with_help(config_class: type) -> type:
                     f"`Parameters:`, with a first line like '{name} (`float`, defaults to `1.0`):'."
                 )
             help_text = " ".join(paragraphs[name].split()).replace("%", "%%")
-            value.metadata = MappingProxyType(_Metadata(value.metadata, help=help_text))
+            changes_result = value.metadata.get("changes_result", True)
+            value.metadata = MappingProxyType(_Metadata(value.metadata, help=help_text, changes_result=changes_result))
     return config_class
 
 
@@ -187,8 +196,9 @@ class RolloutConfig(TrainingArguments):
         epsilon (`float`, defaults to `0.03`):
             Half the width of the trust region: how far one rollout may move the ratio from 1, > 0.
         beta (`float`, defaults to `0.0`):
-            Weight of the distance from the model without its adapter, which keeps diversity. Any other value than 0
-            costs one more forward pass per micro-batch.
+            Weight of the distance from the model without its adapter, which keeps diversity. It is in units of the reward where
+            the algorithm does not normalise rewards: a start is then 0.2 times `reward_std`. Any other value than 0 costs one
+            more forward pass per micro-batch.
 
         > What is trained
 
@@ -531,6 +541,9 @@ class RolloutConfig(TrainingArguments):
             raise ValueError(f"One of {options} is not valid JSON: {error}.") from None
         for name in followed:  # it has made plain integers of some
             setattr(self, name, derived(getattr(self, name)))
+        if self.lr_scheduler_type in _FOLLOW_A_METRIC:  # which is to fall if nothing else is said
+            mode = "min" if self.greater_is_better is False else "max"
+            self.lr_scheduler_kwargs = {"mode": mode, **(self.lr_scheduler_kwargs or {})}
         config_checks.check_gradient_checkpointing(self)
         config_checks.check_learning_rate_schedule(self)
         # Under ZeRO-3 every model of transformers that is loaded from here on would be sharded and could not be called:
@@ -584,9 +597,11 @@ class RolloutConfig(TrainingArguments):
     @property
     def load_dtype(self) -> torch.dtype:
         """Dtype in which a pipeline is loaded by its name."""
-        # A gradient scaler refuses trained weights in float16: a LoRA is float32, the transformer itself must be.
-        loads_half = self.bf16 or (self.fp16 and self.use_peft)
-        return self.mixed_precision_dtype if loads_half else torch.float32
+        # Trained weights are float32: a LoRA's always, and those that DeepSpeed and FSDP2 keep of a transformer in 16 bits.
+        sharded = self.deepspeed_plugin is not None or bool(self.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
+        return (
+            self.mixed_precision_dtype if self.mixed_precision_dtype and (self.use_peft or sharded) else torch.float32
+        )
 
     def call_kwargs(self) -> dict[str, Any]:
         """Arguments of the pipeline's call that options set."""
@@ -628,7 +643,9 @@ class RolloutConfig(TrainingArguments):
         if default is MISSING:
             return False
         try:
-            return replace(self, **{name: default}).result_options()[name] == self.result_options()[name]
+            with kept_accelerate_state():
+                older = replace(self, **{name: default})
+            return older.result_options()[name] == self.result_options()[name]
         except ValueError:  # the other options need another value
             return False
 
@@ -639,9 +656,10 @@ class RolloutConfig(TrainingArguments):
         return redacted
 
     def to_dict(self) -> dict[str, Any]:
-        # Trackers write this into files, and TensorBoard's files are pushed.
-        options = super().to_dict()
-        return _redacted({n: value.plain if isinstance(value, _Derived) else value for n, value in options.items()})
+        options = {n: value.plain if isinstance(value, _Derived) else value for n, value in super().to_dict().items()}
+        options["hub_token"] = None  # for which Trainer puts a text that a config made of it would take for the token
+        # Trackers write that of a run into files, and TensorBoard's files are pushed. Before, a config is made of it again.
+        return _redacted(options) if self._is_in_use else {name: _in_json(value) for name, value in options.items()}
 
     @classmethod
     @functools.cache
@@ -724,7 +742,8 @@ class RolloutConfig(TrainingArguments):
             self.per_device_eval_batch_size = derived(self.prompts_per_call * self.num_candidates)
         if self.eval_steps is None:
             self.eval_steps = derived(self.save_steps)
-        if self.load_best_model_at_end and self.metric_for_best_model is None:
+        takes_metric = self.load_best_model_at_end or self.lr_scheduler_type in _FOLLOW_A_METRIC
+        if takes_metric and self.metric_for_best_model is None:
             self.metric_for_best_model = "eval_reward"
         # A loss that is not finite ends the run: nothing is left to filter, and the filter waits for the device.
         self.logging_nan_inf_filter = False
@@ -775,6 +794,14 @@ def _options_elsewhere() -> dict[str, str]:
 
     configs = [getattr(trl_fdfo, name) for name in trl_fdfo.__all__ if name.endswith("Config")]
     return {field.name: config.__name__ for config in configs for field in fields(config)}
+
+
+def _in_json(value: Any) -> Any:
+    try:
+        json.dumps(value)
+    except TypeError:  # functions and tensors in a dict, a path
+        return str(value) if isinstance(value, Path) else identity(value)
+    return value
 
 
 def _redacted(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Checks of options that need no pipeline. Each raises a ValueError with the value
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import fields
 from enum import EnumMeta
 from numbers import Integral
 from pathlib import Path
@@ -25,6 +26,11 @@ _REFUSED = {
     "data_seed": "the prompts of a rollout follow from `seed`",
     "ignore_data_skip": "a resumed run goes on with the prompts that come next",
     "dataloader_drop_last": "there is no loader that batches the prompts: `prompts_per_rollout` says how many a rollout has",
+    "train_sampling_strategy": "each rollout draws its prompts from all: sort none, or train on one part after the other",
+    "bf16_full_eval": "an evaluation computes in what the run computes in: set `bf16`",
+    "fp16_full_eval": "an evaluation computes in what the run computes in: set `fp16`",
+    "eval_accumulation_steps": "an evaluation keeps rewards, no logits",
+    "batch_eval_metrics": "an evaluation computes its metrics of all images",
     "enable_jit_checkpoint": "it saves inside a rollout, where a run cannot be resumed: set `save_on_signal`",
 }
 
@@ -230,9 +236,10 @@ def check_training(config: TrainingArguments) -> None:
             f"beta={config.beta} needs the base model, which is the model with its adapter disabled, but "
             "use_peft=False has no adapter. Set beta=0 or use_peft=True."
         )
+    defaults = {field.name: field.default for field in fields(TrainingArguments)}
     for name, reason in _REFUSED.items():
         value = getattr(config, name, None)  # not every version of transformers has all of them
-        if value or (name in ("neftune_noise_alpha", "data_seed") and value is not None):
+        if name in defaults and value != defaults[name]:
             raise ValueError(f"{name}={value} does not work here: {reason}.")
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from ..pipeline.options import is_quantized
 from ..pipeline.own_dtype import can_run_in_own_dtype, run_in_own_dtype
+from ..pipeline.records import Rehearsal
 from ..pipeline.trained import Transformers, trained_module
 from ..redaction import without_origin
 
@@ -55,7 +57,8 @@ def prepare_for_engine(accelerator: Accelerator, pipeline: DiffusionPipeline) ->
     Prepare a pipeline for DeepSpeed and FSDP, once the Trainer is built and before they wrap its transformer.
 
     Raises:
-        ValueError: The engine cannot shard quantised weights, or would compute in another dtype than the transformer's.
+        ValueError: The engine cannot shard quantised weights, or would compute in another dtype than the transformer's; or
+            weights in 16 bits are to be trained, of which no engine keeps a copy in float32.
     """
     # Building the Trainer has set it again. Under it, ZeRO-3 would shard every model that is loaded from here on.
     unset_hf_deepspeed_config()
@@ -79,12 +82,46 @@ def prepare_for_engine(accelerator: Accelerator, pipeline: DiffusionPipeline) ->
         plugin.mixed_precision_policy = replace(
             plugin.mixed_precision_policy, cast_forward_inputs=False, reduce_dtype=torch.float32
         )
+    else:
+        _refuse_rounded_steps(pipeline)
     if transformer.dtype != dtype:
         raise ValueError(
             f"{accelerator.distributed_type.value} computes in {dtype} without autocast (the options bf16 and fp16 say in "
             f"what), but the transformer of this {type(pipeline).__name__} is in {transformer.dtype}, and so are its "
             f"inputs. Load the pipeline with torch_dtype={dtype}, or by its name, or set "
             f"bf16={transformer.dtype == torch.bfloat16}."
+        )
+
+
+def _refuse_rounded_steps(pipeline: DiffusionPipeline) -> None:
+    half = {p.dtype for p in trained_module(pipeline).parameters() if p.requires_grad} & {torch.bfloat16, torch.float16}
+    if half:
+        raise ValueError(
+            f"use_peft=False would train weights in {half.pop()} of this {type(pipeline).__name__}, in which most steps of an "
+            "optimizer, far smaller than a weight, are rounded away. Load it with torch_dtype=torch.float32, or by its name "
+            "(bf16=True then computes in bfloat16); or train with DeepSpeed or FSDP2, which keep a copy in float32."
+        )
+
+
+def check_calls_of_levels(
+    rehearsal: Rehearsal, levels: Sequence[int], accelerator: Accelerator, pipeline: DiffusionPipeline
+) -> None:
+    """
+    Raises:
+        ValueError: Trained levels call different transformers, or one differently often, under an engine whose processes must
+            make the same calls: they train different levels at a time, and would mix shards or gradients of different layers.
+    """
+    shards = accelerator.distributed_type == DistributedType.DEEPSPEED or getattr(
+        accelerator.state, "fsdp_plugin", None
+    )
+    calls = {tuple(rehearsal.callers[level]) for level in levels}
+    if shards and accelerator.num_processes > 1 and len(calls) > 1:
+        described = " and ".join(" + ".join(each) or "none" for each in sorted(calls))
+        raise ValueError(
+            f"The noise levels of this {type(pipeline).__name__} call different things ({described}), and the processes train "
+            f"different levels at a time: {accelerator.distributed_type.value} would put together parts of different layers "
+            "without an error. Train it with DDP (the configuration `ddp`), or one transformer by `trained_transformers`, or with a "
+            "guidance that is the same at all levels."
         )
 
 

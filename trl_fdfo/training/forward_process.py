@@ -67,6 +67,9 @@ class ForwardProcessTrainer(RolloutTrainer):
     def sampling_weights(self) -> contextlib.AbstractContextManager:
         return self.old_policy.applied() if self.has_old_policy else super().sampling_weights()
 
+    def samples_with_trained_weights(self, rollout: int) -> bool:
+        return not self.has_old_policy or self.old_policy_decay(rollout) == 0
+
     def compared_weights(self) -> contextlib.AbstractContextManager:
         """In this context the transformer gives the `old_velocity` of `loss`: by default with the weights that sampled."""
         return self.old_policy.applied()

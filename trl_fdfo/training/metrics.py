@@ -33,6 +33,7 @@ class RolloutMetrics:
         watchdogs ([`Watchdogs`]): Told of each metric that can end the run.
         images_per_rollout (`int`): Images of a rollout, over all processes.
         micro_batches_per_step (`int`): Micro-batches of an optimizer step, per process.
+        steps_per_rollout (`int`): Optimizer steps on a rollout.
 
     Attributes:
         values (`dict[str, list[Tensor]]`): Values of each metric since the last log.
@@ -47,12 +48,14 @@ class RolloutMetrics:
         watchdogs: Watchdogs,
         images_per_rollout: int,
         micro_batches_per_step: int,
+        steps_per_rollout: int,
     ):
         self._accelerator = accelerator
         self._rewards = rewards
         self._watchdogs = watchdogs
         self._images_per_rollout = images_per_rollout
         self._micro_batches_per_step = micro_batches_per_step
+        self._steps_per_rollout = steps_per_rollout
         self._micro_batches = 0  # since the last log
         self._traits: list[Tensor] = []  # of the rollout that is being sampled
         self.values: dict[str, list[Tensor]] = defaultdict(list)
@@ -146,14 +149,14 @@ class RolloutMetrics:
         self.add(branch_rms=values[0], branch_distance=values[1])
         self._watchdogs.check_branches(values[1].item(), shared_noise, dtype)
 
-    def add_update(self, ratio: Tensor | None, epsilon: float, is_first_step: bool) -> None:
+    def add_update(self, ratio: Tensor | None, epsilon: float, starts_at_one: bool) -> None:
         """
         A micro-batch, and how far the updates have moved the model.
 
         Args:
             ratio (`Tensor`, *optional*): Ratio of each sample of a micro-batch, [N]; None if the algorithm has none.
             epsilon (`float`): Half the width of the trust region.
-            is_first_step (`bool`): No optimizer step has been made on the rollout.
+            starts_at_one (`bool`): The ratio is 1 but for rounding: the weights are those that sampled.
         """
         self._micro_batches += 1
         if ratio is None:
@@ -161,7 +164,7 @@ class RolloutMetrics:
         ratio = ratio.detach()
         error = (ratio - 1).abs()
         self.add(ratio=ratio.mean(), ratio_error=error.mean(), clip_ratio=(error > epsilon).float().mean())
-        if is_first_step:
+        if starts_at_one:
             self.add(first_ratio_error=error.max())
 
     def add_left_out(self) -> None:
@@ -184,9 +187,11 @@ class RolloutMetrics:
             metrics["step_time"] = self.seconds["train"] * self._micro_batches_per_step / self._micro_batches
         if REWARD in metrics:
             rollouts = len(self.values[REWARD])
-            metrics |= {f"{name}_time": self.seconds[name] / rollouts for name in ("rollout", "reward", "train")}
-            seconds = self.seconds["rollout"] + self.seconds["train"]
-            metrics["images_per_second"] = rollouts * self._images_per_rollout / seconds
+            metrics |= {f"{name}_time": self.seconds[name] / rollouts for name in ("rollout", "reward")}
+            # Of a log within a rollout only some steps are known.
+            metrics["train_time"] = metrics.get("step_time", 0.0) * self._steps_per_rollout
+            seconds = metrics["rollout_time"] + metrics["train_time"]
+            metrics["images_per_second"] = self._images_per_rollout / seconds
             if device.type == "cuda":
                 metrics["peak_memory"] = self._peak_memory(device)
         self.values.clear()

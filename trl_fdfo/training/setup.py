@@ -463,7 +463,7 @@ def find_trainable_levels(rehearsal: Rehearsal, pipeline: DiffusionPipeline, con
         for name, module in trained_modules(pipeline).items()
         if any(weight.requires_grad for weight in module.parameters())
     }
-    levels = [level for level, names in enumerate(rehearsal.callers) if names & trained]
+    levels = [level for level, names in enumerate(rehearsal.callers) if trained.intersection(names)]
     steps, count = len(rehearsal.callers), config.num_trained_levels
     if len(levels) < min(count, steps):
         raise ValueError(

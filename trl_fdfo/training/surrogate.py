@@ -33,7 +33,7 @@ def in_float32(difference: Tensor) -> Tensor:
     if difference.abs().max() > torch.finfo(torch.float32).max:
         raise WatchdogError(
             f"The rewards of a prompt differ by up to {difference.abs().max().item():.3g}, beyond float32: divide the reward "
-            "by a constant, which changes nothing but its scale."
+            "by a constant, which changes nothing but its scale (if `beta` is set, divide that too)."
         )
     return difference.float()
 

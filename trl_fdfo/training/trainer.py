@@ -54,10 +54,11 @@ from ..saving.signals import Signals
 from ..saving.weight_averaging import WeightAveraging
 from ..seeds import EVALUATION, derive_seed
 from . import checked, publishing
+from .accelerate_state import accelerate_state, put_back
 from .algorithm import Algorithm
 from .buffer import MicroBatch, RolloutBuffer, ScoredBatch
 from .config import RolloutConfig
-from .engines import adapt_to_trainer, leave_out_autocast, prepare_for_engine
+from .engines import adapt_to_trainer, check_calls_of_levels, leave_out_autocast, prepare_for_engine
 from .metrics import RolloutMetrics
 from .migration import arguments_of, unknown_arguments
 from .prompts import check_prompts, hold_out, load_prompts, plain
@@ -203,6 +204,7 @@ class RolloutTrainer(Algorithm, Trainer):
             )
             # The loss is a mean over the micro-batch: Trainer divides it by the number of accumulated ones.
             self.model_accepts_loss_kwargs = False
+            self._accelerate_state = accelerate_state()
             prepare_for_engine(self.accelerator, pipeline)
             leave_out_autocast(self.accelerator, self.model)
             keep_out_of_ddp(self.model)
@@ -220,6 +222,7 @@ class RolloutTrainer(Algorithm, Trainer):
             self.sigmas = self._rehearsal.sigmas
             self.trainable_levels = find_trainable_levels(self._rehearsal, pipeline, self.args)
             self.outputs = Outputs.of(pipeline, self.flow.call_kwargs, self._rehearsal.images)
+            check_calls_of_levels(self._rehearsal, self.trainable_levels, self.accelerator, pipeline)
             self.pictures.outputs = self.outputs
             evaluated = Outputs.of(pipeline, self.eval_call_kwargs(), self._rehearsal.images)
             check_outputs(self.args, self.outputs, evaluated, self.reward_functions, self.control_functions)
@@ -267,6 +270,7 @@ class RolloutTrainer(Algorithm, Trainer):
             self._watchdogs,
             args.prompts_per_rollout * args.num_candidates,
             args.gradient_accumulation_steps,
+            args.steps_per_rollout,
         )
         self.evaluator = Evaluator(
             self._sample,
@@ -474,7 +478,8 @@ class RolloutTrainer(Algorithm, Trainer):
             distance = checked.base_distance(self, velocity.float(), base_velocity.float(), batch, level)
             loss = loss + args.beta * distance
             self.metrics.add(**{self.base_distance_name: distance.detach().mean()})
-        self.metrics.add_update(ratio, args.epsilon, is_first_step=inputs.step == 0)
+        starts_at_one = inputs.step == 0 and self.samples_with_trained_weights(self._buffer.rollout)
+        self.metrics.add_update(ratio, args.epsilon, starts_at_one)
         loss = loss.mean()
         self._watchdogs.watch_loss(loss, velocity, level)
         if self.accelerator.sync_gradients:
@@ -527,7 +532,12 @@ class RolloutTrainer(Algorithm, Trainer):
         """The model with the weights that sample the rollouts: the trained ones, as they are."""
         return contextlib.nullcontext()
 
+    def samples_with_trained_weights(self, rollout: int) -> bool:
+        """True if a rollout is sampled with the weights that are trained, so that the ratio is 1 before the first step on it."""
+        return True
+
     def _on_run_begin(self) -> None:
+        put_back(self._accelerate_state)
         for functions in filter(None, (self.reward_functions, self.control_functions)):
             functions.on_run_begin()
 
@@ -565,6 +575,7 @@ class RolloutTrainer(Algorithm, Trainer):
             ValueError: The numbers of prompts, seeds and values differ, a seed is none, or the pipeline's call cannot have
                 such arguments.
         """
+        put_back(self._accelerate_state)
         columns = {} if columns is None else columns
         check_generate(self.flow, self.args.pipeline_columns or (), prompts, seeds, columns, call_kwargs)
         with self.averaged_weights():
@@ -847,6 +858,7 @@ class RolloutTrainer(Algorithm, Trainer):
 
     def save_result(self, output_dir: str) -> None:
         """`save_model` without a model card and without a push. If it cannot be written, `output_dir` is left as it was."""
+        put_back(self._accelerate_state)
         should_save = self.args.should_save
         staged = written_whole(output_dir, should_save, self.accelerator.wait_for_everyone)
         with staged as folder, self.averaged_weights():

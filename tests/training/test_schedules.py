@@ -1,0 +1,38 @@
+"""Schedules of the learning rate that follow a metric of the evaluations, all of which are better when they are higher."""
+
+import pytest
+
+
+RATES = {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 0}, "eval_strategy": "epoch"}
+
+
+@pytest.mark.parametrize(("controls", "falls"), [([1.0, 2.0, 3.0], False), ([3.0, 2.0, 1.0], True)])
+def test_the_rate_falls_when_the_metric_does(make_trainer, controls, falls):
+    scores = iter(controls)
+
+    def control(images):
+        if len(images) != 1:  # in the checks of the rewards
+            return [0.0] * len(images)
+        return [next(scores)]
+
+    options = {
+        "num_eval_prompts": 1,
+        "num_rollouts": 3,
+        "metric_for_best_model": "eval_control",
+        "alarm_control_drop": None,
+    }
+    trainer = make_trainer(eval_reward_fn=control, **RATES, **options)
+    trainer.train()
+    assert trainer.lr_scheduler.mode == "max"
+    rate = trainer.optimizer.param_groups[0]["lr"]
+    assert rate == pytest.approx(1e-5 if falls else 1e-3)
+
+
+def test_what_they_follow_is_the_reward_if_nothing_else_is_said(make_config):
+    for kind in ("reduce_lr_on_plateau", "greedy"):
+        config = make_config(lr_scheduler_type=kind, eval_strategy="epoch", num_eval_prompts=1)
+        assert (config.metric_for_best_model, config.lr_scheduler_kwargs["mode"]) == ("eval_reward", "max")
+    lower = make_config(**RATES, num_eval_prompts=1, metric_for_best_model="eval_diversity", greater_is_better=False)
+    assert lower.lr_scheduler_kwargs == {"mode": "min", "patience": 0}
+    asked = make_config(**{**RATES, "lr_scheduler_kwargs": {"mode": "min"}}, num_eval_prompts=1)
+    assert asked.lr_scheduler_kwargs == {"mode": "min"}
