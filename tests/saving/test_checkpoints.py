@@ -16,6 +16,7 @@ import torch
 from checkpoint_contents import assert_equal, contents
 from conftest import trained_weights
 from datasets import Dataset
+from safetensors.torch import load_file
 from tiny_runs import PROMPTS, redness
 from transformers import TrainerCallback
 
@@ -279,6 +280,51 @@ def test_moved_folder_keeps_its_best_checkpoint(make_trainer, tmp_path):
     resumed = make_trainer(num_rollouts=2, output_dir=str(moved), **options)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.best_model_checkpoint == str(moved / Path(best).name)
+
+
+CONTROLS = {0: 0.0, 2: 0.1, 4: 0.5, 6: 0.9, 8: 0.2, 10: 0.3}
+WITH_BEST = {"load_best_model_at_end": True, "metric_for_best_model": "eval_control"}
+
+
+def evaluated(make_trainer, rollouts, **options):
+    """A trainer of a run whose evaluations after 0, 1, ... rollouts give `CONTROLS`."""
+    options = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "ema_decay": 0.5, **options}
+    return make_trainer(
+        num_rollouts=rollouts,
+        eval_dataset=Dataset.from_dict({"prompt": ["a", "b"]}),
+        eval_reward_fn=lambda images, trainer_state: [CONTROLS[trainer_state.global_step]] * len(images),
+        **options,
+    )
+
+
+def assert_has_weights_of(trainer, checkpoint):
+    saved_weights = load_file(checkpoint / ADAPTER)
+    average = load_file(checkpoint / "averaged_weights.safetensors")
+    weights = trained_weights(trainer)
+    assert weights.keys() == {name.replace(".weight", ".default.weight") for name in saved_weights}
+    for name, weight in saved_weights.items():
+        assert torch.equal(weights[name.replace(".weight", ".default.weight")], weight), name
+    for name, weight in trainer.averaging.state_dict().items():
+        assert torch.equal(average[name], weight), name
+
+
+def test_the_best_evaluation_has_a_checkpoint_and_is_loaded_at_the_end(make_trainer, tmp_path):
+    trainer = evaluated(make_trainer, 4, save_steps=4, **WITH_BEST)
+    trainer.train()
+    assert (trainer.state.best_metric, trainer.state.best_global_step) == (0.9, 6)
+    # That of step 2 was saved as the best one so far, and left when a better one came. The others are those of `save_steps`.
+    assert saved(tmp_path / "out") == ["checkpoint-4", "checkpoint-6", "checkpoint-8"]
+    assert_has_weights_of(trainer, tmp_path / "out" / "checkpoint-6")
+
+
+@pytest.mark.parametrize("before", [{}, {"metric_for_best_model": "eval_reward"}])
+def test_a_resumed_run_finds_the_best_of_all_evaluations_that_have_a_checkpoint(make_trainer, tmp_path, before):
+    evaluated(make_trainer, 4, save_steps=2, **before).train()
+    shutil.rmtree(tmp_path / "out" / "checkpoint-6")
+    resumed = evaluated(make_trainer, 5, save_steps=2, **WITH_BEST)
+    resumed.train(resume_from_checkpoint=True)
+    assert (resumed.state.best_metric, resumed.state.best_global_step) == (0.5, 4)
+    assert_has_weights_of(resumed, tmp_path / "out" / "checkpoint-4")
 
 
 def test_full_disk_ends_the_run_and_leaves_the_older_checkpoints(make_trainer, tmp_path):

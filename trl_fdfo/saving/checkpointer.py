@@ -6,6 +6,7 @@ index): a resumed run is the run that was never stopped, to the bit.
 """
 
 import contextlib
+import math
 import os
 import shutil
 import tempfile
@@ -17,11 +18,12 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints, sort_checkpoints
 from transformers.utils import logging
 
+from ..metric_names import EVAL_PREFIX
 from .checkpoint_files import SAVING, changes, commit, fault, newest_good_checkpoint, removed_on_error, set_aside_after
 
 
@@ -115,6 +117,28 @@ class Checkpointer:
             step = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME)).global_step
         set_aside_after(self.output_dir, step)
 
+    def set_best(self, state: TrainerState, args: TrainingArguments, checkpoint: str) -> None:
+        """
+        Put the best evaluation before `checkpoint` into `state`, by the metric of `args`, which the run that wrote it need not
+        have had. If the best model is to be loaded at the end, only evaluations count whose checkpoint is still there.
+        """
+        metric = EVAL_PREFIX + (args.metric_for_best_model or "").removeprefix(EVAL_PREFIX)
+
+        def saved(step: int | None) -> str | None:
+            # Not by the name of `checkpoint`, which a download from the Hub changes.
+            return checkpoint if step == state.global_step else self.existing(step, Path(checkpoint).parent)
+
+        def counts(log: dict[str, float]) -> bool:
+            # As in a run that was not stopped: not before it, not inside a rollout, and no NaN.
+            step, value = log["step"], log.get(metric, math.nan)
+            at_end = step > 0 and step % args.steps_per_rollout == 0 and not math.isnan(value)
+            return at_end and (not args.load_best_model_at_end or saved(step) is not None)
+
+        sign = 1 if args.greater_is_better else -1
+        best = max(filter(counts, state.log_history), key=lambda log: sign * log[metric], default={})
+        state.best_metric, state.best_global_step = best.get(metric), best.get("step")
+        state.best_model_checkpoint = saved(state.best_global_step)
+
     def how_to_resume(self) -> str:
         checkpoints = sort_checkpoints(self.output_dir, PREFIX_CHECKPOINT_DIR)
         if not checkpoints:
@@ -196,7 +220,7 @@ class Checkpointer:
         for earlier in self.interim - {step}:
             if self.existing(earlier) != best:
                 shutil.rmtree(self.path(earlier), ignore_errors=True)
-        self.interim &= {step}
+                self.interim.remove(earlier)
         rotate_checkpoints(
             output_dir=str(self.output_dir), save_total_limit=self._save_total_limit, best_model_checkpoint=best
         )

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, OPTIMIZER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
 from ..evaluation.alarms import Alarms
@@ -785,6 +786,7 @@ class RolloutTrainer(Algorithm, Trainer):
             logger.warning(f"Not saved at step {step}: it is inside a rollout.")
             return
         wait = self.accelerator.wait_for_everyone
+        best = self.state.best_model_checkpoint
         with self.checkpointer.staged(step, self.args.should_save, wait) as folder:
             super()._save_checkpoint(model, trial)
             wait()
@@ -792,8 +794,21 @@ class RolloutTrainer(Algorithm, Trainer):
             self.state.best_model_checkpoint = None
             if self.args.should_save:
                 self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
-        self.state.best_model_checkpoint = self.checkpointer.existing(self.state.best_global_step)
+        self.state.best_model_checkpoint = self.checkpointer.existing(self.state.best_global_step) or best
         publishing.publish_checkpoint(self, self.checkpointer.path(step))
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """
+        Trainer's, at the ends of rollouts, where a run can be saved: if the best model is to be loaded at the end, it is
+        saved when it is evaluated.
+        """
+        args, step = self.args, self.state.global_step
+        is_best = step % args.steps_per_rollout == 0 and super()._determine_best_metric(metrics, trial)
+        if is_best and args.load_best_model_at_end and not self.control.should_save:
+            if args.save_strategy != SaveStrategy.BEST:  # which keeps the earlier ones too
+                self.checkpointer.interim.add(step)
+            self.control.should_save = True
+        return is_best
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         is_own_format = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
@@ -809,8 +824,7 @@ class RolloutTrainer(Algorithm, Trainer):
             return
         if self.args.resume_with_changed_options and is_own_format:
             set_options(self.optimizer, self.lr_scheduler, made)
-        best, folder = self.state.best_global_step, Path(checkpoint).parent
-        self.state.best_model_checkpoint = self.checkpointer.existing(best, folder)
+        self.checkpointer.set_best(self.state, self.args, checkpoint)
         rollouts, inside = divmod(self.state.global_step, self.args.steps_per_rollout)
         if inside:
             raise ValueError(
