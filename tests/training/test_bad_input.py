@@ -836,9 +836,12 @@ TABLE = [
     ),
     bad(
         resume(True, num_rollouts=2, optimizer_steps_per_rollout=2, resume_with_changed_options=True),
-        "is from step 1, inside a rollout of 2 steps",
-        "whose data is gone",
-        "Resume with the optimizer_steps_per_rollout and num_iterations of that run",
+        "is from a run of other rollouts: optimizer_steps_per_rollout: 1 -> 2",
+        "set them back, or load its weights as the start of a new run",
+    ),
+    bad(
+        resume(True, num_rollouts=2, num_iterations=2, resume_with_changed_options=True),
+        "is from a run of other rollouts: num_iterations: 1 -> 2",
     ),
     bad(
         resume(True, run="weights", num_rollouts=2),

@@ -154,6 +154,7 @@ def test_ratio_outside_of_the_trust_region_is_reported(make_trainer, caplog):
     trainer = make_trainer(learning_rate=0.3, epsilon=0.001, num_iterations=2, max_grad_norm=0.0)
     trainer.train()
     assert max(logged(trainer, "ratio_error")) > 0.003 and "the updates leave the trust region" in caplog.text
+    assert "or start a new run with a lower num_iterations" in caplog.text
     caplog.clear()
     steady = make_trainer()
     steady.train()

@@ -31,6 +31,8 @@ logger = logging.get_logger(__name__)
 
 # A change of these needs other weights or another optimizer than a checkpoint has.
 _NEEDS_OTHER_WEIGHTS = ("use_peft:", "optim:", "adapter.")
+# Rollouts, and all that follows from their number, are counted by their optimizer steps, M x num_iterations.
+_COUNTS_OTHERWISE = ("optimizer_steps_per_rollout:", "num_iterations:")
 
 
 class Checkpointer:
@@ -162,6 +164,12 @@ class Checkpointer:
             raise ValueError(
                 f"{checkpoint} has the weights and optimizer of another run: {'; '.join(impossible)}. No run can go on from "
                 "them with these options: set them back, or start anew."
+            )
+        miscounted = [change for change in changed if change.startswith(_COUNTS_OTHERWISE)]
+        if miscounted:
+            raise ValueError(
+                f"{checkpoint} is from a run of other rollouts: {'; '.join(miscounted)}. Its optimizer steps count its rollouts, "
+                "and so the prompts and seeds that come next: set them back, or load its weights as the start of a new run."
             )
         if changed and not self._allow_changes:
             raise ValueError(

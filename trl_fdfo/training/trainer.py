@@ -825,13 +825,7 @@ class RolloutTrainer(Algorithm, Trainer):
         if self.args.resume_with_changed_options and is_own_format:
             set_options(self.optimizer, self.lr_scheduler, made)
         self.checkpointer.set_best(self.state, self.args, checkpoint)
-        rollouts, inside = divmod(self.state.global_step, self.args.steps_per_rollout)
-        if inside:
-            raise ValueError(
-                f"{checkpoint} is from step {self.state.global_step}, inside a rollout of {self.args.steps_per_rollout} "
-                "steps, whose data is gone. Resume with the optimizer_steps_per_rollout and num_iterations of that run, "
-                "or from a checkpoint at the end of a rollout."
-            )
+        rollouts = self.state.global_step // self.args.steps_per_rollout
         for average in self._averages:
             average.load(checkpoint, updates=rollouts)
         if self.informative_prompts is not None:

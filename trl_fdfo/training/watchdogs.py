@@ -113,7 +113,9 @@ class Watchdogs:
         if error > MAX_RATIO_ERROR * self.epsilon:
             logger.warning(
                 f"The ratio is off from 1 by {error:.3g} on average, {error / self.epsilon:.1f} times epsilon: the updates "
-                "leave the trust region. Lower learning_rate, num_iterations or optimizer_steps_per_rollout."
+                "leave the trust region. Resume from the last checkpoint with a lower learning_rate and "
+                "resume_with_changed_options=True, or start a new run with a lower num_iterations or "
+                "optimizer_steps_per_rollout."
             )
 
     def check_branches(self, distance: float, shared_noise: float | None, dtype: torch.dtype) -> None:
