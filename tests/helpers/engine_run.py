@@ -39,6 +39,7 @@ ENGINE = {
     **distributed_run.SAMPLING,
     **distributed_run.SHORT,
 }
+CHANGED = {"learning_rate": 1e-3, "adam_beta2": 0.9, "adam_epsilon": 1e-3}
 WITHOUT_ADAPTER = {"use_peft": False, "beta": 0.0, "learning_rate": 1e-3, "num_rollouts": 1}
 
 
@@ -101,6 +102,17 @@ def main(folder: Path, bfloat16: bool) -> None:
 
 def on_cpus(folder: Path, make_pipeline: Callable) -> dict:
     results = {}
+    changed, _ = distributed_run.run(
+        str(folder / "changed"),
+        str(folder / "out" / "checkpoint-2"),
+        make_pipeline=make_pipeline,
+        resume_with_changed_options=True,
+        **{**ENGINE, **CHANGED},
+    )
+    results["changed"] = {
+        "logged": [log["learning_rate"] for log in changed.state.log_history if "learning_rate" in log],
+        "groups": [[group["lr"], group["betas"][1], group["eps"]] for group in changed.optimizer.param_groups],
+    }
     _, results["sparse"] = distributed_run.run(
         str(folder / "sparse"), make_pipeline=make_pipeline, **{**ENGINE, **distributed_run.SPARSE}
     )

@@ -260,6 +260,12 @@ def test_resumed_run_ends_in_the_same_bits(two_processes):
     assert torch.equal(results["resumed"]["images"], results["run"]["images"])
 
 
+def test_a_resumed_run_takes_its_new_learning_rate(two_processes):
+    changed = two_processes[2]["changed"]
+    assert changed["logged"] == [1e-2, 1e-3]
+    assert changed["groups"] and all(group == [1e-3, 0.9, 1e-3] for group in changed["groups"])
+
+
 def generated(pipeline: StableDiffusion3Pipeline) -> torch.Tensor:
     """The images that the trainer generates, by diffusers alone."""
     return pipeline(

@@ -266,9 +266,9 @@ class TimedCheckpoints(TrainerCallback):
 
 
 def set_options(optimizer: torch.optim.Optimizer, scheduler: LRScheduler, groups: list[dict[str, Any]]) -> None:
-    """The learning rate, betas and the like of this run's parameter groups in the place of the checkpoint's."""
+    """The learning rate, betas and the like of this run's parameter groups, without `params`, in the place of the checkpoint's."""
     for group, own in zip(optimizer.param_groups, groups):
-        group.update({name: value for name, value in own.items() if name != "params"})
+        group.update(own)
     if isinstance(scheduler, LambdaLR):
         scheduler.base_lrs = [own.get("initial_lr", own["lr"]) for own in groups]
         for group, factor, rate in zip(optimizer.param_groups, scheduler.lr_lambdas, scheduler.base_lrs):

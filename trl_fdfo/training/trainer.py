@@ -810,6 +810,15 @@ class RolloutTrainer(Algorithm, Trainer):
             self.control.should_save = True
         return is_best
 
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        # Noted here, as DeepSpeed puts the checkpoint's in their place before `_load_optimizer_and_scheduler`.
+        groups = (optimizer or self.optimizer).param_groups
+        self._own_groups = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+        return scheduler
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         is_own_format = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
         if checkpoint is not None and is_own_format and not Path(checkpoint, OPTIMIZER_NAME).is_file():
@@ -818,12 +827,11 @@ class RolloutTrainer(Algorithm, Trainer):
                 "from its weights alone, or by a run with DeepSpeed or FSDP, which only such a run reads. Load its "
                 "weights as the start of a new run."
             )
-        made = [dict(group) for group in self.optimizer.param_groups] if self.optimizer is not None else []
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        if self.args.resume_with_changed_options and is_own_format:
-            set_options(self.optimizer, self.lr_scheduler, made)
+        if self.args.resume_with_changed_options:
+            set_options(self.optimizer, self.lr_scheduler, self._own_groups)
         self.checkpointer.set_best(self.state, self.args, checkpoint)
         rollouts = self.state.global_step // self.args.steps_per_rollout
         for average in self._averages:
