@@ -84,6 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
     machine = "CPU" if args.cpu else torch.cuda.get_device_name()
     name = f"gpu_shapes-{re.sub(r'[^A-Za-z0-9]+', '-', machine)}.json"
     output = args.output or Path(__file__).with_name("results") / name
+    output.parent.mkdir(parents=True, exist_ok=True)  # now, and not after an hour
     results: dict[str, Any] = {"machine": machine, "torch": torch.__version__, "options": options, "runs": []}
     print(f"{machine}, torch {torch.__version__}; the README has {BEFORE:.2f} before and {AFTER:.2f} after")
     print(f"{'':24}{'reward':>16}{'strict accuracy':>18}{'seconds':>9}")

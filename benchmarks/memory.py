@@ -178,7 +178,8 @@ def compare() -> None:
     print("\nwhat a rollout of 8 prompts per process leaves behind, bytes per process")
     for processes in range(1, 5):
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        print(f"{processes:3} processes {run_python([*launch, __file__, '--trajectories']):>12,}", flush=True)
+        kept = run_python([*launch, __file__, "--trajectories"])
+        print(f"{processes:3} processes {kept if isinstance(kept, str) else f'{kept:>12,}'}", flush=True)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from benchmarks.common import PROMPTS, QUIET, brightness, sd3_transformer
 from trl_fdfo import FDFOConfig, FDFOTrainer
 
 
-def build_pipeline(small: bool):
+def build_pipeline(small: bool = False):
     """A tiny SD3 with a transformer of 31 M parameters on 256 image tokens, or of 0.6 M on 64."""
     pipeline = tiny_pipelines.sd3()
     torch.manual_seed(0)

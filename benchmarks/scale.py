@@ -489,9 +489,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tiny", action="store_true", help="a tiny model: a rehearsal")
     parser.add_argument("--no-measure", action="store_true", help="the model on paper alone")
-    parser.add_argument(
-        "--results", type=Path, help="file of gpu_sd35.py; default: the only one in benchmarks/results/"
-    )
+    parser.add_argument("--results", type=Path, help="file of gpu_sd35.py; default: the last of benchmarks/results/")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--timestep-fraction", type=float, default=1.0)
     parser.add_argument("--tflops", type=float, default=400.0, help="sustained rate of a GPU")
@@ -509,9 +507,9 @@ def main(arguments: list[str] | None = None) -> None:
     if args.worker:
         work_in_turns(args.worker, args.port, args.rollouts, args.tiny)
         return
-    found = list(Path(__file__).with_name("results").glob("gpu_sd35-*.json"))
-    if args.results is None and len(found) == 1:
-        args.results = found[0]
+    found = sorted(Path(__file__).with_name("results").glob("gpu_sd35-*.json"))
+    if args.results is None and found:
+        args.results = found[-1]
     if not args.no_measure:
         report(measure(args.rounds, args.tiny))
     paper(args)

@@ -146,6 +146,20 @@ def test_a_run_goes_on_without_stop_on_alarm(make_trainer, caplog):
     assert len(warnings_of_the_package(caplog)) == 2
 
 
+def test_the_drops_that_raise_an_alarm_are_those_of_the_options(make_trainer):
+    def falls_by_four(images, prompts, trainer_state):
+        return [len(prompt) - 4.0 * (trainer_state.global_step > 0) for prompt in prompts]  # 2.6 standard deviations
+
+    watched = {**WATCHED, "eval_reward_fn": falls_by_four, "num_rollouts": 1}
+    for drop, alarm in ((2.5, 1.0), (2.7, 0.0)):
+        trainer = make_trainer(**watched, alarm_control_drop=drop, eval_diversity="pixels", alarm_diversity_drop=0.7)
+        trainer.train()
+        assert logged_with_steps(trainer, "eval_alarm") == [(0, 0.0), (2, alarm)]
+    state = TrainerState(log_history=[FIRST])
+    assert not trainer._alarms.check(evaluation(diversity=0.16), state)
+    assert trainer._alarms.check(evaluation(diversity=0.14), state)
+
+
 def test_the_run_ends_with_a_checkpoint_and_can_be_taken_up(make_trainer, tmp_path):
     trainer = make_trainer(num_rollouts=4, stop_on_alarm=True, save_strategy="steps", **WATCHED)
     trainer.train()

@@ -7,6 +7,7 @@ It is a process of its own, because huggingface_hub reads HF_ENDPOINT and HF_HUB
 those scenarios that wait for the Hub, and writes the results of each process into FOLDER/SCENARIO/results.json.
 """
 
+import gc
 import json
 import logging
 import os
@@ -36,6 +37,8 @@ from trl_fdfo.pipeline.loading import load_pipeline  # noqa: E402
 
 
 torch.set_num_threads(1)
+gc.collect()
+gc.freeze()  # each run collects when it starts
 FOLDER = Path(sys.argv[1])
 BASE = "me/tiny-sd3"
 PROMPTS = ["a cat", "two dogs", "the sea", "red", "a box", "old man"]

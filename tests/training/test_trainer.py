@@ -133,7 +133,8 @@ def test_self_check_finds_a_pipeline_with_state(make_trainer):
 
 
 def test_default_lora_targets_are_the_attention_projections(make_trainer):
-    config = make_trainer().model.peft_config["default"]
+    config = make_trainer(lora_r=3, lora_alpha=6).model.peft_config["default"]
+    assert (config.r, config.lora_alpha) == (3, 6)
     paper = {"to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"}
     assert set(config.target_modules) == paper
     assert config.init_lora_weights == "gaussian"
