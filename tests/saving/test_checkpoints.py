@@ -101,13 +101,17 @@ def test_a_resumed_run_ends_in_the_weights_and_images_of_the_whole_run(make_trai
     assert torch.equal(resumed.generate(PROMPTS, range(6)), averaged)
 
 
-def test_averaging_can_start_with_a_resumed_run(make_trainer, caplog):
-    make_trainer(num_rollouts=1, save_strategy="epoch").train()
-    resumed = make_trainer(num_rollouts=2, ema_decay=0.5, resume_with_changed_options=True)
-    resumed.train(resume_from_checkpoint=f"{resumed.args.output_dir}/checkpoint-2")
-    assert resumed.state.global_step == 4
+def test_averaging_can_start_with_a_resumed_run_which_is_resumed_too(make_trainer, trained, caplog):
+    options = {"rollouts": 4, "ema_decay": 0.9, "save_strategy": "epoch"}
+    begun = resume(make_trainer, trained / "checkpoint-4", resume_with_changed_options=True, **options)
+    assert begun.state.global_step == 8
     assert "the average over rollouts starts from its weights" in caplog.text
-    assert "with changes: ema_decay: None -> 0.5" in caplog.text
+    assert "with changes: ema_decay: None -> 0.9" in caplog.text
+    # After one rollout: its decay still rises with the number of rollouts averaged, not with those of the run.
+    again = resume(make_trainer, trained / "checkpoint-6", **options)
+    expected = begun.averaging.state_dict()
+    for name, weight in again.averaging.state_dict().items():
+        assert torch.equal(weight, expected[name]), name
 
 
 def saved(folder) -> list[str]:

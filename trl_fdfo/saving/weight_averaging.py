@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from diffusers.training_utils import EMAModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from transformers.utils import logging
@@ -72,16 +73,18 @@ class WeightAveraging(TrainerCallback):
         tensors = {name: parameter.contiguous() for name, parameter in self.state_dict().items()}
         save_file(tensors, Path(folder, self.FILE_NAME), metadata={"updates": str(self.average.optimization_step)})
 
-    def load(self, folder: str | Path, updates: int) -> None:
-        """Read what `save` wrote after `updates` rollouts; without it, the average starts from the weights as they are."""
-        if not Path(folder, self.FILE_NAME).is_file():
+    def load(self, folder: str | Path) -> None:
+        """Read what `save` wrote; without it, the average starts from the weights as they are."""
+        file = Path(folder, self.FILE_NAME)
+        if not file.is_file():
             logger.warning(f"{folder} has no {self.FILE_NAME}: the average over rollouts starts from its weights.")
             self.start()
             return
-        tensors = load_file(Path(folder, self.FILE_NAME))
+        tensors = load_file(file)
         for number, (name, parameter) in enumerate(self.state_dict().items()):
             parameter.copy_(tensors[name if name in tensors else str(number)])  # of an older version by number
-        self.average.optimization_step = updates
+        with safe_open(file, "pt") as opened:  # the average may be younger than the run
+            self.average.optimization_step = int(opened.metadata()["updates"])
 
 
 class OldPolicy(WeightAveraging):

@@ -833,10 +833,10 @@ class RolloutTrainer(Algorithm, Trainer):
         if self.args.resume_with_changed_options:
             set_options(self.optimizer, self.lr_scheduler, self._own_groups)
         self.checkpointer.set_best(self.state, self.args, checkpoint)
-        rollouts = self.state.global_step // self.args.steps_per_rollout
         for average in self._averages:
-            average.load(checkpoint, updates=rollouts)
+            average.load(checkpoint)
         if self.informative_prompts is not None:
+            rollouts = self.state.global_step // self.args.steps_per_rollout
             self.informative_prompts.load(checkpoint, position=rollouts * self.args.prompts_per_rollout)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
@@ -846,8 +846,7 @@ class RolloutTrainer(Algorithm, Trainer):
     def _load_best_model(self) -> None:
         super()._load_best_model()
         if self.averaging is not None:
-            rollouts = self.state.best_global_step // self.args.steps_per_rollout
-            self.averaging.load(self.state.best_model_checkpoint, updates=rollouts)
+            self.averaging.load(self.state.best_model_checkpoint)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
