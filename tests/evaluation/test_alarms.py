@@ -172,6 +172,15 @@ def test_the_run_ends_with_a_checkpoint_and_can_be_taken_up(make_trainer, tmp_pa
     assert logged_with_steps(resumed, "eval_alarm") == [(0, 0.0), (2, 1.0), (4, 1.0), (6, 1.0), (8, 1.0)]
 
 
+def test_the_run_ends_with_a_checkpoint_also_where_only_the_best_are_saved(make_trainer, tmp_path):
+    options = {"save_strategy": "best", "metric_for_best_model": "eval_control", **WATCHED}
+    options["eval_reward_fn"] = lambda images, trainer_state: [float(trainer_state.global_step < 4)] * len(images)
+    trainer = make_trainer(num_rollouts=4, stop_on_alarm=True, **options)
+    trainer.train()
+    assert logged_with_steps(trainer, "eval_alarm") == [(0, 0.0), (2, 0.0), (4, 1.0)]
+    assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+
+
 def test_no_checkpoint_where_none_is_wanted(make_trainer, tmp_path):
     trainer = make_trainer(num_rollouts=4, stop_on_alarm=True, **WATCHED)
     trainer.train()

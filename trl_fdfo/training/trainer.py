@@ -800,15 +800,16 @@ class RolloutTrainer(Algorithm, Trainer):
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """
         Trainer's, at the ends of rollouts, where a run can be saved: if the best model is to be loaded at the end, it is
-        saved when it is evaluated.
+        saved when it is evaluated. True if there is something to save.
         """
         args, step = self.args, self.state.global_step
         is_best = step % args.steps_per_rollout == 0 and super()._determine_best_metric(metrics, trial)
-        if is_best and args.load_best_model_at_end and not self.control.should_save:
-            if args.save_strategy != SaveStrategy.BEST:  # which keeps the earlier ones too
-                self.checkpointer.interim.add(step)
+        keeps_each = args.save_strategy == SaveStrategy.BEST
+        if is_best and args.load_best_model_at_end and not keeps_each and not self.control.should_save:
+            self.checkpointer.interim.add(step)
             self.control.should_save = True
-        return is_best
+        # save_strategy="best" puts this in the place of `should_save`, which an alarm may have set.
+        return is_best or self.control.should_save
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
