@@ -4,6 +4,7 @@ import asyncio
 import subprocess
 import sys
 import textwrap
+import threading
 
 import pytest
 import torch
@@ -106,6 +107,32 @@ def test_calls_of_one_background_reward_follow_each_other():
     pending = [functions.submit(torch.full((2, 3, 4, 4), n / 8), PROMPTS, TrainerState(), {}) for n in range(8)]
     assert torch.cat([each.result() for each in pending])[:, 0].tolist() == [n / 8 for n in range(8) for _ in range(2)]
     assert most == 1
+
+
+def test_rewards_in_other_threads_have_the_device_of_the_process(monkeypatch):
+    # Stand-ins for eight GPUs: the current one is a thread's own, and a new thread begins with the first.
+    current, seen = threading.local(), []
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: getattr(current, "index", 0))
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda index: setattr(current, "index", index))
+
+    def plain(images):
+        seen.append(torch.accelerator.current_device_index())
+        return [0.0] * len(images)
+
+    async def asynchronous(images):
+        return plain(images)
+
+    async def in_a_thread(images):
+        return await asyncio.to_thread(plain, images)
+
+    for function, is_background in ((plain, True), (asynchronous, True), (asynchronous, False), (in_a_thread, False)):
+        function.background = is_background
+        functions = RewardFunctions(function)
+        for index in (3, 1):  # a trainer may choose the device after the rewards are made
+            torch.accelerator.set_device_index(index)
+            functions(torch.zeros(2, 3, 4, 4), PROMPTS, TrainerState(), {})
+    assert seen == [3, 1] * 4
 
 
 # Values beyond float32 ------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence, Set
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -243,11 +243,11 @@ class RewardFunctions:
         of = next((kind for kind in ("videos", "images") if kind in samples), "sounds")
         arguments = self._all_arguments(samples, prompts, trainer_state, columns, num_generations)
         pil_images = functools.cache(lambda: to_pil(samples["images"]))
-        results = []
+        device, results = _current_device(), []
         for name, function in zip(self.names, self.functions):
             call = functools.partial(_unchanged, samples, function, _arguments(name, function, arguments, pil_images))
             if name in self._workers:
-                result = _in_thread(self._workers[name], call)
+                result = _in_thread(self._workers[name], device, call)
             else:
                 # Another may score PIL images by a list.
                 takes_tensors = attribute_of(function, "image_type", "pt") == "pt"
@@ -257,7 +257,7 @@ class RewardFunctions:
                         raise _without_gradient(name, result, of, len(prompts))
             if inspect.isawaitable(result):
                 task = _awaited(name, result, prompts, of)
-                results.append(asyncio.run_coroutine_threadsafe(task, _background_loop()))
+                results.append(asyncio.run_coroutine_threadsafe(task, _background_loop(device)))
             else:
                 results.append(checked_rewards(name, result, prompts, of))
         return PendingRewards(results)
@@ -408,16 +408,17 @@ class _Worker:
         threading.Thread(target=_run, args=(self._calls,), name=f"reward {name}", daemon=True).start()
         weakref.finalize(self, self._calls.put, None)
 
-    def submit(self, call: Callable[[], Any]) -> Future:
+    def submit(self, device: int | None, call: Callable[[], Any]) -> Future:
         """A future of the pair (return value, what was raised): a future cannot hold every exception."""
         future: Future = Future()
-        self._calls.put((future, call))
+        self._calls.put((future, device, call))
         return future
 
 
 def _run(calls: queue.SimpleQueue) -> None:
     while (each := calls.get()) is not None:
-        future, call = each
+        future, device, call = each
+        _set_current_device(device)
         try:
             outcome = call(), None
         except BaseException as error:
@@ -455,8 +456,21 @@ def _unchanged(samples: dict[str, Tensor], function: RewardFunction, arguments: 
     return result
 
 
-async def _in_thread(worker: _Worker, call: Callable[[], Any]) -> Any:
-    result, error = await asyncio.wrap_future(worker.submit(call))
+def _current_device() -> int | None:
+    """
+    The number of the accelerator that this thread computes on, for threads that this one starts: there "cuda" would be the
+    first GPU of the machine, in each process. Asked at each call, because rewards may be made before the device is chosen.
+    """
+    return torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
+
+
+def _set_current_device(index: int | None) -> None:
+    if index is not None:
+        torch.accelerator.set_device_index(index)
+
+
+async def _in_thread(worker: _Worker, device: int | None, call: Callable[[], Any]) -> Any:
+    result, error = await asyncio.wrap_future(worker.submit(device, call))
     if error is not None:
         raise error
     return await result if inspect.isawaitable(result) else result
@@ -494,11 +508,14 @@ def _blamed(name: str, prompts: list[str], of: str) -> Iterator[None]:
 
 
 @functools.cache
-def _background_loop() -> asyncio.AbstractEventLoop:
+def _background_loop(device: int | None) -> asyncio.AbstractEventLoop:
     """An event loop in its own thread: the main thread feeds the GPU, and in a notebook already runs a loop."""
     loop = asyncio.new_event_loop()
+    threads = ThreadPoolExecutor(initializer=_set_current_device, initargs=(device,))  # of `asyncio.to_thread`
+    loop.set_default_executor(threads)
 
     def run() -> None:
+        _set_current_device(device)
         while True:
             with contextlib.suppress(BaseException):  # of a task that a reward has made; its awaiter gets it too
                 loop.run_forever()
