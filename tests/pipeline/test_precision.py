@@ -5,11 +5,14 @@ import copy
 import pytest
 import tiny_pipelines
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from conftest import EACH_DEVICE
 from torch import nn
 
 from benchmarks import precision
 from trl_fdfo.fdfo.churn import churn_start, churn_step, constant_churn
 from trl_fdfo.flow_grpo.scheduler import SDEScheduler
+from trl_fdfo.offload import offload_until_called
 from trl_fdfo.pipeline.patch import in_float32
 from trl_fdfo.pipeline_flow import PipelineFlow
 
@@ -89,6 +92,29 @@ def test_the_vae_decodes_in_float32_and_is_left_in_its_own_dtype():
     generator = torch.Generator().manual_seed(0)
     images = pipeline("a cat", generator=generator, num_inference_steps=STEPS, output_type="pt", **SETTINGS)[0]
     torch.testing.assert_close(images.float(), flow.generate(["a cat"], [0]), rtol=0, atol=0.03)
+
+
+@EACH_DEVICE
+def test_an_offloaded_vae_comes_to_the_device_before_it_is_upcast(device):
+    came = []
+
+    class Arrivals(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            came.append(module.dtype)
+            return args, kwargs
+
+    flow = make_flow(tiny_pipelines.sd3().to(device, torch.bfloat16))
+    vae = flow.pipeline.vae
+    hook = offload_until_called(vae, torch.device(device))
+    add_hook_to_module(vae, Arrivals(), append=True)
+    for _ in range(2):
+        came.clear()
+        roll_out(flow)
+        # What comes first is what moves, and what stays pinned in host memory.
+        assert came[0] == torch.bfloat16
+        assert {(weight.device.type, weight.dtype) for weight in vae.parameters()} == {(device, torch.bfloat16)}
+    hook.offload()
+    assert {(weight.device.type, weight.dtype) for weight in vae.parameters()} == {("cpu", torch.bfloat16)}
 
 
 def test_a_gradient_passes_through_a_vae_of_16_bits():

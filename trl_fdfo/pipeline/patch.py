@@ -213,7 +213,7 @@ def patched(
                 stack.enter_context(shadowed(part, generate=functools.partial(generate, part.generate)))
         stack.enter_context(shadowed(pipeline, **attributes))
         stack.enter_context(_of_class(pipeline, _with_known_device(type(pipeline))))
-        scheduler.on_last_step = lambda: [stack.enter_context(in_float32(part)) for part in decoders]
+        scheduler.on_last_step = lambda: [stack.enter_context(in_float32(_arrived(part))) for part in decoders]
         try:
             yield
         finally:
@@ -280,6 +280,17 @@ def _in_own_dtype(vae: nn.Module, method: Callable, x: Tensor, *args: Any, **kwa
     """A pipeline may give the VAE what another dtype than the VAE's needs: its `dtype` changes on the way."""
     with torch.autocast(x.device.type, enabled=False):
         return method(x.to(vae.dtype), *args, **kwargs)
+
+
+def _arrived(module: nn.Module) -> nn.Module:
+    """
+    The module, on its device if it is offloaded until it is called. If it came after it is upcast, the hook would move the
+    copies alone: anew in each call, from float32 in host memory.
+    """
+    hook = getattr(module, "_hf_hook", None)
+    if hook is not None:
+        hook.pre_forward(module)
+    return module
 
 
 def upcast_weights(module: nn.Module) -> dict[int, Tensor]:
