@@ -1,10 +1,13 @@
 """Rewards that end in unusual ways, in the foreground and in the background; none of them hangs a run."""
 
 import asyncio
+import gc
 import subprocess
 import sys
 import textwrap
 import threading
+import time
+import weakref
 
 import pytest
 import torch
@@ -133,6 +136,43 @@ def test_rewards_in_other_threads_have_the_device_of_the_process(monkeypatch):
             torch.accelerator.set_device_index(index)
             functions(torch.zeros(2, 3, 4, 4), PROMPTS, TrainerState(), {})
     assert seen == [3, 1] * 4
+
+
+@pytest.mark.parametrize("kind", ["background", "async"])
+def test_what_was_scored_is_not_kept(kind):
+    """A worker that waits for its next call, or a reward of PIL images, would hold the tensors of a batch on the GPU."""
+    may_end = threading.Event()
+
+    def plain(images):
+        may_end.wait(60)
+        return [0.0] * len(images)
+
+    async def asynchronous(images):
+        await asyncio.to_thread(may_end.wait, 60)
+        return [0.0] * len(images)
+
+    function = plain if kind == "background" else asynchronous
+    function.background = kind == "background"
+    for image_type in ("pil", "pt"):
+        function.image_type = image_type
+        functions, images = RewardFunctions(function), torch.zeros(2, 3, 4, 4)
+        tensor = weakref.ref(images)
+        pending = functions.submit(images, PROMPTS, TrainerState(), {})
+        del images
+        assert (tensor() is None) == (image_type == "pil")  # while it waits
+        may_end.set()
+        pending.result()
+        functions(torch.zeros(2, 3, 4, 4), PROMPTS, TrainerState(), {})  # now the first call has returned
+        gc.collect()
+        assert tensor() is None
+        last = weakref.ref(images := torch.zeros(2, 3, 4, 4))
+        functions(images, PROMPTS, TrainerState(), {})
+        del images
+        deadline = time.monotonic() + 60
+        while last() is not None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert last() is None
+        may_end.clear()
 
 
 # Values beyond float32 ------------------------------------------------------------------------------------------------

@@ -118,7 +118,7 @@ class HTTPReward(RetryingClient):
         """
         self.__signature__.bind(**arguments)
         given = {name: value for name, value in arguments.items() if value is not None}
-        samples = {name: given[name] for name in SHAPES if isinstance(given.get(name), Tensor)}
+        samples = {name: given[name].cpu() for name in SHAPES if isinstance(given.get(name), Tensor)}
         if "images" in samples and samples["images"].ndim == 5:
             samples["videos"] = samples.pop("images")
         if not samples:
@@ -143,6 +143,7 @@ class HTTPReward(RetryingClient):
             sent = {name: tensor[part] for name, tensor in samples.items()}
             return encode(sent, head | lists, self._as_bytes)
 
+        del arguments, given  # the samples on the GPU, while the server is awaited
         path = f"/score/{quote(self.name, safe='')}"
         async with self.session() as session:
             answers = await all_or_none(

@@ -245,7 +245,7 @@ class RewardFunctions:
         pil_images = functools.cache(lambda: to_pil(samples["images"]))
         device, results = _current_device(), []
         for name, function in zip(self.names, self.functions):
-            call = functools.partial(_unchanged, samples, function, _arguments(name, function, arguments, pil_images))
+            call = functools.partial(_unchanged, function, _arguments(name, function, arguments, pil_images))
             if name in self._workers:
                 result = _in_thread(self._workers[name], device, call)
             else:
@@ -417,13 +417,17 @@ class _Worker:
 
 def _run(calls: queue.SimpleQueue) -> None:
     while (each := calls.get()) is not None:
-        future, device, call = each
-        _set_current_device(device)
-        try:
-            outcome = call(), None
-        except BaseException as error:
-            outcome = None, error
-        future.set_result(outcome)
+        _finish(*each)
+        del each  # with its samples, which would stay on the device until the next call
+
+
+def _finish(future: Future, device: int | None, call: Callable[[], Any]) -> None:
+    _set_current_device(device)
+    try:
+        outcome = call(), None
+    except BaseException as error:
+        outcome = None, error
+    future.set_result(outcome)
 
 
 def _arguments(name: str, function: RewardFunction, arguments: dict[str, Any], pil_images: Callable) -> dict[str, Any]:
@@ -436,11 +440,12 @@ def _arguments(name: str, function: RewardFunction, arguments: dict[str, Any], p
     return {p.name: arguments[p.name] for p in parameters if p.name in arguments}
 
 
-def _unchanged(samples: dict[str, Tensor], function: RewardFunction, arguments: dict[str, Any]) -> Any:
+def _unchanged(function: RewardFunction, arguments: dict[str, Any]) -> Any:
     """
     The function's result. Other rewards and the pictures have the same samples, so it must not write to them; and the
     update, in the same thread, takes gradients.
     """
+    samples = {name: arguments[name] for name in SAMPLES if isinstance(arguments.get(name), Tensor)}
     versions, has_gradients = {name: tensor._version for name, tensor in samples.items()}, torch.is_grad_enabled()
     result = function(**arguments)
     if torch.is_grad_enabled() != has_gradients:
