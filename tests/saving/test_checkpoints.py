@@ -472,6 +472,26 @@ def test_a_run_that_a_signal_ended_goes_on(make_trainer, number, error, where, c
         assert torch.equal(trained_weights(resumed)[name], weight), name
 
 
+def test_a_run_that_keeps_weights_alone_goes_on_after_a_signal(make_trainer):
+    options = {"num_rollouts": 2, "save_strategy": "epoch", "save_only_model": True}
+    # In the second rollout, after the weights of step 2 were saved.
+    killed = make_trainer(**options, reward_fn=killing_reward(signal.SIGINT, [3]))
+    with pytest.raises(KeyboardInterrupt, match=r"To go on from .*checkpoint-2"):
+        killed.train()
+    resumed = make_trainer(**options)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4
+    assert [Path(resumed.args.output_dir, name, "optimizer.pt").exists() for name in checkpoints(resumed)] == [
+        True,
+        False,
+    ]
+    unsaved = make_trainer(**options, save_on_signal=False, callbacks=[Kill(signal.SIGINT, 3)])
+    with pytest.raises(
+        KeyboardInterrupt, match=r"checkpoint-2 has weights alone \(save_only_model=True\): no run can go on"
+    ):
+        unsaved.train()
+
+
 @pytest.mark.parametrize("where", ["rollout", "update"])
 def test_signal_without_saving_ends_the_run_at_once(make_trainer, where):
     stop = {"reward_fn": killing_reward(signal.SIGTERM, [3])} if where == "rollout" else {}

@@ -48,7 +48,8 @@ class Checkpointer:
 
     Attributes:
         folder (`Path`): Folder in which Trainer writes its `checkpoint-<step>`: a staging folder while one is written.
-        interim (`set[int]`): Steps of the checkpoints of this process that the next one replaces.
+        interim (`set[int]`): Steps of the checkpoints of this process that the next one replaces, or that end the run: with
+            what a run goes on from, also under `save_only_model`.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Checkpointer:
         Raises:
             ValueError: There is no such checkpoint, it (or each of them) is damaged, or another run wrote it.
         """
+        self.interim.clear()  # in all processes: they save together
         # From a command line it is a string.
         resume = {"true": True, "false": False}.get(str(resume_from_checkpoint).lower(), resume_from_checkpoint)
         if not resume:
@@ -112,7 +114,6 @@ class Checkpointer:
                 f"output_dir='{self.output_dir}' cannot be written to ({error}): no checkpoint could be saved. Make it "
                 "writable, or set another."
             ) from error
-        self.interim.clear()
         step = 0
         if checkpoint is not None:
             # Not from the name, which a download from the Hub changes.
@@ -145,6 +146,8 @@ class Checkpointer:
         checkpoints = sort_checkpoints(self.output_dir, PREFIX_CHECKPOINT_DIR)
         if not checkpoints:
             return f"There is no checkpoint in {self.output_dir} yet: it will start from the beginning."
+        if not any(Path(checkpoints[-1]).glob("rng_state*")):
+            return f"{checkpoints[-1]} has weights alone (save_only_model=True): no run can go on from it."
         return f"To go on from {checkpoints[-1]}: train(resume_from_checkpoint=True), or --resume_from_checkpoint true."
 
     def _good_checkpoint(self, resume: str | bool) -> str | None:

@@ -222,7 +222,7 @@ OPTIONS_OF: dict[str, dict[str, Here]] = {
         "log.logging_backend": _is("report_to"),
         "log.save_dir": _is("output_dir"),
         "log.save_freq": _is("save_steps", note="counted in optimizer steps"),
-        "log.save_model_only": _is("save_only_model", note="such a run cannot be resumed"),
+        "log.save_model_only": _is("save_only_model", note="such a run cannot be resumed, unless a signal ended it"),
         "train.trainer_type": _is("algorithm", note="of the scripts; in Python it is the trainer's class"),
         "train.advantage_aggregation": _is("reward_weights", note="rewards are summed"),
         "train.adv_clip_range": _none("differences of rewards are not clipped"),

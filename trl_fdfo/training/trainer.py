@@ -758,7 +758,8 @@ class RolloutTrainer(Algorithm, Trainer):
         """Between two rollouts, called by all processes: save and end the run, if one of them was told to end."""
         if not self.args.save_on_signal or not self.any_process(self.signals.received is not None):
             return
-        if self.checkpointer.existing(self.state.global_step) is None:
+        if self.args.save_only_model or self.checkpointer.existing(self.state.global_step) is None:
+            self.checkpointer.interim.add(self.state.global_step)
             self._save_checkpoint(self.model, trial=None)
         if self.signals.received is None:
             raise SystemExit(1)  # for another process, which says why
@@ -787,7 +788,10 @@ class RolloutTrainer(Algorithm, Trainer):
             return
         wait = self.accelerator.wait_for_everyone
         best = self.state.best_model_checkpoint
-        with self.checkpointer.staged(step, self.args.should_save, wait) as folder:
+        # What a run goes on from is whole, whatever the user keeps.
+        only_model = self.args.save_only_model and step not in self.checkpointer.interim
+        staged = self.checkpointer.staged(step, self.args.should_save, wait)
+        with shadowed(self.args, save_only_model=only_model), staged as folder:
             super()._save_checkpoint(model, trial)
             wait()
             # Not into the file: the folder may be moved, and its path may name a user. It follows from the best step.
