@@ -424,7 +424,8 @@ class RolloutTrainer(Algorithm, Trainer):
             print(f"Going on from {checkpoint}.")
         if self.args.should_save:
             self.checkpointer.begin(checkpoint)
-        with self.signals:
+        # An alarm sets it, if it needs a first evaluation, in the config that is the user's too.
+        with self.signals, shadowed(self.args, eval_on_start=self.args.eval_on_start):
             return super().train(checkpoint, *args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
