@@ -10,10 +10,11 @@ import tiny_pipelines
 import torch
 from accelerate.utils import DistributedType
 from checkpoint_contents import assert_equal, contents
-from conftest import logged, trained_weights
+from conftest import logged, trained_weights, warnings_of_the_package
 from datasets import Dataset
 from diffusers import AsymmetricAutoencoderKL, PipelineQuantizationConfig, SD3Transformer2DModel, TorchAoConfig
 from peft import PeftModel
+from tiny_pipelines import qwen_image
 from tiny_runs import PROMPTS
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -23,7 +24,9 @@ from trl_fdfo import FDFOTrainer, shapes
 from trl_fdfo.algorithm import constant_churn
 from trl_fdfo.pipeline.options import SLICED_PIXELS, is_quantized, set_vae_options
 from trl_fdfo.pipeline_flow import PipelineFlow, load_pipeline
+from trl_fdfo.training.config_checks import check_device
 from trl_fdfo.training.engines import prepare_for_engine
+from trl_fdfo.training.setup import warn_of_lengths
 
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -515,3 +518,21 @@ def test_the_default_compiler_trains_the_same(make_trainer, dynamo):
     assert max(logged(compiled, "replay_error")) < 1e-5
     for name, weight in trained_weights(plain).items():
         torch.testing.assert_close(trained_weights(compiled)[name], weight, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize(("build", "is_told"), [(qwen_image.build, True), (tiny_pipelines.sd3, False)])
+def test_lengths_that_blocks_are_compiled_for_are_told(make_trainer, caplog, build, is_told):
+    trainer = make_trainer(build(), pipeline_kwargs={"max_sequence_length": 64})
+    warn_of_lengths(trainer.flow, trainer.args, Dataset.from_dict({"prompt": ["a cat", "two dogs in the snow"]}))
+    told = [message for message in warnings_of_the_package(caplog) if "compiled anew for each length" in message]
+    assert len(told) == is_told
+    caplog.clear()
+    warn_of_lengths(trainer.flow, trainer.args, Dataset.from_dict({"prompt": ["a cat", "a dog"]}))
+    assert not [message for message in warnings_of_the_package(caplog) if "for each length" in message]
+
+
+def test_a_device_without_float64_is_refused():
+    """Trainer takes it by itself on a Mac, and rewards are float64."""
+    check_device(torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"Apple's GPU \(mps\).*Set use_cpu=True"):
+        check_device(torch.device("mps"))

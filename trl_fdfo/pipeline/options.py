@@ -15,7 +15,7 @@ from .trained import TRAINED, trained_module
 
 # Compiled versions that the blocks of one class share, per run: some transformers have three kinds of blocks, each times
 # sampling, training and the base model of `beta`. Beyond PyTorch's own limit of 8 it would go on without compiling.
-_COMPILED_VERSIONS = 32
+COMPILED_VERSIONS = 32
 
 # Pixels of two images of 512 x 512. A VAE of 84 million weights takes 0.75 GiB for each of them, in float32, as the
 # plan of a run counts it.
@@ -149,7 +149,7 @@ def compile_blocks(accelerator: Accelerator, transformer: torch.nn.Module) -> bo
     options = {"dynamic": False, **plugin.to_kwargs()}
     plugin.backend = DynamoBackend.NO
     for block in list(repeated_blocks(transformer)) or [transformer]:
-        block.compile(recompile_limit=_COMPILED_VERSIONS, **options)
+        block.compile(recompile_limit=COMPILED_VERSIONS, **options)
     return True
 
 

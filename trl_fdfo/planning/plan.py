@@ -42,8 +42,8 @@ GPUS = (16, 24, 32, 40, 48, 80, 96, 141)
 CONTEXT, GAPS = 0.5 * GIB, 0.1
 
 NOT_COUNTED = (
-    "text encoders and rewards at work, samples that wait for rewards in the background, gradients of rewards with those of the decoder (direction='reward_gradient'), buffers "
-    "of DDP, ZeRO and FSDP2, weights unpacked from a quantised form, the CUDA context (0.5 GiB), gaps of the allocator"
+    "text encoders and rewards at work, samples that wait for rewards in the background, gradients of rewards with those of the "
+    "decoder (direction='reward_gradient'), buffers of DDP, ZeRO and FSDP2, weights unpacked from a quantised form, the CUDA context (0.5 GiB), gaps of the allocator"
 )
 
 NOT_TIMED = (

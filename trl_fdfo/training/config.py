@@ -544,6 +544,7 @@ class RolloutConfig(TrainingArguments):
         if self.lr_scheduler_type in _FOLLOW_A_METRIC:  # which is to fall if nothing else is said
             mode = "min" if self.greater_is_better is False else "max"
             self.lr_scheduler_kwargs = {"mode": mode, **(self.lr_scheduler_kwargs or {})}
+        config_checks.check_device(self.device)
         config_checks.check_gradient_checkpointing(self)
         config_checks.check_learning_rate_schedule(self)
         # Under ZeRO-3 every model of transformers that is loaded from here on would be sharded and could not be called:

@@ -331,6 +331,14 @@ def check_gradient_checkpointing(config: TrainingArguments) -> None:
         )
 
 
+def check_device(device: torch.device) -> None:
+    if device.type == "mps":
+        raise ValueError(
+            "This run would compute on Apple's GPU (mps), where PyTorch has no float64, in which rewards are compared: it would fail "
+            "after its first rollout. Set use_cpu=True."
+        )
+
+
 def check_learning_rate_schedule(config: TrainingArguments) -> None:
     """Build the schedule, which Trainer does only when training starts."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.learning_rate)

@@ -30,7 +30,13 @@ from ..pipeline.encoder_offload import EncoderOffload
 from ..pipeline.flow import PipelineFlow
 from ..pipeline.loading import load_index, load_pipeline
 from ..pipeline.lora import add_adapter, continue_adapter, default_lora_config
-from ..pipeline.options import is_quantized, quantization_config, set_attention_backend, set_vae_options
+from ..pipeline.options import (
+    COMPILED_VERSIONS,
+    is_quantized,
+    quantization_config,
+    set_attention_backend,
+    set_vae_options,
+)
 from ..pipeline.patch import carries_state
 from ..pipeline.prompt_embeddings import PromptEmbeddings, called_first, text_encoders
 from ..pipeline.records import Rehearsal
@@ -449,6 +455,21 @@ def rehearse(
             )
         flow.prompt_embeddings = embeddings
     return rehearsal
+
+
+def warn_of_lengths(flow: PipelineFlow, config: RolloutConfig, dataset: Dataset) -> None:
+    """Warn where compilation does not pay: blocks are compiled for the shapes that they see, which a prompt's length may be."""
+    if config.pipeline_columns:  # a prompt may be encoded with them
+        return
+    prompts = dataset[config.dataset_prompt_column]
+    ends = [recursively_apply(lambda x: x.shape, flow.encode([end(prompts, key=len)])) for end in (min, max)]
+    if ends[0] != ends[1]:
+        logger.warning(
+            f"torch_compile=True, and {type(flow.pipeline).__name__} encodes each prompt to a length of its own: the blocks are "
+            "compiled anew for each length, which takes longer than it saves with many lengths, and after "
+            f"{COMPILED_VERSIONS} versions they run without compilation. Launch with --dynamo_use_dynamic, which makes kernels "
+            "for any length, or leave torch_compile out."
+        )
 
 
 def find_trainable_levels(rehearsal: Rehearsal, pipeline: DiffusionPipeline, config: RolloutConfig) -> list[int]:

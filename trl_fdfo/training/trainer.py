@@ -82,6 +82,7 @@ from .setup import (
     progress_callback,
     rehearse,
     try_replay,
+    warn_of_lengths,
 )
 from .watchdogs import Watchdogs
 
@@ -250,6 +251,8 @@ class RolloutTrainer(Algorithm, Trainer):
             self.accelerator.ddp_handler.find_unused_parameters = True
         # Compile after what is called in other batch sizes, each of which would have graphs of its own.
         if compile_blocks(self.accelerator, trained_module(self.pipeline)):
+            if not self.accelerator.state.dynamo_plugin.dynamic:
+                warn_of_lengths(self.flow, self.args, self.train_dataset)
             floor = max(floor, try_replay(*arguments)[0])
         if self.args.replay_tolerance is not None:
             return self.args.replay_tolerance
