@@ -4,7 +4,7 @@ import torch
 from conftest import EACH_DEVICE
 from torch import nn
 
-from trl_fdfo.offload import HostCopy, offload_until_called
+from trl_fdfo.offload import HostCopy, offload_until_called, packed_copies
 
 
 def tied() -> nn.Module:
@@ -46,3 +46,22 @@ def test_a_module_moves_when_it_is_called(device):
         assert next(module.parameters()).device.type == device
         hook.offload()
         assert next(module.parameters()).device.type == "cpu"
+
+
+@EACH_DEVICE
+def test_copies_share_blocks_that_are_powers_of_two(device):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(64, 33, 3, 3), (1000, 700), (), (0, 4), (7,), *[(500, 651)] * 20]
+    tensors = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
+    tensors[0] = tensors[0].to(memory_format=torch.channels_last)
+    tensors[1] = tensors[1].T  # as a tied weight may be
+    tensors[-1] = tensors[-1].bfloat16()
+    copies = packed_copies(tensors, pin_memory=device == "cuda")
+    for copy, tensor in zip(copies, tensors, strict=True):
+        assert torch.equal(copy, tensor.cpu()) and copy.dtype == tensor.dtype
+        assert copy.stride() == tensor.stride() and copy.device.type == "cpu"
+        assert copy.data_ptr() % 16 == 0 and copy.is_pinned() == (device == "cuda")
+    blocks = {copy.untyped_storage().data_ptr(): copy.untyped_storage().nbytes() for copy in copies}
+    assert all(size & (size - 1) == 0 for size in blocks.values())
+    # Each by itself, rounded up, would take 1.55 times as much.
+    assert sum(blocks.values()) < 1.1 * sum(tensor.nbytes for tensor in tensors)

@@ -3,10 +3,16 @@ Frozen weights that move between host memory and a device, in one copy of pinned
 it, the 11 GB of three text encoders took about 7 s per rollout on an H100.
 """
 
+from collections.abc import Sequence
+
 import torch
 from accelerate.hooks import CpuOffload, UserCpuOffloadHook, add_hook_to_module
 from accelerate.utils import send_to_device
 from torch import nn
+
+
+# Bytes of a block of pinned memory, if there is as much to keep; and of the parts in which a block is dealt out.
+_BLOCK, _PART = 2**28, 256
 
 
 class HostCopy:
@@ -28,11 +34,44 @@ class HostCopy:
         # A quantised layer has weights of other classes, and `module.to` alone knows all their parts.
         if all(type(parameter) is nn.Parameter for parameter in parameters):
             if device.type == "cuda" and self._pinned is None:
-                self._pinned = [parameter.data.cpu().pin_memory() for parameter in parameters]
+                self._pinned = packed_copies(parameters)
             for parameter, copy in zip(parameters, self._pinned or []):
                 if parameter.device != device:  # a reward asks for its model at each call
                     parameter.data = copy if device.type == "cpu" else copy.to(device, non_blocking=True)
         self.module.to(device)  # buffers, and all that is not pinned
+
+
+def packed_copies(tensors: Sequence[torch.Tensor], pin_memory: bool = True) -> list[torch.Tensor]:
+    """
+    Copies in host memory that share blocks whose sizes are powers of two. PyTorch rounds each pinned block up to one: by itself a
+    matrix of 84 MB takes 134.
+
+    Args:
+        tensors (`Sequence[Tensor]`): Tensors of any shapes, dtypes and devices.
+        pin_memory (`bool`): Pin the blocks, from which a GPU copies without waiting.
+
+    Returns:
+        `list[Tensor]`: Copies with the values, shapes, dtypes and layouts of `tensors`, in their order.
+    """
+    size = lambda tensor: -(-tensor.nbytes // _PART) * _PART
+    copies: dict[int, torch.Tensor] = {}
+    blocks: list[tuple[torch.Tensor, int]] = []  # with the bytes that are taken
+    left = sum(map(size, tensors))
+    for number, tensor in sorted(enumerate(tensors), key=lambda each: -size(each[1])):
+        place = next((n for n, (block, taken) in enumerate(blocks) if taken + size(tensor) <= len(block)), len(blocks))
+        if place == len(blocks):
+            needed, wanted = (max(size(tensor), 1) - 1).bit_length(), min(left, _BLOCK).bit_length() - 1
+            block = torch.empty(1 << max(needed, wanted), dtype=torch.uint8, pin_memory=pin_memory)
+            blocks.append((block, 0))
+        block, start = blocks[place]
+        blocks[place] = block, start + size(tensor)
+        left -= size(tensor)
+        flat = block[start : start + tensor.nbytes].view(tensor.dtype)
+        # A layout such as channels-last is kept: the kernels that are chosen by it round otherwise.
+        is_dense = torch.empty_like(tensor, device="meta").stride() == tensor.stride()
+        layout = tensor.stride() if is_dense else tensor.contiguous().stride()
+        copies[number] = flat.as_strided(tensor.shape, layout, flat.storage_offset()).copy_(tensor.detach())
+    return [copies[number] for number in range(len(tensors))]
 
 
 class _Offload(CpuOffload):
