@@ -21,7 +21,7 @@ from tiny_runs import PROMPTS, redness
 from transformers import TrainerCallback
 
 from trl_fdfo import FDFOTrainer
-from trl_fdfo.saving.checkpoint_files import MANIFEST, fault, newest_good_checkpoint
+from trl_fdfo.saving.checkpoint_files import MANIFEST, fault, is_whole, newest_good_checkpoint
 
 
 ADAPTER = "adapter_model.safetensors"
@@ -523,3 +523,21 @@ def test_second_signal_ends_the_run_at_once(make_trainer):
     with pytest.raises(KeyboardInterrupt, match="a second signal"):
         trainer.train()
     assert checkpoints(trainer) == ["checkpoint-2"]
+
+
+def test_weights_alone_take_no_place_of_a_checkpoint_that_a_run_can_go_on_from(make_trainer, tmp_path, caplog):
+    """`save_minutes` is for the run that is killed: its whole checkpoint outlives the next one of weights alone."""
+    options = {"save_strategy": "steps", "save_steps": 6, "save_only_model": True, "num_rollouts": 3}
+    trainer = make_trainer(save_minutes=0, **options)
+    trainer.train()
+    out = tmp_path / "out"
+    assert {path.name: is_whole(path) for path in out.glob("checkpoint-*")} == {
+        "checkpoint-4": True,
+        "checkpoint-6": False,
+    }
+    resumed = make_trainer(**options)
+    resumed.train(resume_from_checkpoint=True)
+    assert "Not resuming from" in caplog.text and "checkpoint-6: it was saved with save_only_model=True" in caplog.text
+    assert resumed.state.global_step == 6
+    for name, weight in trained_weights(resumed).items():
+        assert torch.equal(weight, trained_weights(trainer)[name]), name

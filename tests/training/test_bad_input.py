@@ -845,9 +845,8 @@ TABLE = [
     ),
     bad(
         resume(True, run="weights", num_rollouts=2),
-        "has no optimizer.pt: it was saved with save_only_model=True",
-        "a run cannot go on from its weights alone",
-        "as the start of a new run",
+        "There is no checkpoint to resume from",
+        "it was saved with save_only_model=True, and a run cannot go on from its weights alone",
     ),
     # Calling evaluate or generate -------------------------------------------------------------------------------------
     bad(

@@ -278,4 +278,6 @@ def test_a_config_is_read_from_its_own_json():
     again = FDFOConfig(**json.loads(config.to_json_string()))
     config.hub_token = None  # the one thing that is not written
     assert comparable(again) == comparable(config)
+    again.num_rollouts = 9  # what follows from others was not given
+    assert again.num_train_epochs == 9
     assert (again.output_dir, again.adapter) == ("/data/runs/a", "/data/lora")

@@ -1,5 +1,7 @@
 """Schedules of the learning rate that follow a metric of the evaluations, all of which are better when they are higher."""
 
+from dataclasses import replace
+
 import pytest
 
 
@@ -31,8 +33,22 @@ def test_the_rate_falls_when_the_metric_does(make_trainer, controls, falls):
 def test_what_they_follow_is_the_reward_if_nothing_else_is_said(make_config):
     for kind in ("reduce_lr_on_plateau", "greedy"):
         config = make_config(lr_scheduler_type=kind, eval_strategy="epoch", num_eval_prompts=1)
-        assert (config.metric_for_best_model, config.lr_scheduler_kwargs["mode"]) == ("eval_reward", "max")
-    lower = make_config(**RATES, num_eval_prompts=1, metric_for_best_model="eval_diversity", greater_is_better=False)
-    assert lower.lr_scheduler_kwargs == {"mode": "min", "patience": 0}
+        assert (config.metric_for_best_model, config.schedule_kwargs()["mode"]) == ("eval_reward", "max")
+    lower = replace(config, lr_scheduler_type="reduce_lr_on_plateau", greater_is_better=False)
+    assert lower.schedule_kwargs() == {"mode": "min"}
+    assert replace(lower, lr_scheduler_type="cosine").schedule_kwargs() == {}
     asked = make_config(**{**RATES, "lr_scheduler_kwargs": {"mode": "min"}}, num_eval_prompts=1)
-    assert asked.lr_scheduler_kwargs == {"mode": "min"}
+    assert asked.schedule_kwargs() == {"mode": "min"}
+
+
+def test_a_resumed_run_goes_on_with_the_rate_to_which_its_schedule_has_come(make_trainer):
+    def control(images, trainer_state):
+        return [-float(trainer_state.global_step)] * len(images)
+
+    options = {**RATES, "num_eval_prompts": 1, "metric_for_best_model": "eval_control", "alarm_control_drop": None}
+    options |= {"eval_reward_fn": control, "save_strategy": "epoch"}
+    make_trainer(num_rollouts=3, **options).train()
+    resumed = make_trainer(num_rollouts=3, max_grad_norm=0.5, resume_with_changed_options=True, **options)
+    resumed.train(resume_from_checkpoint=f"{resumed.args.output_dir}/checkpoint-4")
+    rates = [log["learning_rate"] for log in resumed.state.log_history if "learning_rate" in log]
+    assert rates == pytest.approx([1e-3, 1e-3, 1e-4])

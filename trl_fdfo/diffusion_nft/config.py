@@ -12,7 +12,7 @@ from ..training.forward_process_config import ForwardProcessConfig
 class DiffusionNFTConfig(ForwardProcessConfig):
     r"""
     Configuration of [`DiffusionNFTTrainer`] (DiffusionNFT, arXiv 2509.16117): the options of [`ForwardProcessConfig`], of
-    which one has another default, and the one below. `epsilon` is none of them: the old policy, which follows slowly, is what
+    which one has another default, and `nft_beta`. `epsilon` is none of them: the old policy, which follows slowly, is what
     keeps updates small.
 
     Parameters:

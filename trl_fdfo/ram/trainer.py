@@ -51,9 +51,12 @@ class RAMTrainer(ForwardProcessTrainer):
         return self.accelerator.unwrap_model(self.flow.model).disable_adapter()
 
     def see_rewards(self, rewards: Tensor) -> None:
+        if self.state.global_step:  # the first rollout shows the scale
+            return
+        deviations = self.accelerator.gather(rewards.std(dim=1).to(self.args.device))
         # R / lambda: at the optimum, images that are this far apart are exp(that) times as likely as one another.
-        spread = self.args.reward_multiplier * rewards.std(dim=1).nanmean().item()
-        if spread > _LARGEST_SPREAD and self.state.global_step == 0:
+        spread = self.args.reward_multiplier * deviations.nanmean().item()
+        if spread > _LARGEST_SPREAD and self.is_world_process_zero():
             logger.warning(
                 f"reward_multiplier={self.args.reward_multiplier:g} times the standard deviation of the rewards of a prompt is "
                 f"{spread:.3g}: beside such rewards the base model, which holds updates back, counts for nothing. 5 is a good "

@@ -118,7 +118,10 @@ class HTTPReward(RetryingClient):
         """
         self.__signature__.bind(**arguments)
         given = {name: value for name, value in arguments.items() if value is not None}
-        samples = {name: given[name].cpu() for name in SHAPES if isinstance(given.get(name), Tensor)}
+        # Not in this thread, which reads the answers of all servers, and would wait for what the GPU computes.
+        samples = {
+            name: await asyncio.to_thread(given[name].cpu) for name in SHAPES if isinstance(given.get(name), Tensor)
+        }
         if "images" in samples and samples["images"].ndim == 5:
             samples["videos"] = samples.pop("images")
         if not samples:

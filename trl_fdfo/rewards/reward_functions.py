@@ -422,8 +422,8 @@ def _run(calls: queue.SimpleQueue) -> None:
 
 
 def _finish(future: Future, device: int | None, call: Callable[[], Any]) -> None:
-    _set_current_device(device)
     try:
+        _set_current_device(device)
         outcome = call(), None
     except BaseException as error:
         outcome = None, error
@@ -520,7 +520,8 @@ def _background_loop(device: int | None) -> asyncio.AbstractEventLoop:
     loop.set_default_executor(threads)
 
     def run() -> None:
-        _set_current_device(device)
+        with contextlib.suppress(Exception):  # the reward then says what is wrong with the device
+            _set_current_device(device)
         while True:
             with contextlib.suppress(BaseException):  # of a task that a reward has made; its awaiter gets it too
                 loop.run_forever()

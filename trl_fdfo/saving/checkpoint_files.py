@@ -151,9 +151,14 @@ def fault(checkpoint: str | Path) -> str | None:
     return None
 
 
+def is_whole(checkpoint: str | Path) -> bool:
+    """True if a run can go on from a checkpoint: with `save_only_model` it may have weights alone."""
+    return any(Path(checkpoint).glob("rng_state*"))
+
+
 def newest_good_checkpoint(output_dir: str | Path) -> Path | None:
     """
-    The newest checkpoint in `output_dir` without a fault; None if there is no checkpoint. Warns of each that it skips.
+    The newest checkpoint in `output_dir` from which a run can go on; None if there is no checkpoint. Warns of each that it skips.
 
     Raises:
         ValueError: All have faults.
@@ -162,6 +167,8 @@ def newest_good_checkpoint(output_dir: str | Path) -> Path | None:
     faults = []
     for checkpoint in reversed(checkpoints):
         found = fault(checkpoint)
+        if found is None and not is_whole(checkpoint):
+            found = "it was saved with save_only_model=True, and a run cannot go on from its weights alone"
         if found is None:
             return Path(checkpoint)
         faults.append(f"{checkpoint}: {found}")

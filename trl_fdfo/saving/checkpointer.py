@@ -24,7 +24,16 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rota
 from transformers.utils import logging
 
 from ..metric_names import EVAL_PREFIX
-from .checkpoint_files import SAVING, changes, commit, fault, newest_good_checkpoint, removed_on_error, set_aside_after
+from .checkpoint_files import (
+    SAVING,
+    changes,
+    commit,
+    fault,
+    is_whole,
+    newest_good_checkpoint,
+    removed_on_error,
+    set_aside_after,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -146,7 +155,7 @@ class Checkpointer:
         checkpoints = sort_checkpoints(self.output_dir, PREFIX_CHECKPOINT_DIR)
         if not checkpoints:
             return f"There is no checkpoint in {self.output_dir} yet: it will start from the beginning."
-        if not any(Path(checkpoints[-1]).glob("rng_state*")):
+        if not is_whole(checkpoints[-1]):
             return f"{checkpoints[-1]} has weights alone (save_only_model=True): no run can go on from it."
         return f"To go on from {checkpoints[-1]}: train(resume_from_checkpoint=True), or --resume_from_checkpoint true."
 
@@ -229,7 +238,8 @@ class Checkpointer:
         process when the checkpoint of `step` is on the disk.
         """
         for earlier in self.interim - {step}:
-            if self.existing(earlier) != best:
+            # One of weights alone takes no place of one from which a run can go on.
+            if self.existing(earlier) != best and is_whole(self.path(step)):
                 shutil.rmtree(self.path(earlier), ignore_errors=True)
                 self.interim.remove(earlier)
         rotate_checkpoints(
@@ -265,13 +275,18 @@ class TimedCheckpoints(TrainerCallback):
             control.should_save = True
 
     def on_save(self, args, state, control, **kwargs):
-        self._saved_at = time.monotonic()
+        if not args.save_only_model or state.global_step in self.checkpointer.interim:
+            self._saved_at = time.monotonic()
 
 
 def set_options(optimizer: torch.optim.Optimizer, scheduler: LRScheduler, groups: list[dict[str, Any]]) -> None:
-    """The learning rate, betas and the like of this run's parameter groups, without `params`, in the place of the checkpoint's."""
+    """
+    The learning rate, betas and the like of this run's parameter groups, without `params`, in the place of the checkpoint's. A
+    schedule that follows a metric goes on with the rate to which it has come.
+    """
+    follows_metric = not isinstance(scheduler, LambdaLR)
     for group, own in zip(optimizer.param_groups, groups):
-        group.update(own)
+        group.update({name: value for name, value in own.items() if not (follows_metric and name == "lr")})
     if isinstance(scheduler, LambdaLR):
         scheduler.base_lrs = [own.get("initial_lr", own["lr"]) for own in groups]
         for group, factor, rate in zip(optimizer.param_groups, scheduler.lr_lambdas, scheduler.base_lrs):

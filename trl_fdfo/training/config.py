@@ -541,9 +541,6 @@ class RolloutConfig(TrainingArguments):
             raise ValueError(f"One of {options} is not valid JSON: {error}.") from None
         for name in followed:  # it has made plain integers of some
             setattr(self, name, derived(getattr(self, name)))
-        if self.lr_scheduler_type in _FOLLOW_A_METRIC:  # which is to fall if nothing else is said
-            mode = "min" if self.greater_is_better is False else "max"
-            self.lr_scheduler_kwargs = {"mode": mode, **(self.lr_scheduler_kwargs or {})}
         config_checks.check_device(self.device)
         config_checks.check_gradient_checkpointing(self)
         config_checks.check_learning_rate_schedule(self)
@@ -604,6 +601,14 @@ class RolloutConfig(TrainingArguments):
             self.mixed_precision_dtype if self.mixed_precision_dtype and (self.use_peft or sharded) else torch.float32
         )
 
+    def schedule_kwargs(self) -> dict[str, Any]:
+        """Arguments of the schedule of the learning rate."""
+        given = dict(self.lr_scheduler_kwargs or {})
+        if self.lr_scheduler_type not in _FOLLOW_A_METRIC:
+            return given
+        # By themselves they wait for a metric that falls, such as a loss.
+        return {"mode": "min" if self.greater_is_better is False else "max", **given}
+
     def call_kwargs(self) -> dict[str, Any]:
         """Arguments of the pipeline's call that options set."""
         options = {name: getattr(self, name) for name in OPTIONS_OF_CALL}
@@ -657,10 +662,11 @@ class RolloutConfig(TrainingArguments):
         return redacted
 
     def to_dict(self) -> dict[str, Any]:
-        options = {n: value.plain if isinstance(value, _Derived) else value for n, value in super().to_dict().items()}
-        options["hub_token"] = None  # for which Trainer puts a text that a config made of it would take for the token
-        # Trackers write that of a run into files, and TensorBoard's files are pushed. Before, a config is made of it again.
-        return _redacted(options) if self._is_in_use else {name: _in_json(value) for name, value in options.items()}
+        options = super().to_dict() | {"hub_token": None}
+        if self._is_in_use:  # by a run, whose trackers write it into files, and TensorBoard's files are pushed
+            return _redacted({n: value.plain if isinstance(value, _Derived) else value for n, value in options.items()})
+        # A config may be made of it again, on another machine, and computes anew what follows from others.
+        return {n: None if isinstance(value, _Derived) else _in_json(value) for n, value in options.items()}
 
     @classmethod
     @functools.cache

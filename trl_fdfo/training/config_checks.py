@@ -343,7 +343,7 @@ def check_learning_rate_schedule(config: TrainingArguments) -> None:
     """Build the schedule, which Trainer does only when training starts."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
     total = config.num_rollouts * config.steps_per_rollout
-    kind, options = config.lr_scheduler_type, dict(config.lr_scheduler_kwargs or {})
+    kind, options = config.lr_scheduler_type, config.schedule_kwargs()
     try:
         get_scheduler(kind, optimizer, config.get_warmup_steps(total), total, options)
     except (ValueError, TypeError, KeyError) as error:

@@ -822,7 +822,8 @@ class RolloutTrainer(Algorithm, Trainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        with shadowed(self.args, lr_scheduler_kwargs=self.args.schedule_kwargs()):
+            scheduler = super().create_scheduler(num_training_steps, optimizer)
         # Noted here, as DeepSpeed puts the checkpoint's in their place before `_load_optimizer_and_scheduler`.
         groups = (optimizer or self.optimizer).param_groups
         self._own_groups = [{name: value for name, value in group.items() if name != "params"} for group in groups]
