@@ -63,7 +63,7 @@ SETTINGS = {
     "Flow-GRPO, CPS": Setting(
         "FlowGRPOTrainer",
         {**ALGORITHMS["Flow-GRPO, CPS"].options, "epsilon": 1e-3, **QUARTER},
-        (3e-4, 6e-4, 1.2e-3),
+        (1.5e-4, 3e-4, 6e-4, 1.2e-3),
     ),
 }
 
