@@ -535,6 +535,7 @@ def test_weights_alone_take_no_place_of_a_checkpoint_that_a_run_can_go_on_from(m
         "checkpoint-4": True,
         "checkpoint-6": False,
     }
+    assert "To go on from " in (advice := trainer.checkpointer.how_to_resume()) and "checkpoint-4: train(" in advice
     resumed = make_trainer(**options)
     resumed.train(resume_from_checkpoint=True)
     assert "Not resuming from" in caplog.text and "checkpoint-6: it was saved with save_only_model=True" in caplog.text

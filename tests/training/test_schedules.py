@@ -41,7 +41,7 @@ def test_what_they_follow_is_the_reward_if_nothing_else_is_said(make_config):
     assert asked.schedule_kwargs() == {"mode": "min"}
 
 
-def test_a_resumed_run_goes_on_with_the_rate_to_which_its_schedule_has_come(make_trainer):
+def test_a_resumed_run_goes_on_with_the_rate_to_which_its_schedule_has_come(make_trainer, caplog):
     def control(images, trainer_state):
         return [-float(trainer_state.global_step)] * len(images)
 
@@ -52,3 +52,4 @@ def test_a_resumed_run_goes_on_with_the_rate_to_which_its_schedule_has_come(make
     resumed.train(resume_from_checkpoint=f"{resumed.args.output_dir}/checkpoint-4")
     rates = [log["learning_rate"] for log in resumed.state.log_history if "learning_rate" in log]
     assert rates == pytest.approx([1e-3, 1e-3, 1e-4])
+    assert "The learning rate goes on with 0.0001, to which its schedule has come, and not with 0.001" in caplog.text

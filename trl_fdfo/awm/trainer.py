@@ -44,7 +44,7 @@ class AWMTrainer(ForwardProcessTrainer):
         powers = args.level_power, args.error_power
         result = awm_loss(velocity, old_velocity, target, t, *batch.targets, args.epsilon, *powers)
         if args.old_policy_beta:
-            distance = (velocity - old_velocity).square().flatten(1).mean(dim=-1)
+            distance = self.base_distance(velocity, old_velocity, batch, level)
             self.metrics.add(old_policy_distance=distance.detach().mean())
             result = result._replace(loss=result.loss + args.old_policy_beta * distance)
         return result

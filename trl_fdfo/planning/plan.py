@@ -43,7 +43,8 @@ CONTEXT, GAPS = 0.5 * GIB, 0.1
 
 NOT_COUNTED = (
     "text encoders and rewards at work, samples that wait for rewards in the background, gradients of rewards with those of the "
-    "decoder (direction='reward_gradient'), buffers of DDP, ZeRO and FSDP2, weights unpacked from a quantised form, the CUDA context (0.5 GiB), gaps of the allocator"
+    "decoder (direction='reward_gradient'), buffers of DDP, ZeRO and FSDP2, weights unpacked from a quantised form, the CUDA "
+    "context (0.5 GiB), gaps of the allocator"
 )
 
 NOT_TIMED = (

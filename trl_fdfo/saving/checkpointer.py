@@ -155,9 +155,10 @@ class Checkpointer:
         checkpoints = sort_checkpoints(self.output_dir, PREFIX_CHECKPOINT_DIR)
         if not checkpoints:
             return f"There is no checkpoint in {self.output_dir} yet: it will start from the beginning."
-        if not is_whole(checkpoints[-1]):
+        whole = list(filter(is_whole, checkpoints))
+        if not whole:
             return f"{checkpoints[-1]} has weights alone (save_only_model=True): no run can go on from it."
-        return f"To go on from {checkpoints[-1]}: train(resume_from_checkpoint=True), or --resume_from_checkpoint true."
+        return f"To go on from {whole[-1]}: train(resume_from_checkpoint=True), or --resume_from_checkpoint true."
 
     def _good_checkpoint(self, resume: str | bool) -> str | None:
         if resume is True:
@@ -287,7 +288,12 @@ def set_options(optimizer: torch.optim.Optimizer, scheduler: LRScheduler, groups
     follows_metric = not isinstance(scheduler, LambdaLR)
     for group, own in zip(optimizer.param_groups, groups):
         group.update({name: value for name, value in own.items() if not (follows_metric and name == "lr")})
-    if isinstance(scheduler, LambdaLR):
+    if follows_metric and any(group["lr"] != own["lr"] for group, own in zip(optimizer.param_groups, groups)):
+        logger.warning(
+            f"The learning rate goes on with {optimizer.param_groups[0]['lr']:g}, to which its schedule has come, and not with "
+            f"{groups[0]['lr']:g}: to change it, take a schedule that follows no metric."
+        )
+    if not follows_metric:
         scheduler.base_lrs = [own.get("initial_lr", own["lr"]) for own in groups]
         for group, factor, rate in zip(optimizer.param_groups, scheduler.lr_lambdas, scheduler.base_lrs):
             group["lr"] = rate * factor(scheduler.last_epoch)

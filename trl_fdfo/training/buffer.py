@@ -129,9 +129,9 @@ def trained_levels(
     """
     Noise levels that a rollout batch is trained on, in the order in which they are dealt to the optimizer steps.
 
-    One is drawn from each of K strata of the schedule, which are of equal size, or, where K does not divide T, differ by one
-    level: a level of a smaller one is drawn more often. Each run of M neighbouring ones is shuffled: every
-    optimizer step gets an even spread of levels.
+    One is drawn from each of K strata of the schedule. Where K does not divide T they differ by one level, and a level of a
+    smaller one is drawn more often. Each run of M neighbouring levels is shuffled, so that every optimizer step gets an even
+    spread.
 
     Args:
         num_levels (`int`): T.

@@ -188,7 +188,7 @@ class RolloutMetrics:
         if REWARD in metrics:
             rollouts = len(self.values[REWARD])
             metrics |= {f"{name}_time": self.seconds[name] / rollouts for name in ("rollout", "reward")}
-            # Of a log within a rollout only some steps are known.
+            # A log may fall inside a rollout: the mean of the steps that it has stands for all.
             metrics["train_time"] = metrics.get("step_time", 0.0) * self._steps_per_rollout
             seconds = metrics["rollout_time"] + metrics["train_time"]
             metrics["images_per_second"] = self._images_per_rollout / seconds

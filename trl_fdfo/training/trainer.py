@@ -792,7 +792,7 @@ class RolloutTrainer(Algorithm, Trainer):
             return
         wait = self.accelerator.wait_for_everyone
         best = self.state.best_model_checkpoint
-        # What a run goes on from is whole, whatever the user keeps.
+        # An interim checkpoint is there to resume from, which weights alone do not allow.
         only_model = self.args.save_only_model and step not in self.checkpointer.interim
         staged = self.checkpointer.staged(step, self.args.should_save, wait)
         with shadowed(self.args, save_only_model=only_model), staged as folder:
