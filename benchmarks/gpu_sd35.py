@@ -2,6 +2,7 @@
 Measures what each option costs and saves in FDFO on Stable Diffusion 3.5 Medium on one CUDA GPU.
 
     python benchmarks/gpu_sd35.py              # begins no row after eight minutes, and so ends within ten
+    python benchmarks/gpu_sd35.py --parts rows --rows "fp16"     # adds a part, or rows, to the file of the same card
     python benchmarks/gpu_sd35.py --tiny       # a rehearsal on a tiny model, also on a CPU: measures nothing
 
 The pipeline has the published architecture with random weights in bfloat16, at 512 x 512 pixels. A prompt's embedding
@@ -172,6 +173,8 @@ SAVING = {
 }
 FILLED = {"per_device_prompt_batch_size": 8}
 COMPILED = FILLED | {"torch_compile": True}
+CUDNN = {"attention_backend": "_native_cudnn"}
+PAPER = {"num_inference_steps": 40}
 ONE_BATCH = {"prompts_per_rollout": 2}
 # The most telling rows come first, because a run that is out of time leaves out the last. Two options are missing: the
 # attention of SD 3.5 ignores `attention_backend`, and `vae_tiling` leaves 512 pixels whole.
@@ -179,7 +182,9 @@ ROWS = [
     # The paper's setting, as fast as it gets.
     Row("8 prompts", FILLED, planned=True),
     Row("8 prompts, torch_compile", COMPILED, planned=True),
-    Row("8 prompts, torch_compile, cuDNN's attention", COMPILED | {"attention_backend": "_native_cudnn"}),
+    Row("8 prompts, torch_compile, cuDNN's attention", COMPILED | CUDNN),
+    Row("the same in 40 steps", COMPILED | CUDNN | PAPER),
+    Row("8 prompts, torch_compile, in 40 steps", COMPILED | PAPER),
     # Memory, of one batch of 2 prompts.
     Row("all that saves memory", SAVING | ONE_BATCH, text_encoders=True, planned=True),
     Row("quantization nf4", ONE_BATCH | {"quantization": "nf4"}, planned=True),
@@ -564,7 +569,7 @@ def measure(
     device: torch.device,
     card: str | None = None,
 ) -> dict[str, Any]:
-    """Figures of one run with a row's options."""
+    """Figures of one run with a row's options, which may replace `steps`."""
     with tempfile.TemporaryDirectory() as folder:
         config = make_config(size, steps, rounds, folder, device, **row.options)
         trainer = make_trainer(row, size, config, device)
@@ -578,8 +583,11 @@ def measure(
     result = {}
     if row.planned:
         plan = trainer.run_plan()
-        result["plan_sampling_gib"], result["plan_training_gib"] = (n / 2**30 for n in plan.peaks())
-        if card is not None:
+        sampling, training = plan.peaks()
+        if plan.peak() > max(sampling, training):
+            sampling = plan.peak()  # as prompts are encoded
+        result["plan_sampling_gib"], result["plan_training_gib"] = sampling / 2**30, training / 2**30
+        if card is not None and plan.failure is None:
             plan.gpu = card
             seconds = plan.seconds()
             result["plan_images_per_second"] = images / (seconds["sampling"] + seconds["decoding"])
@@ -590,7 +598,7 @@ def measure(
         "sampling_gib": phases.sampling_peak / 2**30,
         "training_gib": phases.training_peak / 2**30,
         "replay_error": replay_error(trainer),
-        "sampling_mfu": images_per_second * work.of_image(steps) / ceiling,
+        "sampling_mfu": images_per_second * work.of_image(config.num_inference_steps) / ceiling,
         "training_mfu": tuples_per_second * work.tuple / ceiling,
         "sampling_seconds": phases.sampling,
         "training_seconds": phases.training,
@@ -718,6 +726,26 @@ def verdict(check: dict[str, Any]) -> str:
     return f"{'passed' if check['passed'] else 'FAILED'}: {check['name']}: {check['value']:.2g}, {relation} {check['limit']:g}"
 
 
+PARTS = ["checks", "calls", "attention", "rows"]
+
+
+def earlier_results(output: Path, settings: dict[str, Any], parts: list[str]) -> dict[str, Any]:
+    """What the file of an earlier run with the same settings has of other parts, and its rows, which are replaced singly."""
+    before = json.loads(output.read_text()) if output.exists() else {}
+    if any(before.get(name) != value for name, value in settings.items()):
+        before = {}
+    return {part: before.get(part, []) if part == "rows" or part not in parts else [] for part in PARTS}
+
+
+def put_row(rows: list[dict[str, Any]], result: dict[str, Any]) -> None:
+    """Replaces the row of that name, or adds one. A row that was not begun replaces none."""
+    names = [row["name"] for row in rows]
+    if result["name"] not in names:
+        rows.append(result)
+    elif "options" in result:
+        rows[names.index(result["name"])] = result
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a tiny model, on a GPU or a CPU: a rehearsal")
@@ -726,7 +754,13 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--rounds", type=int, default=2, help="timed rollouts of each row")
     parser.add_argument("--minutes", type=float, default=8.0, help="begin no row after this time")
-    parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these rows")
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=PARTS,
+        help="only these parts; the file keeps the others, if it is of the same machine; default: all, of --rows the rows",
+    )
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these rows; the file keeps the others likewise")
     parser.add_argument(
         "--profile",
         action="store_true",
@@ -737,6 +771,7 @@ def main(arguments: list[str] | None = None) -> None:
     unknown = set(args.rows or ()) - {row.name for row in ROWS}
     if unknown:
         parser.error(f"no rows {sorted(unknown)}; there are: {'; '.join(row.name for row in ROWS)}")
+    parts = args.parts or (["rows"] if args.rows else PARTS)
     if not torch.cuda.is_available() and not args.tiny:
         print("This benchmark measures a CUDA GPU, and there is none here. --tiny rehearses it on the CPU.")
         return
@@ -758,24 +793,15 @@ def main(arguments: list[str] | None = None) -> None:
         f"matrix product {ceiling / 1e12:.3g} TFLOP/s; model: forward {work.forward / 1e12:.3g}, tuple "
         f"{work.tuple / 1e12:.3g}, decoding {work.decode / 1e12:.3g} TFLOP per image"
     )
-    results: dict[str, Any] = {
-        "machine": machine,
-        "steps": args.steps,
-        "pixels": size.pixels,
-        "work": dataclasses.asdict(work),
-        "ceiling_flops_per_second": ceiling,
-        "checks": [],
-        "calls": [],
-        "attention": [],
-        "rows": [],
-    }
+    settings = {"machine": machine, "steps": args.steps, "pixels": size.pixels, "work": dataclasses.asdict(work)}
+    results = settings | {"ceiling_flops_per_second": ceiling} | earlier_results(output, settings, parts)
 
     def write() -> None:  # after each part: an interrupted run keeps the others
         output.write_text(json.dumps(results, indent=1) + "\n")
 
     environment = dict(os.environ)
     try:
-        for checked in check(size, args.steps, device) if not args.rows else ():
+        for checked in check(size, args.steps, device) if "checks" in parts else ():
             results["checks"].append(checked)
             print(verdict(checked), flush=True)
             write()
@@ -784,7 +810,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"FAILED: {results['checks'][-1]['error']}", flush=True)
         write()
     clean_slate(device, environment)
-    for call in measure_calls(size, CARDS.get(card), device) if not args.rows else ():
+    for call in measure_calls(size, CARDS.get(card), device) if "calls" in parts else ():
         results["calls"].append(call)
         print(
             f"{call['images']:3d} images, {call['name']:24} {1e3 * call['seconds']:8.1f} ms, of the host alone "
@@ -794,13 +820,13 @@ def main(arguments: list[str] | None = None) -> None:
         )
         write()
     clean_slate(device, environment)
-    for kernel in measure_attention(size, device) if not args.rows else ():
+    for kernel in measure_attention(size, device) if "attention" in parts else ():
         results["attention"].append(kernel)
         print(attention_line(kernel), flush=True)
         write()
     print(f"{time.perf_counter() - begin:.0f} s so far")
     print(HEADER)
-    rows = [row for row in ROWS if not args.rows or row.name in args.rows]
+    rows = [row for row in ROWS if "rows" in parts and (not args.rows or row.name in args.rows)]
     for row in rows:
         if time.perf_counter() - begin > 60 * args.minutes:
             result = {"name": row.name, "error": f"not begun: {args.minutes:g} minutes were over"}
@@ -808,12 +834,12 @@ def main(arguments: list[str] | None = None) -> None:
             result = measure_or_fail(
                 row, device, size=size, work=work, ceiling=ceiling, steps=args.steps, rounds=args.rounds, card=card
             )
-        results["rows"].append(result)
+        put_row(results["rows"], result)
         print(line(result), flush=True)
         write()
     print(f"{time.perf_counter() - begin:.0f} s; written to {output}")
     if args.profile:
-        print(profile(rows[0], size, args.steps, device))
+        print(profile((rows or ROWS)[0], size, args.steps, device))
     if not all(checked["passed"] for checked in results["checks"]):
         raise SystemExit(1)
 

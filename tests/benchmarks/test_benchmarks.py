@@ -108,6 +108,17 @@ def test_rehearsal_writes_a_file_that_the_model_on_paper_reads(tmp_path, capsys)
     parts = scale.parts_from_results(scale.Cluster(), work, results, steps=2, branches=2)
     assert parts.sample(4) == pytest.approx(4 / results["rows"][1]["images_per_second"])
     assert parts.train(2) == pytest.approx(2 / results["rows"][2]["tuples_per_second"])
+    # Another run adds its parts to the file, and replaces rows of the same name.
+    gpu_sd35.main(["--tiny", "--rounds", "2", "--steps", "2", "--output", str(output), "--rows", rows[1]])
+    gpu_sd35.main(["--tiny", "--steps", "2", "--output", str(output), "--parts", "attention"])
+    added = json.loads(output.read_text())
+    assert [row["name"] for row in added["rows"]] == rows and added["rows"][0] == results["rows"][0]
+    assert [len(row["training_seconds"]) for row in added["rows"]] == [2, 3, 2] and len(added["attention"]) == 12
+    gpu_sd35.main(["--tiny", "--minutes", "0", "--steps", "2", "--output", str(output), "--parts", "rows"])
+    assert json.loads(output.read_text())["rows"][:3] == added["rows"]  # no row was begun
+    # Results with other steps are others, and begin the file anew.
+    gpu_sd35.main(["--tiny", "--minutes", "0", "--steps", "4", "--output", str(output), "--rows", rows[2]])
+    assert [row["name"] for row in json.loads(output.read_text())["rows"]] == [rows[2]]
     # The file has 2 steps, and 4 steps scale with the work.
     longer = scale.parts_from_results(scale.Cluster(), work, results, steps=4, branches=2)
     assert longer.sample(4) / parts.sample(4) == pytest.approx(work.of_image(4) / work.of_image(2))
