@@ -17,12 +17,14 @@ from peft import PeftModel
 from tiny_pipelines import qwen_image
 from tiny_runs import PROMPTS
 from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import TrainerCallback
 
 from trl_fdfo import FDFOTrainer, shapes
 from trl_fdfo.algorithm import constant_churn
-from trl_fdfo.pipeline.options import SLICED_PIXELS, is_quantized, set_vae_options
+from trl_fdfo.pipeline.options import SLICED_PIXELS, is_quantized, set_attention_backend, set_vae_options
 from trl_fdfo.pipeline_flow import PipelineFlow, load_pipeline
 from trl_fdfo.training.config_checks import check_device
 from trl_fdfo.training.engines import prepare_for_engine
@@ -424,6 +426,21 @@ def test_cudnn_attention_can_be_had_where_a_transformer_knows_no_backends(make_t
     assert torch.backends.cuda.cudnn_sdp_enabled()
     make_trainer()  # the next trainer has not asked for it
     assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_what_was_compiled_with_other_kernels_is_not_taken_from_the_cache(dynamo):
+    attend = torch.compile(lambda q: torch.nn.functional.scaled_dot_product_attention(q, q, q), dynamic=False)
+    hits, q = [], torch.randn(1, 2, 16, 8)
+    both = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]  # a CPU takes the first, which is not compiled
+    with fresh_cache(), torch.compiler.config.patch(cache_key_tag="mine"):
+        for allowed, tag in ((both, "flash,math"), (both[:1], "flash"), (both, "flash,math")):
+            with sdpa_kernel(allowed):
+                torch._dynamo.reset()
+                set_attention_backend(tiny_pipelines.sd3(), None)
+                attend(q)
+            assert torch.compiler.config.cache_key_tag == f"mine attention={tag}"
+            hits.append(counters["aot_autograd"]["autograd_cache_hit"])
+    assert hits == [0, 0, 1]
 
 
 FLEX = pytest.param("flex", marks=pytest.mark.gpu("on a CPU PyTorch has no backward pass of flex attention"))

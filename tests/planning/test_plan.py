@@ -22,8 +22,9 @@ from benchmarks import gpu_sd35
 from trl_fdfo import FDFOConfig, FDFOTrainer, FlowGRPOConfig, FlowGRPOTrainer, shapes
 from trl_fdfo.cli import train
 from trl_fdfo.fdfo.scheduler import ChurnScheduler
+from trl_fdfo.pipeline.options import quantize_to_int8
 from trl_fdfo.planning.cost import Cost, Precision, sampling_cost, training_cost
-from trl_fdfo.planning.memory import QUANTIZED_BYTES, Engine, component_parts, encoding_bytes, nbytes
+from trl_fdfo.planning.memory import NF4_BYTES, Engine, component_parts, encoding_bytes, nbytes
 from trl_fdfo.planning.plan import RunPlan
 from trl_fdfo.planning.time import (
     CARDS,
@@ -125,9 +126,14 @@ def transformer() -> nn.Module:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
-def test_activations_are_what_the_allocator_sees(checkpointing, autocast):
+@pytest.mark.parametrize(
+    ("autocast", "int8"), [(None, False), (torch.bfloat16, False), (None, True)], ids=["float32", "bfloat16", "int8"]
+)
+def test_activations_are_what_the_allocator_sees(checkpointing, autocast, int8):
     model = transformer()
+    if int8:
+        pytest.importorskip("torchao")
+        quantize_to_int8(model)
     inputs = {
         "hidden_states": torch.randn(2, 16, 32, 32),
         "encoder_hidden_states": torch.randn(2, 40, 64),
@@ -465,6 +471,31 @@ def test_plan_without_weights_equals_the_plan_of_the_run(make_config, folder):
     assert str(plan).splitlines()[:6] == str(run).splitlines()[:6]
 
 
+def test_plan_without_weights_counts_the_weights_that_are_unpacked(make_config, tmp_path):
+    pytest.importorskip("torchao")
+    tiny_pipelines.sd3().save_pretrained(tmp_path)
+    config, prompts = make_config(quantization="int8"), Dataset.from_dict({"prompt": PROMPTS})
+    run = FDFOTrainer(config, str(tmp_path), redness, train_dataset=prompts).run_plan()
+    plan = planned_run(planned_config(config, use_cpu=True, quantization="int8"), tmp_path)
+    assert (plan.sampling, plan.training) == (run.sampling, run.training)
+    assert sizes(plan)["transformer, frozen"] == sizes(run)["transformer, frozen"]
+    bare = planned_run(planned_config(config, use_cpu=True), tmp_path)
+    assert plan.training.peak > bare.training.peak + sizes(plan)["transformer, frozen"][1]
+
+
+def test_products_with_weights_of_bitsandbytes_are_counted():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    packed = bitsandbytes.nn.Linear4bit(64, 32, False, torch.float32, compress_statistics=False, quant_type="nf4")
+    packed.requires_grad_(False).to("cpu")
+    costs = [
+        function(nn.Sequential(nn.Linear(64, 64), layer), [((torch.ones(8, 64),), {})], Precision("cpu"))
+        for layer in (packed, nn.Linear(64, 32, False).requires_grad_(False))
+        for function in (sampling_cost, training_cost)
+    ]
+    assert [cost.flops for cost in costs[:2]] == [cost.flops for cost in costs[2:]]
+    assert costs[2].flops == 2 * 8 * (64 * 64 + 64 * 32)
+
+
 def test_decoding_is_counted_as_it_runs(make_config, folder):
     def peak(**options) -> int:
         return planned_run(planned_config(make_config(), use_cpu=True, **options), folder).decoding.peak
@@ -667,25 +698,27 @@ def test_plan_without_weights_slices_the_vae(make_config, folder):
     assert decoding[1].flops == decoding[0].flops and decoding[1].peak < 0.5 * decoding[0].peak
 
 
-@pytest.mark.parametrize(("quantization", "bits"), [("nf4", 4.5), ("int8", 8)])
-def test_plan_without_weights_quantises_linear_layers(make_config, folder, quantization, bits):
+# int8 has a float32 scale and a zero point in each row.
+@pytest.mark.parametrize(
+    ("quantization", "bits", "row_bytes", "note"),
+    [("nf4", 4.5, 0, "nf4, bfloat16"), ("int8", 8, 5, "int8, bfloat16, float32")],
+)
+def test_plan_without_weights_quantises_linear_layers(make_config, folder, quantization, bits, row_bytes, note):
+    pytest.importorskip("torchao")
     plain = planned_run(planned_config(make_config()), folder)
-    numbers = sum(
-        part.weight.numel()
-        for part in plain.model.modules()
-        if isinstance(part, nn.Linear) and not part.weight.requires_grad
-    )
+    linear = [p.weight for p in plain.model.modules() if isinstance(p, nn.Linear) and not p.weight.requires_grad]
+    numbers, rows = sum(weight.numel() for weight in linear), sum(len(weight) for weight in linear)
     plan = planned_run(planned_config(make_config(), quantization=quantization, gradient_checkpointing=True), folder)
     saved = sizes(plain)["transformer, frozen"][0] - sizes(plan)["transformer, frozen"][0]
-    assert saved == pytest.approx((16 - bits) / 8 * numbers, abs=1)
-    assert f"   {quantization}, bfloat16\n" in str(plan)
+    assert saved == pytest.approx((16 - bits) / 8 * numbers - row_bytes * rows, abs=1)
+    assert next(part.note for part in plan.parts() if "frozen" in part.name) == note
 
 
 def test_a_weight_of_bitsandbytes_has_scales():
     bitsandbytes = pytest.importorskip("bitsandbytes")
     options = {"requires_grad": False, "quant_type": "nf4", "compress_statistics": False}  # diffusers' default
     weight = bitsandbytes.nn.Params4bit(torch.randn(64, 128), **options)._quantize("cpu")
-    assert nbytes([weight]) == QUANTIZED_BYTES["nf4"] * 64 * 128
+    assert nbytes([weight]) == NF4_BYTES * 64 * 128
 
 
 def test_script_plans_the_packaged_pipeline(tmp_path, capsys):

@@ -74,6 +74,11 @@ def test_gradient_that_is_not_finite_ends_the_run_before_the_step(make_trainer, 
 
 
 def test_gradient_far_above_the_usual_is_reported(caplog):
+    watchdogs = Watchdogs(FDFOConfig(output_dir="out", use_cpu=True, attention_backend="_native_cudnn"))
+    with pytest.raises(
+        WatchdogError, match=r"use bf16\. Or leave out attention_backend='_native_cudnn', which can return"
+    ):
+        watchdogs.check_gradient(float("nan"), 3)
     watchdogs = Watchdogs(FDFOConfig(output_dir="out", use_cpu=True))
     for step in range(30):
         watchdogs.check_gradient(1.0 + step / 100, step)

@@ -1,5 +1,6 @@
 """Applies options to a pipeline: quantization, slicing and tiling of the VAE, attention backend, compilation."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -41,19 +42,38 @@ def quantization_config(
         raise ValueError(
             "quantization='nf4' needs a GPU, on which diffusers and bitsandbytes quantise. On a CPU set quantization='int8'."
         )
-    try:
+    with _needing_the_extra(quantization):
         if quantization == "nf4":
             config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
         else:
             from torchao.quantization import Int8WeightOnlyConfig
 
             config = TorchAoConfig(Int8WeightOnlyConfig())
+    return PipelineQuantizationConfig(quant_mapping=dict.fromkeys(transformers, config))
+
+
+def quantize_to_int8(model: torch.nn.Module) -> None:
+    """
+    Quantise the linear layers of a model, but for adapters, in place, as `quantization_config` has them loaded.
+
+    Raises:
+        ImportError: torchao is not installed.
+    """
+    with _needing_the_extra("int8"):
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    is_base = lambda module, name: isinstance(module, torch.nn.Linear) and "lora_" not in name
+    quantize_(model, Int8WeightOnlyConfig(), is_base)
+
+
+@contextlib.contextmanager
+def _needing_the_extra(quantization: str) -> Iterator[None]:
+    try:
+        yield
     except ImportError as error:
         raise ImportError(
             f"quantization='{quantization}' needs a package that is not installed ({error}): "
             "pip install 'trl_fdfo[quantization]'."
         ) from error
-    return PipelineQuantizationConfig(quant_mapping=dict.fromkeys(transformers, config))
 
 
 def is_quantized(model: torch.nn.Module) -> bool:
@@ -105,14 +125,32 @@ def set_vae_options(pipeline: DiffusionPipeline, slicing: bool | None, tiling: b
             ) from None
 
 
-def set_attention_backend(pipeline: DiffusionPipeline, backend: str) -> None:
+# Kernels that PyTorch's attention chooses from.
+_KERNELS = ("flash", "mem_efficient", "math", "cudnn")
+_KERNELS_TAG = " attention="
+
+
+def set_attention_backend(pipeline: DiffusionPipeline, backend: str | None) -> None:
     """
     Call `transformer.set_attention_backend`, or let PyTorch choose cuDNN's kernel, where attention does not use
-    diffusers' backends.
+    diffusers' backends. For `None`, PyTorch chooses among its other kernels. What was compiled with other kernels is not
+    taken from PyTorch's cache.
 
     Raises:
         ValueError: The transformer's attention does not use diffusers' backends, or this one is not installed.
     """
+    # PyTorch's default on Hopper cards, whose backward pass can return NaN: https://github.com/pytorch/pytorch/issues/196678.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    if backend is not None:
+        _use_attention_backend(pipeline, backend)
+    # PyTorch chooses as it compiles, and keeps what it has compiled on disk without that choice, for other runs with other
+    # choices: https://github.com/pytorch/pytorch/issues/185449.
+    config = torch.compiler.config
+    allowed = [name for name in _KERNELS if getattr(torch.backends.cuda, f"{name}_sdp_enabled")()]
+    config.cache_key_tag = f"{config.cache_key_tag.partition(_KERNELS_TAG)[0]}{_KERNELS_TAG}{','.join(allowed)}"
+
+
+def _use_attention_backend(pipeline: DiffusionPipeline, backend: str) -> None:
     transformer = trained_module(pipeline)
     processors = [module.processor for module in transformer.modules() if hasattr(module, "processor")]
     if not any(hasattr(processor, "_attention_backend") for processor in processors):

@@ -22,8 +22,9 @@ from torch._subclasses.fake_tensor import (
     in_kernel_invocation_manager,
     unset_fake_temporarily,
 )
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass, transform_subclass
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 from torch.utils.weak import WeakIdKeyDictionary
@@ -33,10 +34,12 @@ from ..pipeline.patch import in_float32, shadowed
 
 # PyTorch's formulas, and formulas for the CPU's attention kernel, which PyTorch lacks. Its `FlopCounterMode` cannot be
 # used: it keeps tensors alive that gradient checkpointing frees.
-_FLOPS = {
+_FLOPS: dict[object, Callable[..., int]] = {
     **flop_registry,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+    # By name, as it exists once bitsandbytes is imported: inputs [..., K] by packed weights of shape [N, K].
+    "bitsandbytes::gemm_4bit": lambda inputs, packed, shape, *_, **__: 2 * inputs.numel() * shape[0],
 }
 
 
@@ -175,6 +178,22 @@ def _in_float32(function: Callable) -> Callable:
     return call
 
 
+def _wraps(tensor: Tensor) -> bool:
+    return is_traceable_wrapper_subclass(tensor) and not isinstance(tensor, DTensor)
+
+
+def stored(tensor: Tensor) -> list[Tensor]:
+    """
+    The tensors that hold a tensor's numbers. torchao's wrappers report the size and dtype of the unpacked weight, and
+    bitsandbytes keeps the scales of a weight beside it.
+    """
+    if getattr(tensor, "quant_state", None) is not None:
+        return [tensor.data, tensor.quant_state.absmax]
+    if not _wraps(tensor):
+        return [tensor]
+    return [part for name in tensor.__tensor_flatten__()[0] for part in stored(getattr(tensor, name))]
+
+
 def _is_plain(tensor: object) -> bool:
     """True for a fake tensor that has neither a known value nor complex numbers."""
     return type(tensor) is FakeTensor and tensor.constant is None and not tensor.is_complex()
@@ -258,7 +277,8 @@ class _Counter(TorchDispatchMode):
         self._repeated: dict[tuple, _Operation] = {}
         self._known = WeakIdKeyDictionary()
         for tensor in known:
-            self._known[tensor.untyped_storage()] = True
+            for part in stored(tensor):
+                self._known[part.untyped_storage()] = True
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.prim.device.default:  # two of three calls
@@ -282,7 +302,10 @@ class _Counter(TorchDispatchMode):
                 result = func(*args, **kwargs)
         returned = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if operation is None:
-            is_view, formula = _is_view(func, given, returned), _FLOPS.get(func._overloadpacket)
+            is_view, formula = (
+                _is_view(func, given, returned),
+                _FLOPS.get(func._overloadpacket) or _FLOPS.get(func._schema.name),
+            )
             flops = None if is_view or formula is None else formula(*args, **kwargs, out_val=result)
             if key is not None and not is_view and _is_repeatable(func, given, result):
                 self._repeated[key] = _Operation.of(result, flops)
@@ -348,7 +371,12 @@ def _counting(module: nn.Module, calls: Sequence[tuple[tuple, dict]], precision:
         return FakeTensor(fake_mode, torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"), device)
 
     def fake(tensor: Tensor) -> Tensor:
+        if _wraps(tensor):
+            # Of torchao's quantised weights, whose layers unpack them.
+            return transform_subclass(tensor, lambda _, inner: fake(inner))
         made = new(tensor)
+        # What bitsandbytes' weights carry with them, by which their layers unpack them.
+        vars(made).update({name: value for name, value in vars(tensor).items() if name not in vars(made)})
         if isinstance(tensor, nn.Parameter):
             made._is_param = True
             made.requires_grad_(tensor.requires_grad)

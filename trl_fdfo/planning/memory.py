@@ -10,8 +10,6 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 from transformers import TrainingArguments
 
@@ -21,6 +19,7 @@ from ..pipeline.prompt_embeddings import called_first, text_encoders
 from ..pipeline.records import Rehearsal, once_per_prompt
 from ..pipeline.schedulers import RolloutScheduler
 from ..pipeline.trained import frozen_modules, trained_module
+from .cost import stored
 
 
 GIB = 2**30
@@ -34,9 +33,8 @@ OPTIMIZER_BYTES = {
     **dict.fromkeys(["lion_32bit", "adagrad", "rmsprop"], 4),
     **{"adamw_torch_4bit": 1, "lion_8bit": 1, "sgd": 0},
 }
-# Bytes per number of a linear layer that a run will load quantised: nf4 has a float32 scale for each 64 numbers; the scales
-# of int8, one per row, are next to nothing.
-QUANTIZED_BYTES = {"nf4": 0.5 + 4 / 64, "int8": 1.0}
+# Bytes per number of a linear layer in nf4, which has a float32 scale for each 64 numbers.
+NF4_BYTES = 0.5 + 4 / 64
 
 
 @dataclass(frozen=True)
@@ -110,12 +108,12 @@ def model_parts(model: nn.Module, args: TrainingArguments, engine: Engine, has_o
     trained_ids = {id(parameter) for parameter in trained}
     frozen = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in trained_ids]
     frozen_bytes, note = nbytes(frozen), _dtypes(frozen)
-    if args.quantization and not is_quantized(model):  # a plan without weights
+    if args.quantization == "nf4" and not is_quantized(model):  # a plan without weights, which a GPU alone can quantise
         linear = {id(part.weight) for part in model.modules() if isinstance(part, nn.Linear)} - trained_ids
         numbers = sum(tensor.numel() for tensor in frozen if id(tensor) in linear)
         others = nbytes([tensor for tensor in frozen if id(tensor) not in linear])
         frozen_bytes, note = (
-            others + round(QUANTIZED_BYTES[args.quantization] * numbers),
+            others + round(NF4_BYTES * numbers),
             f"{args.quantization}, {note}",
         )
     weights = gradients = nbytes(trained)
@@ -241,7 +239,7 @@ def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
 def nbytes(tensors: Sequence[Tensor]) -> int:
     """Bytes of tensors, each counted once; of quantised ones the bytes that are stored."""
     once = {id(tensor): tensor for tensor in tensors}.values()
-    return sum(part.nbytes for tensor in once for part in _stored(tensor))
+    return sum(part.nbytes for tensor in once for part in stored(tensor))
 
 
 def size_text(size: int) -> str:
@@ -249,18 +247,6 @@ def size_text(size: int) -> str:
         if size >= unit:
             return f"{size / unit:.2f} {name}"
     return f"{size} B" if size else "-"
-
-
-def _stored(tensor: Tensor) -> list[Tensor]:
-    """
-    The tensors that hold a tensor's numbers. torchao's wrappers report the size and dtype of the unpacked weight, and
-    bitsandbytes keeps the scales of a weight beside it.
-    """
-    if getattr(tensor, "quant_state", None) is not None:
-        return [tensor.data, tensor.quant_state.absmax]
-    if isinstance(tensor, DTensor) or not is_traceable_wrapper_subclass(tensor):
-        return [tensor]
-    return [part for name in tensor.__tensor_flatten__()[0] for part in _stored(getattr(tensor, name))]
 
 
 def _storage_nbytes(tensors: Sequence[Tensor]) -> int:
@@ -271,7 +257,7 @@ def _storage_nbytes(tensors: Sequence[Tensor]) -> int:
 
 def _dtypes(tensors: Sequence[Tensor]) -> str:
     sizes: dict[torch.dtype, int] = {}
-    for part in (part for tensor in tensors for part in _stored(tensor)):
+    for part in (part for tensor in tensors for part in stored(tensor)):
         sizes[part.dtype] = sizes.get(part.dtype, 0) + part.nbytes
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in sorted(sizes, key=sizes.get, reverse=True))
 

@@ -25,7 +25,7 @@ from ..pipeline.checks import check_trained_transformers
 from ..pipeline.flow import PipelineFlow
 from ..pipeline.loading import load_index
 from ..pipeline.lora import add_adapter, default_lora_config
-from ..pipeline.options import set_vae_options
+from ..pipeline.options import quantize_to_int8, set_vae_options
 from ..pipeline.own_dtype import can_run_in_own_dtype, run_in_own_dtype
 from ..pipeline.patch import shadowed
 from ..pipeline.schedulers import RolloutScheduler
@@ -150,6 +150,7 @@ def plan_without_weights(
         noises_endpoints, has_old_policy (`bool`): As in [`RunPlan`].
 
     Raises:
+        ImportError: `quantization="int8"` without torchao.
         OSError: The configs cannot be found.
         ValueError: The pipeline cannot be called with the options, or its code needs the values of tensors, not just
             their shapes.
@@ -181,6 +182,8 @@ def plan_without_weights(
         rehearsal = flow.rehearse(batch, columns, config.num_generations)
         if config.eval_pipeline_kwargs:
             flow.rehearse(batch[:1], columns, **config.eval_pipeline_kwargs)
+    if config.quantization == "int8":
+        quantize_to_int8(model)  # whose unpacked weights a backward pass needs; those of nf4 come and go
     autocast = config.mixed_precision_dtype
     if can_run_in_own_dtype(model, autocast):
         run_in_own_dtype(model)

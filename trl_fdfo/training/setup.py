@@ -230,10 +230,7 @@ def open_pipeline(pipeline: DiffusionPipeline | str | os.PathLike, config: Rollo
 def prepare_pipeline(pipeline: DiffusionPipeline, config: RolloutConfig) -> None:
     """Set the options for memory and speed, and freeze all weights, in place."""
     set_vae_options(pipeline, config.vae_slicing, config.vae_tiling, config.decoded_pixels())
-    # PyTorch's default on Hopper cards, whose backward pass can return NaN: https://github.com/pytorch/pytorch/issues/196678.
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    if config.attention_backend is not None:
-        set_attention_backend(pipeline, config.attention_backend)
+    set_attention_backend(pipeline, config.attention_backend)
     for module in (trained_module(pipeline), *frozen_modules(pipeline).values()):
         module.requires_grad_(False).eval()
 

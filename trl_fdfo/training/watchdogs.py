@@ -44,6 +44,10 @@ class Watchdogs:
 
     def __init__(self, config: RolloutConfig):
         self.epsilon = config.epsilon
+        backend = config.attention_backend or ""
+        self._kernel = (
+            f" Or leave out attention_backend='{backend}', which can return NaN." if "cudnn" in backend else ""
+        )
         self._smaller_updates = config.smaller_updates
         self._noise_option = config.noise_option
         self._gradients: deque[float] = deque(maxlen=GRADIENT_WINDOW)
@@ -88,8 +92,8 @@ class Watchdogs:
         if not math.isfinite(norm):
             raise WatchdogError(
                 f"The gradient norm is {norm} before optimizer step {step + 1}: the weights are those of the step before. "
-                "Is the reward's scale sane? Resume from the last checkpoint with a lower learning_rate and "
-                "resume_with_changed_options=True; with fp16, use bf16."
+                f"Is the reward's scale sane? Resume from the last checkpoint with a lower learning_rate and "
+                f"resume_with_changed_options=True; with fp16, use bf16.{self._kernel}"
             )
         if len(self._gradients) >= MIN_GRADIENTS:
             usual = statistics.median(self._gradients)
