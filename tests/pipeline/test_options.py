@@ -450,14 +450,16 @@ FLEX = pytest.param("flex", marks=pytest.mark.gpu("on a CPU PyTorch has no backw
 def test_attention_backends_train_the_same(make_trainer, reset_attention, backend):
     results = []
     for option in (None, backend):
-        trainer = make_trainer(tiny_pipelines.flux(), attention_backend=option, use_cpu=backend != "flex")
+        # In float32: in 16 bits a gradient near 0 may change its sign, and Adam's first steps are as large for it as for others.
+        options = {"attention_backend": option, "use_cpu": backend != "flex", "bf16": False}
+        trainer = make_trainer(tiny_pipelines.flux(), **options)
         trainer.train()
         assert max(logged(trainer, "replay_error")) < 1e-6
         results.append(trained_weights(trainer))
     processors = {module.processor for module in trainer.model.modules() if hasattr(module, "processor")}
     assert {processor._attention_backend.value for processor in processors} == {backend}
     for name, weight in results[0].items():
-        torch.testing.assert_close(results[1][name], weight, rtol=0, atol=1e-5 if backend != "flex" else 1e-3)
+        torch.testing.assert_close(results[1][name], weight, rtol=0, atol=1e-5 if backend != "flex" else 1e-4)
 
 
 # Compilation ----------------------------------------------------------------------------------------------------------

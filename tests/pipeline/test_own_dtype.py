@@ -8,10 +8,12 @@ import tiny_pipelines
 import torch
 from conftest import trained_weights
 from peft import LoraConfig, get_peft_model
+from tiny_runs import PROMPTS
 from torch import nn
 from torch.nn import functional
 
 from trl_fdfo.pipeline.own_dtype import can_run_in_own_dtype, run_in_own_dtype
+from trl_fdfo.training.engines import check_attention_backend
 
 
 CALL = {"height": 16, "width": 16, "max_sequence_length": 8, "guidance_scale": 1.0}
@@ -154,3 +156,34 @@ def test_a_run_samples_the_images_that_the_pipeline_makes(make_trainer):
         images = pipeline(["a cat"], generator=generator, num_inference_steps=steps, output_type="pt", **CALL)[0]
     # The pipeline rounds its latents after each step and decodes in bfloat16.
     torch.testing.assert_close(own, images.float(), rtol=0, atol=0.03)
+
+
+# Autocast where it is needed ----------------------------------------------------------------------------------------------
+
+
+def test_images_before_a_run_are_in_its_precision(make_trainer):
+    autocasts = []
+    pipeline = tiny_pipelines.sd3()
+    pipeline.transformer.proj_out.register_forward_pre_hook(
+        lambda *_: autocasts.append(torch.is_autocast_enabled("cpu"))
+    )
+    trainer = make_trainer(pipeline, bf16=True, num_rollouts=1, learning_rate=1e-30)
+    assert len(autocasts) > 4 and all(autocasts)  # of the rehearsal and the trial of the replay
+    before = trainer.generate(PROMPTS[:2], [0, 1])
+    trainer.train()
+    assert torch.equal(trainer.generate(PROMPTS[:2], [0, 1]), before) and all(autocasts)
+    exact = make_trainer(num_rollouts=1).generate(PROMPTS[:2], [0, 1])
+    assert 1e-5 < (before - exact).abs().max() < 0.1
+
+
+def test_kernels_of_16_bits_alone_are_refused_under_autocast(make_trainer):
+    trainer = make_trainer(bf16=True)
+    with pytest.raises(
+        ValueError, match=r"attention_backend='flash' takes queries and keys in 16 bits.*load the pipeline in"
+    ):
+        check_attention_backend(trainer.accelerator, "flash")
+    for backend in (None, "native", "_native_cudnn", "flex"):
+        check_attention_backend(trainer.accelerator, backend)
+    # A LoRA on 16 bits, and float32, which the kernel itself refuses.
+    for trainer in (make_trainer(tiny_pipelines.sd3().to(torch.bfloat16), bf16=True), make_trainer()):
+        check_attention_backend(trainer.accelerator, "flash")

@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -123,6 +123,32 @@ def check_calls_of_levels(
             "without an error. Train it with DDP (the configuration `ddp`), or one transformer by `trained_transformers`, or with a "
             "guidance that is the same at all levels."
         )
+
+
+def check_attention_backend(accelerator: Accelerator, backend: str | None) -> None:
+    """
+    Raises:
+        ValueError: The backend computes in 16 bits alone, and autocast, which leaves norms in float32, would give it their results.
+    """
+    autocasts = accelerator.native_amp and (
+        accelerator.autocast_handler is None or accelerator.autocast_handler.enabled
+    )
+    if backend is not None and autocasts and not backend.startswith(("native", "_native", "flex")):
+        raise ValueError(
+            f"attention_backend='{backend}' takes queries and keys in 16 bits, and under mixed precision the norms before it give "
+            "float32: leave it out (PyTorch's own attention is a flash kernel too), or load the pipeline in 16 bits and train a LoRA, "
+            "which needs no autocast."
+        )
+
+
+def called_in_mixed_precision(accelerator: Accelerator, model: torch.nn.Module) -> Callable:
+    """Calls of a model as those of a run, also before `train` begins, which prepares the model for autocast."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with accelerator.autocast():
+            return model(*args, **kwargs)
+
+    return call
 
 
 def leave_out_autocast(accelerator: Accelerator, model: torch.nn.Module) -> None:

@@ -4,8 +4,8 @@ import copy
 import math
 import operator
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -566,18 +566,15 @@ def _encoded_prompts(config: RolloutConfig, train_dataset: Dataset, eval_dataset
     return [*evaluated, *read_rows(train_dataset, rows, [column], "train_dataset")[column]]
 
 
-def try_replay(
-    flow: PipelineFlow, config: RolloutConfig, dataset: Dataset, autocast: Callable[[], AbstractContextManager]
-) -> tuple[float, bool]:
+def try_replay(flow: PipelineFlow, config: RolloutConfig, dataset: Dataset) -> tuple[float, bool]:
     """
-    Sample one batch as the run will, in a few steps, and replay it as it will be trained: in training mode, in mixed precision,
-    in the batch size of an update.
+    Sample one batch as the run will, in a few steps, and replay it as it will be trained: in training mode and in the batch size
+    of an update.
 
     Args:
         flow ([`PipelineFlow`]): Flow of the run, which has been rehearsed.
         config ([`RolloutConfig`]): Options of the run.
         dataset (`datasets.Dataset`): Prompts to train on.
-        autocast (`Callable`): Makes the context in which the run will call the model.
 
     Returns:
         `tuple[float, bool]`: The largest replay error, and whether each velocity depends on every trained weight.
@@ -586,19 +583,13 @@ def try_replay(
         ReplayError: A replayed velocity is not the sampled one.
         ValueError: The pipeline's call fails.
     """
-    model = flow.model
-
-    def call(*args, **kwargs):
-        with autocast():
-            return model(*args, **kwargs)
-
+    model = trained_module(flow.pipeline)
     tolerance = config.replay_tolerance
     if tolerance is None:
         tolerance = MAX_TOLERANCE * default_tolerance(flow.pipeline, config.mixed_precision_dtype)
     prompt, columns = _first_row(config, dataset)
     size = config.prompts_per_call
     modes = [(part, part.training) for part in model.modules()]
-    flow.model = call
     model.train()
     try:
         parts = size // config.per_device_prompt_batch_size
@@ -606,7 +597,6 @@ def try_replay(
             prompt * size, columns, parts=parts, branches=config.num_generations, tolerance=tolerance
         )
     finally:
-        flow.model = model
         for part, mode in modes:
             part.training = mode
 

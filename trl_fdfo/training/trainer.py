@@ -59,7 +59,14 @@ from .accelerate_state import accelerate_state, put_back
 from .algorithm import Algorithm
 from .buffer import MicroBatch, RolloutBuffer, ScoredBatch
 from .config import RolloutConfig
-from .engines import adapt_to_trainer, check_calls_of_levels, leave_out_autocast, prepare_for_engine
+from .engines import (
+    adapt_to_trainer,
+    called_in_mixed_precision,
+    check_attention_backend,
+    check_calls_of_levels,
+    leave_out_autocast,
+    prepare_for_engine,
+)
 from .metrics import RolloutMetrics
 from .migration import arguments_of, unknown_arguments
 from .prompts import check_prompts, hold_out, load_prompts, plain
@@ -209,6 +216,7 @@ class RolloutTrainer(Algorithm, Trainer):
             self._accelerate_state = accelerate_state()
             prepare_for_engine(self.accelerator, pipeline)
             leave_out_autocast(self.accelerator, self.model)
+            check_attention_backend(self.accelerator, config.attention_backend)
             keep_out_of_ddp(self.model)
             # Offloaded parts move to the device when called and leave when the rollout ends.
             self._offload_hooks = place_components(self.flow, config, self.args.device)
@@ -217,6 +225,7 @@ class RolloutTrainer(Algorithm, Trainer):
             self._buffer: RolloutBuffer | None = None
             self._replay_errors: list[tuple[Tensor, int]] = []  # of the next optimizer step
             self._rehearsal: Rehearsal | None
+            self.flow.model = called_in_mixed_precision(self.accelerator, self.model)
             with self.flow.encoders.alone() if self.flow.encoders is not None else contextlib.nullcontext():
                 self._rehearsal = rehearse(self.flow, self.args, self.train_dataset, self.eval_dataset)
                 self.replay_tolerance = self._try_replay()
@@ -244,7 +253,7 @@ class RolloutTrainer(Algorithm, Trainer):
 
     def _try_replay(self) -> float:
         """Replay a batch in the kernels that the run will use, and return the replay error that the run allows."""
-        arguments = (self.flow, self.args, self.train_dataset, self.accelerator.autocast)
+        arguments = (self.flow, self.args, self.train_dataset)
         floor, all_take_part = try_replay(*arguments)
         if not all_take_part and self.accelerator.ddp_handler is not None:
             # DDP waits for the gradients of all weights, unless it searches for those that take no part.
@@ -724,7 +733,7 @@ class RolloutTrainer(Algorithm, Trainer):
         self, prompts: Sequence[str], seeds: Sequence[int], columns: dict[str, Sequence], **call_kwargs: Any
     ) -> Tensor:
         """Images of this process alone, on its device, in one call of the pipeline."""
-        self.flow.model = self.model_wrapped
+        self.flow.model = called_in_mixed_precision(self.accelerator, self.model_wrapped)
         with self.compute_loss_context_manager():
             return self.flow.generate(prompts, seeds, columns, **self._evaluated_with(call_kwargs))
 
