@@ -1,3 +1,4 @@
+import contextlib
 import functools
 import io
 import logging
@@ -41,10 +42,12 @@ from tiny_pipelines import (
     wan,
     wan_video,
 )
+from tiny_pipelines.families import FAMILIES, columns_of
 from torch.utils._pytree import tree_leaves
 
 from trl_fdfo import FDFOTrainer
 from trl_fdfo.fdfo.churn import constant_churn
+from trl_fdfo.fdfo.scheduler import ChurnScheduler
 from trl_fdfo.flow_grpo.scheduler import SDEScheduler
 from trl_fdfo.pipeline import checks, schedulers
 from trl_fdfo.pipeline.checks import check_pipeline
@@ -851,7 +854,6 @@ def test_an_error_of_the_trial_names_the_call():
 def test_construction_leaves_the_modes_of_the_layers(make_trainer):
     trainer = make_trainer()
     assert not trainer.pipeline.transformer.pos_embed.training
-    assert trainer.flow.model is trainer.pipeline.transformer
 
 
 def test_a_call_that_depends_on_its_number_of_steps_is_tried_in_all_of_them():
@@ -860,3 +862,52 @@ def test_a_call_that_depends_on_its_number_of_steps_is_tried_in_all_of_them():
     assert flow.try_replay(["a cat"])[0] == 0.0
     flow = make_flow(sigmas=np.linspace(1, 0.25, STEPS))
     assert flow.try_replay(["a cat"])[0] == 0.0
+
+
+def test_churn_at_the_first_level_leaves_the_images_that_are_edited():
+    # This pipeline draws noise for one sample at a time, and puts its images beside it.
+    family, name = FAMILIES["JoyImage-Edit Plus"], "JoyImage-Edit Plus"
+    columns = {column: values[:1] for column, values in columns_of(name, 1).items()}
+    call = {"num_inference_steps": 3, **family.calls["plain"]}
+    flow = PipelineFlow(family.build(), num_generations=2, scheduler_class=ChurnScheduler, **call)
+    flow.rehearse(family.prompts[:1], columns, 2)
+    seen = []
+    flow.pipeline.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["hidden_states"].clone()), with_kwargs=True
+    )
+    for churn in (0.0, 0.3):
+        batch = flow.rollout(family.prompts[:1], torch.tensor([churn, 0, 0, 0]), [5], [1, 2], range(3), columns)
+    is_noise = batch.remembered["prepare_latents"][0][1][0]
+    for without, with_churn in zip(seen[:3], seen[3:], strict=True):
+        assert torch.equal(with_churn[:, ~is_noise], without[:, ~is_noise])
+    (one, other), start = seen[3], seen[0][0]
+    assert torch.equal(seen[0][0], seen[0][1]) and not torch.equal(one[is_noise], other[is_noise])
+    for branch in (one, other):  # of the variance that it had
+        assert branch[is_noise].std().item() == pytest.approx(start[is_noise].std().item(), rel=0.1)
+    with torch.no_grad():
+        assert torch.equal(flow.velocity(batch, 0), batch.velocities[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("FLUX.2 Klein KV with an image", None),
+        (
+            "Kandinsky 5 image to video",
+            "RuntimeError: one of the variables needed for gradient computation has been modified",
+        ),
+        ("Cosmos 2.5 Transfer (video)", "RuntimeError: .* does not require grad"),
+    ],
+)
+def test_a_decoder_without_gradients_is_refused_before_the_run(name, reason):
+    family = FAMILIES[name]
+    call = {"num_inference_steps": 3, **next(iter(family.calls.values()))}
+    flow = PipelineFlow(family.build(), num_generations=2, scheduler_class=ChurnScheduler, **call)
+    columns = {column: values[:1] for column, values in columns_of(name, 1).items()}
+    flow.rehearse(family.prompts[:1], columns, 2)
+    assert flow.try_replay(family.prompts[:1], columns)[0] < 1e-5
+    refused = pytest.raises(
+        ValueError, match=rf"cannot be decoded with gradients \({reason}.*direction='finite_difference'"
+    )
+    with refused if reason else contextlib.nullcontext():
+        flow.try_replay(family.prompts[:1], columns, decodes=True)

@@ -9,11 +9,14 @@ import torch
 from conftest import logged, trained_weights, warnings_of_the_package
 from datasets import Dataset
 from PIL import Image
-from tiny_pipelines import qwen_image
+from tiny_pipelines import hidream, krea2, prx, qwen_image, sana, z_image
 from tiny_runs import PROMPTS, redness
 
+from trl_fdfo.fdfo.scheduler import ChurnScheduler
+from trl_fdfo.pipeline import checks
 from trl_fdfo.pipeline.checksums import by_content, checksum
 from trl_fdfo.pipeline.prompt_embeddings import PromptEmbeddings, encoding_key
+from trl_fdfo.pipeline_flow import PipelineFlow
 
 
 # One batch size computes in another order than the next: differences of 1e-7 that Adam, which divides by the size of the
@@ -26,6 +29,13 @@ def cache(tmp_path, monkeypatch):
     """A cache of `datasets` of its own. (It reads its environment variable once, at import.)"""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     return tmp_path / "cache"
+
+
+def large_sana():
+    """Of a size at which the pipeline knows resolutions."""
+    pipeline = sana.build()
+    pipeline.transformer.register_to_config(sample_size=16)
+    return pipeline
 
 
 def count_samples(trainer):
@@ -60,6 +70,57 @@ def test_a_negative_prompt_without_guidance_is_reported(make_trainer, caplog, bu
     assert ["negative_prompt in pipeline_kwargs changes nothing" in warning for warning in warnings] == [
         True
     ] * changes_nothing
+
+
+@pytest.mark.parametrize(
+    ("build", "length", "guidance_scale", "guides"),
+    [
+        (tiny_pipelines.sd3, 8, 1.0, False),
+        (tiny_pipelines.flux, 8, 1.0, False),
+        (z_image.build, 24, 1.0, True),
+        (z_image.build, 24, 0.0, False),
+        (krea2.build, 16, 1.0, True),
+    ],
+)
+def test_guidance_at_a_scale_of_one_is_reported(make_trainer, caplog, build, length, guidance_scale, guides):
+    make_trainer(build(), pipeline_kwargs={"max_sequence_length": length}, guidance_scale=guidance_scale)
+    warnings = [warning for warning in warnings_of_the_package(caplog) if "is guidance in" in warning]
+    assert [
+        "each step computes 2 times as much as without. Set guidance_scale=0" in warning for warning in warnings
+    ] == [True] * guides
+
+
+def test_later_noise_that_is_too_little_for_a_model_is_refused(make_trainer):
+    # This one starts from noise of a standard deviation of 2.
+    options = {"pipeline_kwargs": {"use_resolution_binning": False}, "per_device_prompt_batch_size": 1}
+    for noise in ({"churn": 0.05, "churn_schedule": "constant"}, {"churn": 0.05, "churn_schedule": "interval"}):
+        with pytest.raises(
+            ValueError, match=r"starts from noise of a standard deviation of 2,.*churn_schedule='prior'"
+        ):
+            make_trainer(prx.build_pixel(), **noise, **options)
+    make_trainer(prx.build_pixel(), churn=0.05, churn_schedule="prior", **options)
+
+
+@pytest.mark.parametrize(
+    ("build", "call", "asked", "said"),
+    [
+        (hidream.build, hidream.CALLS["plain"], 32, "computes 16 x 16 pixels. Set height=16 and width=16"),
+        (hidream.build, hidream.CALLS["plain"], 16, None),
+        (
+            large_sana,
+            sana.CALLS["plain"] | {"use_resolution_binning": True},
+            64,
+            "scales back. Set use_resolution_binning=False",
+        ),
+        (large_sana, sana.CALLS["plain"], 64, None),
+    ],
+)
+def test_another_size_than_asked_for_is_reported(caplog, build, call, asked, said):
+    checks.logger.warning_once.cache_clear()  # another test in this process may have been warned
+    call = {**call, "num_inference_steps": 2, "height": asked, "width": asked}
+    PipelineFlow(build(), num_generations=1, scheduler_class=ChurnScheduler, **call).rehearse(["a cat"])
+    warnings = [warning for warning in warnings_of_the_package(caplog) if f"height={asked} and" in warning]
+    assert len(warnings) == (said is not None) and all(said in warning for warning in warnings)
 
 
 @pytest.mark.parametrize("timestep_fraction", [1.0, 0.5])
@@ -163,9 +224,12 @@ def test_embeddings_are_found_by_the_pipeline_and_its_arguments(make_trainer, ca
         "longer": make_trainer(pipeline_kwargs={"max_sequence_length": 4}).flow,
         "other weights": make_trainer(tiny_pipelines.sd3(seed=1)).flow,
         "another encoder": make_trainer(tiny_pipelines.sd3(with_t5=True)).flow,
+        "other steps": make_trainer(num_inference_steps=3, timestep_fraction=1.0).flow,
     }
     keys = {name: encoding_key(flow) for name, flow in flows.items()}
-    assert keys.pop("again") == keys["as it is"]
+    assert keys.pop("again") == keys.pop("other steps") == keys["as it is"]
+    flows["longer"].pipeline.tokenizer.chat_template = "{{ messages }}"  # as a language model's
+    keys["another template"] = encoding_key(flows["longer"])
     assert len(set(keys.values())) == len(keys)
     embeddings = PromptEmbeddings(flows["guided"], ["two dogs", "a cat", "two dogs"])
     assert list(embeddings) == ["two dogs", "a cat"] and embeddings.same_shapes and embeddings.nbytes > 0

@@ -209,7 +209,9 @@ class InferenceArguments:
         },
     )
     num_inference_steps: int | None = field(default=None, metadata={"help": "Steps of the sampler."})
-    guidance_scale: float | None = field(default=None, metadata={"help": "Guidance of the pipeline; 1 is none."})
+    guidance_scale: float | None = field(
+        default=None, metadata={"help": "Guidance of the pipeline; 1 is none, 0 in some."}
+    )
     height: int | None = field(default=None, metadata={"help": "Height of the images in pixels."})
     width: int | None = field(default=None, metadata={"help": "Width of the images in pixels."})
     pipeline_columns: list[str] = field(

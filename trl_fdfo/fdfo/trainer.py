@@ -105,6 +105,9 @@ class FDFOTrainer(RolloutTrainer):
             )
         return others
 
+    def _try_replay(self) -> float:
+        return super()._try_replay(decodes=self.args.direction == "reward_gradient")
+
     def ties_have_no_loss(self) -> bool:
         return self.args.direction == "finite_difference"
 
@@ -130,11 +133,6 @@ class FDFOTrainer(RolloutTrainer):
                 made, columns[self.args.dataset_prompt_column], self.state, columns, branches
             )
             pairs = [pair for pair in zip(tree_leaves(made), tree_leaves(at_made)) if pair[0].requires_grad]
-            if not pairs:
-                raise ValueError(
-                    f"direction='reward_gradient' goes through the decoder, and {type(self.pipeline).__name__} decodes without "
-                    "gradients. Set direction='finite_difference', which needs none."
-                )
             outputs, their_gradients = zip(*pairs)
             (gradient,) = torch.autograd.grad(outputs, endpoints, their_gradients)
         if not gradient.isfinite().all():

@@ -2,9 +2,10 @@
 
 import inspect
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook
 from diffusers import DiffusionPipeline
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
@@ -136,6 +137,43 @@ def warn_of_other_frames(pipeline: DiffusionPipeline, num_frames: int | None, im
             f"num_frames={num_frames}, and {type(pipeline).__name__} makes videos of {videos.shape[1]} frames. Set "
             f"num_frames={videos.shape[1]}, so that your settings say what is made."
         )
+
+
+def warn_of_other_size(
+    pipeline: DiffusionPipeline,
+    asked: tuple[int | None, int | None],
+    images: Tensor | Media,
+    decoded: Sequence[torch.Size],
+) -> None:
+    """
+    Warn if a call with a height and width, in pixels, computed another size: some pipelines take one that the model was trained on,
+    and some scale the images back.
+
+    Args:
+        asked (`tuple[int, int]`): Height and width of the call.
+        images (`Tensor` or [`Media`]): What it returned.
+        decoded (`Sequence[torch.Size]`): Shapes of what the VAE made, [..., H, W].
+    """
+    kinds = by_kind(images)
+    made = kinds.get("videos", kinds.get("images"))
+    if made is None or None in asked:
+        return
+    size = tuple(made.shape[-2:])
+    # A VAE that makes pieces or features has other shapes; a larger size takes several times the pixels.
+    largest = max((tuple(shape[-2:]) for shape in decoded if len(shape) >= 4), key=math.prod, default=size)
+    computed = largest if math.prod(largest) > 1.5 * math.prod(asked) else size
+    if computed == asked:
+        return
+    binned = "use_resolution_binning" in inspect.signature(type(pipeline).__call__).parameters
+    logger.warning_once(
+        f"height={asked[0]} and width={asked[1]}, and {type(pipeline).__name__} computes {computed[0]} x {computed[1]} pixels"
+        + (
+            ", which it scales back. Set use_resolution_binning=False in pipeline_kwargs, or"
+            if binned and computed != size
+            else ". Set"
+        )
+        + f" height={computed[0]} and width={computed[1]}, so that your settings say what is made, and what it costs."
+    )
 
 
 def check_own_layers(pipeline: DiffusionPipeline) -> None:

@@ -31,6 +31,7 @@ import torch
 from accelerate.utils import recursively_apply, send_to_device
 from diffusers import DiffusionPipeline
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ..media import Media, names_image
 from ..noise import say_once_what_is_cut, unheard
@@ -42,6 +43,7 @@ from .checks import (
     check_steps,
     warn_of_embedded_guidance,
     warn_of_other_frames,
+    warn_of_other_size,
 )
 from .encoder_offload import EncoderOffload
 from .patch import (
@@ -83,7 +85,7 @@ from .trained import TRAINED, Transformers, trained_module, trained_modules
 
 
 # Arguments of a call that embeddings of its prompts do not depend on.
-_AFTER_ENCODING = {"num_inference_steps", "sigmas", "timesteps"}
+AFTER_ENCODING = {"num_inference_steps", "sigmas", "timesteps"}
 
 
 def _knowing_calls_per_step(method: Callable) -> Callable:
@@ -209,7 +211,7 @@ class PipelineFlow:
     ) -> Rehearsal:
         scheduler = RehearsalScheduler.of(self._scheduler)
         remembered: dict[str, list] = {name: [] for name in REMEMBERED}
-        calls, outputs, decode_calls = [], [], []
+        calls, outputs, decode_calls, decoded = [], [], [], []
         known: dict[str, Any] = {}  # by the shapes of the arguments
         callers: dict[int, list[str]] = defaultdict(list)
 
@@ -228,7 +230,7 @@ class PipelineFlow:
         call_kwargs = self._calling.arguments(self.call_kwargs, prompts, generators, columns)
         with (
             self._patched(scheduler, model, **remember(remembered)),
-            recorded_decoding(self.pipeline, decode_calls),
+            recorded_decoding(self.pipeline, decode_calls, decoded),
             self._own_random_numbers(0),
         ):
             try:
@@ -270,9 +272,12 @@ class PipelineFlow:
                 f"{sigmas.tolist()}: take another scheduler, or other `sigmas` or `timesteps` in `pipeline_kwargs`."
             )
         warn_of_other_frames(self.pipeline, self.call_kwargs.get("num_frames"), images)
+        asked = (self.call_kwargs.get("height"), self.call_kwargs.get("width"))
+        warn_of_other_size(self.pipeline, asked, images, decoded)
         return Rehearsal(
             sigmas=sigmas,
             skipped_steps=scheduler.first_step,
+            noise_scale=scheduler.noise_scale,
             latents=scheduler.latents,
             velocity=scheduler.velocity,
             encoded=remembered["encode_prompt"],
@@ -295,6 +300,7 @@ class PipelineFlow:
         branches: int | None = None,
         tolerance: float | None = None,
         steps: int = 2,
+        decodes: bool = False,
     ) -> tuple[float, bool]:
         """
         Sample some prompts in a few steps, and replay each step: the self-check of the replay, before any work.
@@ -306,13 +312,14 @@ class PipelineFlow:
             branches (`int`, *optional*): Branches of each prompt that are replayed, the last ones. Default: all.
             tolerance (`float`, *optional*): As in [`check_replay`].
             steps (`int`): Steps of the call. One that has `sigmas` or `timesteps` takes those.
+            decodes (`bool`): Also decode the samples with gradients.
 
         Returns:
             `tuple[float, bool]`: The largest [`replay_error`], and whether each velocity depends on every trained weight.
 
         Raises:
             ReplayError: A replayed velocity is not the recorded one.
-            ValueError: The pipeline's call fails.
+            ValueError: The pipeline's call fails, or has no gradient from its latents to what it makes.
         """
         trained = {weight for weight in trained_module(self.pipeline).parameters() if weight.requires_grad}
         largest, depends_on_all = 0.0, True
@@ -344,14 +351,29 @@ class PipelineFlow:
         except (AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError) as error:
             if schedule is None and steps < own_steps:
                 # Such as a guidance for each step, or a late start that leaves none of so few.
-                return self.try_replay(
-                    prompts, columns, parts=parts, branches=branches, tolerance=tolerance, steps=own_steps
-                )
+                options = {"parts": parts, "branches": branches, "tolerance": tolerance, "decodes": decodes}
+                return self.try_replay(prompts, columns, steps=own_steps, **options)
             raise ValueError(
                 f"A rollout of {type(self.pipeline).__name__} with {short.call_kwargs} cannot be sampled and replayed: "
                 f"{type(error).__name__}: {error}"
             ) from error
+        if decodes:
+            short._try_decoding(batch)
         return largest, depends_on_all
+
+    def _try_decoding(self, batch: RolloutBatch) -> None:
+        try:
+            with torch.enable_grad():
+                endpoints = batch.endpoints.flatten(0, 1).detach().requires_grad_()
+                made = sum(leaf.float().sum() for leaf in tree_leaves(self.decode(batch, endpoints)))
+                torch.autograd.grad(made, endpoints)
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{type(self.pipeline).__name__} cannot be decoded with gradients ({type(error).__name__}: {error}), which "
+                "direction='reward_gradient' needs. Set direction='finite_difference', which needs none."
+            ) from error
 
     def axes(self, columns: dict[str, Sequence] | None = None) -> BatchAxes:
         """
@@ -705,7 +727,7 @@ class PipelineFlow:
         """This flow with other arguments of the call, which may change the embeddings and the number of parts of a video."""
         other = copy.copy(self)
         other.call_kwargs = self.arguments_with(call_kwargs)
-        if call_kwargs.keys() - _AFTER_ENCODING:
+        if call_kwargs.keys() - AFTER_ENCODING:
             other.prompt_embeddings = {}
         other._scheduler = copy.copy(self._scheduler)
         other._scheduler.calls_per_step = None

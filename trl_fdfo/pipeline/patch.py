@@ -15,6 +15,7 @@ import torch
 from accelerate.utils import honor_type, recursively_apply
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .options import is_quantized
 from .schedulers import StandIn
@@ -110,7 +111,12 @@ def carries_state(output: Any) -> bool:
 
 
 class State:
-    """Stands for what an output of a transformer carried beside its tensors: see [`outline`]."""
+    """Stands for what an output of a transformer carried beside its tensors: see [`outline`]. Its methods do nothing."""
+
+    def __getattr__(self, name: str) -> Callable:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: None
 
 
 def outline(output: Any) -> Any:
@@ -234,17 +240,22 @@ def _wrapped_coder(part: nn.Module, encode_image: Callable | None) -> dict[str, 
 
 
 @contextlib.contextmanager
-def drawn_noise(method: Callable, draw: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def drawn_noise(method: Callable, draw: Callable[[Tensor, bool], Tensor]) -> Iterator[None]:
     """
-    For the time of a `with`, pass the noise that a pipeline's method draws through `draw`. What a pipeline makes of its
-    noise may hold more: an image that it starts from, which stays as it is.
+    For the time of a `with`, pass the noise that a pipeline's method draws through `draw`, with whether it is one sample's, drawn
+    with that sample's generator. What a pipeline makes of its noise may hold more: an image that it starts from, which stays
+    as it is.
     """
     names = getattr(inspect.unwrap(method), "__globals__", {})
     if DRAW not in names:
         yield
         return
     original = names[DRAW]
-    with _replaced(names, DRAW, lambda *args, **kwargs: draw(original(*args, **kwargs))):
+
+    def passed_on(*args: Any, **kwargs: Any) -> Tensor:
+        return draw(original(*args, **kwargs), isinstance(kwargs.get("generator"), torch.Generator))
+
+    with _replaced(names, DRAW, passed_on):
         yield
 
 
@@ -329,8 +340,13 @@ def in_float32(module: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def recorded_decoding(pipeline: DiffusionPipeline, calls: list[tuple[tuple, dict]]) -> Iterator[None]:
-    """Append the arguments of each call of the VAE's `decode` to `calls`; a pipeline without a VAE has none."""
+def recorded_decoding(
+    pipeline: DiffusionPipeline, calls: list[tuple[tuple, dict]], made: list[torch.Size]
+) -> Iterator[None]:
+    """
+    Append the arguments of each call of the VAE's `decode` to `calls`, and the shape of what it returned to `made`; a pipeline
+    without a VAE has none.
+    """
     vae = getattr(pipeline, "vae", None)
     if vae is None:
         yield
@@ -339,7 +355,9 @@ def recorded_decoding(pipeline: DiffusionPipeline, calls: list[tuple[tuple, dict
 
     def record(*args, **kwargs):
         calls.append((args, kwargs))
-        return decode(*args, **kwargs)
+        output = decode(*args, **kwargs)
+        made.extend(leaf.shape for leaf in tree_leaves(output)[:1])
+        return output
 
     with shadowed(vae, decode=record):
         yield

@@ -6,14 +6,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import datasets
+import diffusers
 import torch
+import transformers
 from accelerate import PartialState
 from accelerate.utils import recursively_apply
 from datasets import Dataset, concatenate_datasets
 from diffusers import DiffusionPipeline
 
 from .checksums import by_content, checksum, config_checksum, weights_checksum
-from .flow import PipelineFlow
+from .flow import AFTER_ENCODING, PipelineFlow
 from .trained import frozen_modules
 
 
@@ -99,11 +101,19 @@ def encoding_key(flow: PipelineFlow) -> str:
         for name, part in text_encoders(pipeline).items()
     }
     tokenizers = {
-        name: (len(part), part.model_max_length)
+        name: (len(part), part.model_max_length, getattr(part, "chat_template", None))
         for name, part in pipeline.components.items()
         if name.startswith("tokenizer") and part is not None
     }
-    return checksum([type(pipeline).__name__, by_content(sorted(flow.call_kwargs.items())), encoders, tokenizers])
+    arguments = {name: value for name, value in flow.call_kwargs.items() if name not in AFTER_ENCODING}
+    # Names that begin with an underscore say where a pipeline comes from.
+    config = {name: value for name, value in pipeline.config.items() if not name.startswith("_")}
+    versions = [
+        diffusers.__version__,
+        transformers.__version__,
+    ]  # whose code puts a prompt into a template, and takes it apart
+    key = [type(pipeline).__name__, by_content(sorted(arguments.items())), encoders, tokenizers]
+    return checksum([*key, by_content(sorted(config.items())), versions])
 
 
 def _path(prompts: list[str], key: str) -> Path:

@@ -27,6 +27,7 @@ class Rehearsal:
         latents (`Tensor`): Noisy latents as the scheduler gets them, shape [N, ...].
         velocity (`Tensor`): Their velocity as the scheduler gets it, of the same shape.
         skipped_steps (`int`): Steps at the start of the schedule that the pipeline does not take.
+        noise_scale (`float`): Standard deviation of the noise that the pipeline starts from; 1 if it starts from more than noise.
         encoded (`list`): Return value of each call of `encode_prompt`.
         encoded_images (`list`): Tensors taken from the return value of each call of the VAE's `encode`.
         generated (`list`): Return value of each call of a language model's `generate` outside `encode_prompt`.
@@ -43,6 +44,7 @@ class Rehearsal:
     latents: Tensor
     velocity: Tensor
     skipped_steps: int
+    noise_scale: float
     encoded: list
     encoded_images: list
     generated: list

@@ -174,7 +174,7 @@ class StandIn:
         """The streams that take steps: all but the idle ones."""
         return [stream for place, stream in enumerate(self.streams) if place not in self.idle_streams]
 
-    def draw(self, noise: Tensor) -> Tensor:
+    def draw(self, noise: Tensor, of_one_sample: bool = False) -> Tensor:
         """The initial noise that the pipeline gets, in float32, in the place of what it drew with each sample's seed."""
         self.first_step = self.begin_index or 0
         self._noise_dtype = noise.dtype
@@ -343,6 +343,22 @@ class RehearsalScheduler(StandIn):
 
     latents: Tensor | None = None
     velocity: Tensor | None = None
+    noise_scale = 1.0
+    _drawn: Tensor | None = None
+
+    def draw(self, noise: Tensor, of_one_sample: bool = False) -> Tensor:
+        self._drawn = super().draw(noise)
+        return self._drawn
+
+    def _measure_noise(self, x: Tensor) -> None:
+        """Find the factor by which a pipeline multiplies the noise that it draws, if it begins with that alone."""
+        if self._drawn is None or x.numel() != self._drawn.numel():
+            return
+        # A pipeline may pack its latents: in the order of their values they are the same.
+        x, drawn = x.float().flatten().sort().values, self._drawn.flatten().sort().values
+        scale = x.norm() / drawn.norm()
+        if torch.allclose(x, scale * drawn, rtol=0.02, atol=0.02 * float(scale)):
+            self.noise_scale = float(scale)
 
     def step(self, model_output, timestep, sample, return_dict=True, **kwargs):
         if self.calls_per_step is not None and self.step_index is not None and self.step_index < len(self.timesteps):
@@ -358,6 +374,8 @@ class RehearsalScheduler(StandIn):
     def take_step(self, velocity, sample, step, stream):
         if stream is self.moving_streams[0]:
             self._parts = []
+            if step == 0 and self.first_step == 0:
+                self._measure_noise(sample)
         self._parts.append((sample, velocity))
         stream.is_idle = stream.is_idle and not velocity.any()
         if stream is self.moving_streams[-1]:
@@ -392,13 +410,23 @@ class RolloutScheduler(StandIn):
         self.velocities: dict[int, Tensor] = {}
         self.x_s: dict[int, Tensor] = {}
         self.endpoints: Tensor | None = None  # latents after the latest step, [N, ...]
+        self._drawn_samples = 0  # one by one
         self.squared_velocity: Tensor | float = 0.0  # mean over the latent elements, summed over the steps, [N]
         self.is_kept: Tensor | None = None  # what the latest step has left as it was, [N, ...]; None if nothing
         self._parts: list[tuple[Tensor, ...]] = []  # of the streams that have taken the step that is being taken
 
-    def draw(self, noise: Tensor) -> Tensor:
-        # A pipeline that draws for one sample at a time puts them together before its loop.
-        return super().draw(noise) if len(noise) == len(self.generators) else noise
+    def draw(self, noise: Tensor, of_one_sample: bool = False) -> Tensor:
+        if not of_one_sample or len(self.generators) < 2:
+            return super().draw(noise) if len(noise) == len(self.generators) else noise
+        # A pipeline that draws for one sample at a time puts something beside it, or them together, before its loop.
+        together = self.generators, self.noise_amounts
+        n = self._drawn_samples % len(self.generators)
+        self._drawn_samples += 1
+        self.generators, self.noise_amounts = self.generators[n : n + 1], self.noise_amounts[n : n + 1]
+        try:
+            return super().draw(noise[None])[0]
+        finally:
+            self.generators, self.noise_amounts = together
 
     def advance(self, x_t: Tensor, velocity: Tensor, step: int) -> Tensor:
         """Take the samples at level `step`, in fp32, to level `step + 1`. Levels are those of `noise_levels`."""

@@ -166,7 +166,8 @@ class RolloutConfig(TrainingArguments):
         num_inference_steps (`int`, defaults to `40`):
             Steps T of the sampler.
         guidance_scale (`float`, *optional*, defaults to `1.0`):
-            Guidance of the pipeline, in sampling and in training. 1 is none. `None` leaves it to the pipeline.
+            Guidance of the pipeline, in sampling and in training. 1 is none (in some 0, of which a run warns). `None`
+            leaves it to the pipeline.
         height (`int`, *optional*, defaults to `512`):
             Height of the images in pixels. `None` takes the pipeline's default.
         width (`int`, *optional*, defaults to `512`):

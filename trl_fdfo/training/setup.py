@@ -394,6 +394,7 @@ def rehearse(
     prompts = prompt * config.per_device_prompt_batch_size
     rehearsal = _rehearse_row(flow, prompts, columns, config.num_generations)
     _check_negative_prompt(flow, config, prompts, columns, rehearsal)
+    _warn_of_guidance(flow, config, prompts, columns, rehearsal)
     if config.gradient_checkpointing and carries_state(rehearsal.outputs):
         raise ValueError(
             f"gradient_checkpointing=True computes the blocks of the transformer once more, and that of this "
@@ -547,6 +548,34 @@ def _check_negative_prompt(
             )
 
 
+def _warn_of_guidance(
+    flow: PipelineFlow,
+    config: RolloutConfig,
+    prompts: list[str],
+    columns: dict[str, list],
+    rehearsal: Rehearsal,
+) -> None:
+    """Warn where a scale of 1, which is no guidance in most pipelines, is guidance by as much as the difference to no prompt."""
+
+    def computed(each: Rehearsal) -> int:
+        """Numbers in the first argument of all calls of a step: the noisy latents, and what is put beside them."""
+        firsts = [next(iter((*args, *kwargs.values())), None) for args, kwargs in each.model_calls]
+        return sum(tensor.numel() for tensor in _tensors(firsts))
+
+    if config.guidance_scale != 1 or computed(rehearsal) < 1.5 * rehearsal.latents.numel():
+        return
+    without = copy.copy(flow)
+    without.call_kwargs = {**flow.call_kwargs, "guidance_scale": 0.0}
+    with suppress(ValueError):
+        share = computed(without.rehearse(prompts, columns, config.num_generations)) / computed(rehearsal)
+        if share < 0.75:
+            logger.warning(
+                f"guidance_scale={config.guidance_scale} is guidance in {type(flow.pipeline).__name__}: each step computes "
+                f"{1 / share:.2g} times as much as without. Set guidance_scale=0 for none, which a model that is distilled to few "
+                "steps needs."
+            )
+
+
 def _tensors(data: Any) -> list[Tensor]:
     found: list[Tensor] = []
     recursively_apply(found.append, data)
@@ -566,7 +595,9 @@ def _encoded_prompts(config: RolloutConfig, train_dataset: Dataset, eval_dataset
     return [*evaluated, *read_rows(train_dataset, rows, [column], "train_dataset")[column]]
 
 
-def try_replay(flow: PipelineFlow, config: RolloutConfig, dataset: Dataset) -> tuple[float, bool]:
+def try_replay(
+    flow: PipelineFlow, config: RolloutConfig, dataset: Dataset, decodes: bool = False
+) -> tuple[float, bool]:
     """
     Sample one batch as the run will, in a few steps, and replay it as it will be trained: in training mode and in the batch size
     of an update.
@@ -575,6 +606,7 @@ def try_replay(flow: PipelineFlow, config: RolloutConfig, dataset: Dataset) -> t
         flow ([`PipelineFlow`]): Flow of the run, which has been rehearsed.
         config ([`RolloutConfig`]): Options of the run.
         dataset (`datasets.Dataset`): Prompts to train on.
+        decodes (`bool`): Also decode it with gradients.
 
     Returns:
         `tuple[float, bool]`: The largest replay error, and whether each velocity depends on every trained weight.
@@ -594,7 +626,7 @@ def try_replay(flow: PipelineFlow, config: RolloutConfig, dataset: Dataset) -> t
     try:
         parts = size // config.per_device_prompt_batch_size
         return flow.try_replay(
-            prompt * size, columns, parts=parts, branches=config.num_generations, tolerance=tolerance
+            prompt * size, columns, parts=parts, branches=config.num_generations, tolerance=tolerance, decodes=decodes
         )
     finally:
         for part, mode in modes:

@@ -231,6 +231,7 @@ class RolloutTrainer(Algorithm, Trainer):
                 self.replay_tolerance = self._try_replay()
             self.offload_components()
             self.sigmas = self._rehearsal.sigmas
+            self._check_noise()
             self.trainable_levels = find_trainable_levels(self._rehearsal, pipeline, self.args)
             self.outputs = Outputs.of(pipeline, self.flow.call_kwargs, self._rehearsal.images)
             check_calls_of_levels(self._rehearsal, self.trainable_levels, self.accelerator, pipeline)
@@ -251,10 +252,24 @@ class RolloutTrainer(Algorithm, Trainer):
 
     # Setup ------------------------------------------------------------------------------------------------------------
 
-    def _try_replay(self) -> float:
+    def _check_noise(self) -> None:
+        """
+        Raises:
+            ValueError: The run adds noise of another standard deviation than the model knows.
+        """
+        scale = self._rehearsal.noise_scale
+        if abs(scale - 1) < 0.05 or not (self.noises_endpoints or checked.noise_amounts(self, 0, [0])[..., 1:].any()):
+            return
+        raise ValueError(
+            f"{type(self.pipeline).__name__} starts from noise of a standard deviation of {scale:.3g}, and the noise that this run "
+            "adds to later latents has 1: the model would see less noise than at its level, and learn from it. Train it "
+            "with noise in the first latents alone, as the finite difference with churn_schedule='prior'."
+        )
+
+    def _try_replay(self, decodes: bool = False) -> float:
         """Replay a batch in the kernels that the run will use, and return the replay error that the run allows."""
         arguments = (self.flow, self.args, self.train_dataset)
-        floor, all_take_part = try_replay(*arguments)
+        floor, all_take_part = try_replay(*arguments, decodes)
         if not all_take_part and self.accelerator.ddp_handler is not None:
             # DDP waits for the gradients of all weights, unless it searches for those that take no part.
             self.accelerator.ddp_handler.find_unused_parameters = True
