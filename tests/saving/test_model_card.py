@@ -496,6 +496,25 @@ def test_a_template_that_fails_after_training_costs_no_card(make_trainer, tmp_pa
     assert "## " in card_of(tmp_path / "out").text
 
 
+def test_a_run_that_goes_on_with_fewer_rewards_has_its_card(make_trainer, tmp_path):
+    options = {"save_strategy": "epoch", "resume_with_changed_options": True}
+    make_trainer(reward_fn=[redness, constant], num_rollouts=1, **options).train()
+    resumed = make_trainer(num_rollouts=2, **options)
+    resumed.train(resume_from_checkpoint=True)
+    resumed.save_model()
+    assert table(card_of(tmp_path / "out").text, "reward | weight")[1:] == [["`redness`", "1"]]
+    assert Image.open(tmp_path / "out" / "reward_curve.png").height == 900
+
+
+def test_a_checkpoint_whose_card_cannot_be_written_does_not_end_the_run(make_trainer, tmp_path, caplog):
+    trainer = make_trainer(num_rollouts=1, save_strategy="epoch", push_to_hub=True, hub_model_id="me/my-lora")
+    (tmp_path / "out" / "README.md").mkdir(parents=True)
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert "Training goes on, and this push has no new model card (IsADirectoryError: " in caplog.text
+    assert "Training goes on, but a push failed. OfflineModeIsEnabled: " in caplog.text
+
+
 @pytest.mark.slow
 def test_wheel_has_the_template(tmp_path):
     import subprocess

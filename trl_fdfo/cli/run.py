@@ -71,13 +71,14 @@ def train(script: RunArguments, config: RolloutConfig) -> None:
     trainer.save_result(config.output_dir)  # first: what follows may fail
     trainer.save_state()
     comparison.complete()
-    trainer.create_model_card()
     if trainer.is_world_process_zero():
         comparison.write(
             config.output_dir, train_seconds=seconds, call_options=call_options(trainer.eval_call_kwargs())
         )
         print(comparison.table())
         print(f"Trained in {seconds:.0f} s.")
+    trainer.create_model_card()
+    if trainer.is_world_process_zero():
         print(where_it_is(trainer, config.output_dir))
     if config.push_to_hub:
         trainer.push_to_hub()

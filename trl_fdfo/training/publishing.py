@@ -103,7 +103,10 @@ def publish_checkpoint(trainer: Trainer, checkpoint: Path) -> None:
     if not hub.pushes_checkpoints:
         return
     trainer.save_result(args.output_dir)
-    trainer.create_model_card()
+    try:
+        trainer.create_model_card()
+    except Exception as error:
+        logger.warning(f"Training goes on, and this push has no new model card ({type(error).__name__}: {error}).")
     if trainer.is_world_process_zero():
         trainer.callback_handler.on_push_begin(args, trainer.state, trainer.control)
         by_steps = args.save_strategy == SaveStrategy.STEPS
