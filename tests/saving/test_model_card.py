@@ -21,6 +21,7 @@ from trl_fdfo.comparison import Comparison
 from trl_fdfo.media import Media, Outputs
 from trl_fdfo.pipeline.loading import load_pipeline
 from trl_fdfo.reporting.clips import read_wav
+from trl_fdfo.saving.hub import PushError
 from trl_fdfo.saving.model_card import (
     PACKAGED_TEMPLATE,
     CardRecord,
@@ -160,6 +161,12 @@ def test_snippets():
     own = replace(PIPELINE, class_name="OwnPipeline", columns=["image"], outputs=VIDEOS, absent=["text_encoder_3"])
     own = usage_snippet(replace(RECORD, pipeline=own))
     assert "= DiffusionPipeline.from_pretrained(" in own and "    text_encoder_3=None," in own
+    branch = replace(RECORD, base_model="me/base", revision="run2")
+    assert 'pipeline.load_lora_weights("me/my-lora", revision="run2")\n' in usage_snippet(branch)
+    of_second = replace(branch, pipeline=replace(PIPELINE, adapted=["transformer_2"]))
+    assert 'prefix="transformer", revision="run2")\n' in usage_snippet(of_second)
+    assert '(pipeline.transformer, "me/my-lora", revision="run2")' in usage_snippet(replace(branch, adapter="peft"))
+    assert '    "me/my-lora", revision="run2",\n' in usage_snippet(replace(branch, adapter=None))
     packaged = usage_snippet(replace(RECORD, pipeline=replace(PIPELINE, packaged="a/b"), base_model="me/base"))
     assert "files(" not in packaged and '"me/base",' in packaged
     assert 'video = pipeline("a cat", image=load_image("image.png"), height=16).frames[0]' in own
@@ -513,6 +520,17 @@ def test_a_checkpoint_whose_card_cannot_be_written_does_not_end_the_run(make_tra
     assert trainer.state.global_step == 2
     assert "Training goes on, and this push has no new model card (IsADirectoryError: " in caplog.text
     assert "Training goes on, but a push failed. OfflineModeIsEnabled: " in caplog.text
+
+
+def test_a_failed_push_to_a_branch_is_repeated_to_that_branch(make_trainer, tmp_path):
+    trainer = make_trainer(hub_model_id="me/my-lora", hub_revision="main-run")
+    with pytest.raises(PushError, match="OfflineModeIsEnabled") as error:
+        trainer.push_to_hub(revision="run2", private=True)
+    assert "`trainer.push_to_hub(revision='run2', private=True)`, or hf upload me/my-lora " in str(error.value)
+    assert str(error.value).endswith(" --private --revision=run2")
+    assert 'load_lora_weights("me/my-lora", revision="run2")' in card_of(tmp_path / "out").text
+    with pytest.raises(PushError, match=r"`trainer.push_to_hub\(\)`, or hf upload .* --revision=main-run$"):
+        trainer.push_to_hub()
 
 
 @pytest.mark.slow

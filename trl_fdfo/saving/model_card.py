@@ -164,6 +164,7 @@ class CardRecord:
     tags: str | Sequence[str] = ()  # beside the tags that every card has
     license: str | None = None  # default: the licence on the base model's card
     base_model: str | None = None  # Hub id; default: `pipeline.hub_id`
+    revision: str | None = None  # branch of `repo_id` that has the result, if it is not the main one
 
 
 def check_template(path: str) -> None:
@@ -237,12 +238,17 @@ def write_model_card(record: CardRecord, folder: str | Path) -> None:
     card.save(folder / "README.md")
 
 
-def _load_lora(transformer: str, place: str) -> str:
+def _load_lora(transformer: str, place: str, branch: str) -> str:
     """The line that loads the adapter of a transformer; a pipeline's own loader knows one transformer."""
     if transformer == TRAINED:
-        return f'pipeline.load_lora_weights("{place}")'
+        return f'pipeline.load_lora_weights("{place}"{branch})'
     file = diffusers_file(transformer)
-    return f'pipeline.{transformer}.load_lora_adapter("{place}", weight_name="{file}", prefix="{TRAINED}")'
+    return f'pipeline.{transformer}.load_lora_adapter("{place}", weight_name="{file}", prefix="{TRAINED}"{branch})'
+
+
+def _branch(record: CardRecord) -> str:
+    """The argument of the loaders that names the branch; without it they load the main one."""
+    return f', revision="{record.revision}"' if record.revision is not None else ""
 
 
 def _class_name(pipeline: PipelineRecord) -> str:
@@ -254,22 +260,22 @@ def loading_lines(record: CardRecord, place: str) -> list[str]:
     Python code that loads the result from `place`, a folder or a repo of the Hub: the lines that put the adapter on the
     base model `pipeline`, or the one that loads the whole pipeline.
     """
-    pipeline = record.pipeline
+    pipeline, branch = record.pipeline, _branch(record)
     if record.adapter == "diffusers":
-        return [_load_lora(transformer, place) for transformer in pipeline.adapted]
+        return [_load_lora(transformer, place, branch) for transformer in pipeline.adapted]
     if record.adapter == "peft":
         # Its file has the layers of all transformers.
         module = "trained_module(pipeline)" if len(pipeline.transformers) > 1 else f"pipeline.{TRAINED}"
-        return [f'PeftModel.from_pretrained({module}, "{place}")']
+        return [f'PeftModel.from_pretrained({module}, "{place}"{branch})']
     absent = "".join(f", {part}=None" for part in pipeline.absent)
-    return [f'pipeline = {_class_name(pipeline)}.from_pretrained("{place}"{absent})']
+    return [f'pipeline = {_class_name(pipeline)}.from_pretrained("{place}"{branch}{absent})']
 
 
 def usage_snippet(record: CardRecord) -> str:
     """Return Python code that loads the result from `record.repo_id` and makes an image or a video as in evaluations."""
     pipeline, name = record.pipeline, _class_name(record.pipeline)
     base = record.base_model or pipeline.hub_id or pipeline.folder or "path/to/the/pipeline"
-    loaded = f'"{record.repo_id if record.adapter is None else base}"'
+    loaded = f'"{record.repo_id}"{_branch(record)}' if record.adapter is None else f'"{base}"'
     imports, load = ["import torch", f"from diffusers import {name}"], []
     if record.adapter is not None:
         load = loading_lines(record, record.repo_id)

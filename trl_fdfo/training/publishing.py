@@ -80,12 +80,13 @@ def push(
     if trainer.comparison is None:
         trainer.comparison = trainer.compare()
     trainer.comparison.complete()
-    trainer.create_model_card(**card_options)
+    trainer.create_model_card(revision=revision, **card_options)
     if not trainer.is_world_process_zero():
         return None
-    if trainer.hub.repo_id is None:
-        trainer.hub.create_repo(token, private)
-        trainer.create_model_card(**card_options)  # now that it knows its place
+    place = trainer.hub.repo_id
+    trainer.hub.create_repo(token, private, revision)
+    if trainer.hub.repo_id != place:
+        trainer.create_model_card(revision=revision, **card_options)
     return trainer.hub.push(commit_message, blocking, token, revision)
 
 
@@ -122,6 +123,7 @@ def write_card(
     tags: str | Sequence[str] | None = None,
     license: str | None = None,
     base_model: str | None = None,
+    revision: str | None = None,
 ) -> None:
     """
     Write README.md and its pictures into a folder. Only the main process does.
@@ -134,11 +136,14 @@ def write_card(
         tags (`str` or `list[str]`, *optional*): Tags beside those that every card has.
         license (`str`, *optional*): Default: the licence on the base model's card.
         base_model (`str`, *optional*): Hub id of the base model; default: where the pipeline came from.
+        revision (`str`, *optional*): Branch of the repo that the card is for; default: the option `hub_revision`.
     """
     if not trainer.is_world_process_zero():
         return
-    place = trainer.hub.repo_id or trainer.args.hub_model_id or folder_name(folder)
-    record = _record(trainer, place, model_name, dataset_name, tags, license, base_model)
+    repo = trainer.hub.repo_id or trainer.args.hub_model_id
+    revision = (revision or trainer.args.hub_revision) if repo else None  # a folder has no branches
+    place = repo or folder_name(folder)
+    record = _record(trainer, place, model_name, dataset_name, tags, license, base_model, revision)
     try:
         write_model_card(record, folder)
     except jinja2.TemplateError as error:
@@ -166,6 +171,7 @@ def _record(
     tags: str | Sequence[str] | None = None,
     license: str | None = None,
     base_model: str | None = None,
+    revision: str | None = None,
 ) -> CardRecord:
     """What the card says of a result that is loaded from `place`; the other arguments are those of `write_card`."""
     args = trainer.args
@@ -198,6 +204,7 @@ def _record(
         tags=tags or (),
         license=license,
         base_model=base_model,
+        revision=revision,
     )
 
 
