@@ -276,9 +276,11 @@ def test_moved_folder_keeps_its_best_checkpoint(make_trainer, tmp_path):
     trainer.train()
     best = trainer.state.best_model_checkpoint
     assert Path(best).is_dir()
-    state = (Path(trainer.args.output_dir) / "checkpoint-4" / "trainer_state.json").read_text()
-    # The folders of this machine may name its user.
-    assert str(tmp_path) not in state
+    trainer.save_state()
+    assert trainer.state.best_model_checkpoint == best
+    for folder in ("checkpoint-4", "."):
+        # The folders of this machine may name its user.
+        assert str(tmp_path) not in Path(trainer.args.output_dir, folder, "trainer_state.json").read_text()
     moved = tmp_path / "moved"
     shutil.move(trainer.args.output_dir, moved)
     resumed = make_trainer(num_rollouts=2, output_dir=str(moved), **options)

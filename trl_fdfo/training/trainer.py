@@ -798,12 +798,15 @@ class RolloutTrainer(Algorithm, Trainer):
         with shadowed(self.args, save_only_model=only_model), staged as folder:
             super()._save_checkpoint(model, trial)
             wait()
-            # Not into the file: the folder may be moved, and its path may name a user. It follows from the best step.
-            self.state.best_model_checkpoint = None
             if self.args.should_save:
-                self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+                with self._unnamed_best():
+                    self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
         self.state.best_model_checkpoint = self.checkpointer.existing(self.state.best_global_step) or best
         publishing.publish_checkpoint(self, self.checkpointer.path(step))
+
+    def _unnamed_best(self) -> contextlib.AbstractContextManager:
+        """The state without the path of the best checkpoint, which may name a user and move; it follows from the best step."""
+        return shadowed(self.state, best_model_checkpoint=None)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """
@@ -905,6 +908,11 @@ class RolloutTrainer(Algorithm, Trainer):
                 state_dict = self.averaging.state_dict()
             save_diffusers_lora(self.pipeline, self.model, output_dir, state_dict)
             save_call_options(self.eval_call_kwargs(), output_dir)
+
+    def save_state(self) -> None:
+        """As in Trainer: `state` as `trainer_state.json` in `output_dir`, here without the path of the best checkpoint."""
+        with self._unnamed_best():
+            super().save_state()
 
     def create_model_card(self, *args: Any, **options: Any) -> None:
         """
