@@ -314,13 +314,22 @@ def assert_has_weights_of(trainer, checkpoint):
         assert torch.equal(average[name], weight), name
 
 
-def test_the_best_evaluation_has_a_checkpoint_and_is_loaded_at_the_end(make_trainer, tmp_path):
+def test_the_best_evaluation_has_a_checkpoint_and_is_loaded_at_the_end(make_trainer, tmp_path, capsys):
     trainer = evaluated(make_trainer, 4, save_steps=4, **WITH_BEST)
     trainer.train()
     assert (trainer.state.best_metric, trainer.state.best_global_step) == (0.9, 6)
     # That of step 2 was saved as the best one so far, and left when a better one came. The others are those of `save_steps`.
     assert saved(tmp_path / "out") == ["checkpoint-4", "checkpoint-6", "checkpoint-8"]
     assert_has_weights_of(trainer, tmp_path / "out" / "checkpoint-6")
+    # The result says so: whoever trains for as many rollouts as it counts has other weights.
+    capsys.readouterr()
+    trainer.save_model()
+    assert "  weights  after rollout 3 of 4, the best by eval_control\n" in capsys.readouterr().out
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "4 rollouts, 32 images, of" in card and "the weights after rollout 3, the best by `eval_control`." in card
+    trainer.args.load_best_model_at_end = False
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.best_rollout is None
 
 
 @pytest.mark.parametrize("before", [{}, {"metric_for_best_model": "eval_reward"}])

@@ -194,6 +194,16 @@ def test_values_that_are_missing(tmp_path):
     assert 'pipeline("never seen", height=16)' in card.text
 
 
+def test_results_on_the_prompts_that_chose_the_weights_say_so(tmp_path):
+    images = {name: torch.rand(2, 1, 3, 16, 16) for name in ("before", "after")}
+    results = {name: {"reward": 1.0} for name in images}
+    samples = SampleRecord(["a", "b"], images, results, held_out=True, diversity="pixel_distance")
+    card = written(tmp_path, samples=samples, training=replace(TRAINING, best=(230, "eval_control")))
+    assert "of prompts that were held out of training and by which these weights were chosen." in card.text
+    assert "in 90 min. These are the weights after rollout 230, the best by `eval_control`.\n" in card.text
+    assert "chosen" not in written(tmp_path, samples=samples).text
+
+
 def test_the_middle_frame_stands_for_a_video(tmp_path):
     videos = torch.rand(1, 1, 5, 3, 16, 16)
     samples = SampleRecord(["a"], {"after": videos}, {}, held_out=True, diversity="pixel_distance")

@@ -73,7 +73,10 @@ def train(script: RunArguments, config: RolloutConfig) -> None:
     comparison.complete()
     if trainer.is_world_process_zero():
         comparison.write(
-            config.output_dir, train_seconds=seconds, call_options=call_options(trainer.eval_call_kwargs())
+            config.output_dir,
+            train_seconds=seconds,
+            best_rollout=trainer.best_rollout,
+            call_options=call_options(trainer.eval_call_kwargs()),
         )
         print(comparison.table())
         print(f"Trained in {seconds:.0f} s.")

@@ -132,6 +132,9 @@ class TrainingRecord:
     images: int  # that were sampled and scored
     log_history: Sequence[Mapping[str, Any]]  # `trainer.state.log_history`
     prompt_file: str | None = None  # name of the file of the prompts, without its folder, or of a set that was made
+    best: tuple[int, str] | None = (
+        None  # rollout whose weights were chosen, and the metric; None: they are the last ones
+    )
 
 
 @dataclass(frozen=True)
@@ -229,6 +232,7 @@ def write_model_card(record: CardRecord, folder: str | Path) -> None:
         rollouts=f"{training.rollouts:,}",
         images=f"{training.images:,}",
         duration=_training_time(training.log_history),
+        best=training.best,
         hyperparameters=[(k, v.value if isinstance(v, Enum) else v) for k, v in hyperparameters.items()],
         versions=[("trl_fdfo", version("trl_fdfo")), ("torch", torch.__version__), *packages],
         **_results(samples),

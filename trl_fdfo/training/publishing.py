@@ -156,11 +156,19 @@ def write_card(
 
 
 def where_it_is(trainer: Trainer, folder: str | Path) -> str:
-    """What the end of a run says of a saved result: its folder, the code that loads it, and the files to look at."""
+    """
+    What the end of a run says of a saved result: its folder, the rollout of its weights if that is not the last one, the code
+    that loads it, and the files to look at.
+    """
     folder = Path(folder)
-    code = "; ".join(loading_lines(_record(trainer, str(folder)), str(folder)))
+    record = _record(trainer, str(folder))
+    code = "; ".join(loading_lines(record, str(folder)))
+    best = ""
+    if record.training.best is not None:
+        rollout, metric = record.training.best
+        best = f"  weights  after rollout {rollout} of {record.training.rollouts}, the best by {metric}\n"
     found = [name for name in _TO_LOOK_AT if (folder / name).exists()]
-    return f"The result is in {folder}{os.sep}\n  load     {code}\n  look at  {', '.join(found)}"
+    return f"The result is in {folder}{os.sep}\n{best}  load     {code}\n  look at  {', '.join(found)}"
 
 
 def _record(
@@ -220,6 +228,7 @@ def _training_record(trainer: Trainer, prompt_file: str | None) -> TrainingRecor
         images=rollouts * args.prompts_per_rollout * args.num_candidates,
         log_history=trainer.state.log_history,
         prompt_file=prompt_file,
+        best=trainer.best_rollout,
     )
 
 

@@ -129,6 +129,8 @@ class RolloutTrainer(Algorithm, Trainer):
         replay_tolerance (`float`): Largest replay error that does not end the run.
         comparison ([`~trl_fdfo.evaluation.before_after.BeforeAfter`], *optional*): Images and rewards before and after
             training, for the model card.
+        best_rollout (`tuple[int, str]`, *optional*): The rollout, from 1 on, after which the run had the weights that
+            `load_best_model_at_end` has loaded, and the metric that chose them. None: the weights are the last ones.
 
     Raises:
         ValueError: Something would fail, or would train something else than was asked for: before the first rollout.
@@ -136,6 +138,7 @@ class RolloutTrainer(Algorithm, Trainer):
 
     args: RolloutConfig
     _comparison: BeforeAfter | None = None
+    best_rollout: tuple[int, str] | None = None
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -420,6 +423,7 @@ class RolloutTrainer(Algorithm, Trainer):
         plan = self.run_plan()  # by each process: it frees the rehearsal
         if self.is_world_process_zero():
             print(plan)
+        self.best_rollout = None
         if self.comparison is not None:
             self.comparison.forget_after()
         checkpoint = self.checkpointer.find(resume_from_checkpoint, self.is_world_process_zero())
@@ -860,6 +864,8 @@ class RolloutTrainer(Algorithm, Trainer):
         super()._load_best_model()
         if self.averaging is not None:
             self.averaging.load(self.state.best_model_checkpoint)
+        metric = EVAL_PREFIX + self.args.metric_for_best_model.removeprefix(EVAL_PREFIX)
+        self.best_rollout = self.state.best_global_step // self.args.steps_per_rollout, metric
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
