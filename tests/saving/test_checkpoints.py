@@ -18,10 +18,11 @@ from conftest import trained_weights
 from datasets import Dataset
 from safetensors.torch import load_file
 from tiny_runs import PROMPTS, redness
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from trl_fdfo import FDFOTrainer
 from trl_fdfo.saving.checkpoint_files import MANIFEST, fault, is_whole, newest_good_checkpoint
+from trl_fdfo.saving.checkpointer import TrainingTime
 
 
 ADAPTER = "adapter_model.safetensors"
@@ -180,6 +181,22 @@ def test_a_resumed_run_takes_its_new_learning_rate(make_trainer, trained):
     (group,) = torch.load(trained / "checkpoint-6" / "optimizer.pt", weights_only=True)["param_groups"][:1]
     assert (group["lr"], group["weight_decay"], group["betas"][1], group["eps"]) == (1e-2, 0.5, 0.9, 1e-4)
     assert [log["learning_rate"] for log in resumed.state.log_history if "learning_rate" in log] == [1e-3, 1e-3, 1e-2]
+
+
+def test_the_time_of_a_resumed_run_is_that_of_all_its_parts(make_trainer, trained):
+    first = TrainingTime.seconds(TrainerState.load_from_json(str(trained / "checkpoint-4" / "trainer_state.json")))
+    start = time.monotonic()
+    resumed = resume(make_trainer)
+    assert 0 < first < TrainingTime.seconds(resumed.state) < first + time.monotonic() - start
+
+
+@pytest.mark.parametrize(("step", "kept", "seconds"), [(2, 3600.0, 3600), (0, 3600.0, 0), (2, None, None)])
+def test_the_time_of_a_new_run_is_its_own_and_that_of_an_older_checkpoint_unknown(step, kept, seconds):
+    state = TrainerState(global_step=step, stateful_callbacks={"train_seconds": kept} if kept else {})
+    timer = TrainingTime()
+    timer.on_train_begin(None, state, None)
+    timer.on_step_end(None, state, None)
+    assert TrainingTime.seconds(state) == (seconds if seconds is None else pytest.approx(seconds, abs=60))
 
 
 def test_checkpoints_of_an_abandoned_run_are_set_aside(make_trainer, trained, caplog):

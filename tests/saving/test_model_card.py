@@ -45,7 +45,8 @@ TRAINING = TrainingRecord(
     first_prompt="a cat",
     rollouts=2000,
     images=16000,
-    log_history=[*LOGS, {"train_runtime": 60.0}, {"train_runtime": 5400.0}],
+    log_history=LOGS,
+    seconds=5400.0,
 )
 VIDEOS = Outputs(("images", "videos"))
 VIDEOS_WITH_SOUND = Outputs(("images", "videos", "audio"), frame_rate=8.0, sampling_rate=100)

@@ -132,9 +132,8 @@ class TrainingRecord:
     images: int  # that were sampled and scored
     log_history: Sequence[Mapping[str, Any]]  # `trainer.state.log_history`
     prompt_file: str | None = None  # name of the file of the prompts, without its folder, or of a set that was made
-    best: tuple[int, str] | None = (
-        None  # rollout whose weights were chosen, and the metric; None: they are the last ones
-    )
+    best: tuple[int, str] | None = None  # rollout whose weights were chosen, and the metric; None: the last weights
+    seconds: float | None = None  # time of training, if it is known
 
 
 @dataclass(frozen=True)
@@ -231,7 +230,7 @@ def write_model_card(record: CardRecord, folder: str | Path) -> None:
         prompts=f"{training.num_prompts:,} prompts from {source}",
         rollouts=f"{training.rollouts:,}",
         images=f"{training.images:,}",
-        duration=_training_time(training.log_history),
+        duration=_duration(training.seconds),
         best=training.best,
         hyperparameters=[(k, v.value if isinstance(v, Enum) else v) for k, v in hyperparameters.items()],
         versions=[("trl_fdfo", version("trl_fdfo")), ("torch", torch.__version__), *packages],
@@ -407,12 +406,9 @@ def _shown(value: float | None) -> str:
     return "" if value is None or math.isnan(value) else f"{value:.3g}"
 
 
-def _training_time(log_history: Sequence[Mapping[str, Any]]) -> str | None:
-    """Return the time that the last finished call of `train` took, as text."""
-    finished = [log["train_runtime"] for log in log_history if "train_runtime" in log]
-    if not finished:
+def _duration(seconds: float | None) -> str | None:
+    if seconds is None:
         return None
-    seconds = finished[-1]
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -17,6 +17,7 @@ from ..evaluation.before_after import RESULTS_FILE
 from ..pipeline.adapter_files import has_diffusers_format
 from ..pipeline.loading import folder_name
 from ..reporting.logs import METRICS_FILE, PICTURES_FOLDER
+from ..saving.checkpointer import TrainingTime
 from ..saving.hub import PushError
 from ..saving.model_card import (
     CardRecord,
@@ -229,6 +230,7 @@ def _training_record(trainer: Trainer, prompt_file: str | None) -> TrainingRecor
         log_history=trainer.state.log_history,
         prompt_file=prompt_file,
         best=trainer.best_rollout,
+        seconds=TrainingTime.seconds(trainer.state),
     )
 
 

@@ -46,7 +46,7 @@ from ..reporting.logs import MetricsFile, PictureLogger
 from ..reporting.progress import FirstRolloutReport
 from ..rewards.reward_functions import RewardFunction, RewardFunctions
 from ..saving.checkpoint_files import written_whole
-from ..saving.checkpointer import Checkpointer, TimedCheckpoints, set_options
+from ..saving.checkpointer import Checkpointer, TimedCheckpoints, TrainingTime, set_options
 from ..saving.fingerprint import fingerprint
 from ..saving.hub import HubPusher
 from ..saving.model_card import check_template
@@ -315,6 +315,7 @@ class RolloutTrainer(Algorithm, Trainer):
             self._alarms,
             self.pictures,
             MetricsFile(),
+            TrainingTime(),
             RolloutAlarms(),
             FirstRolloutReport(self.metrics.seconds_of_run),
         ):
