@@ -23,6 +23,7 @@ from transformers import TrainerCallback, TrainerState
 from trl_fdfo import FDFOTrainer
 from trl_fdfo.saving.checkpoint_files import MANIFEST, fault, is_whole, newest_good_checkpoint
 from trl_fdfo.saving.checkpointer import TrainingTime
+from trl_fdfo.saving.weight_averaging import WeightAveraging
 
 
 ADAPTER = "adapter_model.safetensors"
@@ -100,6 +101,11 @@ def test_a_resumed_run_ends_in_the_weights_and_images_of_the_whole_run(make_trai
     for name, weight in trained_weights(resumed).items():
         assert torch.equal(weight, expected[name]), name
     assert torch.equal(resumed.generate(PROMPTS, range(6)), averaged)
+
+
+def test_the_decay_of_an_average_rises_to_its_value():
+    average = WeightAveraging(torch.nn.Linear(1, 1), decay=0.9).average
+    assert [average.get_decay(rollout) for rollout in (1, 2, 81, 500)] == pytest.approx([0, 2 / 11, 81 / 90, 0.9])
 
 
 def test_averaging_can_start_with_a_resumed_run_which_is_resumed_too(make_trainer, trained, caplog):
