@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from forward_runs import make_forward  # noqa: F401
 from huggingface_hub import ModelCard
+from peft import LoKrConfig
 from PIL import Image
 from tiny_runs import PROMPTS, redness
 from transformers import SchedulerType
@@ -120,6 +121,19 @@ def test_bibtex():
 )
 def test_the_task_follows_from_the_pipeline(tmp_path, pipeline, task):
     assert written(tmp_path, pipeline=replace(PIPELINE, **pipeline)).data.pipeline_tag == task
+
+
+@pytest.mark.parametrize(
+    ("weights", "aim"),
+    [
+        ({"a": 1.0, "b": 0.5, "c": 2.0}, "to raise `a`, `b` and `c`."),
+        ({"ocr": 1.0, "length": -0.5}, "to raise `ocr`, and to lower `length`."),
+        ({"length": -0.5, "logged": 0.0}, "to lower `length`."),
+    ],
+)
+def test_a_reward_with_a_negative_weight_is_lowered(tmp_path, weights, aim):
+    text = written(tmp_path, training=replace(TRAINING, rewards=list(weights.items()))).text
+    assert f"reinforcement learning for flow-matching models, {aim}\n" in text
 
 
 def test_base_model_and_prompts(tmp_path):
@@ -282,6 +296,17 @@ def test_every_saved_result_has_a_card(make_trainer, tmp_path):
     assert "2 rollouts, 16 images, of 6 prompts from a list of its own" in card.text
     hyperparameters = dict(table(card.text, "hyperparameter")[1:])
     assert hyperparameters["`lora_r`"] == "4" and hyperparameters["`churn`"] == "0.2"
+
+
+def test_a_card_names_the_kind_of_its_adapter_and_the_one_it_began_with(make_trainer, tmp_path):
+    first = make_trainer(peft_config=LoKrConfig(r=4, target_modules=["to_q"]), output_dir=str(tmp_path / "first"))
+    first.save_model()
+    card = card_of(tmp_path / "first")
+    assert "\n\nLoKr weights for a `StableDiffusion3Pipeline`" in card.text and "went on from" not in card.text
+    assert "lokr" in card.data.tags and "lora" not in card.data.tags
+    make_trainer(adapter=str(tmp_path / "first")).save_model()
+    card = card_of(tmp_path / "out")
+    assert "LoKr weights" in card.text and "`redness`. The training went on from the adapter `first`.\n" in card.text
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,7 @@ class TrainingRecord:
     prompt_file: str | None = None  # name of the file of the prompts, without its folder, or of a set that was made
     best: tuple[int, str] | None = None  # rollout whose weights were chosen, and the metric; None: the last weights
     seconds: float | None = None  # time of training, if it is known
+    begun_from: str | None = None  # adapter that it went on from, without its folder
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,7 @@ class CardRecord:
     license: str | None = None  # default: the licence on the base model's card
     base_model: str | None = None  # Hub id; default: `pipeline.hub_id`
     revision: str | None = None  # branch of `repo_id` that has the result, if it is not the main one
+    adapter_kind: str = "LoRA"  # or another of PEFT's, such as "LoKr"
 
 
 def check_template(path: str) -> None:
@@ -220,6 +222,8 @@ def write_model_card(record: CardRecord, folder: str | Path) -> None:
         paper=record.paper,
         pipeline=pipeline.class_name,
         is_adapter=record.adapter is not None,
+        adapter_kind=record.adapter_kind,
+        begun_from=training.begun_from,
         has_widget=bool(widget),
         snippet=snippet,
         base_folder=None if pipeline.packaged or record.base_model or record.adapter is None else pipeline.folder,
@@ -227,6 +231,8 @@ def write_model_card(record: CardRecord, folder: str | Path) -> None:
         sampling=list(trained_with.items()),
         used_with=[item for item in used_with.items() if item not in trained_with.items()],
         rewards=[(name, f"{weight:g}") for name, weight in training.rewards],
+        raised=[name for name, weight in training.rewards if weight > 0],
+        lowered=[name for name, weight in training.rewards if weight < 0],
         prompts=f"{training.num_prompts:,} prompts from {source}",
         rollouts=f"{training.rollouts:,}",
         images=f"{training.images:,}",
@@ -358,12 +364,13 @@ def _metadata(record: CardRecord, widget: list[dict[str, Any]]) -> ModelCardData
         shown = "video"
     task = f"{shown}-to-{made}"
     own_tags = [record.tags] if isinstance(record.tags, str) else record.tags
+    kind = [record.adapter_kind.lower()] if is_adapter else []
     return ModelCardData(
         library_name="diffusers",
         base_model=base_model,
         base_model_relation=relation if base_model is not None else None,
         pipeline_tag=task,
-        tags=[task, "diffusers", "trl", record.algorithm.lower(), *(["lora"] if is_adapter else []), *own_tags],
+        tags=[task, "diffusers", "trl", record.algorithm.lower(), *kind, *own_tags],
         datasets=record.dataset_name,
         widget=widget or None,
         **({"license": record.license} if record.license is not None else _license(base_model)),

@@ -16,6 +16,7 @@ from transformers.utils import logging
 from ..evaluation.before_after import RESULTS_FILE
 from ..pipeline.adapter_files import has_diffusers_format
 from ..pipeline.loading import folder_name
+from ..redaction import without_folders
 from ..reporting.logs import METRICS_FILE, PICTURES_FOLDER
 from ..saving.checkpointer import TrainingTime
 from ..saving.hub import PushError
@@ -190,8 +191,9 @@ def _record(
         listed = args.dataset_name if hub_id is None else None
     elif hub_id is not None and is_file_name(hub_id):
         hub_id, listed = None, Path(hub_id).name
-    adapter = None
+    adapter, kind = None, "LoRA"
     if args.use_peft:
+        kind = type(trainer.model.peft_config["default"]).__name__.removesuffix("Config").replace("Lora", "LoRA")
         adapter = "diffusers" if has_diffusers_format(trainer.pipeline, trainer.model) else "peft"
     return CardRecord(
         algorithm=trainer.algorithm,
@@ -214,6 +216,7 @@ def _record(
         license=license,
         base_model=base_model,
         revision=revision,
+        adapter_kind=kind,
     )
 
 
@@ -231,6 +234,7 @@ def _training_record(trainer: Trainer, prompt_file: str | None) -> TrainingRecor
         prompt_file=prompt_file,
         best=trainer.best_rollout,
         seconds=TrainingTime.seconds(trainer.state),
+        begun_from=without_folders(args.adapter),
     )
 
 
