@@ -89,6 +89,8 @@ def test_a_merged_pipeline_makes_the_images_of_base_and_adapter(files, tmp_path,
     run(files, tmp_path / "merged", "--adapter", files / adapter)
     torch.testing.assert_close(image(load_pipeline(tmp_path / "merged")), expected, rtol=0, atol=2e-6)
     assert (before - expected).abs().max() > 0.01
+    configs = [file.read_text() for file in (tmp_path / "merged").rglob("*.json")]
+    assert len(configs) > 5 and not any(str(files) in config for config in configs), "a folder of this machine"
 
 
 def test_adapters_are_chained_and_scaled(files, tmp_path):

@@ -477,11 +477,15 @@ def test_the_script(tmp_path, caplog):
         "num_report_prompts": 2,
         "images_per_report_prompt": 2,
         "eval_pipeline_kwargs": '{"num_inference_steps": 5}',
+        "save_strategy": "epoch",
+        "load_best_model_at_end": "true",
+        "metric_for_best_model": "control",
     }
     arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
     train.main(["--config", "shapes", *arguments])
     assert (tmp_path / "out" / "evaluation.png").is_file()
     report = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {"reward", "controls/strict/mean"} <= report["after"].keys()
+    assert report["best_rollout"] == [1, "eval_control"]
     assert report["call_options"]["num_inference_steps"] == 5 and report["call_options"]["height"] == 32
     assert not warnings_of_the_package(caplog)

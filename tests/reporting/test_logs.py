@@ -104,6 +104,17 @@ def test_a_run_without_trackers_leaves_pictures_and_metrics(make_trainer):
     assert lines[1:] == trainer.state.log_history
 
 
+def test_a_resumed_run_keeps_the_evaluation_before_it(make_trainer):
+    options = {"eval_dataset": EVALUATED, "save_strategy": "epoch"}
+    make_trainer(num_rollouts=1, **options).train()
+    resumed = make_trainer(num_rollouts=2, **options)
+    resumed.evaluate()
+    resumed.train(resume_from_checkpoint=True)
+    lines = lines_of(resumed)
+    assert "eval_reward" in lines[0] and lines[0]["step"] == 0
+    assert lines[1:] == resumed.state.log_history
+
+
 def test_the_sheet_shows_the_rollouts_own_images_from_the_top(make_trainer):
     reward = Shown()
     trainer = make_trainer(reward_fn=reward, num_rollouts=1, logging_images_steps=2, num_prompts_to_log=3)

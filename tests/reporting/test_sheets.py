@@ -138,6 +138,13 @@ def test_each_reward_has_an_axis_of_its_own(tmp_path):
     assert (one.size, several.size) == ((900, 525), (900, 900))
 
 
+@pytest.mark.parametrize("resumed", [["a"], ["a", "b", "c"], ["c"]])
+def test_a_reward_that_a_resumed_run_lacks_or_adds_has_a_curve(tmp_path, resumed):
+    log = lambda n, names: {"reward": n, "epoch": n, **{f"rewards/{name}/mean": n for name in names}}
+    reward_curve([*(log(n, ["a", "b"]) for n in range(2)), log(2, resumed)], tmp_path / "curve.png")
+    assert Image.open(tmp_path / "curve.png").height == 300 * (1 + len({"a", "b", *resumed}))
+
+
 def test_wide_rows_are_reduced_to_a_sheet_that_a_screen_can_show():
     page = sheet([Section("a", rows_of([Panel(solid(n, 1024, 1024), "r") for n in range(16)], 8))])
     assert page.width <= 2048

@@ -18,10 +18,12 @@ from conftest import trained_weights
 from datasets import Dataset
 from safetensors.torch import load_file
 from tiny_runs import PROMPTS, redness
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from trl_fdfo import FDFOTrainer
 from trl_fdfo.saving.checkpoint_files import MANIFEST, fault, is_whole, newest_good_checkpoint
+from trl_fdfo.saving.checkpointer import TrainingTime
+from trl_fdfo.saving.weight_averaging import WeightAveraging
 
 
 ADAPTER = "adapter_model.safetensors"
@@ -99,6 +101,11 @@ def test_a_resumed_run_ends_in_the_weights_and_images_of_the_whole_run(make_trai
     for name, weight in trained_weights(resumed).items():
         assert torch.equal(weight, expected[name]), name
     assert torch.equal(resumed.generate(PROMPTS, range(6)), averaged)
+
+
+def test_the_decay_of_an_average_rises_to_its_value():
+    average = WeightAveraging(torch.nn.Linear(1, 1), decay=0.9).average
+    assert [average.get_decay(rollout) for rollout in (1, 2, 81, 500)] == pytest.approx([0, 2 / 11, 81 / 90, 0.9])
 
 
 def test_averaging_can_start_with_a_resumed_run_which_is_resumed_too(make_trainer, trained, caplog):
@@ -180,6 +187,22 @@ def test_a_resumed_run_takes_its_new_learning_rate(make_trainer, trained):
     (group,) = torch.load(trained / "checkpoint-6" / "optimizer.pt", weights_only=True)["param_groups"][:1]
     assert (group["lr"], group["weight_decay"], group["betas"][1], group["eps"]) == (1e-2, 0.5, 0.9, 1e-4)
     assert [log["learning_rate"] for log in resumed.state.log_history if "learning_rate" in log] == [1e-3, 1e-3, 1e-2]
+
+
+def test_the_time_of_a_resumed_run_is_that_of_all_its_parts(make_trainer, trained):
+    first = TrainingTime.seconds(TrainerState.load_from_json(str(trained / "checkpoint-4" / "trainer_state.json")))
+    start = time.monotonic()
+    resumed = resume(make_trainer)
+    assert 0 < first < TrainingTime.seconds(resumed.state) < first + time.monotonic() - start
+
+
+@pytest.mark.parametrize(("step", "kept", "seconds"), [(2, 3600.0, 3600), (0, 3600.0, 0), (2, None, None)])
+def test_the_time_of_a_new_run_is_its_own_and_that_of_an_older_checkpoint_unknown(step, kept, seconds):
+    state = TrainerState(global_step=step, stateful_callbacks={"train_seconds": kept} if kept else {})
+    timer = TrainingTime()
+    timer.on_train_begin(None, state, None)
+    timer.on_step_end(None, state, None)
+    assert TrainingTime.seconds(state) == (seconds if seconds is None else pytest.approx(seconds, abs=60))
 
 
 def test_checkpoints_of_an_abandoned_run_are_set_aside(make_trainer, trained, caplog):
@@ -276,9 +299,11 @@ def test_moved_folder_keeps_its_best_checkpoint(make_trainer, tmp_path):
     trainer.train()
     best = trainer.state.best_model_checkpoint
     assert Path(best).is_dir()
-    state = (Path(trainer.args.output_dir) / "checkpoint-4" / "trainer_state.json").read_text()
-    # The folders of this machine may name its user.
-    assert str(tmp_path) not in state
+    trainer.save_state()
+    assert trainer.state.best_model_checkpoint == best
+    for folder in ("checkpoint-4", "."):
+        # The folders of this machine may name its user.
+        assert str(tmp_path) not in Path(trainer.args.output_dir, folder, "trainer_state.json").read_text()
     moved = tmp_path / "moved"
     shutil.move(trainer.args.output_dir, moved)
     resumed = make_trainer(num_rollouts=2, output_dir=str(moved), **options)
@@ -312,13 +337,22 @@ def assert_has_weights_of(trainer, checkpoint):
         assert torch.equal(average[name], weight), name
 
 
-def test_the_best_evaluation_has_a_checkpoint_and_is_loaded_at_the_end(make_trainer, tmp_path):
+def test_the_best_evaluation_has_a_checkpoint_and_is_loaded_at_the_end(make_trainer, tmp_path, capsys):
     trainer = evaluated(make_trainer, 4, save_steps=4, **WITH_BEST)
     trainer.train()
     assert (trainer.state.best_metric, trainer.state.best_global_step) == (0.9, 6)
     # That of step 2 was saved as the best one so far, and left when a better one came. The others are those of `save_steps`.
     assert saved(tmp_path / "out") == ["checkpoint-4", "checkpoint-6", "checkpoint-8"]
     assert_has_weights_of(trainer, tmp_path / "out" / "checkpoint-6")
+    # The result says so: whoever trains for as many rollouts as it counts has other weights.
+    capsys.readouterr()
+    trainer.save_model()
+    assert "  weights  after rollout 3 of 4, the best by eval_control\n" in capsys.readouterr().out
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "4 rollouts, 32 images, of" in card and "the weights after rollout 3, the best by `eval_control`." in card
+    trainer.args.load_best_model_at_end = False
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.best_rollout is None
 
 
 @pytest.mark.parametrize("before", [{}, {"metric_for_best_model": "eval_reward"}])

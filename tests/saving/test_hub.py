@@ -125,6 +125,16 @@ def test_card_is_valid_and_its_snippet_runs_as_printed(pushed):
     assert '"me/full"' in full["text"] and "load_lora" not in full["text"] and "lora" not in full["data"]["tags"]
 
 
+@pytest.mark.parametrize(("name", "branch"), [("every-save", "trained"), ("late", "second")])
+def test_card_of_a_branch_loads_the_branch(pushed, name, branch):
+    hub, results = pushed
+    card = results["card"][name]
+    assert f'load_lora_weights("me/{name}", revision="{branch}")' in card["text"] and card["equal"]
+    # What stands at `main` is another adapter, or none.
+    file = "pytorch_lora_weights.safetensors"
+    assert hub.files(f"me/{name}", branch)[file] != hub.files(f"me/{name}").get(file)
+
+
 def test_no_pushed_file_has_a_secret(pushed):
     hub, _ = pushed
     secrets = {TOKEN, str(hub.folder), str(Path.home()), os.environ["PATH"]}

@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from forward_runs import make_forward  # noqa: F401
 from huggingface_hub import ModelCard
+from peft import LoKrConfig
 from PIL import Image
 from tiny_runs import PROMPTS, redness
 from transformers import SchedulerType
@@ -21,6 +22,7 @@ from trl_fdfo.comparison import Comparison
 from trl_fdfo.media import Media, Outputs
 from trl_fdfo.pipeline.loading import load_pipeline
 from trl_fdfo.reporting.clips import read_wav
+from trl_fdfo.saving.hub import PushError
 from trl_fdfo.saving.model_card import (
     PACKAGED_TEMPLATE,
     CardRecord,
@@ -44,7 +46,8 @@ TRAINING = TrainingRecord(
     first_prompt="a cat",
     rollouts=2000,
     images=16000,
-    log_history=[*LOGS, {"train_runtime": 60.0}, {"train_runtime": 5400.0}],
+    log_history=LOGS,
+    seconds=5400.0,
 )
 VIDEOS = Outputs(("images", "videos"))
 VIDEOS_WITH_SOUND = Outputs(("images", "videos", "audio"), frame_rate=8.0, sampling_rate=100)
@@ -120,6 +123,19 @@ def test_the_task_follows_from_the_pipeline(tmp_path, pipeline, task):
     assert written(tmp_path, pipeline=replace(PIPELINE, **pipeline)).data.pipeline_tag == task
 
 
+@pytest.mark.parametrize(
+    ("weights", "aim"),
+    [
+        ({"a": 1.0, "b": 0.5, "c": 2.0}, "to raise `a`, `b` and `c`."),
+        ({"ocr": 1.0, "length": -0.5}, "to raise `ocr`, and to lower `length`."),
+        ({"length": -0.5, "logged": 0.0}, "to lower `length`."),
+    ],
+)
+def test_a_reward_with_a_negative_weight_is_lowered(tmp_path, weights, aim):
+    text = written(tmp_path, training=replace(TRAINING, rewards=list(weights.items()))).text
+    assert f"reinforcement learning for flow-matching models, {aim}\n" in text
+
+
 def test_base_model_and_prompts(tmp_path):
     from_hub = replace(PIPELINE, hub_id="me/base")
     card = written(tmp_path, pipeline=from_hub, dataset_name="me/prompts", license="mit")
@@ -160,6 +176,12 @@ def test_snippets():
     own = replace(PIPELINE, class_name="OwnPipeline", columns=["image"], outputs=VIDEOS, absent=["text_encoder_3"])
     own = usage_snippet(replace(RECORD, pipeline=own))
     assert "= DiffusionPipeline.from_pretrained(" in own and "    text_encoder_3=None," in own
+    branch = replace(RECORD, base_model="me/base", revision="run2")
+    assert 'pipeline.load_lora_weights("me/my-lora", revision="run2")\n' in usage_snippet(branch)
+    of_second = replace(branch, pipeline=replace(PIPELINE, adapted=["transformer_2"]))
+    assert 'prefix="transformer", revision="run2")\n' in usage_snippet(of_second)
+    assert '(pipeline.transformer, "me/my-lora", revision="run2")' in usage_snippet(replace(branch, adapter="peft"))
+    assert '    "me/my-lora", revision="run2",\n' in usage_snippet(replace(branch, adapter=None))
     packaged = usage_snippet(replace(RECORD, pipeline=replace(PIPELINE, packaged="a/b"), base_model="me/base"))
     assert "files(" not in packaged and '"me/base",' in packaged
     assert 'video = pipeline("a cat", image=load_image("image.png"), height=16).frames[0]' in own
@@ -185,6 +207,16 @@ def test_values_that_are_missing(tmp_path):
     card = written(tmp_path / "early", samples=replace(samples, images={"before": images["before"]}))
     assert "## Results" not in card.text and "widget" not in card.data.to_dict()
     assert 'pipeline("never seen", height=16)' in card.text
+
+
+def test_results_on_the_prompts_that_chose_the_weights_say_so(tmp_path):
+    images = {name: torch.rand(2, 1, 3, 16, 16) for name in ("before", "after")}
+    results = {name: {"reward": 1.0} for name in images}
+    samples = SampleRecord(["a", "b"], images, results, held_out=True, diversity="pixel_distance")
+    card = written(tmp_path, samples=samples, training=replace(TRAINING, best=(230, "eval_control")))
+    assert "of prompts that were held out of training and by which these weights were chosen." in card.text
+    assert "in 90 min. These are the weights after rollout 230, the best by `eval_control`.\n" in card.text
+    assert "chosen" not in written(tmp_path, samples=samples).text
 
 
 def test_the_middle_frame_stands_for_a_video(tmp_path):
@@ -264,6 +296,17 @@ def test_every_saved_result_has_a_card(make_trainer, tmp_path):
     assert "2 rollouts, 16 images, of 6 prompts from a list of its own" in card.text
     hyperparameters = dict(table(card.text, "hyperparameter")[1:])
     assert hyperparameters["`lora_r`"] == "4" and hyperparameters["`churn`"] == "0.2"
+
+
+def test_a_card_names_the_kind_of_its_adapter_and_the_one_it_began_with(make_trainer, tmp_path):
+    first = make_trainer(peft_config=LoKrConfig(r=4, target_modules=["to_q"]), output_dir=str(tmp_path / "first"))
+    first.save_model()
+    card = card_of(tmp_path / "first")
+    assert "\n\nLoKr weights for a `StableDiffusion3Pipeline`" in card.text and "went on from" not in card.text
+    assert "lokr" in card.data.tags and "lora" not in card.data.tags
+    make_trainer(adapter=str(tmp_path / "first")).save_model()
+    card = card_of(tmp_path / "out")
+    assert "LoKr weights" in card.text and "`redness`. The training went on from the adapter `first`.\n" in card.text
 
 
 @pytest.mark.parametrize(
@@ -494,6 +537,36 @@ def test_a_template_that_fails_after_training_costs_no_card(make_trainer, tmp_pa
     trainer.save_model()
     assert "mine.md' makes no card of this run (UndefinedError: 'nothing' is undefined)" in caplog.text
     assert "## " in card_of(tmp_path / "out").text
+
+
+def test_a_run_that_goes_on_with_fewer_rewards_has_its_card(make_trainer, tmp_path):
+    options = {"save_strategy": "epoch", "resume_with_changed_options": True}
+    make_trainer(reward_fn=[redness, constant], num_rollouts=1, **options).train()
+    resumed = make_trainer(num_rollouts=2, **options)
+    resumed.train(resume_from_checkpoint=True)
+    resumed.save_model()
+    assert table(card_of(tmp_path / "out").text, "reward | weight")[1:] == [["`redness`", "1"]]
+    assert Image.open(tmp_path / "out" / "reward_curve.png").height == 900
+
+
+def test_a_checkpoint_whose_card_cannot_be_written_does_not_end_the_run(make_trainer, tmp_path, caplog):
+    trainer = make_trainer(num_rollouts=1, save_strategy="epoch", push_to_hub=True, hub_model_id="me/my-lora")
+    (tmp_path / "out" / "README.md").mkdir(parents=True)
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert "Training goes on, and this push has no new model card (IsADirectoryError: " in caplog.text
+    assert "Training goes on, but a push failed. OfflineModeIsEnabled: " in caplog.text
+
+
+def test_a_failed_push_to_a_branch_is_repeated_to_that_branch(make_trainer, tmp_path):
+    trainer = make_trainer(hub_model_id="me/my-lora", hub_revision="main-run")
+    with pytest.raises(PushError, match="OfflineModeIsEnabled") as error:
+        trainer.push_to_hub(revision="run2", private=True)
+    assert "`trainer.push_to_hub(revision='run2', private=True)`, or hf upload me/my-lora " in str(error.value)
+    assert str(error.value).endswith(" --private --revision=run2")
+    assert 'load_lora_weights("me/my-lora", revision="run2")' in card_of(tmp_path / "out").text
+    with pytest.raises(PushError, match=r"`trainer.push_to_hub\(\)`, or hf upload .* --revision=main-run$"):
+        trainer.push_to_hub()
 
 
 @pytest.mark.slow

@@ -213,6 +213,14 @@ def test_full_fine_tuning_with_mixed_precision_keeps_float32_weights(make_traine
     assert make_trainer(str(tmp_path / "pipeline"), **options).pipeline.transformer.dtype == torch.bfloat16
 
 
+def test_a_whole_pipeline_does_not_say_which_folder_it_came_from(make_trainer, tmp_path):
+    tiny_pipelines.sd3().save_pretrained(tmp_path / "pipeline")
+    make_trainer(str(tmp_path / "pipeline"), use_peft=False).save_model()
+    files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
+    assert tmp_path / "out" / "model_index.json" in files
+    assert [file for file in files if bytes(tmp_path) in file.read_bytes()] == []
+
+
 def test_full_fine_tuning_of_weights_in_16_bits_is_refused(make_trainer):
     with pytest.raises(
         ValueError, match=r"train weights in torch.bfloat16 of this StableDiffusion3Pipeline, in which most steps"

@@ -22,6 +22,7 @@ from ..pipeline.options import is_quantized
 from ..pipeline.original_layout import OriginalFile, Part
 from ..pipeline.trained import TRAINED, restore_point, trained_modules
 from ..planning.without_weights import load_without_weights
+from ..redaction import forget_origin
 from .arguments import MergeArguments
 from .models import find_adapters
 
@@ -88,6 +89,7 @@ def merge_pipeline(arguments: MergeArguments, adapters: list[Path], scales: list
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         pipeline.save_pretrained(unfinished)
+        forget_origin(unfinished)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise

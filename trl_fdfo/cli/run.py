@@ -1,7 +1,5 @@
 """A training run of the command line, from its options to the files it leaves."""
 
-import time
-
 from datasets import Dataset
 from transformers.utils import logging
 
@@ -12,6 +10,7 @@ from ..evaluation.evaluator import DifferentSizesError
 from ..pipeline.adapter_files import call_options
 from ..planning.without_weights import planned
 from ..rewards.by_name import REWARDS, check_by_name, load_object, load_reward
+from ..saving.checkpointer import TrainingTime
 from ..training.config import RolloutConfig
 from ..training.prompts import load_prompts, plain
 from ..training.publishing import where_it_is
@@ -65,19 +64,23 @@ def train(script: RunArguments, config: RolloutConfig) -> None:
     except DifferentSizesError as error:  # which train well
         logger.warning(f"There are no images of before the run: {error}")
 
-    start = time.perf_counter()
     trainer.train()  # on from the checkpoint of the option `resume_from_checkpoint`, if it is set
-    seconds = time.perf_counter() - start
     trainer.save_result(config.output_dir)  # first: what follows may fail
     trainer.save_state()
     comparison.complete()
-    trainer.create_model_card()
+    seconds = TrainingTime.seconds(trainer.state)
     if trainer.is_world_process_zero():
         comparison.write(
-            config.output_dir, train_seconds=seconds, call_options=call_options(trainer.eval_call_kwargs())
+            config.output_dir,
+            train_seconds=seconds,
+            best_rollout=trainer.best_rollout,
+            call_options=call_options(trainer.eval_call_kwargs()),
         )
         print(comparison.table())
-        print(f"Trained in {seconds:.0f} s.")
+        if seconds is not None:
+            print(f"Trained in {seconds:.0f} s.")
+    trainer.create_model_card()
+    if trainer.is_world_process_zero():
         print(where_it_is(trainer, config.output_dir))
     if config.push_to_hub:
         trainer.push_to_hub()

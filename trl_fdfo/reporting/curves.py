@@ -14,9 +14,12 @@ except ImportError as error:
 
 
 def reward_curve(log_history: Sequence[Mapping[str, Any]], path: str | Path) -> None:
-    """Draw the mean reward of each rollout and, with several reward functions, the mean of each function."""
+    """
+    Draw the mean reward of each rollout and, with several reward functions, the mean of each function over its rollouts: a
+    resumed run may have other functions than before.
+    """
     logs = [log for log in log_history if REWARD in log]
-    functions = parts(logs[0], REWARD) if logs else {}
+    functions = parts(dict.fromkeys(name for log in logs for name in log), REWARD)
     # Each curve has axes of its own: the scales of rewards differ.
     curves = {"mean reward": REWARD, **(functions if len(functions) > 1 else {})}
     figure, panels = _panels(len(curves), height=3.5 if len(curves) == 1 else 2 * len(curves))
@@ -70,7 +73,8 @@ def _panels(count: int, height: float) -> tuple[Figure, Any]:
 
 
 def _plot(axes: Any, logs: Sequence[Mapping[str, Any]], metric: str, **style: Any) -> None:
-    axes.plot(_rollouts(logs), [log[metric] for log in logs], **style)
+    shown = [log for log in logs if metric in log]
+    axes.plot(_rollouts(shown), [log[metric] for log in shown], **style)
 
 
 def _rollouts(logs: Sequence[Mapping[str, Any]]) -> list[float]:

@@ -171,7 +171,7 @@ class MetricsFile(TrainerCallback):
     Writes Trainer's logs to `output_dir/metrics.jsonl`: a JSON object per line, with null for NaN.
 
     Each line is written at once, so a killed run leaves all of them. A resumed run first rewrites the lines up to its
-    checkpoint, so no step occurs twice.
+    checkpoint, behind those of evaluations before `train`, so no step occurs twice.
     """
 
     def __init__(self):
@@ -182,7 +182,7 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             self._path = Path(args.output_dir, METRICS_FILE)
-            self._write("w", state.log_history or self._before)
+            self._write("w", self._before + state.log_history)
             self._before = []
 
     def on_log(self, args, state, control, logs=None, **kwargs):

@@ -280,6 +280,28 @@ class TimedCheckpoints(TrainerCallback):
             self._saved_at = time.monotonic()
 
 
+class TrainingTime(TrainerCallback):
+    """Keeps the seconds of a run in its state, and so in its checkpoints: a resumed run adds its own to them."""
+
+    _KEY = "train_seconds"  # in `state.stateful_callbacks`, beside the states that Trainer keeps there
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # Checkpoints of older versions do not tell.
+        before = state.stateful_callbacks.get(self._KEY, math.nan) if state.global_step else 0.0
+        self._start = time.monotonic() - before
+
+    def on_step_end(self, args, state, control, **kwargs):
+        state.stateful_callbacks[self._KEY] = time.monotonic() - self._start
+
+    on_train_end = on_step_end
+
+    @classmethod
+    def seconds(cls, state: TrainerState) -> float | None:
+        """Seconds that the weights took; None if they are untrained, or if a checkpoint did not tell."""
+        seconds = state.stateful_callbacks.get(cls._KEY, math.nan)
+        return None if math.isnan(seconds) else seconds
+
+
 def set_options(optimizer: torch.optim.Optimizer, scheduler: LRScheduler, groups: list[dict[str, Any]]) -> None:
     """
     The learning rate, betas and the like of this run's parameter groups, without `params`, in the place of the checkpoint's. A

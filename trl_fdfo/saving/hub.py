@@ -44,17 +44,17 @@ class HubPusher:
 
     # The repo ---------------------------------------------------------------------------------------------------------
 
-    def create_repo(self, token: str | None = None, private: bool | None = None) -> None:
+    def create_repo(self, token: str | None = None, private: bool | None = None, revision: str | None = None) -> None:
         """
-        Create the repo, and its branch `hub_revision`, if they are not there yet.
+        Create the repo, and its branch `revision`, which defaults to `hub_revision`, if they are not there yet.
 
         Raises:
             PushError: The Hub refuses or cannot be reached.
         """
         try:
-            self._create_repo(token, private)
+            self._create_repo(token, private, revision)
         except _HUB_ERRORS as error:
-            raise PushError(self._how_to_push(error)) from error
+            raise PushError(self._how_to_push(error, private, revision)) from error
 
     def create_repo_or_warn(self, token: str | None = None, private: bool | None = None) -> None:
         """
@@ -74,13 +74,15 @@ class HubPusher:
                 ) from error
             logger.warning(f"The Hub cannot be reached now; each push will try again. {self._how_to_push(error)}")
 
-    def _create_repo(self, token: str | None = None, private: bool | None = None) -> None:
+    def _create_repo(self, token: str | None = None, private: bool | None = None, revision: str | None = None) -> None:
         args = self._args
         token = token if token is not None else args.hub_token
         private = private if private is not None else args.hub_private_repo
         self.repo_id = hf_api().create_repo(self.repo_name, token=token, private=private, exist_ok=True).repo_id
-        if args.hub_revision is not None:
-            hf_api().create_branch(self.repo_id, branch=args.hub_revision, token=token, exist_ok=True)
+        revision = revision or args.hub_revision
+        # The Hub alone makes the refs of pull requests.
+        if revision is not None and not revision.startswith("refs/"):
+            hf_api().create_branch(self.repo_id, branch=revision, token=token, exist_ok=True)
 
     @property
     def repo_name(self) -> str:
@@ -93,7 +95,7 @@ class HubPusher:
         self, commit_message: str | None, blocking: bool = True, token: str | None = None, revision: str | None = None
     ) -> CommitInfo | Future:
         """
-        Push the output directory but its checkpoints.
+        Push the output directory but its checkpoints, once `create_repo` has made the repo and the branch.
 
         Raises:
             PushError: It could not be pushed. The message says how to push it later.
@@ -109,7 +111,7 @@ class HubPusher:
                 revision=revision or self._args.hub_revision,
             )
         except _HUB_ERRORS as error:
-            raise PushError(self._how_to_push(error)) from error
+            raise PushError(self._how_to_push(error, revision=revision)) from error
 
     def push_in_background(self, checkpoint: Path, message: str) -> None:
         """Push the result so far, and the checkpoint if `hub_strategy` asks for it, while training goes on."""
@@ -161,13 +163,18 @@ class HubPusher:
                 )
                 told = True
 
-    def _how_to_push(self, error: Exception) -> str:
+    def _how_to_push(self, error: Exception, private: bool | None = None, revision: str | None = None) -> str:
+        """The error and the ways to push later, to the same place: `private` and `revision` are those of the failed call."""
         args = self._args
+        given = {"revision": revision, "private": private}
+        call = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
+        private = private if private is not None else args.hub_private_repo
+        revision = revision or args.hub_revision
         command = ["hf", "upload", self.repo_name, str(args.output_dir), "."]
         command += [f"--exclude={pattern}" for pattern in _NOT_PUSHED]
-        command += ["--private"] if args.hub_private_repo else []
-        command += [f"--revision={args.hub_revision}"] if args.hub_revision is not None else []
+        command += ["--private"] if private else []
+        command += [f"--revision={revision}"] if revision is not None else []
         return (
             f"{type(error).__name__}: {' '.join(str(error).split())} Everything is in {args.output_dir}. To push it later: "
-            f"`trainer.push_to_hub()`, or {shlex.join(command)}"
+            f"`trainer.push_to_hub({call})`, or {shlex.join(command)}"
         )

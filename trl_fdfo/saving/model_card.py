@@ -132,6 +132,9 @@ class TrainingRecord:
     images: int  # that were sampled and scored
     log_history: Sequence[Mapping[str, Any]]  # `trainer.state.log_history`
     prompt_file: str | None = None  # name of the file of the prompts, without its folder, or of a set that was made
+    best: tuple[int, str] | None = None  # rollout whose weights were chosen, and the metric; None: the last weights
+    seconds: float | None = None  # time of training, if it is known
+    begun_from: str | None = None  # adapter that it went on from, without its folder
 
 
 @dataclass(frozen=True)
@@ -164,6 +167,8 @@ class CardRecord:
     tags: str | Sequence[str] = ()  # beside the tags that every card has
     license: str | None = None  # default: the licence on the base model's card
     base_model: str | None = None  # Hub id; default: `pipeline.hub_id`
+    revision: str | None = None  # branch of `repo_id` that has the result, if it is not the main one
+    adapter_kind: str = "LoRA"  # or another of PEFT's, such as "LoKr"
 
 
 def check_template(path: str) -> None:
@@ -217,6 +222,8 @@ def write_model_card(record: CardRecord, folder: str | Path) -> None:
         paper=record.paper,
         pipeline=pipeline.class_name,
         is_adapter=record.adapter is not None,
+        adapter_kind=record.adapter_kind,
+        begun_from=training.begun_from,
         has_widget=bool(widget),
         snippet=snippet,
         base_folder=None if pipeline.packaged or record.base_model or record.adapter is None else pipeline.folder,
@@ -224,10 +231,13 @@ def write_model_card(record: CardRecord, folder: str | Path) -> None:
         sampling=list(trained_with.items()),
         used_with=[item for item in used_with.items() if item not in trained_with.items()],
         rewards=[(name, f"{weight:g}") for name, weight in training.rewards],
+        raised=[name for name, weight in training.rewards if weight > 0],
+        lowered=[name for name, weight in training.rewards if weight < 0],
         prompts=f"{training.num_prompts:,} prompts from {source}",
         rollouts=f"{training.rollouts:,}",
         images=f"{training.images:,}",
-        duration=_training_time(training.log_history),
+        duration=_duration(training.seconds),
+        best=training.best,
         hyperparameters=[(k, v.value if isinstance(v, Enum) else v) for k, v in hyperparameters.items()],
         versions=[("trl_fdfo", version("trl_fdfo")), ("torch", torch.__version__), *packages],
         **_results(samples),
@@ -237,12 +247,17 @@ def write_model_card(record: CardRecord, folder: str | Path) -> None:
     card.save(folder / "README.md")
 
 
-def _load_lora(transformer: str, place: str) -> str:
+def _load_lora(transformer: str, place: str, branch: str) -> str:
     """The line that loads the adapter of a transformer; a pipeline's own loader knows one transformer."""
     if transformer == TRAINED:
-        return f'pipeline.load_lora_weights("{place}")'
+        return f'pipeline.load_lora_weights("{place}"{branch})'
     file = diffusers_file(transformer)
-    return f'pipeline.{transformer}.load_lora_adapter("{place}", weight_name="{file}", prefix="{TRAINED}")'
+    return f'pipeline.{transformer}.load_lora_adapter("{place}", weight_name="{file}", prefix="{TRAINED}"{branch})'
+
+
+def _branch(record: CardRecord) -> str:
+    """The argument of the loaders that names the branch; without it they load the main one."""
+    return f', revision="{record.revision}"' if record.revision is not None else ""
 
 
 def _class_name(pipeline: PipelineRecord) -> str:
@@ -254,22 +269,22 @@ def loading_lines(record: CardRecord, place: str) -> list[str]:
     Python code that loads the result from `place`, a folder or a repo of the Hub: the lines that put the adapter on the
     base model `pipeline`, or the one that loads the whole pipeline.
     """
-    pipeline = record.pipeline
+    pipeline, branch = record.pipeline, _branch(record)
     if record.adapter == "diffusers":
-        return [_load_lora(transformer, place) for transformer in pipeline.adapted]
+        return [_load_lora(transformer, place, branch) for transformer in pipeline.adapted]
     if record.adapter == "peft":
         # Its file has the layers of all transformers.
         module = "trained_module(pipeline)" if len(pipeline.transformers) > 1 else f"pipeline.{TRAINED}"
-        return [f'PeftModel.from_pretrained({module}, "{place}")']
+        return [f'PeftModel.from_pretrained({module}, "{place}"{branch})']
     absent = "".join(f", {part}=None" for part in pipeline.absent)
-    return [f'pipeline = {_class_name(pipeline)}.from_pretrained("{place}"{absent})']
+    return [f'pipeline = {_class_name(pipeline)}.from_pretrained("{place}"{branch}{absent})']
 
 
 def usage_snippet(record: CardRecord) -> str:
     """Return Python code that loads the result from `record.repo_id` and makes an image or a video as in evaluations."""
     pipeline, name = record.pipeline, _class_name(record.pipeline)
     base = record.base_model or pipeline.hub_id or pipeline.folder or "path/to/the/pipeline"
-    loaded = f'"{record.repo_id if record.adapter is None else base}"'
+    loaded = f'"{record.repo_id}"{_branch(record)}' if record.adapter is None else f'"{base}"'
     imports, load = ["import torch", f"from diffusers import {name}"], []
     if record.adapter is not None:
         load = loading_lines(record, record.repo_id)
@@ -349,12 +364,13 @@ def _metadata(record: CardRecord, widget: list[dict[str, Any]]) -> ModelCardData
         shown = "video"
     task = f"{shown}-to-{made}"
     own_tags = [record.tags] if isinstance(record.tags, str) else record.tags
+    kind = [record.adapter_kind.lower()] if is_adapter else []
     return ModelCardData(
         library_name="diffusers",
         base_model=base_model,
         base_model_relation=relation if base_model is not None else None,
         pipeline_tag=task,
-        tags=[task, "diffusers", "trl", record.algorithm.lower(), *(["lora"] if is_adapter else []), *own_tags],
+        tags=[task, "diffusers", "trl", record.algorithm.lower(), *kind, *own_tags],
         datasets=record.dataset_name,
         widget=widget or None,
         **({"license": record.license} if record.license is not None else _license(base_model)),
@@ -397,12 +413,9 @@ def _shown(value: float | None) -> str:
     return "" if value is None or math.isnan(value) else f"{value:.3g}"
 
 
-def _training_time(log_history: Sequence[Mapping[str, Any]]) -> str | None:
-    """Return the time that the last finished call of `train` took, as text."""
-    finished = [log["train_runtime"] for log in log_history if "train_runtime" in log]
-    if not finished:
+def _duration(seconds: float | None) -> str | None:
+    if seconds is None:
         return None
-    seconds = finished[-1]
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

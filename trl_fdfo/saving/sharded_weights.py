@@ -1,7 +1,6 @@
 """Reads and writes whole the weights that DeepSpeed ZeRO-3 or FSDP2 have spread over the processes; all take part."""
 
 import contextlib
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..pipeline.patch import shadowed
 from ..pipeline.trained import trained_modules
+from ..redaction import forget_origin
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
@@ -88,12 +88,8 @@ def _whole_twin(module: torch.nn.Module, is_writer: bool) -> torch.nn.Module | N
 
 
 def _save_pipeline(pipeline: DiffusionPipeline, folder: str | Path) -> None:
-    """Write the pipeline without the folders of this machine that its parts came from."""
     pipeline.save_pretrained(folder)
-    for file in Path(folder).glob("*/config.json"):
-        config = json.loads(file.read_text(encoding="utf-8"))
-        if config.pop("_name_or_path", None) is not None:
-            file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    forget_origin(folder)
 
 
 def _fsdp_modules(model: torch.nn.Module) -> list[FSDPModule]:

@@ -24,7 +24,8 @@ class WeightAveraging(TrainerCallback):
 
     Args:
         model (`torch.nn.Module`): The model whose trained weights are averaged; it may be sharded later.
-        decay (`float`): Decay per rollout in [0, 1). It starts lower: min(decay, (1 + n) / (10 + n)) at rollout n.
+        decay (`float`): Decay per rollout in [0, 1). It starts lower: 0 at rollout 1, then min(decay, n / (n + 9)) at rollout n,
+            so that 0.9 is reached at rollout 81 and 0.99 at rollout 891.
     """
 
     FILE_NAME = AVERAGED_WEIGHTS_NAME

@@ -220,9 +220,10 @@ class RolloutConfig(TrainingArguments):
             .safetensors file, or a place on the Hub (`owner/name`, `owner/name@revision`, either with `/folder`, or the
             address of its page). `beta` is then the distance from the model without any adapter.
         ema_decay (`float`, *optional*):
-            Average the trained weights over rollouts with this decay in [0, 1). `evaluate`, `generate`, `save_model` and
-            the diffusers file of each checkpoint use the average. `trainer.pipeline` and PEFT's file of a checkpoint,
-            from which a run resumes, keep the trained weights. `None` does not average.
+            Average the trained weights over rollouts with this decay in [0, 1). The decay begins at 0 and rises as n / (n + 9)
+            at rollout n: 0.9 is reached at rollout 81. `evaluate`, `generate`, `save_model` and the diffusers file of each
+            checkpoint use the average. `trainer.pipeline` and PEFT's file of a checkpoint, from which a run resumes, keep
+            the trained weights. `None` does not average.
 
         > Evaluation
 

@@ -240,7 +240,7 @@ OPTIONS_OF: dict[str, dict[str, Here]] = {
         "train.offload_samples_to_cpu": _is("offload_trajectories"),
         **_each(
             "train.ema_update_interval train.ema_device train.ema_decay_schedule",
-            _is("ema_decay", note="a constant decay, once per rollout"),
+            _is("ema_decay", note="once per rollout; the decay rises to it, as n / (n + 9) at rollout n"),
         ),
         "train.latent_storage_dtype": _none("recordings keep the dtype that an exact replay needs"),
         "train.shuffle_samples": _none("batches keep their images: a replay is exact only so"),

@@ -16,7 +16,9 @@ from transformers.utils import logging
 from ..evaluation.before_after import RESULTS_FILE
 from ..pipeline.adapter_files import has_diffusers_format
 from ..pipeline.loading import folder_name
+from ..redaction import without_folders
 from ..reporting.logs import METRICS_FILE, PICTURES_FOLDER
+from ..saving.checkpointer import TrainingTime
 from ..saving.hub import PushError
 from ..saving.model_card import (
     CardRecord,
@@ -80,12 +82,13 @@ def push(
     if trainer.comparison is None:
         trainer.comparison = trainer.compare()
     trainer.comparison.complete()
-    trainer.create_model_card(**card_options)
+    trainer.create_model_card(revision=revision, **card_options)
     if not trainer.is_world_process_zero():
         return None
-    if trainer.hub.repo_id is None:
-        trainer.hub.create_repo(token, private)
-        trainer.create_model_card(**card_options)  # now that it knows its place
+    place = trainer.hub.repo_id
+    trainer.hub.create_repo(token, private, revision)
+    if trainer.hub.repo_id != place:
+        trainer.create_model_card(revision=revision, **card_options)
     return trainer.hub.push(commit_message, blocking, token, revision)
 
 
@@ -103,7 +106,10 @@ def publish_checkpoint(trainer: Trainer, checkpoint: Path) -> None:
     if not hub.pushes_checkpoints:
         return
     trainer.save_result(args.output_dir)
-    trainer.create_model_card()
+    try:
+        trainer.create_model_card()
+    except Exception as error:
+        logger.warning(f"Training goes on, and this push has no new model card ({type(error).__name__}: {error}).")
     if trainer.is_world_process_zero():
         trainer.callback_handler.on_push_begin(args, trainer.state, trainer.control)
         by_steps = args.save_strategy == SaveStrategy.STEPS
@@ -119,6 +125,7 @@ def write_card(
     tags: str | Sequence[str] | None = None,
     license: str | None = None,
     base_model: str | None = None,
+    revision: str | None = None,
 ) -> None:
     """
     Write README.md and its pictures into a folder. Only the main process does.
@@ -131,11 +138,14 @@ def write_card(
         tags (`str` or `list[str]`, *optional*): Tags beside those that every card has.
         license (`str`, *optional*): Default: the licence on the base model's card.
         base_model (`str`, *optional*): Hub id of the base model; default: where the pipeline came from.
+        revision (`str`, *optional*): Branch of the repo that the card is for; default: the option `hub_revision`.
     """
     if not trainer.is_world_process_zero():
         return
-    place = trainer.hub.repo_id or trainer.args.hub_model_id or folder_name(folder)
-    record = _record(trainer, place, model_name, dataset_name, tags, license, base_model)
+    repo = trainer.hub.repo_id or trainer.args.hub_model_id
+    revision = (revision or trainer.args.hub_revision) if repo else None  # a folder has no branches
+    place = repo or folder_name(folder)
+    record = _record(trainer, place, model_name, dataset_name, tags, license, base_model, revision)
     try:
         write_model_card(record, folder)
     except jinja2.TemplateError as error:
@@ -148,11 +158,19 @@ def write_card(
 
 
 def where_it_is(trainer: Trainer, folder: str | Path) -> str:
-    """What the end of a run says of a saved result: its folder, the code that loads it, and the files to look at."""
+    """
+    What the end of a run says of a saved result: its folder, the rollout of its weights if that is not the last one, the code
+    that loads it, and the files to look at.
+    """
     folder = Path(folder)
-    code = "; ".join(loading_lines(_record(trainer, str(folder)), str(folder)))
+    record = _record(trainer, str(folder))
+    code = "; ".join(loading_lines(record, str(folder)))
+    best = ""
+    if record.training.best is not None:
+        rollout, metric = record.training.best
+        best = f"  weights  after rollout {rollout} of {record.training.rollouts}, the best by {metric}\n"
     found = [name for name in _TO_LOOK_AT if (folder / name).exists()]
-    return f"The result is in {folder}{os.sep}\n  load     {code}\n  look at  {', '.join(found)}"
+    return f"The result is in {folder}{os.sep}\n{best}  load     {code}\n  look at  {', '.join(found)}"
 
 
 def _record(
@@ -163,6 +181,7 @@ def _record(
     tags: str | Sequence[str] | None = None,
     license: str | None = None,
     base_model: str | None = None,
+    revision: str | None = None,
 ) -> CardRecord:
     """What the card says of a result that is loaded from `place`; the other arguments are those of `write_card`."""
     args = trainer.args
@@ -172,8 +191,9 @@ def _record(
         listed = args.dataset_name if hub_id is None else None
     elif hub_id is not None and is_file_name(hub_id):
         hub_id, listed = None, Path(hub_id).name
-    adapter = None
+    adapter, kind = None, "LoRA"
     if args.use_peft:
+        kind = type(trainer.model.peft_config["default"]).__name__.removesuffix("Config").replace("Lora", "LoRA")
         adapter = "diffusers" if has_diffusers_format(trainer.pipeline, trainer.model) else "peft"
     return CardRecord(
         algorithm=trainer.algorithm,
@@ -195,6 +215,8 @@ def _record(
         tags=tags or (),
         license=license,
         base_model=base_model,
+        revision=revision,
+        adapter_kind=kind,
     )
 
 
@@ -210,6 +232,9 @@ def _training_record(trainer: Trainer, prompt_file: str | None) -> TrainingRecor
         images=rollouts * args.prompts_per_rollout * args.num_candidates,
         log_history=trainer.state.log_history,
         prompt_file=prompt_file,
+        best=trainer.best_rollout,
+        seconds=TrainingTime.seconds(trainer.state),
+        begun_from=without_folders(args.adapter),
     )
 
 

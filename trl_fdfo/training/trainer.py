@@ -46,7 +46,7 @@ from ..reporting.logs import MetricsFile, PictureLogger
 from ..reporting.progress import FirstRolloutReport
 from ..rewards.reward_functions import RewardFunction, RewardFunctions
 from ..saving.checkpoint_files import written_whole
-from ..saving.checkpointer import Checkpointer, TimedCheckpoints, set_options
+from ..saving.checkpointer import Checkpointer, TimedCheckpoints, TrainingTime, set_options
 from ..saving.fingerprint import fingerprint
 from ..saving.hub import HubPusher
 from ..saving.model_card import check_template
@@ -136,6 +136,8 @@ class RolloutTrainer(Algorithm, Trainer):
         replay_tolerance (`float`): Largest replay error that does not end the run.
         comparison ([`~trl_fdfo.evaluation.before_after.BeforeAfter`], *optional*): Images and rewards before and after
             training, for the model card.
+        best_rollout (`tuple[int, str]`, *optional*): The rollout, from 1 on, after which the run had the weights that
+            `load_best_model_at_end` has loaded, and the metric that chose them. None: the weights are the last ones.
 
     Raises:
         ValueError: Something would fail, or would train something else than was asked for: before the first rollout.
@@ -143,6 +145,7 @@ class RolloutTrainer(Algorithm, Trainer):
 
     args: RolloutConfig
     _comparison: BeforeAfter | None = None
+    best_rollout: tuple[int, str] | None = None
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -336,6 +339,7 @@ class RolloutTrainer(Algorithm, Trainer):
             self._alarms,
             self.pictures,
             MetricsFile(),
+            TrainingTime(),
             RolloutAlarms(),
             FirstRolloutReport(self.metrics.seconds_of_run),
         ):
@@ -444,6 +448,7 @@ class RolloutTrainer(Algorithm, Trainer):
         plan = self.run_plan()  # by each process: it frees the rehearsal
         if self.is_world_process_zero():
             print(plan)
+        self.best_rollout = None
         if self.comparison is not None:
             self.comparison.forget_after()
         checkpoint = self.checkpointer.find(resume_from_checkpoint, self.is_world_process_zero())
@@ -822,12 +827,15 @@ class RolloutTrainer(Algorithm, Trainer):
         with shadowed(self.args, save_only_model=only_model), staged as folder:
             super()._save_checkpoint(model, trial)
             wait()
-            # Not into the file: the folder may be moved, and its path may name a user. It follows from the best step.
-            self.state.best_model_checkpoint = None
             if self.args.should_save:
-                self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+                with self._unnamed_best():
+                    self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
         self.state.best_model_checkpoint = self.checkpointer.existing(self.state.best_global_step) or best
         publishing.publish_checkpoint(self, self.checkpointer.path(step))
+
+    def _unnamed_best(self) -> contextlib.AbstractContextManager:
+        """The state without the path of the best checkpoint, which may name a user and move; it follows from the best step."""
+        return shadowed(self.state, best_model_checkpoint=None)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """
@@ -881,6 +889,8 @@ class RolloutTrainer(Algorithm, Trainer):
         super()._load_best_model()
         if self.averaging is not None:
             self.averaging.load(self.state.best_model_checkpoint)
+        metric = EVAL_PREFIX + self.args.metric_for_best_model.removeprefix(EVAL_PREFIX)
+        self.best_rollout = self.state.best_global_step // self.args.steps_per_rollout, metric
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -929,6 +939,11 @@ class RolloutTrainer(Algorithm, Trainer):
                 state_dict = self.averaging.state_dict()
             save_diffusers_lora(self.pipeline, self.model, output_dir, state_dict)
             save_call_options(self.eval_call_kwargs(), output_dir)
+
+    def save_state(self) -> None:
+        """As in Trainer: `state` as `trainer_state.json` in `output_dir`, here without the path of the best checkpoint."""
+        with self._unnamed_best():
+            super().save_state()
 
     def create_model_card(self, *args: Any, **options: Any) -> None:
         """
