@@ -7,8 +7,8 @@
         --prompts prompts.txt --seeds 3 --guidance_scale 4.5 --output grid.png
 
 An adapter is a folder, a file or a place on the Hub (docs/sharing.md), in the format of diffusers or of PEFT. Images are
-sampled as the adapter was trained, by the generation_config.json beside it, unless an option here says otherwise. Without
-that file set the steps and the guidance.
+sampled as the adapter was trained, by the generation_config.json beside it, unless an option here says otherwise; so is a whole
+pipeline that was trained or merged. For an adapter without that file set the steps and the guidance.
 
 Videos and sounds are files of their own beside the page, grid_0_1_2.mp4 (or .webp) and .wav: of the first prompt, by the first
 adapter (0 is the base model), from seed 2. A pipeline that is given images gets them from the columns of a file of prompts:

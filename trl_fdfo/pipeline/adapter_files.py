@@ -261,7 +261,14 @@ def call_options(call_kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def save_call_options(call_kwargs: dict[str, Any], output_dir: str | Path) -> None:
     """
-    Write generation_config.json: the arguments of the pipeline's call that an adapter is to be sampled with, for its users.
+    Write generation_config.json: the arguments of the pipeline's call that a result is to be sampled with, for its users.
     Arguments that JSON cannot hold are left out.
     """
     Path(output_dir, CALL_OPTIONS).write_text(json.dumps(call_options(call_kwargs), indent=2, default=str) + "\n")
+
+
+def read_call_options(place: str | Path) -> dict[str, Any] | None:
+    """What `save_call_options` wrote into the folder of a result, or beside its file; None if there is nothing."""
+    place = Path(place)
+    file = (place if place.is_dir() else place.parent) / CALL_OPTIONS
+    return json.loads(file.read_text()) if file.is_file() else None

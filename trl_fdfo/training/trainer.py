@@ -891,6 +891,8 @@ class RolloutTrainer(Algorithm, Trainer):
                 super().save_model(str(folder), _internal_call=True)  # for which Trainer does not push
             else:
                 save_whole_pipeline(self.pipeline, folder, should_save)
+                if should_save:
+                    save_call_options(self.eval_call_kwargs(), folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         output_dir = output_dir or self.args.output_dir
