@@ -6,6 +6,7 @@ import re
 import zipfile
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import tiny_pipelines
 import torch
@@ -544,7 +545,12 @@ def test_backticks_of_a_prompt_are_inside_the_code(tmp_path, prompt):
 
 
 def test_the_card_shows_literals_alone(tmp_path):
-    call = {"height": 16, "attention_kwargs": {"scale": torch.ones(1)}, "steps": [print], "sigmas": [1.0, 0.5]}
+    call = {
+        "height": 16,
+        "attention_kwargs": {"scale": torch.ones(1)},
+        "steps": [print],
+        "sigmas": np.array([1.0, 0.5]),
+    }
     card = written(tmp_path, pipeline=replace(PIPELINE, call_kwargs={**call, "callback": print}))
     assert "trained with `height=16`, `sigmas=[1.0, 0.5]`: other" in card.text
     assert 'pipeline("a cat", height=16, sigmas=[1.0, 0.5])' in card.text

@@ -4,7 +4,6 @@ The model card: README.md beside a result, with its pictures. The words are in t
 The trainer makes a [`CardRecord`] of plain values, and `write_model_card` renders it.
 """
 
-import ast
 import functools
 import json
 import math
@@ -30,7 +29,7 @@ from yaml import YAMLError
 
 from ..media import Media, Outputs, evenly_spread, middle_frame
 from ..metric_names import EVAL_PREFIX, REWARD
-from ..pipeline.adapter_files import diffusers_file
+from ..pipeline.adapter_files import call_options, diffusers_file
 from ..pipeline.loading import base_model_name, packaged_folder
 from ..pipeline.trained import TRAINED, has_adapter, trained_module, trained_modules
 from ..reporting.clips import save_clips
@@ -320,15 +319,8 @@ def _call(function: str, arguments: list[str]) -> str:
 
 
 def _literals(call_kwargs: Mapping[str, Any]) -> dict[str, str]:
-    """Return the arguments that are Python literals, as code."""
-    return {name: repr(value) for name, value in call_kwargs.items() if value is not None and _is_literal(value)}
-
-
-def _is_literal(value: Any) -> bool:
-    try:
-        return ast.literal_eval(repr(value)) == value
-    except (SyntaxError, ValueError, TypeError, RuntimeError):  # such as a function or a tensor, also inside of a list
-        return False
+    """Return the arguments that JSON can hold, as Python code."""
+    return {name: repr(value) for name, value in call_options(call_kwargs).items() if value is not None}
 
 
 def _fence(*texts: str) -> str:
