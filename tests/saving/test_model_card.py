@@ -323,6 +323,13 @@ def test_results_pictures_and_samples(make_trainer, tmp_path):
     assert "](before_after.png)" in card.text and Image.open(tmp_path / "out" / "before_after.png").width > 300
 
 
+def test_prompts_that_are_trained_on_are_not_held_out(make_trainer, caplog):
+    with_seen = Dataset.from_dict({"prompt": ["never seen", PROMPTS[0]]})
+    trainer = make_trainer(eval_dataset=with_seen)
+    assert "1 of the 2 prompts of the eval_dataset are trained on too" in caplog.text
+    assert not trainer.compare().held_out and trainer.compare(num_prompts=1).held_out
+
+
 @pytest.mark.parametrize(
     ("returned", "message"),
     [

@@ -141,7 +141,7 @@ class SampleRecord:
     # Images in [0, 1], [P, S, 3, H, W]; videos [P, S, F, 3, H, W]; audio [P, S, C, L]. Shown only with "after".
     images: Mapping[str, Tensor | Media]
     results: Mapping[str, Mapping[str, float]]  # metrics of a column, which may be missing
-    held_out: bool  # True if the prompts were held out of training
+    held_out: bool  # True if none of the prompts was trained on
     diversity: str  # name of the metric of diversity
     is_few: bool = False  # True if they are too few for their means to tell anything
 

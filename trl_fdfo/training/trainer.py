@@ -176,7 +176,7 @@ class RolloutTrainer(Algorithm, Trainer):
         if eval_reward_fn is not None:
             self.control_functions = RewardFunctions(eval_reward_fn, argument="eval_reward_fn")
         train_dataset, eval_dataset = load_datasets(config, train_dataset, eval_dataset, self.reward_functions)
-        check_evaluation(config, eval_dataset, self.reward_functions, self.control_functions)
+        check_evaluation(config, train_dataset, eval_dataset, self.reward_functions, self.control_functions)
         self.informative_prompts = informative_prompts(config, train_dataset)
 
         self.pipeline = pipeline = open_pipeline(pipeline, config)
@@ -678,7 +678,6 @@ class RolloutTrainer(Algorithm, Trainer):
             **options: `num_prompts`, `images_per_prompt`, `metrics` and `diversity` of
                 [`~trl_fdfo.evaluation.before_after.BeforeAfter`].
         """
-        held_out = self.eval_dataset is not None
         untrained = None
         if self.args.use_peft:
             # Another adapter may have been there before this training.
@@ -688,9 +687,9 @@ class RolloutTrainer(Algorithm, Trainer):
             self.evaluator,
             self.generate,
             lambda: self.state,
-            self.eval_dataset if held_out else self.train_dataset,
+            self.train_dataset if self.eval_dataset is None else self.eval_dataset,
             self.args.dataset_prompt_column,
-            held_out,
+            self.train_dataset[self.args.dataset_prompt_column],
             untrained,
             **options,
         )
