@@ -17,6 +17,7 @@ adapter (0 is the base model), from seed 2. A pipeline that is given images gets
 """
 
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 
 from .arguments import InferenceArguments, parse
@@ -34,8 +35,12 @@ def main(args: list[str] | None = None) -> None:
     from PIL import Image
 
     output = Path(arguments.output)
-    if output.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"output='{output}' does not end in a format of pictures: take .png.")
+    try:  # PIL has formats that it only opens
+        Image.new("RGB", (8, 8)).save(BytesIO(), Image.registered_extensions().get(output.suffix.lower()))
+    except (KeyError, OSError, ValueError):
+        raise ValueError(
+            f"output='{output}' does not end in a format of pictures that can be written: take .png."
+        ) from None
     if arguments.seeds < 1:
         raise ValueError(f"seeds={arguments.seeds} must be at least 1.")
     if len(arguments.prompts) == 1:
@@ -47,7 +52,7 @@ def main(args: list[str] | None = None) -> None:
     from ..evaluation.evaluator import read_rows
     from ..media import unbind
     from ..reporting.clips import save_clips
-    from ..reporting.sheets import Panel, Section, picture, sheet
+    from ..reporting.sheets import Panel, Section, picture, save_sheet, sheet
     from .models import BASE, call_options, each_model, find_adapters, made_by_first_row, open_flow, read_prompts
 
     columns = arguments.pipeline_columns
@@ -67,5 +72,5 @@ def main(args: list[str] | None = None) -> None:
             section.rows.append([Panel(picture(image), f"{name}, seed {seed}") for seed, image in enumerate(images)])
             for seed, image in enumerate(images):
                 save_clips(image, output.with_name(f"{output.stem}_{number}_{model}_{seed}"), outputs)
-    sheet(sections).save(output)
-    print(f"{output}: {', '.join([BASE, *adapters])}, with {options}")
+        written = save_sheet(sheet(sections), output)  # anew after each model: what is there is there
+    print(f"{written}: {', '.join([BASE, *adapters])}, with {options}")
