@@ -31,7 +31,7 @@ from ..evaluation.diversity import load_working_diversity
 from ..evaluation.evaluator import Evaluator, summarize
 from ..media import Media, Outputs
 from ..metric_names import ALARM, EVAL_PREFIX
-from ..pipeline.adapter_files import save_call_options, save_diffusers_lora
+from ..pipeline.adapter_files import RESULT_FILES, save_call_options, save_diffusers_lora
 from ..pipeline.flow import PipelineFlow
 from ..pipeline.lora import check_stored_weights
 from ..pipeline.options import compile_blocks, keep_out_of_ddp
@@ -427,6 +427,8 @@ class RolloutTrainer(Algorithm, Trainer):
             print(f"Going on from {checkpoint}.")
         if self.args.should_save:
             self.checkpointer.begin(checkpoint)
+            if checkpoint is None:
+                publishing.set_logs_aside(self)
         # An alarm sets it, if it needs a first evaluation, in the config that is the user's too.
         with self.signals, shadowed(self.args, eval_on_start=self.args.eval_on_start):
             return super().train(checkpoint, *args, **kwargs)
@@ -884,7 +886,7 @@ class RolloutTrainer(Algorithm, Trainer):
         """`save_model` without a model card and without a push. If it cannot be written, `output_dir` is left as it was."""
         put_back(self._accelerate_state)
         should_save = self.args.should_save
-        staged = written_whole(output_dir, should_save, self.accelerator.wait_for_everyone)
+        staged = written_whole(output_dir, should_save, self.accelerator.wait_for_everyone, RESULT_FILES)
         with staged as folder, self.averaged_weights():
             if self.args.use_peft:
                 super().save_model(str(folder), _internal_call=True)  # for which Trainer does not push
