@@ -55,10 +55,10 @@ def main(output_dir="outputs/custom_reward", num_rollouts=20):
         save_strategy="no",
     )
     rewards = [target_color, Background(name="gray", brightness=0.8)]
-    trainer = FDFOTrainer(config, shapes.load_pipeline(), rewards, train_dataset=dataset, eval_dataset=dataset)
-    before = trainer.evaluate()
+    trainer = FDFOTrainer(config, shapes.load_pipeline(), rewards, train_dataset=dataset)
+    before = trainer.evaluate(dataset)
     trainer.train()
-    after = trainer.evaluate()
+    after = trainer.evaluate(dataset)
     trainer.save_model()
     for name in ("eval_reward", "eval_rewards/target_color/mean", "eval_rewards/Background/mean"):
         print(f"{name:32}{before[name]:7.3f} -> {after[name]:.3f}")

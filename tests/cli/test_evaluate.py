@@ -278,6 +278,15 @@ def test_what_is_done_is_written_before_the_next_model(trained, monkeypatch):
             *("--reward", "failing_for_evaluate:reward", "--images_per_prompt", 2),
         )
     assert results()["estimates"].keys() == {"base"}
+    with pytest.raises(ValueError, match="output='evaluation' has the results.json of an earlier evaluation: take ano"):
+        evaluate("--model", "model", "--reward", "failing_for_evaluate:reward")
+    kept = results()
+    with pytest.raises(ConnectionError):
+        evaluate(
+            *("--model", "model", "--prompts", "a cat", "--diversity", "pixels", "--overwrite"),
+            *("--reward", "failing_for_evaluate:reward", "--images_per_prompt", 2),
+        )
+    assert results() == kept and [path.name for path in Path("evaluation").glob(".*")] == []
 
 
 def test_options_of_rewards_are_not_written_down(trained):

@@ -11,7 +11,8 @@ from read_sheet import panels
 from tiny_pipelines import wan_video
 
 from trl_fdfo.cli import generate as command
-from trl_fdfo.reporting.sheets import GAP, MARGIN, picture
+from trl_fdfo.reporting import sheets
+from trl_fdfo.reporting.sheets import GAP, MARGIN, picture, save_sheet
 
 
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -68,10 +69,13 @@ def test_an_adapter_is_gone_when_the_next_one_is_shown(trained):
     assert (after_it == alone).all() and (stronger != alone).any()
 
 
-def test_options_given_replace_those_of_the_adapter(trained, capsys):
+def test_options_given_replace_those_of_the_adapter(trained, capsys, monkeypatch):
     settings = ("--num_inference_steps", 2, "--guidance_scale", 3, "--pipeline_kwargs", '{"negative_prompt": "blue"}')
     Path("prompts.txt").write_text("a cat\n\ntwo dogs\n")
+    saved = []
+    monkeypatch.setattr(sheets, "save_sheet", lambda page, path: saved.append(page.height) or save_sheet(page, path))
     generate("--model", "base", "--adapter", "both", "--prompts", "prompts.txt", "--seeds", 1, *settings)
+    assert len(saved) == 2 and saved[0] < saved[1], "the page is written after each model"
     assert panels("grid.png", rows=4, columns=1)
     printed = capsys.readouterr().out
     expected = {"num_inference_steps": 2, "guidance_scale": 3.0, "height": 16, "width": 16, "max_sequence_length": 8}
@@ -110,6 +114,10 @@ def test_videos_are_made_of_images_and_are_files_of_their_own(tmp_path, monkeypa
         (("--prompts", "away.txt"), r"^prompts='away.txt': there is no such file"),
         (("--prompts", "a", "--seeds", "0"), r"seeds=0 must be at least 1"),
         (("--prompts", "a", "--output", "grid.doc"), r"output='grid.doc' does not end in a format of pictures"),
+        (
+            ("--prompts", "a", "--output", "grid.mpg"),
+            r"output='grid.mpg' does not end in a format of pictures that can",
+        ),
         (("--prompts", "a", "--adapter", "empty"), r"adapter='empty' has neither pytorch_lora_weights"),
         (("--prompts", "a", "--adapter", "./away"), r"adapter='./away' is no folder or file here, and was not"),
         (("--prompts", "a", "--adapter", "away/adapter"), r"adapter='away/adapter' is no folder or file here, and"),

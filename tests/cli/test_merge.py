@@ -1,5 +1,7 @@
 """Adapters in the weights of a pipeline, of an original file, and of one LoRA."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny_pipelines import wan
 
 from trl_fdfo.cli import merge
+from trl_fdfo.cli.models import model_options
 from trl_fdfo.pipeline.adapter_files import read_adapter, save_diffusers_lora
 from trl_fdfo.pipeline.loading import load_pipeline
 from trl_fdfo.pipeline.lora import add_adapter
@@ -91,6 +94,20 @@ def test_a_merged_pipeline_makes_the_images_of_base_and_adapter(files, tmp_path,
     assert (before - expected).abs().max() > 0.01
     configs = [file.read_text() for file in (tmp_path / "merged").rglob("*.json")]
     assert len(configs) > 5 and not any(str(files) in config for config in configs), "a folder of this machine"
+
+
+def test_a_merged_pipeline_is_sampled_as_its_adapters_were_trained(files, tmp_path, capsys):
+    options = {"num_inference_steps": 2, "guidance_scale": 1.0}
+    for name, steps in (("one", 2), ("same", 2), ("other", 3)):
+        shutil.copytree(files / "lora", tmp_path / name)
+        (tmp_path / name / "generation_config.json").write_text(json.dumps({**options, "num_inference_steps": steps}))
+    adapters = lambda *names: [text for name in names for text in ("--adapter", tmp_path / name)]
+    run(files, tmp_path / "merged", *adapters("one", "same"))
+    assert (
+        model_options(str(tmp_path / "merged")) == options and "trained with different" not in capsys.readouterr().out
+    )
+    run(files, tmp_path / "merged", *adapters("one", "other"), "--overwrite")
+    assert model_options(str(tmp_path / "merged")) == {} and "trained with different steps" in capsys.readouterr().out
 
 
 def test_adapters_are_chained_and_scaled(files, tmp_path):

@@ -33,6 +33,7 @@ from read_sheet import panels  # noqa: E402
 
 from trl_fdfo import FDFOConfig, FDFOTrainer  # noqa: E402
 from trl_fdfo.cli import generate  # noqa: E402
+from trl_fdfo.cli.models import model_options  # noqa: E402
 from trl_fdfo.pipeline.loading import load_pipeline  # noqa: E402
 
 
@@ -191,7 +192,8 @@ def full():
     trainer.save_model()
     with trainer.averaged_weights():
         expected = image(trainer.pipeline)
-    return {"equal": torch.equal(image(load_pipeline("me/full")), expected)}
+    is_equal = torch.equal(image(load_pipeline("me/full")), expected)
+    return {"equal": is_equal, "call_options": model_options("me/full") == trainer.eval_call_kwargs()}
 
 
 def late():

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import accelerate
+import numpy as np
 import pytest
 import tiny_pipelines
 import torch
@@ -28,7 +29,13 @@ from safetensors.torch import load_file, save_file
 from tiny_pipelines import prx, qwen_image
 from tiny_runs import PROMPTS
 
-from trl_fdfo.pipeline.adapter_files import OtherComponentsError, read_adapter, save_diffusers_lora
+from trl_fdfo.pipeline.adapter_files import (
+    OtherComponentsError,
+    read_adapter,
+    read_call_options,
+    save_call_options,
+    save_diffusers_lora,
+)
 from trl_fdfo.pipeline.flow import PipelineFlow
 from trl_fdfo.pipeline.lora import add_adapter, attention_projections, check_stored_weights, default_lora_config
 from trl_fdfo.pipeline.schedulers import RolloutScheduler
@@ -587,3 +594,19 @@ def test_loader_of_another_model_is_none(tmp_path):
 def test_file_of_peft_is_read_with_the_config_beside_it(published):
     config, weights = read_adapter(dual_sd3(), str(published / PEFT))
     assert (config.r, config.lora_alpha) == (32, 64) and weights.keys() == load_file(published / PEFT).keys()
+
+
+def test_arguments_of_the_call_are_kept_as_json_has_them(tmp_path, caplog):
+    call = {
+        "sigmas": np.linspace(1, 0.5, 2),
+        "size": (16, np.int64(8)),
+        "guidance_scale": np.float32(2),
+        "prompt_2": None,
+    }
+    lost = {"timesteps": [torch.tensor(1.0)], "image": np.zeros((2, 2)), "strength": float("nan")}
+    save_call_options(call | lost, tmp_path)
+    kept = {"sigmas": [1.0, 0.5], "size": [16, 8], "guidance_scale": 2.0, "prompt_2": None}
+    assert read_call_options(tmp_path) == kept
+    for name in lost:
+        assert f"is called with {name}, which JSON does not hold" in caplog.text
+    assert "(a Tensor): its users must pass it" in caplog.text

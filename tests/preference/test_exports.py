@@ -5,7 +5,8 @@ from datasets import Dataset
 from PIL import Image as Pictures
 
 from trl_fdfo.preference.exports import FEATURES, export_votes, import_votes, read_votes, voted_pairs
-from trl_fdfo.preference.pairs import as_png
+from trl_fdfo.preference.pairs import as_png, image_id, pair_key
+from trl_fdfo.preference.store import Pair, Store
 
 
 RED, BLUE = (as_png(Pictures.new("RGB", (4, 4), color)) for color in ("red", "blue"))
@@ -23,7 +24,7 @@ def saved(folder, *rows, features=FEATURES):
 
 def test_an_export_goes_round(tmp_path):
     rows = [row(), row(prompt="b", preference=1.0, votes=1), row(prompt="c", preference=0.0)]
-    assert import_votes(saved(tmp_path / "votes", *rows), tmp_path / "votes.sqlite") == 3
+    assert import_votes(saved(tmp_path / "votes", *rows), tmp_path / "votes.sqlite") == 5
     assert export_votes(tmp_path / "votes.sqlite", tmp_path / "again") == 3
     again = list(voted_pairs(read_votes(tmp_path / "again")))
     assert [(prompt, preference, votes) for prompt, _, _, preference, votes in again] == [
@@ -32,6 +33,33 @@ def test_an_export_goes_round(tmp_path):
         ("c", 0.0, 2),
     ]
     assert again[0][1:3] == (RED, BLUE)
+
+
+def test_an_import_adds_votes_to_the_run_of_a_trainer(tmp_path):
+    store, ids = Store(tmp_path / "votes.sqlite"), (image_id(RED), image_id(BLUE))
+    run = store.open_run("run", "me", 3)
+    store.add(run, "me", 1, [Pair("a", *ids)], dict(zip(ids, (RED, BLUE))))
+    verdicts = lambda: store.verdicts(run, "me", [pair_key("a", *ids)])  # refused to who has lost the run
+    one = saved(tmp_path / "one", row(preference=1.0, votes=1))
+    other = saved(tmp_path / "other", row(chosen=row()["rejected"], rejected=row()["chosen"], preference=1.0, votes=1))
+    assert import_votes(one, store._path) == 1 and not verdicts(), "one vote of three"
+    assert import_votes(other, store._path) == 1 and not verdicts(), "from another folder at once"
+    assert import_votes(one, store._path) == 0, "the same votes again"
+    assert import_votes(saved(tmp_path / "last", row(preference=0.0, votes=1)), store._path) == 1
+    [counts] = verdicts().values()
+    assert counts == {"a": 1, "b": 1, "tie": 1, "expired": False}
+    store.close()
+
+
+def test_a_trainer_takes_an_imported_run_at_once(tmp_path):
+    import_votes(
+        saved(tmp_path / "votes", row(votes=2), row(prompt="b", preference=1.0, votes=1)), tmp_path / "v.sqlite"
+    )
+    store = Store(tmp_path / "v.sqlite")
+    [pair] = store.next_pairs("ann")
+    assert pair["prompt"] == "b", "it lacks one of two votes"
+    assert store.open_run("run", "me", 1) and not store.next_pairs("bob")
+    store.close()
 
 
 def test_columns_beyond_the_pair_may_be_missing(tmp_path):

@@ -15,6 +15,7 @@ from trl_fdfo.reporting.sheets import (
     before_after_grid,
     picture,
     rows_of,
+    save_sheet,
     sheet,
 )
 
@@ -174,3 +175,12 @@ def test_a_font_that_has_the_characters_is_taken():
     if accented.getname() == plain.getname():
         pytest.skip("this machine has no other font")
     assert missing(plain, "é") and not missing(accented, "é")
+
+
+def test_a_sheet_that_a_format_cannot_hold_is_a_png(tmp_path, caplog):
+    path = tmp_path / "my.grid.webp"
+    assert save_sheet(Image.new("RGB", (8, 16_000)), path) == path and Image.open(path).height == 16_000
+    written = save_sheet(Image.new("RGB", (8, 17_000), "red"), path)
+    assert "my.grid.webp cannot hold a page of 8 x 17000 pixels" in caplog.text
+    assert list(tmp_path.iterdir()) == [written] and written.name == "my.grid.png"
+    assert Image.open(written).getpixel((7, 16_999)) == (255, 0, 0)

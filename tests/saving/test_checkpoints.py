@@ -214,7 +214,10 @@ def test_checkpoints_of_an_abandoned_run_are_set_aside(make_trainer, trained, ca
     # A new run begins at step 0, so the checkpoints after it are set aside too.
     make_trainer(num_rollouts=1, save_strategy="epoch").train()
     names = sorted(path.name for path in (trained / "_abandoned").iterdir())
-    assert names == ["checkpoint-4", "checkpoint-6"] and newest_good_checkpoint(trained) == trained / "checkpoint-2"
+    assert (
+        names == ["checkpoint-4", "checkpoint-6", "logs"]
+        and newest_good_checkpoint(trained) == trained / "checkpoint-2"
+    )
 
 
 @pytest.mark.parametrize(
@@ -537,9 +540,9 @@ def test_signal_without_saving_ends_the_run_at_once(make_trainer, where):
     assert trainer.state.global_step == (2 if where == "rollout" else 3)
 
 
-def test_signal_in_the_first_rollout_saves_the_start(make_trainer):
+def test_signal_in_the_first_rollout_saves_the_start(make_trainer, tmp_path):
     options = {"num_rollouts": 2, "ema_decay": 0.5}
-    expected = make_trainer(**options)
+    expected = make_trainer(**options, output_dir=str(tmp_path / "expected"))
     expected.train()
     killed = make_trainer(**options, reward_fn=killing_reward(signal.SIGTERM, [1]))
     with pytest.raises(SystemExit):

@@ -97,7 +97,7 @@ def test_push_without_the_option(pushed):
 
 def test_whole_pipeline_is_pushed_without_an_adapter(pushed):
     hub, results = pushed
-    assert results["full"]["equal"]
+    assert results["full"]["equal"] and results["full"]["call_options"]
     files = hub.files("me/full")
     weights = {file for file in files if file.endswith(".safetensors")}
     parts = ("text_encoder/model", "text_encoder_2/model")

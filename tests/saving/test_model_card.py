@@ -6,6 +6,7 @@ import re
 import zipfile
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import tiny_pipelines
 import torch
@@ -365,6 +366,13 @@ def test_results_pictures_and_samples(make_trainer, tmp_path):
     assert "](before_after.png)" in card.text and Image.open(tmp_path / "out" / "before_after.png").width > 300
 
 
+def test_prompts_that_are_trained_on_are_not_held_out(make_trainer, caplog):
+    with_seen = Dataset.from_dict({"prompt": ["never seen", PROMPTS[0]]})
+    trainer = make_trainer(eval_dataset=with_seen)
+    assert "1 of the 2 prompts of the eval_dataset are trained on too" in caplog.text
+    assert not trainer.compare().held_out and trainer.compare(num_prompts=1).held_out
+
+
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
@@ -617,7 +625,12 @@ def test_backticks_of_a_prompt_are_inside_the_code(tmp_path, prompt):
 
 
 def test_the_card_shows_literals_alone(tmp_path):
-    call = {"height": 16, "attention_kwargs": {"scale": torch.ones(1)}, "steps": [print], "sigmas": [1.0, 0.5]}
+    call = {
+        "height": 16,
+        "attention_kwargs": {"scale": torch.ones(1)},
+        "steps": [print],
+        "sigmas": np.array([1.0, 0.5]),
+    }
     card = written(tmp_path, pipeline=replace(PIPELINE, call_kwargs={**call, "callback": print}))
     assert "trained with `height=16`, `sigmas=[1.0, 0.5]`: other" in card.text
     assert 'pipeline("a cat", height=16, sigmas=[1.0, 0.5])' in card.text

@@ -13,13 +13,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_pipelines
 import torch
 from checkpoint_contents import assert_equal, contents
 from datasets import Dataset
+from diffusers import SD3Transformer2DModel
+from peft import LoKrConfig
 from PIL import Image
 from tiny_runs import redness
 
 from trl_fdfo import FDFOConfig
+from trl_fdfo.pipeline.adapter_files import find_adapter
 from trl_fdfo.rewards.learned_reward import LearnedReward
 from trl_fdfo.rewards.reward_functions import RewardFunctions
 from trl_fdfo.rewards.vlm_server import VLMServer
@@ -259,6 +263,56 @@ def test_a_result_is_written_whole(tmp_path):
         assert (tmp_path / "old").read_text() == "old"
     found = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
     assert found == {"old": "new", "kept": "kept", "inside/file": "new"} and not (tmp_path / SAVING).exists()
+
+
+def test_weights_in_other_shards_are_not_left_for_loaders(tmp_path):
+    transformer, folder = tiny_pipelines.sd3().transformer, tmp_path / "transformer"
+    for value, shard_size in ((1.0, "20KB"), (2.0, "1GB"), (3.0, "20KB")):
+        for weight in transformer.parameters():
+            weight.data.fill_(value)
+        with written_whole(tmp_path, True, lambda: None) as staged:
+            transformer.save_pretrained(staged / "transformer", max_shard_size=shard_size)
+        (folder / "mine.safetensors").touch()
+        assert {w.mean().item() for w in SD3Transformer2DModel.from_pretrained(folder).parameters()} == {value}
+    assert (folder / "mine.safetensors").exists() and not (folder / "diffusion_pytorch_model.safetensors").exists()
+    aside = tmp_path / "_abandoned"
+    assert sorted(path.name for path in aside.iterdir()) == ["result", "result.2"]
+    assert (aside / "result" / "transformer" / "diffusion_pytorch_model.safetensors.index.json").exists()
+
+
+def test_a_run_takes_over_no_file_of_an_earlier_one(make_trainer, tmp_path, caplog):
+    out, options = tmp_path / "out", {"num_rollouts": 1, "logging_images_steps": 2}
+    make_trainer(**options).train()
+    (out / "results.json").touch()
+    for name in ("notes.txt", "pictures/mine.png"):
+        (out / name).touch()
+    earlier = (out / "metrics.jsonl").read_bytes()
+    trainer = make_trainer(**options, eval_dataset=Dataset.from_dict({"prompt": ["new"]}))
+    trainer.evaluate()
+    trainer.train()
+    aside = out / "_abandoned" / "logs"
+    assert (aside / "metrics.jsonl").read_bytes() == earlier and (aside / "pictures" / "train_000000.png").exists()
+    assert (aside / "results.json").exists() and "such as metrics.jsonl, were moved to" in caplog.text
+    kept = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file() and aside not in path.parents}
+    sheets = {"pictures/eval_000000.png", "pictures/train_000000.png"}
+    assert kept == {"metrics.jsonl", "notes.txt", "pictures/mine.png"} | sheets
+
+
+def test_a_result_of_another_kind_is_not_taken_for_the_new_one(make_trainer, tmp_path):
+    out = tmp_path / "out"
+    make_trainer().save_model()
+    (out / "notes.txt").touch()
+    make_trainer(peft_config=LoKrConfig(r=4, alpha=4, target_modules=["to_q"])).save_model()
+    assert (out / "_abandoned" / "result" / "pytorch_lora_weights.safetensors").exists()
+    assert not (out / "pytorch_lora_weights.safetensors").exists() and find_adapter(str(out)) == out
+    make_trainer(use_peft=False).save_model()
+    with pytest.raises(ValueError, match="has neither pytorch_lora_weights.safetensors"):
+        find_adapter(str(out))
+    aside = out / "_abandoned" / "result.2"
+    names = {"adapter_config.json", "adapter_model.safetensors", "training_args.bin"}
+    assert {path.name for path in aside.iterdir()} == names and (out / "notes.txt").exists()
+    make_trainer(use_peft=False).save_model()
+    assert len(list((out / "_abandoned").iterdir())) == 2, "a result of the same kind is replaced"
 
 
 @pytest.mark.parametrize(

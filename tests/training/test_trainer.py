@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from tiny_runs import PROMPTS, redness
 
 from trl_fdfo import FDFOTrainer
+from trl_fdfo.cli.arguments import InferenceArguments
+from trl_fdfo.cli.models import call_options
 from trl_fdfo.pipeline.loading import load_pipeline
 from trl_fdfo.pipeline.replay_check import ReplayError
 
@@ -197,6 +199,9 @@ def test_full_fine_tuning(make_trainer, tmp_path):
     loaded = load_pipeline(tmp_path / "pipeline")
     for name, weight in loaded.transformer.state_dict().items():
         assert torch.equal(weight, trainer.pipeline.transformer.state_dict()[name]), name
+    # Steps, guidance and size are the run's, not the pipeline's own.
+    found = call_options(InferenceArguments(model=str(tmp_path / "pipeline"), prompts=["a cat"]), {})
+    assert found == trainer.eval_call_kwargs() and found["num_inference_steps"] == 4
 
 
 def test_full_fine_tuning_with_mixed_precision_keeps_float32_weights(make_trainer, tmp_path):

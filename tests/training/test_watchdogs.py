@@ -155,13 +155,13 @@ def test_one_good_rollout_is_enough(make_trainer):
     assert logged(trainer, "frac_reward_zero_std").count(1.0) == MAX_IDLE_ROLLOUTS
 
 
-def test_ratio_outside_of_the_trust_region_is_reported(make_trainer, caplog):
+def test_ratio_outside_of_the_trust_region_is_reported(make_trainer, tmp_path, caplog):
     trainer = make_trainer(learning_rate=0.3, epsilon=0.001, num_iterations=2, max_grad_norm=0.0)
     trainer.train()
     assert max(logged(trainer, "ratio_error")) > 0.003 and "the updates leave the trust region" in caplog.text
     assert "or start a new run with a lower num_iterations" in caplog.text
     caplog.clear()
-    steady = make_trainer()
+    steady = make_trainer(output_dir=str(tmp_path / "steady"))
     steady.train()
     assert logged(steady, "first_ratio_error") == [0.0, 0.0] and not warnings_of_the_package(caplog)
 

@@ -43,6 +43,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 # The packaged pipeline knows this size, and no text beyond CLIP's: so it is called unless the user says otherwise.
 PACKAGED_CALL = {"max_sequence_length": 0}
 PACKAGED_SIZE = {"height": 32, "width": 32}
+EVALUATION_FILE = "results.json"
 MERGE_FORMATS = ("pipeline", "checkpoint", "lora")
 MERGE_DTYPES = ("float32", "bfloat16", "float16")
 CONFIG = (
@@ -273,6 +274,14 @@ class EvaluationArguments(InferenceArguments):
     )
     grid_prompts: int = field(default=8, metadata={"help": "Prompts in grid.png."})
     output: str = field(default="evaluation", metadata={"help": "Folder to write."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace the results of an earlier evaluation."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if (Path(self.output) / EVALUATION_FILE).exists() and not self.overwrite:
+            raise ValueError(
+                f"output='{self.output}' has the {EVALUATION_FILE} of an earlier evaluation: take another name, or set `overwrite`."
+            )
 
 
 @dataclass

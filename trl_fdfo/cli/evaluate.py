@@ -7,8 +7,8 @@
         --adapter user/other-adapter --prompts drawbench --reward pickscore --reward hpsv2 --reward clip --reward vlm
 
 Adapters are named and sampled as by `trl-fdfo generate`. Writes into `output` results.json, with the values of every prompt,
-all settings and versions, and grid.png, with the images of the first prompts. Processes share the prompts, and give the same
-results as one.
+all settings and versions, and grid.png, with the images of the first prompts. Results that are there already are refused, unless
+`overwrite` is set. Processes share the prompts, and give the same results as one.
 """
 
 from . import quick

@@ -7,8 +7,8 @@
         --prompts prompts.txt --seeds 3 --guidance_scale 4.5 --output grid.png
 
 An adapter is a folder, a file or a place on the Hub (docs/sharing.md), in the format of diffusers or of PEFT. Images are
-sampled as the adapter was trained, by the generation_config.json beside it, unless an option here says otherwise. Without
-that file set the steps and the guidance.
+sampled as the adapter was trained, by the generation_config.json beside it, unless an option here says otherwise; so is a whole
+pipeline that was trained or merged. For an adapter without that file set the steps and the guidance.
 
 Videos and sounds are files of their own beside the page, grid_0_1_2.mp4 (or .webp) and .wav: of the first prompt, by the first
 adapter (0 is the base model), from seed 2. A pipeline that is given images gets them from the columns of a file of prompts:
@@ -17,6 +17,7 @@ adapter (0 is the base model), from seed 2. A pipeline that is given images gets
 """
 
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 
 from .arguments import InferenceArguments, parse
@@ -34,8 +35,12 @@ def main(args: list[str] | None = None) -> None:
     from PIL import Image
 
     output = Path(arguments.output)
-    if output.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"output='{output}' does not end in a format of pictures: take .png.")
+    try:  # PIL has formats that it only opens
+        Image.new("RGB", (8, 8)).save(BytesIO(), Image.registered_extensions().get(output.suffix.lower()))
+    except (KeyError, OSError, ValueError):
+        raise ValueError(
+            f"output='{output}' does not end in a format of pictures that can be written: take .png."
+        ) from None
     if arguments.seeds < 1:
         raise ValueError(f"seeds={arguments.seeds} must be at least 1.")
     if len(arguments.prompts) == 1:
@@ -47,7 +52,7 @@ def main(args: list[str] | None = None) -> None:
     from ..evaluation.evaluator import read_rows
     from ..media import unbind
     from ..reporting.clips import save_clips
-    from ..reporting.sheets import Panel, Section, picture, sheet
+    from ..reporting.sheets import Panel, Section, picture, save_sheet, sheet
     from .models import BASE, call_options, each_model, find_adapters, made_by_first_row, open_flow, read_prompts
 
     columns = arguments.pipeline_columns
@@ -67,5 +72,5 @@ def main(args: list[str] | None = None) -> None:
             section.rows.append([Panel(picture(image), f"{name}, seed {seed}") for seed, image in enumerate(images)])
             for seed, image in enumerate(images):
                 save_clips(image, output.with_name(f"{output.stem}_{number}_{model}_{seed}"), outputs)
-    sheet(sections).save(output)
-    print(f"{output}: {', '.join([BASE, *adapters])}, with {options}")
+        written = save_sheet(sheet(sections), output)  # anew after each model: what is there is there
+    print(f"{written}: {', '.join([BASE, *adapters])}, with {options}")

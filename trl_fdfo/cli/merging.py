@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .. import shapes
-from ..pipeline.adapter_files import read_adapter
+from ..pipeline.adapter_files import read_adapter, read_call_options, save_call_options
 from ..pipeline.loading import load_pipeline
 from ..pipeline.lora import add_adapter
 from ..pipeline.merging import AdaptedLayer, adapted_layers, give_empty_weights, low_rank_factors
@@ -24,7 +24,7 @@ from ..pipeline.trained import TRAINED, restore_point, trained_modules
 from ..planning.without_weights import load_without_weights
 from ..redaction import forget_origin
 from .arguments import MergeArguments
-from .models import find_adapters
+from .models import find_adapters, model_options
 
 
 NOTHING = "The adapters change no weight: they are untrained, or their scale is 0."
@@ -67,7 +67,7 @@ def merge(arguments: MergeArguments) -> None:
 
 def merge_pipeline(arguments: MergeArguments, adapters: list[Path], scales: list[float], output: Path) -> None:
     """
-    Write the pipeline with the adapters in its weights.
+    Write the pipeline with the adapters in its weights, and with the arguments of the call that they were trained with.
 
     Raises:
         ValueError: An adapter is for another pipeline or changes nothing, or the transformer is quantised.
@@ -84,12 +84,19 @@ def merge_pipeline(arguments: MergeArguments, adapters: list[Path], scales: list
     for path, scale in zip(adapters, scales):
         _merge_into(pipeline, path, scale, rounding)
     report = str(rounding)
+    trained = [options for options in map(read_call_options, adapters) if options is not None]
+    options = model_options(arguments.model) | (trained[0] if trained else {})
+    if any(own != trained[0] for own in trained):
+        options = {}
+        report += " The adapters were trained with different steps, guidance or sizes: say which to sample it with."
     # A full disk must not cost the old folder: it is deleted after the new one is written.
     unfinished = output.with_name(f".{output.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         pipeline.save_pretrained(unfinished)
         forget_origin(unfinished)
+        if options:
+            save_call_options(options, unfinished)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise

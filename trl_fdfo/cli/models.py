@@ -1,6 +1,5 @@
 """A base model, adapters on it and prompts, loaded after training."""
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,11 +7,20 @@ from typing import Any
 import torch
 from datasets import Dataset
 from diffusers import DiffusionPipeline
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HTTPError
 
 from .. import shapes
 from ..evaluation.evaluator import read_rows
 from ..media import Outputs
-from ..pipeline.adapter_files import CALL_OPTIONS, DIFFUSERS_FILE, OtherComponentsError, find_adapter, read_adapter
+from ..pipeline.adapter_files import (
+    CALL_OPTIONS,
+    DIFFUSERS_FILE,
+    OtherComponentsError,
+    find_adapter,
+    read_adapter,
+    read_call_options,
+)
 from ..pipeline.checks import check_steps
 from ..pipeline.flow import PipelineFlow
 from ..pipeline.loading import load_pipeline
@@ -55,9 +63,23 @@ def find_adapters(names: Sequence[str]) -> dict[str, Path]:
     return {name: find_adapter(name) for name in names}
 
 
+def model_options(model: str) -> dict[str, Any]:
+    """Arguments of the call that a trained or merged pipeline, in a folder or on the Hub, was saved with; otherwise none."""
+    if model == "shapes":
+        return {"num_inference_steps": 8, **PACKAGED_CALL}
+    folder = Path(model)
+    if not folder.is_dir():
+        try:
+            folder = Path(hf_hub_download(model, CALL_OPTIONS)).parent
+        except (OSError, HTTPError, ValueError):  # what is wrong beyond that, loading the pipeline tells
+            return {}
+    return read_call_options(folder) or {}
+
+
 def call_options(arguments: InferenceArguments, adapters: dict[str, Path]) -> dict[str, Any]:
     """
-    Arguments of the pipeline's call: those that the adapters were trained with, and over them those set here.
+    Arguments of the pipeline's call: those that the model was saved with, over them those that the adapters were trained with,
+    and over these those set here.
 
     Raises:
         ValueError: The adapters were trained with different ones, and nothing is set here; the JSON is invalid; or
@@ -68,9 +90,9 @@ def call_options(arguments: InferenceArguments, adapters: dict[str, Path]) -> di
     given |= read_json_dict("pipeline_kwargs", arguments.pipeline_kwargs, "arguments of the pipeline's call") or {}
     for name, value in given.items():
         check_argument_of_call("pipeline_kwargs has", name, value)
-    options = {"num_inference_steps": 8, **PACKAGED_CALL} if arguments.model == "shapes" else {}
-    files = {name: (path if path.is_dir() else path.parent) / CALL_OPTIONS for name, path in adapters.items()}
-    trained = {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
+    options = model_options(arguments.model)
+    stored = {name: read_call_options(path) for name, path in adapters.items()}
+    trained = {name: own for name, own in stored.items() if own is not None}
     for name, own in trained.items():
         for other, others in trained.items():
             differ = {k for k in own.keys() | others.keys() if own.get(k) != others.get(k)} - given.keys()

@@ -8,6 +8,7 @@ error is smaller than the errors of the two means would give.
 
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -31,7 +32,7 @@ from ..reporting.sheets import Panel, Section, picture, sheet
 from ..rewards.by_name import check_by_name, load_reward
 from ..rewards.reward_functions import RewardFunctions
 from ..training.prompts import PACKAGED_PROMPTS
-from .arguments import EvaluationArguments
+from .arguments import EVALUATION_FILE, EvaluationArguments
 from .models import BASE, call_options, each_model, find_adapters, made_by_first_row, open_flow, read_prompts
 
 
@@ -163,7 +164,9 @@ def write(
             for name, model in values.items()
         },
     }
-    (output / "results.json").write_text(json.dumps(results, indent=2, default=vars) + "\n")
+    unfinished = output / f".{EVALUATION_FILE}.unfinished"
+    unfinished.write_text(json.dumps(results, indent=2, default=vars) + "\n")
+    os.replace(unfinished, output / EVALUATION_FILE)
     sections = [Section(prompt, list(of_prompt)) for prompt, *of_prompt in zip(settings["prompts"], *rows.values())]
     sheet(sections).save(output / "grid.png")
     return markdown_table(estimates, differences)

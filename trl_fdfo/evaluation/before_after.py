@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ class BeforeAfter:
         state (`Callable`): Returns the [`~transformers.TrainerState`], whose step tells whether "after" is up to date.
         dataset (`datasets.Dataset`): Its first prompts are taken.
         prompt_column (`str`): Column that holds them.
-        held_out (`bool`): The prompts are not trained on.
+        trained (`Collection[str]`): The prompts that are trained on.
         untrained (`tuple`, *optional*): A name for the model as it was before training, and a context manager in which
             `generate` samples it.
         num_prompts (`int`): Prompts P, at most as many as the dataset has.
@@ -55,7 +55,7 @@ class BeforeAfter:
     Attributes:
         evaluator ([`~trl_fdfo.evaluation.evaluator.Evaluator`]): The evaluator that it was made with.
         prompts (`list[str]`): The P prompts.
-        held_out (`bool`): The prompts are not trained on.
+        held_out (`bool`): None of the prompts is trained on.
         diversity (`Callable`): The measure of diversity.
         images (`dict[str, Tensor]`): Samples by name, on the CPU, [P, S, 3, H, W] in [0, 1]; videos [P, S, F, 3, H, W];
             audio [P, S, C, L]; a [`Media`] of both.
@@ -72,7 +72,7 @@ class BeforeAfter:
         state: Callable[[], TrainerState],
         dataset: Dataset,
         prompt_column: str,
-        held_out: bool,
+        trained: Collection[str],
         untrained: tuple[str, Callable[[], contextlib.AbstractContextManager]] | None = None,
         *,
         num_prompts: int = 8,
@@ -87,7 +87,6 @@ class BeforeAfter:
             raise ValueError(f"diversity={diversity!r} is neither a name, such as 'pixels', nor a callable on images.")
         if metrics is not None and not callable(metrics):
             raise ValueError(f"metrics={metrics!r} is not a callable `(images, prompts) -> dict of floats`.")
-        self.held_out = held_out
         self.evaluator = evaluator
         self._generate, self._state = generate, state
         self._untrained, self._metrics = untrained, metrics
@@ -97,6 +96,7 @@ class BeforeAfter:
         self._all_prompts = self._columns[prompt_column]
         self._images_per_prompt = images_per_prompt
         self.prompts = self._all_prompts[::images_per_prompt]
+        self.held_out = set(trained).isdisjoint(self.prompts)
         self.images: dict[str, Tensor | Media] = {}
         self.results: dict[str, dict[str, float]] = {}
         self._after_step: int | None = None

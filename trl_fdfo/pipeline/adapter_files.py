@@ -6,6 +6,7 @@ import json
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 from diffusers import DiffusionPipeline
 from diffusers.utils import convert_unet_state_dict_to_peft
 from huggingface_hub import parse_hf_uri, snapshot_download
@@ -17,6 +18,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import logging
 
 from .checks import check_own_layers, check_trainable
@@ -253,15 +255,47 @@ def diffusers_file(transformer: str) -> str:
     return DIFFUSERS_FILE if transformer == TRAINED else f"pytorch_lora_weights_{transformer}.safetensors"
 
 
+# Patterns of the files of a result that is an adapter: beside another result they would be taken for it.
+RESULT_FILES = (
+    *(SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME, DIFFUSERS_FILE, diffusers_file("*")),
+    *(CALL_OPTIONS, TRAINING_ARGS_NAME),
+)
+
+
 def call_options(call_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of the pipeline's call without those that JSON cannot hold, such as tensors."""
-    kinds = (str, int, float, bool, list, dict, type(None))
-    return {name: value for name, value in call_kwargs.items() if isinstance(value, kinds)}
+    """
+    Arguments of the pipeline's call as JSON has them, with lists for tuples and for NumPy's rows of numbers. Warns of those that
+    it cannot hold, such as tensors, which are left out.
+    """
+    options = {}
+    for name, value in call_kwargs.items():
+        try:
+            options[name] = json.loads(json.dumps(value, default=_plain, allow_nan=False))
+        except (TypeError, ValueError) as error:
+            logger.warning_once(
+                f"The result does not say that it is called with {name}, which JSON does not hold ({error}): its users must pass "
+                "it themselves."
+            )
+    return options
+
+
+def _plain(value: Any) -> Any:
+    # Not an image, whose numbers nobody reads.
+    if isinstance(value, (np.ndarray, np.generic)) and value.ndim <= 1:
+        return value.tolist()
+    raise TypeError(f"a {type(value).__name__}")
 
 
 def save_call_options(call_kwargs: dict[str, Any], output_dir: str | Path) -> None:
     """
-    Write generation_config.json: the arguments of the pipeline's call that an adapter is to be sampled with, for its users.
+    Write generation_config.json: the arguments of the pipeline's call that a result is to be sampled with, for its users.
     Arguments that JSON cannot hold are left out.
     """
-    Path(output_dir, CALL_OPTIONS).write_text(json.dumps(call_options(call_kwargs), indent=2, default=str) + "\n")
+    Path(output_dir, CALL_OPTIONS).write_text(json.dumps(call_options(call_kwargs), indent=2) + "\n")
+
+
+def read_call_options(place: str | Path) -> dict[str, Any] | None:
+    """What `save_call_options` wrote into the folder of a result, or beside its file; None if there is nothing."""
+    place = Path(place)
+    file = (place if place.is_dir() else place.parent) / CALL_OPTIONS
+    return json.loads(file.read_text()) if file.is_file() else None

@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             from .exports import import_votes
 
             number = import_votes(args.folder, args.database, args.run)
-            print(f"{number} pairs in {args.database}")
+            print(f"{number} votes added to {args.database}")
         else:
             serve_forever(args.database, args.host, args.port, args.token)
     except (Refused, ValueError, OSError) as error:

@@ -1,5 +1,6 @@
 """Votes as a data set of preferences, and back."""
 
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ FEATURES = Features(
         "rollout": Value("int64"),
     }
 )
-# Who has voted in an imported run.
+# Start of the names of those who have voted in a data set; and the run of one without any.
 IMPORTED = "import"
 
 
@@ -113,28 +114,35 @@ def voted_pairs(votes: Dataset) -> Iterator[tuple[str, bytes, bytes, float, int]
 
 def import_votes(folder: str | Path, database: str | Path, run: str | None = None) -> int:
     """
-    Add the pairs of an exported data set to a database, each with the votes that make its preference, by a rater of their own.
+    Add the pairs of an exported data set to a database, each with the votes that make its preference, by raters of their own.
+    Its votes are added once: a second import of the same data set adds none. The trainer of a run may be at work.
 
     Returns:
-        `int`: Number of pairs.
+        `int`: Number of votes that were added.
 
     Raises:
         ValueError: The folder has no such data set, or a preference is not a mean of that many votes. Then nothing is added.
     """
-    votes, owner = read_votes(folder), f"import of {folder}"
-    for prompt, _, _, preference, number in voted_pairs(votes):
+    votes = read_votes(folder)
+    run_of = lambda row: run or row.get("run") or IMPORTED
+    most: dict[str, int] = {}  # votes on a pair of each run
+    checksum = 0
+    for row, (prompt, chosen, rejected, preference, number) in zip(votes, voted_pairs(votes)):
         if abs(round(preference * number) - preference * number) > 1e-6:
             raise ValueError(f"preference={preference} of {prompt!r} is not a mean of {number} votes.")
+        most[run_of(row)] = max(number, most.get(run_of(row), 0))
+        content = (prompt, image_id(chosen), image_id(rejected), preference, number)
+        checksum = zlib.crc32(repr(content).encode(), checksum)
+    added = 0
     store = Store(database)
     try:
         for row, (prompt, chosen, rejected, preference, number) in zip(votes, voted_pairs(votes)):
-            ids = image_id(chosen), image_id(rejected)
-            opened = store.open_run(run or row.get("run") or "import", owner, number)
-            store.add(opened, owner, row.get("rollout") or 0, [Pair(prompt, *ids)], dict(zip(ids, (chosen, rejected))))
-            pair = store.find(opened, prompt, *ids)
+            images = {image_id(file): file for file in (chosen, rejected)}
+            pair = Pair(prompt, image_id(chosen), image_id(rejected))
+            imported = store.import_pair(run_of(row), most[run_of(row)], row.get("rollout") or 0, pair, images)
             for vote in range(number):
-                rater = IMPORTED if number == 1 else f"{IMPORTED} {vote + 1}"
-                store.vote(rater, pair, "left" if vote < round(preference * number) else "tie", ids[0])
+                choice = "left" if vote < round(preference * number) else "tie"
+                added += store.vote(f"{IMPORTED} {checksum:08x} {vote + 1}", imported, choice, pair.one)
     finally:
         store.close()
-    return len(votes)
+    return added

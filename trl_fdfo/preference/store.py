@@ -140,19 +140,22 @@ class Store:
         Raises:
             Refused: The run is another trainer's, or an image of a pair is missing.
         """
-        new = 0
         with self._transaction():
             self._check_owner(run, owner)
-            self._db.executemany("INSERT OR IGNORE INTO images VALUES (?, ?)", images.items())
-            for pair in pairs:
-                a, b = sorted((pair.one, pair.other))
-                for image in (a, b):
-                    if self._one("SELECT 1 FROM images WHERE id = ?", image) is None:
-                        raise Refused(422, f"There is no image {image[:12]}... of a pair: send it with the pair.")
-                values = (run, pair_key(pair.prompt, a, b), pair.prompt, a, b, rollout)
-                new += self._db.execute(
-                    "INSERT OR IGNORE INTO pairs (run, key, prompt, a, b, rollout) VALUES (?, ?, ?, ?, ?, ?)", values
-                ).rowcount
+            return self._add(run, rollout, pairs, images)
+
+    def _add(self, run: int, rollout: int, pairs: Sequence[Pair], images: dict[str, bytes]) -> int:
+        new = 0
+        self._db.executemany("INSERT OR IGNORE INTO images VALUES (?, ?)", images.items())
+        for pair in pairs:
+            a, b = sorted((pair.one, pair.other))
+            for image in (a, b):
+                if self._one("SELECT 1 FROM images WHERE id = ?", image) is None:
+                    raise Refused(422, f"There is no image {image[:12]}... of a pair: send it with the pair.")
+            values = (run, pair_key(pair.prompt, a, b), pair.prompt, a, b, rollout)
+            new += self._db.execute(
+                "INSERT OR IGNORE INTO pairs (run, key, prompt, a, b, rollout) VALUES (?, ?, ?, ?, ?, ?)", values
+            ).rowcount
         return new
 
     def verdicts(self, run: int, owner: str, keys: Iterable[str]) -> dict[str, dict[str, int | bool]]:
@@ -175,11 +178,6 @@ class Store:
                     counts = {"a": pair["for_a"], "b": pair["for_b"], "tie": ties}
                     found[key] = {**counts, "expired": bool(pair["expired"])}
         return found
-
-    def find(self, run: int, prompt: str, one: str, other: str) -> int:
-        """The id of a pair that was added."""
-        with self._lock:
-            return self._one("SELECT id FROM pairs WHERE run = ? AND key = ?", run, pair_key(prompt, one, other))["id"]
 
     def idle_seconds(self, run: int) -> float:
         """Seconds since somebody has voted in a run."""
@@ -402,6 +400,21 @@ class Store:
         return {"compared": row["number"], "same": row["same"] or 0}
 
     # Export and import ------------------------------------------------------------------------------------------------
+
+    def import_pair(self, name: str, votes_per_pair: int, rollout: int, pair: Pair, images: dict[str, bytes]) -> int:
+        """
+        The id of a pair of the run `name`, after both are added if they are not there. A run that is there stays its trainer's,
+        with the `votes_per_pair` that it has.
+        """
+        with self._transaction():
+            self._db.execute(
+                "INSERT OR IGNORE INTO runs (name, owner, seen, votes_per_pair) VALUES (?, '', 0, ?)",
+                (name, votes_per_pair),
+            )
+            run = self._one("SELECT id FROM runs WHERE name = ?", name)["id"]
+            self._add(run, rollout, [pair], images)
+            key = pair_key(pair.prompt, pair.one, pair.other)
+            return self._one("SELECT id FROM pairs WHERE run = ? AND key = ?", run, key)["id"]
 
     def tallies(self, run: str | None = None) -> Iterator[dict[str, Any]]:
         """

@@ -46,6 +46,7 @@ class PictureLogger(TrainerCallback):
 
     Attributes:
         outputs ([`Outputs`]): What the pipeline makes, with its rates.
+        written (`set[Path]`): The files that it has written.
     """
 
     outputs = Outputs()
@@ -55,6 +56,7 @@ class PictureLogger(TrainerCallback):
         self._folder = Path(output_dir, PICTURES_FOLDER)
         self._every = every
         self._num_prompts = num_prompts
+        self.written: set[Path] = set()
         self._last_step: int | None = None  # where the last rollout begins
         self._kept: list[tuple[str, list[Image.Image]]] = []
         self._clips: dict[str, Path] = {}  # of the next sheet, by their tags
@@ -127,7 +129,9 @@ class PictureLogger(TrainerCallback):
         stem = self._folder / f"{name}_{step:06}_{place}"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._clips |= {f"{name}/{place}{path.suffix}": path for path in save_clips(sample, stem, self.outputs)}
+            clips = save_clips(sample, stem, self.outputs)
+            self.written.update(clips)
+            self._clips |= {f"{name}/{place}{path.suffix}": path for path in clips}
         except OSError as error:
             logger.warning(f"{stem} could not be written: {error}.")
 
@@ -139,6 +143,7 @@ class PictureLogger(TrainerCallback):
             unfinished = path.with_suffix(".tmp")
             image.save(unfinished, format="PNG")
             os.replace(unfinished, path)
+            self.written.add(path)
         except OSError as error:  # such as a full disk, which should not end a run
             logger.warning(f"{path} could not be written: {error}.")
         if is_in_notebook():

@@ -8,15 +8,19 @@ Tiny images are magnified and large ones reduced, so that the text is readable b
 import functools
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool1d
+from transformers.utils import logging
 
 from ..media import Media, spread_frames
 
+
+logger = logging.get_logger(__name__)
 
 # Lengths in pixels of the sheet.
 SHEET_WIDTH = 2048
@@ -158,6 +162,23 @@ def before_after_grid(
             for column, image in enumerate(images):
                 page.paste(image, (left + column * (width + GAP), y + row * (height + GAP)))
     return page
+
+
+def save_sheet(page: Image.Image, path: Path) -> Path:
+    """Write a sheet into a file, and return its path: a .png beside `path` if the format of that cannot hold its size."""
+    try:
+        page.save(path)
+        return path
+    except (OSError, ValueError) as error:
+        if path.suffix.lower() == ".png":
+            raise
+        instead = path.with_suffix(".png")
+        page.save(instead)
+        path.unlink(missing_ok=True)  # of a smaller sheet before
+        logger.warning(
+            f"{path} cannot hold a page of {page.width} x {page.height} pixels ({error}): it is in {instead}."
+        )
+        return instead
 
 
 def _scaled(image: Image.Image, largest: int) -> Image.Image:

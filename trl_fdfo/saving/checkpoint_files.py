@@ -11,9 +11,10 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ logger = logging.get_logger(__name__)
 MANIFEST = "manifest.json"
 # Names with an underscore are not pushed.
 SAVING, ABANDONED = "_saving", "_abandoned"
+# End of the name of weights in one file, of a shard, and of the index of shards.
+_LAYOUT = re.compile(r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?$")
 
 
 def commit(staged: Path, final: Path, run: dict[str, Any]) -> None:
@@ -75,7 +78,9 @@ def removed_on_error(folder: Path, is_writer: bool = True) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def written_whole(folder: str | Path, is_writer: bool, wait_for_everyone: Callable[[], None]) -> Iterator[Path]:
+def written_whole(
+    folder: str | Path, is_writer: bool, wait_for_everyone: Callable[[], None], owned: Sequence[str] = ()
+) -> Iterator[Path]:
     """
     A new folder, whose files move into `folder` when all of them are written: if one cannot be, `folder` is as it was. All
     processes must call it.
@@ -84,6 +89,8 @@ def written_whole(folder: str | Path, is_writer: bool, wait_for_everyone: Callab
         folder (`str` or `Path`): Where the files belong. Files of the same names are replaced, others stay.
         is_writer (`bool`): This process moves them.
         wait_for_everyone (`Callable`): A barrier of all processes.
+        owned (`Sequence[str]`): Patterns of files that a result may have. Those of an earlier one that this one lacks are set
+            aside, as are other shards of the same weights: who loads the folder would take them for this one's.
 
     Raises:
         RuntimeError: Writing failed.
@@ -98,8 +105,10 @@ def written_whole(folder: str | Path, is_writer: bool, wait_for_everyone: Callab
         yield staged
         wait_for_everyone()
         if is_writer:
-            for path in [path for path in sorted(staged.rglob("*")) if path.is_file()]:
-                target = folder / path.relative_to(staged)
+            new = {folder / path.relative_to(staged): path for path in staged.rglob("*") if path.is_file()}
+            earlier = {path for pattern in owned for path in folder.glob(pattern)} | _all_layouts(new)
+            set_aside(folder, earlier - new.keys(), "result")
+            for target, path in new.items():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(path, target)
     except Exception as error:
@@ -113,6 +122,15 @@ def written_whole(folder: str | Path, is_writer: bool, wait_for_everyone: Callab
         if is_writer:
             shutil.rmtree(staged, ignore_errors=True)
     wait_for_everyone()
+
+
+def _all_layouts(files: Iterable[Path]) -> set[Path]:
+    """The files that there are of the weights of these, in one file or in any number of shards. Loaders prefer shards."""
+    weights = {(path.parent, _LAYOUT.sub("", path.name)) for path in files if _LAYOUT.search(path.name)}
+    beside = [path for folder in {folder for folder, _ in weights} if folder.is_dir() for path in folder.iterdir()]
+    return {
+        path for path in beside if _LAYOUT.search(path.name) and (path.parent, _LAYOUT.sub("", path.name)) in weights
+    }
 
 
 def _remedy(error: Exception) -> str:
@@ -185,12 +203,29 @@ def set_aside_after(output_dir: str | Path, step: int) -> None:
     """
     for checkpoint in map(Path, sort_checkpoints(output_dir, PREFIX_CHECKPOINT_DIR)):
         if int(checkpoint.name.rpartition("-")[2]) > step:
-            folder = checkpoint.with_name(ABANDONED)
-            folder.mkdir(exist_ok=True)
-            names = (f"{checkpoint.name}.{n}" if n > 1 else checkpoint.name for n in itertools.count(1))
-            target = next(folder / name for name in names if not (folder / name).exists())
+            target = _abandoned(checkpoint.parent, checkpoint.name)
             os.rename(checkpoint, target)
             logger.warning(f"{checkpoint} is not of the run that begins at step {step}: moved to {target}.")
+
+
+def set_aside(output_dir: Path, files: Collection[Path], name: str) -> None:
+    """Move files in `output_dir`, which belong to an earlier run, into a folder `_abandoned/<name>`, where they keep their places."""
+    if not files:
+        return
+    target = _abandoned(output_dir, name)
+    for file in sorted(files):
+        place = target / file.relative_to(output_dir)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(file, place)
+    logger.warning(f"Files of an earlier run in {output_dir}, such as {min(files).name}, were moved to {target}.")
+
+
+def _abandoned(output_dir: Path, name: str) -> Path:
+    """A path in `_abandoned/` that is free."""
+    folder = output_dir / ABANDONED
+    folder.mkdir(exist_ok=True)
+    names = (f"{name}.{n}" if n > 1 else name for n in itertools.count(1))
+    return next(folder / free for free in names if not (folder / free).exists())
 
 
 def changes(checkpoint: str | Path, run: dict[str, Any], is_default: Callable[[str], bool]) -> list[str]:

@@ -4,7 +4,6 @@ The model card: README.md beside a result, with its pictures. The words are in t
 The trainer makes a [`CardRecord`] of plain values, and `write_model_card` renders it.
 """
 
-import ast
 import functools
 import json
 import math
@@ -30,7 +29,7 @@ from yaml import YAMLError
 
 from ..media import Media, Outputs, evenly_spread, middle_frame
 from ..metric_names import EVAL_PREFIX, REWARD
-from ..pipeline.adapter_files import diffusers_file
+from ..pipeline.adapter_files import call_options, diffusers_file
 from ..pipeline.loading import base_model_name, packaged_folder
 from ..pipeline.trained import TRAINED, has_adapter, trained_module, trained_modules
 from ..reporting.clips import save_clips
@@ -145,7 +144,7 @@ class SampleRecord:
     # Images in [0, 1], [P, S, 3, H, W]; videos [P, S, F, 3, H, W]; audio [P, S, C, L]. Shown only with "after".
     images: Mapping[str, Tensor | Media]
     results: Mapping[str, Mapping[str, float]]  # metrics of a column, which may be missing
-    held_out: bool  # True if the prompts were held out of training
+    held_out: bool  # True if none of the prompts was trained on
     diversity: str  # name of the metric of diversity
     is_few: bool = False  # True if they are too few for their means to tell anything
 
@@ -335,15 +334,8 @@ def _call(function: str, arguments: list[str]) -> str:
 
 
 def _literals(call_kwargs: Mapping[str, Any]) -> dict[str, str]:
-    """Return the arguments that are Python literals, as code."""
-    return {name: repr(value) for name, value in call_kwargs.items() if value is not None and _is_literal(value)}
-
-
-def _is_literal(value: Any) -> bool:
-    try:
-        return ast.literal_eval(repr(value)) == value
-    except (SyntaxError, ValueError, TypeError, RuntimeError):  # such as a function or a tensor, also inside of a list
-        return False
+    """Return the arguments that JSON can hold, as Python code."""
+    return {name: repr(value) for name, value in call_options(call_kwargs).items() if value is not None}
 
 
 def _fence(*texts: str) -> str:

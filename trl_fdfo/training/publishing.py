@@ -18,6 +18,7 @@ from ..pipeline.adapter_files import has_diffusers_format
 from ..pipeline.loading import folder_name
 from ..redaction import without_folders
 from ..reporting.logs import METRICS_FILE, PICTURES_FOLDER
+from ..saving.checkpoint_files import set_aside
 from ..saving.checkpointer import TrainingTime
 from ..saving.hub import PushError
 from ..saving.model_card import (
@@ -43,6 +44,11 @@ _HYPERPARAMETERS = (
 _TO_LOOK_AT = (
     *("README.md", "before_after.png", "reward_curve.png", "evaluation.png"),
     *(PICTURES_FOLDER, RESULTS_FILE, METRICS_FILE),
+)
+# Patterns of what a run that begins does not take over.
+_LOGS = (
+    *(METRICS_FILE, RESULTS_FILE, f"{PICTURES_FOLDER}/*_{6 * '[0-9]'}*.*"),
+    *("before_after.png", "reward_curve.png", "evaluation.png", "images/[0-9]*.*"),
 )
 
 
@@ -155,6 +161,17 @@ def write_card(
             "packaged one."
         )
         write_model_card(replace(record, template=None), folder)
+
+
+def set_logs_aside(trainer: Trainer) -> None:
+    """
+    Move the logs and pictures of an earlier run in `output_dir`, without what this process has made there, into `_abandoned/`. Its
+    result, with README.md, stays until this run has one.
+    """
+    folder = Path(trainer.args.output_dir)
+    if (folder / METRICS_FILE).is_file():
+        logs = {path for pattern in _LOGS for path in folder.glob(pattern)}
+        set_aside(folder, logs - trainer.pictures.written, "logs")
 
 
 def where_it_is(trainer: Trainer, folder: str | Path) -> str:

@@ -123,9 +123,15 @@ def check_eval_dataset(
 
 
 def check_evaluation(
-    config: RolloutConfig, eval_dataset: Dataset | None, rewards: RewardFunctions, controls: RewardFunctions | None
+    config: RolloutConfig,
+    train_dataset: Dataset,
+    eval_dataset: Dataset | None,
+    rewards: RewardFunctions,
+    controls: RewardFunctions | None,
 ) -> None:
     """
+    Refuse an impossible evaluation, and warn of prompts that are trained on.
+
     Raises:
         ValueError: The options ask for an impossible evaluation.
     """
@@ -137,6 +143,13 @@ def check_evaluation(
     if eval_dataset is not None:
         check_eval_dataset(config, eval_dataset, rewards, controls)
         _check_best_metric(config, rewards, controls)
+        evaluated = eval_dataset[config.dataset_prompt_column]
+        shared = len(set(evaluated).intersection(train_dataset[config.dataset_prompt_column]))
+        if shared:
+            logger.warning(
+                f"{shared} of the {len(set(evaluated))} prompts of the eval_dataset are trained on too: evaluations and alarms do not "
+                "tell what the training does to other prompts. `num_eval_prompts` holds out some of the train_dataset."
+            )
     if not is_evaluated:
         options = {
             "eval_dataset_name": config.eval_dataset_name,

@@ -31,7 +31,7 @@ from ..evaluation.diversity import load_working_diversity
 from ..evaluation.evaluator import Evaluator, summarize
 from ..media import Media, Outputs
 from ..metric_names import ALARM, EVAL_PREFIX
-from ..pipeline.adapter_files import save_call_options, save_diffusers_lora
+from ..pipeline.adapter_files import RESULT_FILES, save_call_options, save_diffusers_lora
 from ..pipeline.flow import PipelineFlow
 from ..pipeline.lora import check_stored_weights
 from ..pipeline.options import compile_blocks, keep_out_of_ddp
@@ -186,7 +186,7 @@ class RolloutTrainer(Algorithm, Trainer):
         if eval_reward_fn is not None:
             self.control_functions = RewardFunctions(eval_reward_fn, argument="eval_reward_fn")
         train_dataset, eval_dataset = load_datasets(config, train_dataset, eval_dataset, self.reward_functions)
-        check_evaluation(config, eval_dataset, self.reward_functions, self.control_functions)
+        check_evaluation(config, train_dataset, eval_dataset, self.reward_functions, self.control_functions)
         self.informative_prompts = informative_prompts(config, train_dataset)
 
         self.pipeline = pipeline = open_pipeline(pipeline, config)
@@ -456,6 +456,8 @@ class RolloutTrainer(Algorithm, Trainer):
             print(f"Going on from {checkpoint}.")
         if self.args.should_save:
             self.checkpointer.begin(checkpoint)
+            if checkpoint is None:
+                publishing.set_logs_aside(self)
         # An alarm sets it, if it needs a first evaluation, in the config that is the user's too.
         with self.signals, shadowed(self.args, eval_on_start=self.args.eval_on_start):
             return super().train(checkpoint, *args, **kwargs)
@@ -707,7 +709,6 @@ class RolloutTrainer(Algorithm, Trainer):
             **options: `num_prompts`, `images_per_prompt`, `metrics` and `diversity` of
                 [`~trl_fdfo.evaluation.before_after.BeforeAfter`].
         """
-        held_out = self.eval_dataset is not None
         untrained = None
         if self.args.use_peft:
             # Another adapter may have been there before this training.
@@ -717,9 +718,9 @@ class RolloutTrainer(Algorithm, Trainer):
             self.evaluator,
             self.generate,
             lambda: self.state,
-            self.eval_dataset if held_out else self.train_dataset,
+            self.train_dataset if self.eval_dataset is None else self.eval_dataset,
             self.args.dataset_prompt_column,
-            held_out,
+            self.train_dataset[self.args.dataset_prompt_column],
             untrained,
             **options,
         )
@@ -919,12 +920,14 @@ class RolloutTrainer(Algorithm, Trainer):
         """`save_model` without a model card and without a push. If it cannot be written, `output_dir` is left as it was."""
         put_back(self._accelerate_state)
         should_save = self.args.should_save
-        staged = written_whole(output_dir, should_save, self.accelerator.wait_for_everyone)
+        staged = written_whole(output_dir, should_save, self.accelerator.wait_for_everyone, RESULT_FILES)
         with staged as folder, self.averaged_weights():
             if self.args.use_peft:
                 super().save_model(str(folder), _internal_call=True)  # for which Trainer does not push
             else:
                 save_whole_pipeline(self.pipeline, folder, should_save)
+                if should_save:
+                    save_call_options(self.eval_call_kwargs(), folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         output_dir = output_dir or self.args.output_dir
