@@ -30,6 +30,7 @@ from trl_fdfo.planning.time import (
     CARDS,
     COMPILED_OPERATIONS,
     COMPILED_TRAFFIC,
+    CUDNN_SAVING,
     LAUNCH,
     THROUGHPUT,
     UTILISATION,
@@ -607,6 +608,28 @@ def test_seconds_of_a_card():
     compiled = card.seconds(cost, torch.bfloat16, compiled=True)
     assert compiled == pytest.approx(1200 / (UTILISATION * 1000) + COMPILED_TRAFFIC * moves)
     assert card.seconds(slow, torch.bfloat16, compiled=True) == pytest.approx(COMPILED_OPERATIONS * 10**9 * LAUNCH)
+    attends = replace(cost, attention=300)
+    assert card.seconds(attends, torch.bfloat16) == card.seconds(cost, torch.bfloat16)
+    saved = card.seconds(cost, torch.bfloat16) - card.seconds(attends, torch.bfloat16, cudnn=True)
+    assert saved == pytest.approx(CUDNN_SAVING * 300 / 1000)
+
+
+def test_seconds_of_a_measured_update():
+    """Of whole runs on an H100, compiled, in 40 steps: with PyTorch's flash kernel and with cuDNN's."""
+    results = json.loads((ROOT / "benchmarks" / "results" / "gpu_sd35-NVIDIA-H100-80GB-HBM3.json").read_text())
+    rows = {row["options"].get("attention_backend"): row for row in results["rows"] if "40 steps" in row["name"]}
+    twin = gpu_sd35.run_as_trained(gpu_sd35.build_adapted_transformer(gpu_sd35.MEDIUM, torch.device("meta")))
+    with gpu_sd35.building(torch.device("meta")):
+        calls = [((), gpu_sd35.transformer_inputs(gpu_sd35.MEDIUM, 16))]
+    cost = training_cost(twin, calls, Precision("cuda"))
+    # The joint attention of 24 blocks and the image's own of 13, forward and 2.5 times as much back. Before the image's own of the
+    # first block nothing is trained.
+    joint, own = 4 * 1536 * (1024 + 77 + 128) ** 2, 4 * 1536 * 1024**2
+    assert cost.attention == 16 * (3.5 * (24 * joint + 13 * own) - 2.5 * own)
+    for backend, row in rows.items():
+        seconds = CARDS["h100"].seconds(cost, torch.bfloat16, compiled=True, cudnn=backend is not None)
+        assert 16 / seconds == pytest.approx(row["tuples_per_second"], rel=0.03)
+    assert rows.keys() == {None, "_native_cudnn"}
 
 
 # The machine of the H100 had a slow host, which its calls of 4 images waited for.

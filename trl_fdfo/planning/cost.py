@@ -52,12 +52,14 @@ class Cost:
             addition are two.
         traffic (`int`): Bytes that all other operations read and write, which a GPU's bandwidth limits. Views move none.
         operations (`int`): Operations that are no views, so kernels to launch, about.
+        attention (`int`): Those of the FLOPs that are attention's.
     """
 
     peak: int
     flops: int
     traffic: int = 0
     operations: int = 0
+    attention: int = 0
 
 
 @dataclass(frozen=True)
@@ -273,7 +275,7 @@ class _Counter(TorchDispatchMode):
 
     def __init__(self, known: Iterable[Tensor]):
         super().__init__()
-        self.flops = self.traffic = self.operations = self.now = self.peak = 0
+        self.flops = self.traffic = self.operations = self.attention = self.now = self.peak = 0
         self._repeated: dict[tuple, _Operation] = {}
         self._known = WeakIdKeyDictionary()
         for tensor in known:
@@ -313,6 +315,7 @@ class _Counter(TorchDispatchMode):
             self.operations += 1
             if flops is not None:
                 self.flops += flops
+                self.attention += flops if "attention" in func._schema.name else 0
             else:
                 self.traffic += sum(_moved_bytes(tensor) for tensor in (*given, *returned))
         for tensor in returned:
@@ -399,4 +402,8 @@ def _counting(module: nn.Module, calls: Sequence[tuple[tuple, dict]], precision:
     arguments = [leaf for leaf in tree_leaves(calls) if isinstance(leaf, Tensor)]
     counter = _Counter([*twin.parameters(), *twin.buffers(), *gradients, *arguments])
     with precision.kernel_context(), fake_mode, counter:
-        yield twin, calls, lambda: Cost(counter.peak, counter.flops, counter.traffic, counter.operations)
+        yield (
+            twin,
+            calls,
+            lambda: Cost(counter.peak, counter.flops, counter.traffic, counter.operations, counter.attention),
+        )

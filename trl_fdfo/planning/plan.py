@@ -289,7 +289,7 @@ class RunPlan:
         estimate. None if the run has a batch of that size already, or if no batch is large enough.
         """
         args, card = self.args, CARDS[self.gpu]
-        busy = card.busy_seconds(self.training, self._dtype, self._tf32, args.torch_compile)
+        busy = card.busy_seconds(self.training, self._dtype, self._tf32, args.torch_compile, self._cudnn)
         host = host_seconds(self.training, args.torch_compile)
         if busy >= host:
             return None
@@ -304,6 +304,10 @@ class RunPlan:
     def _dtype(self) -> torch.dtype:
         """In which the transformer multiplies."""
         return self.engine.autocast or next(self.model.parameters()).dtype
+
+    @property
+    def _cudnn(self) -> bool:
+        return self.args.attention_backend == "_native_cudnn"
 
     @property
     def _tf32(self) -> bool:
@@ -354,9 +358,8 @@ class RunPlan:
         `options` replace `num_inference_steps` and `timestep_fraction` of the run.
         """
         args, card = self._args_with(options), CARDS[self.gpu]
-        call, update = (
-            card.seconds(cost, self._dtype, self._tf32, args.torch_compile) for cost in (self.sampling, self.training)
-        )
+        how = (self._dtype, self._tf32, args.torch_compile)
+        call, update = card.seconds(self.sampling, *how), card.seconds(self.training, *how, self._cudnn)
         update += self._calls_beside_training * call
         batches = args.num_rollout_batches
         sampled_batches = self._candidates * batches

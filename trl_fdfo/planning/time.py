@@ -26,6 +26,9 @@ LAUNCH = 23e-6
 # Shares of the seconds that remain where `torch_compile` fuses operations. Inductor's kernels move 0.35 of a joint
 # transformer's traffic in sampling and 0.43 in training by PyTorch's count (benchmarks/results/traffic.txt), and faster.
 COMPILED_TRAFFIC, COMPILED_OPERATIONS = 0.3, 0.6
+# What cuDNN's kernel saves of a pass with gradients: seconds per FLOP of attention, times the card's peak. On an H100 flash's kernel
+# ran at 0.18 of the peak, and cuDNN's at 0.24.
+CUDNN_SAVING = 1.37
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,9 @@ class Card:
     float32: float
     bandwidth: float
 
-    def seconds(self, cost: Cost, dtype: torch.dtype, tf32: bool = False, compiled: bool = False) -> float:
+    def seconds(
+        self, cost: Cost, dtype: torch.dtype, tf32: bool = False, compiled: bool = False, cudnn: bool = False
+    ) -> float:
         """
         Estimated seconds of calls.
 
@@ -54,14 +59,18 @@ class Card:
             dtype (`torch.dtype`): Dtype of their matrix products and convolutions.
             tf32 (`bool`): Those in float32 run in TF32, as PyTorch runs convolutions.
             compiled (`bool`): The calls are compiled.
+            cudnn (`bool`): They are passes with gradients, whose attention is cuDNN's kernel.
         """
-        return max(self.busy_seconds(cost, dtype, tf32, compiled), host_seconds(cost, compiled))
+        return max(self.busy_seconds(cost, dtype, tf32, compiled, cudnn), host_seconds(cost, compiled))
 
-    def busy_seconds(self, cost: Cost, dtype: torch.dtype, tf32: bool = False, compiled: bool = False) -> float:
+    def busy_seconds(
+        self, cost: Cost, dtype: torch.dtype, tf32: bool = False, compiled: bool = False, cudnn: bool = False
+    ) -> float:
         """Estimated seconds of the card alone, for the arguments of [`Card.seconds`]."""
         peak = self.peak if dtype != torch.float32 else self.peak / 2 if tf32 else self.float32
         traffic = COMPILED_TRAFFIC * cost.traffic if compiled else cost.traffic
-        return cost.flops / (UTILISATION * peak) + traffic / (THROUGHPUT * self.bandwidth)
+        saved = CUDNN_SAVING * cost.attention / peak if cudnn else 0.0
+        return cost.flops / (UTILISATION * peak) + traffic / (THROUGHPUT * self.bandwidth) - saved
 
 
 def host_seconds(cost: Cost, compiled: bool = False) -> float:
