@@ -357,7 +357,7 @@ class RehearsalScheduler(StandIn):
         # A pipeline may pack its latents: in the order of their values they are the same.
         x, drawn = x.float().flatten().sort().values, self._drawn.flatten().sort().values
         scale = x.norm() / drawn.norm()
-        if torch.allclose(x, scale * drawn, rtol=0.02, atol=0.02 * float(scale)):
+        if (scale - 1).abs() > 0.05 and torch.allclose(x, scale * drawn, rtol=0.02, atol=0.02 * float(scale)):
             self.noise_scale = float(scale)
 
     def step(self, model_output, timestep, sample, return_dict=True, **kwargs):

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from transformers.trainer import OPTIMIZER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 from transformers.utils import logging
 
@@ -167,6 +168,19 @@ def fault(checkpoint: str | Path) -> str | None:
         if _crc32(path) != expected["crc32"]:
             return f"{name} is damaged: its checksum is another"
     return None
+
+
+def check_optimizer_state(checkpoint: str) -> None:
+    """
+    Raises:
+        ValueError: A checkpoint has weights alone, or the optimizer state of an engine.
+    """
+    if not Path(checkpoint, OPTIMIZER_NAME).is_file():
+        raise ValueError(
+            f"{checkpoint} has no {OPTIMIZER_NAME}: it was saved with save_only_model=True, and a run cannot go on "
+            "from its weights alone, or by a run with DeepSpeed or FSDP, which only such a run reads. Load its "
+            "weights as the start of a new run."
+        )
 
 
 def is_whole(checkpoint: str | Path) -> bool:

@@ -506,6 +506,18 @@ def find_trainable_levels(rehearsal: Rehearsal, pipeline: DiffusionPipeline, con
     return levels
 
 
+def refuse_later_noise(pipeline: DiffusionPipeline, scale: float) -> None:
+    """
+    Raises:
+        ValueError: Always: the noise that a run adds has another standard deviation than the model knows.
+    """
+    raise ValueError(
+        f"{type(pipeline).__name__} starts from noise of a standard deviation of {scale:.3g}, and the noise that this run "
+        "adds to later latents has 1: the model would see less noise than at its level, and learn from it. Train it "
+        "with noise in the first latents alone, as the finite difference with churn_schedule='prior'."
+    )
+
+
 def _first_row(config: RolloutConfig, dataset: Dataset) -> tuple[list[str], dict[str, list]]:
     """The prompt of the first row, and its values of the columns that the pipeline takes."""
     column, columns = config.dataset_prompt_column, config.pipeline_columns or ()

@@ -9,7 +9,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, set_seed
-from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, OPTIMIZER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
@@ -45,7 +44,7 @@ from ..planning.without_weights import plan_without_weights
 from ..reporting.logs import MetricsFile, PictureLogger
 from ..reporting.progress import FirstRolloutReport
 from ..rewards.reward_functions import RewardFunction, RewardFunctions
-from ..saving.checkpoint_files import written_whole
+from ..saving.checkpoint_files import check_optimizer_state, written_whole
 from ..saving.checkpointer import Checkpointer, TimedCheckpoints, TrainingTime, set_options
 from ..saving.fingerprint import fingerprint
 from ..saving.hub import HubPusher
@@ -87,6 +86,7 @@ from .setup import (
     place_components,
     prepare_pipeline,
     progress_callback,
+    refuse_later_noise,
     rehearse,
     try_replay,
     warn_of_lengths,
@@ -234,7 +234,9 @@ class RolloutTrainer(Algorithm, Trainer):
                 self.replay_tolerance = self._try_replay()
             self.offload_components()
             self.sigmas = self._rehearsal.sigmas
-            self._check_noise()
+            noise_scale = self._rehearsal.noise_scale
+            if noise_scale != 1 and (self.noises_endpoints or checked.noise_amounts(self, 0, [0])[..., 1:].any()):
+                refuse_later_noise(pipeline, noise_scale)
             self.trainable_levels = find_trainable_levels(self._rehearsal, pipeline, self.args)
             self.outputs = Outputs.of(pipeline, self.flow.call_kwargs, self._rehearsal.images)
             check_calls_of_levels(self._rehearsal, self.trainable_levels, self.accelerator, pipeline)
@@ -254,20 +256,6 @@ class RolloutTrainer(Algorithm, Trainer):
             config.hold()
 
     # Setup ------------------------------------------------------------------------------------------------------------
-
-    def _check_noise(self) -> None:
-        """
-        Raises:
-            ValueError: The run adds noise of another standard deviation than the model knows.
-        """
-        scale = self._rehearsal.noise_scale
-        if abs(scale - 1) < 0.05 or not (self.noises_endpoints or checked.noise_amounts(self, 0, [0])[..., 1:].any()):
-            return
-        raise ValueError(
-            f"{type(self.pipeline).__name__} starts from noise of a standard deviation of {scale:.3g}, and the noise that this run "
-            "adds to later latents has 1: the model would see less noise than at its level, and learn from it. Train it "
-            "with noise in the first latents alone, as the finite difference with churn_schedule='prior'."
-        )
 
     def _try_replay(self, decodes: bool = False) -> float:
         """Replay a batch in the kernels that the run will use, and return the replay error that the run allows."""
@@ -863,13 +851,8 @@ class RolloutTrainer(Algorithm, Trainer):
         return scheduler
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        is_own_format = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
-        if checkpoint is not None and is_own_format and not Path(checkpoint, OPTIMIZER_NAME).is_file():
-            raise ValueError(
-                f"{checkpoint} has no {OPTIMIZER_NAME}: it was saved with save_only_model=True, and a run cannot go on "
-                "from its weights alone, or by a run with DeepSpeed or FSDP, which only such a run reads. Load its "
-                "weights as the start of a new run."
-            )
+        if checkpoint is not None and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            check_optimizer_state(checkpoint)
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
