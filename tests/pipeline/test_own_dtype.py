@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import tiny_pipelines
@@ -13,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from trl_fdfo.pipeline.own_dtype import can_run_in_own_dtype, run_in_own_dtype
-from trl_fdfo.training.engines import check_attention_backend
+from trl_fdfo.training.engines import check_attention_backend, leave_out_autocast
 
 
 CALL = {"height": 16, "width": 16, "max_sequence_length": 8, "guidance_scale": 1.0}
@@ -174,6 +175,16 @@ def test_images_before_a_run_are_in_its_precision(make_trainer):
     assert torch.equal(trainer.generate(PROMPTS[:2], [0, 1]), before) and all(autocasts)
     exact = make_trainer(num_rollouts=1).generate(PROMPTS[:2], [0, 1])
     assert 1e-5 < (before - exact).abs().max() < 0.1
+
+
+@pytest.mark.parametrize(("policy", "enabled"), [(object(), False), (None, None)])
+def test_fsdp2_that_casts_by_its_own_policy_has_no_autocast(policy, enabled):
+    plugin = SimpleNamespace(mixed_precision_policy=policy)
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision="bf16", autocast_handler=None
+    )
+    leave_out_autocast(accelerator, tiny_pipelines.sd3().transformer)  # all of its weights are trained, in float32
+    assert getattr(accelerator.autocast_handler, "enabled", None) is enabled
 
 
 def test_kernels_of_16_bits_alone_are_refused_under_autocast(make_trainer):

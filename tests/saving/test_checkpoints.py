@@ -198,7 +198,9 @@ def test_the_time_of_a_resumed_run_is_that_of_all_its_parts(make_trainer, traine
 
 @pytest.mark.parametrize(("step", "kept", "seconds"), [(2, 3600.0, 3600), (0, 3600.0, 0), (2, None, None)])
 def test_the_time_of_a_new_run_is_its_own_and_that_of_an_older_checkpoint_unknown(step, kept, seconds):
-    state = TrainerState(global_step=step, stateful_callbacks={"train_seconds": kept} if kept else {})
+    state = TrainerState(
+        global_step=step, stateful_callbacks={"TrainingTime": {"attributes": {"kept": kept}}} if kept else {}
+    )
     timer = TrainingTime()
     timer.on_train_begin(None, state, None)
     timer.on_step_end(None, state, None)

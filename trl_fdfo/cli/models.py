@@ -73,7 +73,9 @@ def model_options(model: str) -> dict[str, Any]:
             folder = Path(hf_hub_download(model, CALL_OPTIONS)).parent
         except (OSError, HTTPError, ValueError):  # what is wrong beyond that, loading the pipeline tells
             return {}
-    return read_call_options(folder) or {}
+    options = read_call_options(folder) or {}
+    # Its name is also that of a language model's file.
+    return {} if "transformers_version" in options else options
 
 
 def call_options(arguments: InferenceArguments, adapters: dict[str, Path]) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import logging
 
 from .checks import check_own_layers, check_trainable
@@ -253,13 +252,6 @@ def diffusers_file(transformer: str) -> str:
     `transformer`; those of others the transformer's `load_lora_adapter(folder, weight_name=...)`.
     """
     return DIFFUSERS_FILE if transformer == TRAINED else f"pytorch_lora_weights_{transformer}.safetensors"
-
-
-# Patterns of the files of a result that is an adapter: beside another result they would be taken for it.
-RESULT_FILES = (
-    *(SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME, DIFFUSERS_FILE, diffusers_file("*")),
-    *(CALL_OPTIONS, TRAINING_ARGS_NAME),
-)
 
 
 def call_options(call_kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -18,10 +18,13 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
-from transformers.trainer import OPTIMIZER_NAME
+from transformers.trainer import OPTIMIZER_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 from transformers.utils import logging
+
+from ..pipeline.adapter_files import CALL_OPTIONS, diffusers_file
 
 
 logger = logging.get_logger(__name__)
@@ -90,7 +93,7 @@ def written_whole(
         folder (`str` or `Path`): Where the files belong. Files of the same names are replaced, others stay.
         is_writer (`bool`): This process moves them.
         wait_for_everyone (`Callable`): A barrier of all processes.
-        owned (`Sequence[str]`): Patterns of files that a result may have. Those of an earlier one that this one lacks are set
+        owned (`Sequence[str]`): Names of files that a result may have. Those of an earlier one that this one lacks are set
             aside, as are other shards of the same weights: who loads the folder would take them for this one's.
 
     Raises:
@@ -107,11 +110,11 @@ def written_whole(
         wait_for_everyone()
         if is_writer:
             new = {folder / path.relative_to(staged): path for path in staged.rglob("*") if path.is_file()}
-            earlier = {path for pattern in owned for path in folder.glob(pattern)} | _all_layouts(new)
-            set_aside(folder, earlier - new.keys(), "result")
+            earlier = {folder / name for name in owned if (folder / name).is_file()} | _all_layouts(new)
             for target, path in new.items():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(path, target)
+            set_aside(folder, earlier - new.keys(), "result")
     except Exception as error:
         if not is_writer:  # which says what is wrong
             raise
@@ -123,6 +126,15 @@ def written_whole(
         if is_writer:
             shutil.rmtree(staged, ignore_errors=True)
     wait_for_everyone()
+
+
+def result_files(transformers: Iterable[str]) -> list[str]:
+    """
+    Names of the files of a result that is an adapter on transformers of these names: beside another result they would be taken
+    for it.
+    """
+    own = [SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME, CALL_OPTIONS, TRAINING_ARGS_NAME]
+    return [*own, *map(diffusers_file, transformers)]
 
 
 def _all_layouts(files: Iterable[Path]) -> set[Path]:

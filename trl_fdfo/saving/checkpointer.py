@@ -283,22 +283,22 @@ class TimedCheckpoints(TrainerCallback):
 class TrainingTime(TrainerCallback):
     """Keeps the seconds of a run in its state, and so in its checkpoints: a resumed run adds its own to them."""
 
-    _KEY = "train_seconds"  # in `state.stateful_callbacks`, beside the states that Trainer keeps there
-
     def on_train_begin(self, args, state, control, **kwargs):
-        # Checkpoints of older versions do not tell.
-        before = state.stateful_callbacks.get(self._KEY, math.nan) if state.global_step else 0.0
-        self._start = time.monotonic() - before
+        before = self.seconds(state) if state.global_step else 0.0
+        self._start = time.monotonic() - (math.nan if before is None else before)
 
     def on_step_end(self, args, state, control, **kwargs):
-        state.stateful_callbacks[self._KEY] = time.monotonic() - self._start
+        # As Trainer keeps the states of callbacks, and may restore them.
+        kept = {"args": {}, "attributes": {"kept": time.monotonic() - self._start}}
+        state.stateful_callbacks[type(self).__name__] = kept
 
     on_train_end = on_step_end
 
     @classmethod
     def seconds(cls, state: TrainerState) -> float | None:
         """Seconds that the weights took; None if they are untrained, or if a checkpoint did not tell."""
-        seconds = state.stateful_callbacks.get(cls._KEY, math.nan)
+        # Checkpoints of older versions do not tell.
+        seconds = state.stateful_callbacks.get(cls.__name__, {}).get("attributes", {}).get("kept", math.nan)
         return None if math.isnan(seconds) else seconds
 
 

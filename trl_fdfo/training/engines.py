@@ -152,7 +152,13 @@ def called_in_mixed_precision(accelerator: Accelerator, model: torch.nn.Module) 
 
 
 def leave_out_autocast(accelerator: Accelerator, model: torch.nn.Module) -> None:
-    """Compute without autocast what does not need it: a LoRA on a transformer in the dtype of mixed precision."""
+    """
+    Compute without autocast what does not need it: a LoRA on a transformer in the dtype of mixed precision, and what FSDP2 casts by a
+    policy of its own.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if getattr(plugin, "mixed_precision_policy", None) is not None:
+        accelerator.autocast_handler = AutocastKwargs(enabled=False)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
     if can_run_in_own_dtype(model, dtype):
         run_in_own_dtype(model)

@@ -16,7 +16,6 @@ from transformers.utils import logging
 from ..evaluation.before_after import RESULTS_FILE
 from ..pipeline.adapter_files import has_diffusers_format
 from ..pipeline.loading import folder_name
-from ..redaction import without_folders
 from ..reporting.logs import METRICS_FILE, PICTURES_FOLDER
 from ..saving.checkpoint_files import set_aside
 from ..saving.checkpointer import TrainingTime
@@ -46,10 +45,7 @@ _TO_LOOK_AT = (
     *(PICTURES_FOLDER, RESULTS_FILE, METRICS_FILE),
 )
 # Patterns of what a run that begins does not take over.
-_LOGS = (
-    *(METRICS_FILE, RESULTS_FILE, f"{PICTURES_FOLDER}/*_{6 * '[0-9]'}*.*"),
-    *("before_after.png", "reward_curve.png", "evaluation.png", "images/[0-9]*.*"),
-)
+_LOGS = (METRICS_FILE, RESULTS_FILE, f"{PICTURES_FOLDER}/*_{6 * '[0-9]'}*.*")
 
 
 def save(trainer: Trainer, output_dir: str) -> None:
@@ -88,13 +84,15 @@ def push(
     if trainer.comparison is None:
         trainer.comparison = trainer.compare()
     trainer.comparison.complete()
-    trainer.create_model_card(revision=revision, **card_options)
+    if revision is not None:
+        card_options["revision"] = revision
+    trainer.create_model_card(**card_options)
     if not trainer.is_world_process_zero():
         return None
     place = trainer.hub.repo_id
     trainer.hub.create_repo(token, private, revision)
     if trainer.hub.repo_id != place:
-        trainer.create_model_card(revision=revision, **card_options)
+        trainer.create_model_card(**card_options)
     return trainer.hub.push(commit_message, blocking, token, revision)
 
 
@@ -165,8 +163,8 @@ def write_card(
 
 def set_logs_aside(trainer: Trainer) -> None:
     """
-    Move the logs and pictures of an earlier run in `output_dir`, without what this process has made there, into `_abandoned/`. Its
-    result, with README.md, stays until this run has one.
+    Move the logs and sheets of an earlier run in `output_dir`, without the sheets that were made there since this trainer is there,
+    into `_abandoned/`. Its result, with README.md and its pictures, stays until this run has one.
     """
     folder = Path(trainer.args.output_dir)
     if (folder / METRICS_FILE).is_file():
@@ -251,7 +249,7 @@ def _training_record(trainer: Trainer, prompt_file: str | None) -> TrainingRecor
         prompt_file=prompt_file,
         best=trainer.best_rollout,
         seconds=TrainingTime.seconds(trainer.state),
-        begun_from=without_folders(args.adapter),
+        begun_from=folder_name(args.adapter) if args.adapter and os.path.exists(args.adapter) else args.adapter,
     )
 
 

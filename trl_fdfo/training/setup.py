@@ -143,11 +143,13 @@ def check_evaluation(
     if eval_dataset is not None:
         check_eval_dataset(config, eval_dataset, rewards, controls)
         _check_best_metric(config, rewards, controls)
-        evaluated = eval_dataset[config.dataset_prompt_column]
-        shared = len(set(evaluated).intersection(train_dataset[config.dataset_prompt_column]))
+        evaluated = (
+            set(eval_dataset[config.dataset_prompt_column]) if tells_rows_apart(train_dataset, config) else set()
+        )
+        shared = len(evaluated.intersection(train_dataset[config.dataset_prompt_column])) if evaluated else 0
         if shared:
             logger.warning(
-                f"{shared} of the {len(set(evaluated))} prompts of the eval_dataset are trained on too: evaluations and alarms do not "
+                f"{shared} of the {len(evaluated)} prompts of the eval_dataset are trained on too: evaluations and alarms do not "
                 "tell what the training does to other prompts. `num_eval_prompts` holds out some of the train_dataset."
             )
     if not is_evaluated:
@@ -518,6 +520,11 @@ def refuse_later_noise(pipeline: DiffusionPipeline, scale: float) -> None:
     )
 
 
+def tells_rows_apart(dataset: Dataset, config: RolloutConfig) -> bool:
+    """True if a row is known by its prompt: with images, one instruction may stand for many; and no transform is run over all rows."""
+    return not config.pipeline_columns and dataset.format["type"] != "custom"
+
+
 def _first_row(config: RolloutConfig, dataset: Dataset) -> tuple[list[str], dict[str, list]]:
     """The prompt of the first row, and its values of the columns that the pipeline takes."""
     column, columns = config.dataset_prompt_column, config.pipeline_columns or ()
@@ -589,10 +596,9 @@ def _warn_of_guidance(
 
     if config.guidance_scale != 1 or computed(rehearsal) < 1.5 * rehearsal.latents.numel():
         return
-    without = copy.copy(flow)
-    without.call_kwargs = {**flow.call_kwargs, "guidance_scale": 0.0}
     with suppress(ValueError):
-        share = computed(without.rehearse(prompts, columns, config.num_generations)) / computed(rehearsal)
+        without = flow.rehearse(prompts, columns, config.num_generations, guidance_scale=0.0)
+        share = computed(without) / computed(rehearsal)
         if share < 0.75:
             logger.warning(
                 f"guidance_scale={config.guidance_scale} is guidance in {type(flow.pipeline).__name__}: each step computes "

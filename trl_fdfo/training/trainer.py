@@ -30,21 +30,21 @@ from ..evaluation.diversity import load_working_diversity
 from ..evaluation.evaluator import Evaluator, summarize
 from ..media import Media, Outputs
 from ..metric_names import ALARM, EVAL_PREFIX
-from ..pipeline.adapter_files import RESULT_FILES, save_call_options, save_diffusers_lora
+from ..pipeline.adapter_files import save_call_options, save_diffusers_lora
 from ..pipeline.flow import PipelineFlow
 from ..pipeline.lora import check_stored_weights
 from ..pipeline.options import compile_blocks, keep_out_of_ddp
 from ..pipeline.patch import shadowed
 from ..pipeline.records import Rehearsal
 from ..pipeline.replay_check import check_replay_error, default_tolerance, replay_error, tolerance_above
-from ..pipeline.trained import restored_on_error, trained_module
+from ..pipeline.trained import restored_on_error, trained_module, trained_modules
 from ..planning.memory import Engine
 from ..planning.plan import RunPlan
 from ..planning.without_weights import plan_without_weights
 from ..reporting.logs import MetricsFile, PictureLogger
 from ..reporting.progress import FirstRolloutReport
 from ..rewards.reward_functions import RewardFunction, RewardFunctions
-from ..saving.checkpoint_files import check_optimizer_state, written_whole
+from ..saving.checkpoint_files import check_optimizer_state, result_files, written_whole
 from ..saving.checkpointer import Checkpointer, TimedCheckpoints, TrainingTime, set_options
 from ..saving.fingerprint import fingerprint
 from ..saving.hub import HubPusher
@@ -88,6 +88,7 @@ from .setup import (
     progress_callback,
     refuse_later_noise,
     rehearse,
+    tells_rows_apart,
     try_replay,
     warn_of_lengths,
 )
@@ -234,10 +235,10 @@ class RolloutTrainer(Algorithm, Trainer):
                 self.replay_tolerance = self._try_replay()
             self.offload_components()
             self.sigmas = self._rehearsal.sigmas
+            self.trainable_levels = find_trainable_levels(self._rehearsal, pipeline, self.args)
             noise_scale = self._rehearsal.noise_scale
             if noise_scale != 1 and (self.noises_endpoints or checked.noise_amounts(self, 0, [0])[..., 1:].any()):
                 refuse_later_noise(pipeline, noise_scale)
-            self.trainable_levels = find_trainable_levels(self._rehearsal, pipeline, self.args)
             self.outputs = Outputs.of(pipeline, self.flow.call_kwargs, self._rehearsal.images)
             check_calls_of_levels(self._rehearsal, self.trainable_levels, self.accelerator, pipeline)
             self.pictures.outputs = self.outputs
@@ -446,6 +447,7 @@ class RolloutTrainer(Algorithm, Trainer):
             self.checkpointer.begin(checkpoint)
             if checkpoint is None:
                 publishing.set_logs_aside(self)
+                self.pictures.written.clear()  # those of this run are an earlier one's for the next
         # An alarm sets it, if it needs a first evaluation, in the config that is the user's too.
         with self.signals, shadowed(self.args, eval_on_start=self.args.eval_on_start):
             return super().train(checkpoint, *args, **kwargs)
@@ -702,13 +704,15 @@ class RolloutTrainer(Algorithm, Trainer):
             # Another adapter may have been there before this training.
             name = "before" if self.args.adapter is None else "base model"
             untrained = name, self.model.disable_adapter
+        column = self.args.dataset_prompt_column
+        knows_rows_by_prompt = self.eval_dataset is None or tells_rows_apart(self.train_dataset, self.args)
         return BeforeAfter(
             self.evaluator,
             self.generate,
             lambda: self.state,
             self.train_dataset if self.eval_dataset is None else self.eval_dataset,
-            self.args.dataset_prompt_column,
-            self.train_dataset[self.args.dataset_prompt_column],
+            column,
+            self.train_dataset[column] if knows_rows_by_prompt else (),
             untrained,
             **options,
         )
@@ -903,7 +907,8 @@ class RolloutTrainer(Algorithm, Trainer):
         """`save_model` without a model card and without a push. If it cannot be written, `output_dir` is left as it was."""
         put_back(self._accelerate_state)
         should_save = self.args.should_save
-        staged = written_whole(output_dir, should_save, self.accelerator.wait_for_everyone, RESULT_FILES)
+        owned = result_files(trained_modules(self.pipeline))
+        staged = written_whole(output_dir, should_save, self.accelerator.wait_for_everyone, owned)
         with staged as folder, self.averaged_weights():
             if self.args.use_peft:
                 super().save_model(str(folder), _internal_call=True)  # for which Trainer does not push
