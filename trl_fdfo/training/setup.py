@@ -408,8 +408,9 @@ def rehearse(
     prompt, columns = _first_row(config, train_dataset)
     prompts = prompt * config.per_device_prompt_batch_size
     rehearsal = _rehearse_row(flow, prompts, columns, config.num_generations)
-    _check_negative_prompt(flow, config, prompts, columns, rehearsal)
-    _warn_of_guidance(flow, config, prompts, columns, rehearsal)
+    call = (prompts, columns, config.num_generations)
+    _check_negative_prompt(flow, config, call, rehearsal)
+    _warn_of_guidance(flow, config, call, rehearsal)
     if config.gradient_checkpointing and carries_state(rehearsal.outputs):
         raise ValueError(
             f"gradient_checkpointing=True computes the blocks of the transformer once more, and that of this "
@@ -557,13 +558,7 @@ def _in_rgb(value: Any) -> Any:
     return value.convert("RGB") if isinstance(value, Image.Image) and value.mode != "RGB" else value
 
 
-def _check_negative_prompt(
-    flow: PipelineFlow,
-    config: RolloutConfig,
-    prompts: list[str],
-    columns: dict[str, list],
-    rehearsal: Rehearsal,
-) -> None:
+def _check_negative_prompt(flow: PipelineFlow, config: RolloutConfig, call: tuple, rehearsal: Rehearsal) -> None:
     """Warn of a negative prompt without guidance. Pipelines differ in what turns it on: the transformer's calls tell."""
     given = {name: text for name, text in flow.call_kwargs.items() if name.startswith("negative_prompt") and text}
     if not given or config.guidance_scale is None or config.guidance_scale > 1:
@@ -571,7 +566,7 @@ def _check_negative_prompt(
     without = copy.copy(flow)
     without.call_kwargs = {name: value for name, value in flow.call_kwargs.items() if name not in given}
     with suppress(ValueError):  # of a pipeline that needs one
-        plain = without.rehearse(prompts, columns, config.num_generations)
+        plain = without.rehearse(*call)
         with_it, without_it = (_tensors(each.model_calls) for each in (rehearsal, plain))
         if len(with_it) == len(without_it) and all(map(torch.equal, with_it, without_it)):
             logger.warning(
@@ -580,13 +575,7 @@ def _check_negative_prompt(
             )
 
 
-def _warn_of_guidance(
-    flow: PipelineFlow,
-    config: RolloutConfig,
-    prompts: list[str],
-    columns: dict[str, list],
-    rehearsal: Rehearsal,
-) -> None:
+def _warn_of_guidance(flow: PipelineFlow, config: RolloutConfig, call: tuple, rehearsal: Rehearsal) -> None:
     """Warn where a scale of 1, which is no guidance in most pipelines, is guidance by as much as the difference to no prompt."""
 
     def computed(each: Rehearsal) -> int:
@@ -597,7 +586,7 @@ def _warn_of_guidance(
     if config.guidance_scale != 1 or computed(rehearsal) < 1.5 * rehearsal.latents.numel():
         return
     with suppress(ValueError):
-        without = flow.rehearse(prompts, columns, config.num_generations, guidance_scale=0.0)
+        without = flow.rehearse(*call, guidance_scale=0.0)
         share = computed(without) / computed(rehearsal)
         if share < 0.75:
             logger.warning(
