@@ -183,7 +183,7 @@ ROWS = [
     Row("8 prompts", FILLED, planned=True),
     Row("8 prompts, torch_compile", COMPILED, planned=True),
     Row("8 prompts, torch_compile, cuDNN's attention", COMPILED | CUDNN),
-    Row("the same in 40 steps", COMPILED | CUDNN | PAPER),
+    Row("8 prompts, torch_compile, cuDNN's attention, in 40 steps", COMPILED | CUDNN | PAPER),
     Row("8 prompts, torch_compile, in 40 steps", COMPILED | PAPER),
     # Memory, of one batch of 2 prompts.
     Row("all that saves memory", SAVING | ONE_BATCH, text_encoders=True, planned=True),

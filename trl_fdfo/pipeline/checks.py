@@ -164,15 +164,12 @@ def warn_of_other_size(
     computed = largest if math.prod(largest) > 1.5 * math.prod(asked) else size
     if computed == asked:
         return
-    binned = "use_resolution_binning" in inspect.signature(type(pipeline).__call__).parameters
+    remedy = ". Set"
+    if computed != size and "use_resolution_binning" in inspect.signature(type(pipeline).__call__).parameters:
+        remedy = ", which it scales back. Set use_resolution_binning=False in pipeline_kwargs, or"
     logger.warning_once(
-        f"height={asked[0]} and width={asked[1]}, and {type(pipeline).__name__} computes {computed[0]} x {computed[1]} pixels"
-        + (
-            ", which it scales back. Set use_resolution_binning=False in pipeline_kwargs, or"
-            if binned and computed != size
-            else ". Set"
-        )
-        + f" height={computed[0]} and width={computed[1]}, so that your settings say what is made, and what it costs."
+        f"height={asked[0]} and width={asked[1]}, and {type(pipeline).__name__} computes {computed[0]} x {computed[1]} "
+        f"pixels{remedy} height={computed[0]} and width={computed[1]}, so that your settings say what is made, and what it costs."
     )
 
 

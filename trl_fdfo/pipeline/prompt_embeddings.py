@@ -108,10 +108,8 @@ def encoding_key(flow: PipelineFlow) -> str:
     arguments = {name: value for name, value in flow.call_kwargs.items() if name not in AFTER_ENCODING}
     # Names that begin with an underscore say where a pipeline comes from.
     config = {name: value for name, value in pipeline.config.items() if not name.startswith("_")}
-    versions = [
-        diffusers.__version__,
-        transformers.__version__,
-    ]  # whose code puts a prompt into a template, and takes it apart
+    # Their code puts a prompt into a template, and splits it into tokens.
+    versions = [diffusers.__version__, transformers.__version__]
     key = [type(pipeline).__name__, by_content(sorted(arguments.items())), encoders, tokenizers]
     return checksum([*key, by_content(sorted(config.items())), versions])
 

@@ -38,7 +38,8 @@ _FLOPS: dict[object, Callable[..., int]] = {
     **flop_registry,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
-    # By name, as it exists once bitsandbytes is imported: inputs [..., K] by packed weights of shape [N, K].
+    # This operation exists once bitsandbytes is imported, so its name stands for it. It multiplies inputs [..., K] by packed weights
+    # of shape [N, K].
     "bitsandbytes::gemm_4bit": lambda inputs, packed, shape, *_, **__: 2 * inputs.numel() * shape[0],
 }
 
@@ -52,7 +53,7 @@ class Cost:
             addition are two.
         traffic (`int`): Bytes that all other operations read and write, which a GPU's bandwidth limits. Views move none.
         operations (`int`): Operations that are no views, so kernels to launch, about.
-        attention (`int`): Those of the FLOPs that are attention's.
+        attention (`int`): The part of `flops` that attention takes.
     """
 
     peak: int
@@ -181,6 +182,7 @@ def _in_float32(function: Callable) -> Callable:
 
 
 def _wraps(tensor: Tensor) -> bool:
+    """True for a tensor that holds its numbers in other tensors of this process."""
     return is_traceable_wrapper_subclass(tensor) and not isinstance(tensor, DTensor)
 
 
@@ -304,10 +306,8 @@ class _Counter(TorchDispatchMode):
                 result = func(*args, **kwargs)
         returned = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if operation is None:
-            is_view, formula = (
-                _is_view(func, given, returned),
-                _FLOPS.get(func._overloadpacket) or _FLOPS.get(func._schema.name),
-            )
+            is_view = _is_view(func, given, returned)
+            formula = _FLOPS.get(func._overloadpacket) or _FLOPS.get(func._schema.name)
             flops = None if is_view or formula is None else formula(*args, **kwargs, out_val=result)
             if key is not None and not is_view and _is_repeatable(func, given, result):
                 self._repeated[key] = _Operation.of(result, flops)
@@ -375,10 +375,10 @@ def _counting(module: nn.Module, calls: Sequence[tuple[tuple, dict]], precision:
 
     def fake(tensor: Tensor) -> Tensor:
         if _wraps(tensor):
-            # Of torchao's quantised weights, whose layers unpack them.
+            # A quantised weight of torchao: its parts become fake, and its layer unpacks them as it does real ones.
             return transform_subclass(tensor, lambda _, inner: fake(inner))
         made = new(tensor)
-        # What bitsandbytes' weights carry with them, by which their layers unpack them.
+        # A weight of bitsandbytes carries its scales, which its layer needs to unpack it.
         vars(made).update({name: value for name, value in vars(tensor).items() if name not in vars(made)})
         if isinstance(tensor, nn.Parameter):
             made._is_param = True
@@ -402,8 +402,5 @@ def _counting(module: nn.Module, calls: Sequence[tuple[tuple, dict]], precision:
     arguments = [leaf for leaf in tree_leaves(calls) if isinstance(leaf, Tensor)]
     counter = _Counter([*twin.parameters(), *twin.buffers(), *gradients, *arguments])
     with precision.kernel_context(), fake_mode, counter:
-        yield (
-            twin,
-            calls,
-            lambda: Cost(counter.peak, counter.flops, counter.traffic, counter.operations, counter.attention),
-        )
+        cost = lambda: Cost(counter.peak, counter.flops, counter.traffic, counter.operations, counter.attention)
+        yield twin, calls, cost

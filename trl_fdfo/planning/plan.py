@@ -43,13 +43,13 @@ CONTEXT, GAPS = 0.5 * GIB, 0.1
 
 NOT_COUNTED = (
     "text encoders and rewards at work, samples that wait for rewards in the background, gradients of rewards with those of the "
-    "decoder (direction='reward_gradient'), buffers of DDP, ZeRO and FSDP2, weights unpacked from a quantised form, the CUDA "
+    "decoder (direction='reward_gradient'), buffers of DDP, ZeRO and FSDP2, weights unpacked from nf4, the CUDA "
     "context (0.5 GiB), gaps of the allocator"
 )
 
 NOT_TIMED = (
-    "text encoders, the optimizer, evaluations, checkpoints, traffic between GPUs and to the host, unpacking of quantised "
-    "weights, a wait for rewards on a server"
+    "text encoders, the optimizer, evaluations, checkpoints, traffic between GPUs and to the host, unpacking of nf4, a "
+    "wait for rewards on a server"
 )
 
 

@@ -26,8 +26,8 @@ LAUNCH = 23e-6
 # Shares of the seconds that remain where `torch_compile` fuses operations. Inductor's kernels move 0.35 of a joint
 # transformer's traffic in sampling and 0.43 in training by PyTorch's count (benchmarks/results/traffic.txt), and faster.
 COMPILED_TRAFFIC, COMPILED_OPERATIONS = 0.3, 0.6
-# What cuDNN's kernel saves of a pass with gradients: seconds per FLOP of attention, times the card's peak. On an H100 flash's kernel
-# ran at 0.18 of the peak, and cuDNN's at 0.24.
+# A pass with gradients takes this / peak seconds less for each FLOP of attention, if cuDNN's kernel computes it and not flash's. The
+# number is fitted to two runs on an H100, on which flash's kernel ran at 0.18 of the peak and cuDNN's at 0.24.
 CUDNN_SAVING = 1.37
 
 

@@ -183,7 +183,7 @@ def plan_without_weights(
         if config.eval_pipeline_kwargs:
             flow.rehearse(batch[:1], columns, **config.eval_pipeline_kwargs)
     if config.quantization == "int8":
-        quantize_to_int8(model)  # whose unpacked weights a backward pass needs; those of nf4 come and go
+        quantize_to_int8(model)  # its unpacked weights stay for the backward pass; those of nf4 do not
     autocast = config.mixed_precision_dtype
     if can_run_in_own_dtype(model, autocast):
         run_in_own_dtype(model)

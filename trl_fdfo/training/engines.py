@@ -142,7 +142,9 @@ def check_attention_backend(accelerator: Accelerator, backend: str | None) -> No
 
 
 def called_in_mixed_precision(accelerator: Accelerator, model: torch.nn.Module) -> Callable:
-    """Calls of a model as those of a run, also before `train` begins, which prepares the model for autocast."""
+    """
+    A function that calls a model as a run does. `train` prepares the model itself for mixed precision, and nothing before it does.
+    """
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with accelerator.autocast():
@@ -153,8 +155,8 @@ def called_in_mixed_precision(accelerator: Accelerator, model: torch.nn.Module) 
 
 def leave_out_autocast(accelerator: Accelerator, model: torch.nn.Module) -> None:
     """
-    Compute without autocast what does not need it: a LoRA on a transformer in the dtype of mixed precision, and what FSDP2 casts by a
-    policy of its own.
+    Compute without autocast what does not need it: a LoRA on a transformer in the dtype of mixed precision, and a model that FSDP2
+    casts by its own policy.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if getattr(plugin, "mixed_precision_policy", None) is not None:

@@ -163,8 +163,8 @@ def write_card(
 
 def set_logs_aside(trainer: Trainer) -> None:
     """
-    Move the logs and sheets of an earlier run in `output_dir`, without the sheets that were made there since this trainer is there,
-    into `_abandoned/`. Its result, with README.md and its pictures, stays until this run has one.
+    Move the logs and sheets of an earlier run in `output_dir` into `_abandoned/`, but not the sheets that this trainer has made. The
+    earlier result, with README.md and its pictures, stays until this run has one.
     """
     folder = Path(trainer.args.output_dir)
     if (folder / METRICS_FILE).is_file():
